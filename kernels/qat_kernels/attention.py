@@ -1,0 +1,203 @@
+"""The public attention: validate, resolve, call. One custom op with one autograd rule; docs/NUMERICS.md has the formulas."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+
+from . import reference
+from .spec import GROUP_SIZE, MAX_HEAD_DIM, NVFP4, QuantSpec
+
+logger = logging.getLogger(__name__)
+
+Impl = Literal["auto", "eager"]
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    spec: QuantSpec = NVFP4,
+    causal: bool = False,
+    scale: float | None = None,
+    key_mask: torch.Tensor | None = None,
+    k_shift: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """4-bit attention with the straight-through gradient of docs/NUMERICS.md.
+
+    Args:
+        q: queries [B, H, Lq, D]; D a multiple of 16 up to 256; float32, float16, bfloat16 (float64 for tests).
+            Any strides: transposed views are fine and cost no copy.
+        k, v: keys and values [B, Hk, Lk, D] of the same dtype and device; H is a multiple of Hk (grouped-query attention:
+            query head h reads key head h // (H / Hk)).
+        spec: what is quantized, and how.
+        causal: query i may see key j if j <= i + (Lk - Lq). The query's own group of 16 keys and the first group of the
+            sequence stay in high precision (section 4), which makes the result strictly causal.
+        scale: factor of the scores; default D ** -0.5.
+        key_mask: bool [B, Lk], True where a key may be seen. Excluded keys and values are never computed with, whatever
+            they hold. Groups along tokens are counted from the first allowed key.
+        k_shift: float32 [Hk, D], subtracted from the keys before quantization; does not change the exact scores.
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences; not supported yet.
+        return_lse: also return the log-sum-exp of the true scores, not differentiable.
+        impl: `eager` is PyTorch on any device; `auto` takes the fastest that can run.
+
+    Returns:
+        The output [B, H, Lq, D] in the dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64
+        for float64 inputs). Rows that may see no key are 0, their log-sum-exp is -inf.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; the message says what was expected.
+    """
+    if any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
+        raise ValueError(
+            "attention: packed sequences (cu_seqlens_*, max_seqlen_*) are not supported yet; pass a batch with key_mask"
+        )
+    _validate(q, k, v, spec, key_mask, k_shift, impl)
+    if impl == "auto" and q.device.type != "cpu":
+        _log_eager(q.device.type)
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    out, _, lse = _attention_forward(
+        q, k, v, key_mask, k_shift, spec.to_json(), causal, q.shape[-1] ** -0.5 if scale is None else float(scale), needs_gradient
+    )
+    return (out, lse.detach()) if return_lse else out
+
+
+@torch.library.custom_op("qat_kernels::attention_forward", mutates_args=())
+def _attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    spec: str,
+    causal: bool,
+    scale: float,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """O, O' (empty where O serves, or no gradient is needed) and LSE."""
+    spec_ = QuantSpec.from_json(spec)
+    with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
+        return reference.forward(
+            q, k, v, key_mask, k_shift, spec=spec_, causal=causal, scale=scale, with_twin=_has_twin(spec_, needs_gradient)
+        )
+
+
+@_attention_forward.register_fake
+def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient):
+    twin = torch.empty_like(q) if _has_twin(QuantSpec.from_json(spec), needs_gradient) else q.new_empty(0)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q), twin, q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@torch.library.custom_op("qat_kernels::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    twin: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    spec: str,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        return reference.backward(
+            grad_out, q, k, v, twin, key_mask, k_shift, spec=QuantSpec.from_json(spec), causal=causal, scale=scale
+        )
+
+
+@_attention_backward.register_fake
+def _(grad_out, q, k, v, twin, key_mask, k_shift, spec, causal, scale):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient = inputs
+    out, twin, _ = output
+    if not _has_twin(QuantSpec.from_json(ctx.spec), needs_gradient):
+        twin = out  # nothing of P or V was rounded, so O is its own twin
+    ctx.save_for_backward(q, k, v, twin, key_mask, k_shift)
+
+
+def _backward(ctx, grad_out, _grad_twin, _grad_lse):
+    q, k, v, twin, key_mask, k_shift = ctx.saved_tensors
+    grads = _attention_backward(grad_out, q, k, v, twin, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale)
+    return *grads, None, None, None, None, None, None
+
+
+_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _has_twin(spec: QuantSpec, needs_gradient: bool) -> bool:
+    return needs_gradient and spec.pv == "nvfp4"
+
+
+@lru_cache
+def _log_eager(device_type: str) -> None:
+    logger.warning("qat_kernels: attention on %s runs the eager implementation: same numbers, but slow.", device_type)
+
+
+def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
+    def refuse(what: str, expected: str, got: object) -> None:
+        raise ValueError(f"attention: {what}: expected {expected}, got {got}")
+
+    if not isinstance(spec, QuantSpec):
+        refuse("spec", "a QuantSpec", repr(spec))
+    if impl not in get_args(Impl):
+        refuse("impl", f"one of {', '.join(get_args(Impl))}", repr(impl))
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or x.ndim != 4:
+            refuse(
+                name,
+                "a tensor [batch, heads, length, head_dim]",
+                f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x),
+            )
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        refuse(
+            "dtypes of q, k, v",
+            "one of float32, float16, bfloat16 (float64 for tests) for all three; cast them first",
+            f"{q.dtype}, {k.dtype}, {v.dtype}",
+        )
+    if not q.device == k.device == v.device:
+        refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
+    batch, heads, _, head_dim = q.shape
+    key_heads, keys = k.shape[1], k.shape[2]
+    if k.shape != v.shape:
+        refuse("shapes of k and v", "equal shapes [B, Hk, Lk, D]", f"{tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        refuse("shape of k", f"[{batch}, Hk, Lk, {head_dim}], batch and head_dim as in q", tuple(k.shape))
+    if key_heads == 0 or heads % key_heads:
+        refuse("heads", "the query heads to be a multiple of the key heads", f"{heads} and {key_heads}")
+    if head_dim % GROUP_SIZE or not GROUP_SIZE <= head_dim <= MAX_HEAD_DIM:
+        refuse(
+            "head_dim", f"a multiple of {GROUP_SIZE} from {GROUP_SIZE} to {MAX_HEAD_DIM}; pad q, k and v and pass scale", head_dim
+        )
+    if spec.rotate and head_dim & (head_dim - 1):
+        refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, keys) or key_mask.device != q.device):
+        refuse(
+            "key_mask",
+            f"bool [{batch}, {keys}] on {q.device}, True where a key may be seen",
+            f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}",
+        )
+    if k_shift is not None and (
+        k_shift.dtype != torch.float32 or k_shift.shape != (key_heads, head_dim) or k_shift.device != q.device
+    ):
+        refuse(
+            "k_shift",
+            f"float32 [{key_heads}, {head_dim}] on {q.device}",
+            f"{k_shift.dtype} {tuple(k_shift.shape)} on {k_shift.device}",
+        )

@@ -1,0 +1,284 @@
+"""Attention of docs/NUMERICS.md in eager PyTorch: the specification in code, and what runs where Triton cannot.
+
+Rows of queries are processed in chunks against all of their keys, so memory is linear in the length. Forward and backward
+build each chunk with the same function and so see the same quantized probabilities. Arithmetic is float32, and float64
+for float64 inputs; the quantization itself is float32 throughout.
+
+Shapes: B batch, H query heads, K key heads, G = H / K query heads that share a key head, D head dim, r rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .nvfp4 import scaled_codes
+from .spec import GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCALE, QuantSpec
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
+_SCORES_PER_CHUNK = 1 << 24
+"""Scores held at once: 64 MiB of float32."""
+_CAUSAL_ROWS = 128
+"""Most rows of a causal chunk. Keys behind a chunk's last row are never touched: short chunks save up to half the work."""
+_MAX_LIFT = 126.0
+"""Largest exponent by which quantized keys are lifted above a dominant kept key. Beyond it they weigh less than 2^-126."""
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    *,
+    spec: QuantSpec,
+    causal: bool,
+    scale: float,
+    with_twin: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """docs/NUMERICS.md, sections 3 and 4: O, its high-precision twin O' (empty unless `with_twin`) and LSE.
+
+    O and O' have the shape, strides and dtype of `query`; LSE is [B, H, Lq] in the dtype of the arithmetic.
+    """
+    ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
+    out = torch.empty_like(query).zero_()
+    twin = torch.empty_like(query).zero_() if with_twin else query.new_empty(0)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=ops.query.dtype, device=query.device)
+    for chunk in _chunks(ops):
+        values = ops.value_fq[:, :, : chunk.keys]
+        kept = _kept_product(ops, chunk)
+        out[:, :, chunk.rows] = ops.by_head((chunk.quantized @ values + kept) / chunk.norm)
+        if with_twin:
+            twin[:, :, chunk.rows] = ops.by_head((_without_kept(ops, chunk) @ values + kept) / chunk.norm)
+        lse[:, :, chunk.rows] = ops.by_head((chunk.row_max + chunk.total.log2()) * LN_2).squeeze(-1)
+    if k_shift is not None:
+        shift = k_shift.to(lse.dtype).repeat_interleave(ops.group, dim=0)
+        lse += scale * torch.einsum("bhld,hd->bhl", query.to(lse.dtype), shift)
+    return out, twin, lse
+
+
+def backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    twin: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    *,
+    spec: QuantSpec,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """docs/NUMERICS.md, section 5: dQ, dK, dV in the shapes and dtypes of the inputs. `twin` is O' of the forward."""
+    ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
+    # Contiguous, as the op's fake implementation promises; value_fq is not.
+    grad_query, grad_key, grad_value = (x.new_zeros(x.shape) for x in (ops.query, ops.key_fq, ops.value_fq))
+    for chunk in _chunks(ops):
+        rows, keys = chunk.rows, chunk.keys
+        grad = ops.by_key_head(grad_out[:, :, rows])
+        delta = (grad * ops.by_key_head(twin[:, :, rows])).sum(-1, keepdim=True)
+        weights = chunk.weights / chunk.norm
+        grad_weights = grad @ ops.value_fq[:, :, :keys].mT
+        contributing = chunk.quantized / chunk.norm
+        for columns, kept in chunk.kept_columns(ops):
+            contributing[..., columns] += weights[..., columns] * kept
+            grad_weights[..., columns] = torch.where(kept, grad @ ops.value[:, :, columns].mT, grad_weights[..., columns])
+        grad_value[:, :, :keys] += contributing.mT @ grad
+        grad_scores = weights * (grad_weights - delta) * ops.scale
+        grad_query[:, :, :, rows] = (grad_scores @ ops.key_fq[:, :, :keys]).unflatten(2, (ops.group, -1))
+        grad_key[:, :, :keys] += grad_scores.mT @ ops.query[:, :, :, rows].flatten(2, 3)
+    if spec.rotate:
+        rotation = _hadamard(query.shape[-1], query.device).to(grad_query.dtype)  # symmetric
+        grad_query, grad_key = grad_query @ rotation, grad_key @ rotation
+    if key_mask is not None:
+        grad_key, grad_value = (_unalign(grad, key_mask) for grad in (grad_key, grad_value))
+    return grad_query.flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+@dataclass(kw_only=True)
+class _Operands:
+    """What a call computes with. Keys are counted from the first allowed one, as section 3 asks."""
+
+    query: torch.Tensor  # [B, K, G, Lq, D], quantized
+    key_fq: torch.Tensor  # [B, K, Lk, D], quantized
+    value: torch.Tensor  # [B, K, Lk, D], zero where excluded
+    value_fq: torch.Tensor  # the same, quantized
+    key_mask: torch.Tensor | None  # bool [B, Lk], True where allowed
+    positions: torch.Tensor | None  # causal: each query's own place among the keys, [B or 1, Lq]
+    scale: float
+    spec: QuantSpec
+
+    @property
+    def group(self) -> int:
+        return self.query.shape[2]
+
+    def by_head(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, K, G * r, n] -> [B, H, r, n]."""
+        return x.unflatten(2, (self.group, -1)).flatten(1, 2)
+
+    def by_key_head(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, H, r, n] -> [B, K, G * r, n], contiguous, in the dtype of the arithmetic."""
+        return x.to(self.query.dtype).unflatten(1, (-1, self.group)).flatten(2, 3).contiguous()
+
+
+@dataclass(kw_only=True)
+class _Chunk:
+    """Some rows of queries against their first `keys` keys. Row-wise tensors are [B, K, G * r, 1]."""
+
+    rows: slice
+    keys: int
+    weights: torch.Tensor  # 2^(S - row_max), 0 where excluded; [B, K, G * r, keys]
+    quantized: torch.Tensor  # the same, quantized; 0 where kept
+    row_max: torch.Tensor  # ceiled maximum over all allowed keys; 0 where there is none
+    total: torch.Tensor  # the sum of `weights`
+    kept: torch.Tensor | None  # causal: True where a key is kept in high precision, [B or 1, r, keys]
+
+    @property
+    def norm(self) -> torch.Tensor:
+        return self.total.masked_fill(self.total == 0, 1.0)
+
+    def kept_columns(self, ops: _Operands) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The column ranges that hold kept keys, each with its mask, broadcastable to [B, K, G * r, columns]."""
+        if self.kept is None:
+            return
+        open_start = int(ops.positions[:, self.rows].min()) // GROUP_SIZE * GROUP_SIZE
+        sink_end = min(GROUP_SIZE, self.keys)
+        spans = [(0, sink_end), (open_start, self.keys)] if open_start > sink_end else [(0, self.keys)]
+        for start, stop in spans:
+            columns = slice(start, stop)
+            yield columns, self.kept[..., columns].repeat(1, ops.group, 1).unsqueeze(1)
+
+
+def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool, scale: float) -> _Operands:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    head_dim, positions = query.shape[-1], None
+    if causal:
+        positions = torch.arange(query.shape[2], device=query.device)[None] + (key.shape[2] - query.shape[2])
+    if key_mask is not None:
+        first, order = _alignment(key_mask)
+        aligned_mask = key_mask.gather(1, order) & (
+            torch.arange(key_mask.shape[1], device=key.device) < key_mask.shape[1] - first
+        )
+        key, value = (torch.where(aligned_mask[:, None, :, None], _reorder(x, order), 0.0) for x in (key, value))
+        key_mask = aligned_mask
+        positions = positions - first if causal else None
+    # Contiguous, because a matrix product of strided operands may sum in another order: strides must not show in the bits.
+    query, key, value = query.float().contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
+    if k_shift is not None:
+        key = key - k_shift[:, None]
+    if spec.rotate:
+        rotation = _hadamard(head_dim, query.device)
+        query, key = query @ rotation, key @ rotation
+        scale = scale / (HADAMARD_ENTRY**2 * head_dim)
+    query, key = (scaled_codes(x, four_over_six=spec.four_over_six).to(dtype) for x in (query, key))
+    value_fq = value
+    if spec.pv == "nvfp4":
+        value_fq = scaled_codes(value, axis=-2, four_over_six=spec.four_over_six).to(dtype)
+    return _Operands(
+        query=query.unflatten(1, (key.shape[1], -1)),
+        key_fq=key,
+        value=value,
+        value_fq=value_fq,
+        key_mask=key_mask,
+        positions=positions,
+        scale=scale,
+        spec=spec,
+    )
+
+
+def _chunks(ops: _Operands) -> Iterator[_Chunk]:
+    batch, key_heads, group, length, _ = ops.query.shape
+    keys = ops.key_fq.shape[2]
+    if not ops.query.numel():
+        return
+    rows = max(1, _SCORES_PER_CHUNK // max(1, batch * key_heads * group * keys))
+    if ops.positions is not None:
+        rows = min(rows, _CAUSAL_ROWS)
+    for start in range(0, length, rows):
+        chunk = _chunk(ops, slice(start, min(start + rows, length)))
+        if chunk is not None:
+            yield chunk
+
+
+def _chunk(ops: _Operands, rows: slice) -> _Chunk | None:
+    """The probabilities of some rows, exact and quantized; None where no key can be allowed."""
+    keys = ops.key_fq.shape[2]
+    allowed = ops.key_mask[:, None] if ops.key_mask is not None else None
+    kept = None
+    if ops.positions is not None:
+        position = ops.positions[:, rows, None]
+        keys = max(0, min(keys, int(position.max()) + 1))
+        column = torch.arange(keys, device=position.device)
+        visible = column <= position
+        allowed = visible if allowed is None else visible & allowed[..., :keys]
+        if ops.spec.pv == "nvfp4":
+            kept = (column < GROUP_SIZE) | (column // GROUP_SIZE == position.div(GROUP_SIZE, rounding_mode="floor"))
+    if keys <= 0:
+        return None
+    scores = ops.query[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, :keys].mT
+    scores *= ops.scale * LOG2_E
+    if allowed is not None:
+        _fill(ops, scores, ~allowed, -torch.inf)
+    row_max = scores.amax(-1, keepdim=True).ceil_()
+    row_max.masked_fill_(row_max == -torch.inf, 0.0)
+    lift = None
+    if kept is not None:
+        free_max = _fill(ops, scores.clone(), kept, -torch.inf).amax(-1, keepdim=True).ceil_()
+        lift = torch.exp2((row_max - free_max).clamp_(max=_MAX_LIFT))
+    weights = scores.sub_(row_max).exp2_()
+    quantized = weights
+    if ops.spec.pv == "nvfp4":
+        # Codes are those against the maximum of the keys that are quantized; kept keys only rescale, by a power of two.
+        lifted = weights if lift is None else _fill(ops, weights * lift, kept, 0.0)
+        quantized = scaled_codes(lifted, global_scale=P_GLOBAL_SCALE).to(weights.dtype)
+        quantized /= P_GLOBAL_SCALE if lift is None else P_GLOBAL_SCALE * lift
+    total = weights.sum(-1, keepdim=True)
+    return _Chunk(rows=rows, keys=keys, weights=weights, quantized=quantized, row_max=row_max, total=total, kept=kept)
+
+
+def _kept_product(ops: _Operands, chunk: _Chunk) -> torch.Tensor | float:
+    """The kept groups' share of P~ V: unquantized probabilities times unquantized values."""
+    product = 0.0
+    for columns, kept in chunk.kept_columns(ops):
+        product = product + (chunk.weights[..., columns] * kept) @ ops.value[:, :, columns]
+    return product
+
+
+def _without_kept(ops: _Operands, chunk: _Chunk) -> torch.Tensor:
+    return chunk.weights if chunk.kept is None else _fill(ops, chunk.weights.clone(), chunk.kept, 0.0)
+
+
+def _fill(ops: _Operands, x: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
+    """Fill [B, K, G * r, keys] in place where a [B or 1, r or 1, keys] mask says so."""
+    x.unflatten(2, (ops.group, -1)).masked_fill_(where[:, None, None], value)
+    return x
+
+
+def _alignment(key_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first allowed key of each sequence [B, 1], and the order that puts it first [B, Lk] (wrapping around)."""
+    length = key_mask.shape[1]
+    first = key_mask.int().argmax(1, keepdim=True) if length else key_mask.new_zeros(key_mask.shape[0], 1, dtype=torch.long)
+    return first, (torch.arange(length, device=key_mask.device) + first) % max(length, 1)
+
+
+def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def _unalign(grad: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+    """Put gradients [B, K, Lk, D] back into the caller's order of keys, zero where excluded."""
+    _, order = _alignment(key_mask)
+    return torch.where(key_mask[:, None, :, None], _reorder(grad, order.argsort(1)), 0.0)
+
+
+def _hadamard(size: int, device: torch.device) -> torch.Tensor:
+    """The Sylvester-Hadamard matrix of a power-of-two size, with entries +-1/8."""
+    matrix = torch.full((1, 1), HADAMARD_ENTRY, device=device)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return matrix

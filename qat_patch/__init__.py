@@ -1,0 +1,25 @@
+"""4-bit attention for Diffusers and Transformers that can be trained: `patch_model(model)`, fine-tune, export."""
+
+from qat_kernels import NVFP4, QuantSpec
+
+from ._on_import import register_when_imported
+from .config import AttnQATConfig
+from .export import export_checkpoint
+from .load import load_checkpoint
+from .patch import PatchHandle, get_handle, patch_model, unpatch_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NVFP4",
+    "AttnQATConfig",
+    "PatchHandle",
+    "QuantSpec",
+    "export_checkpoint",
+    "get_handle",
+    "load_checkpoint",
+    "patch_model",
+    "unpatch_model",
+]
+
+register_when_imported()

@@ -1,0 +1,265 @@
+"""Transformers: 4-bit attention through AttentionInterface, with a mask function of its own.
+
+Both are registered once under one name and hold no state; what a module does is in its `AttentionLayer`. Models that
+merely share that name (through a shared config object) run the original attention.
+
+The mask function keeps masks compact: a causal mask over the first n cached keys becomes a key mask [B, 1, 1, n], or None
+when there is neither padding nor a cache longer than the tokens. Anything else (packed samples, sliding windows, custom
+masks) stays a full mask [B, 1, Lq, Lk], which 4-bit attention refuses and original attention understands.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qat_kernels import attention
+from qat_kernels.spec import GROUP_SIZE, MAX_HEAD_DIM
+
+from .block import CONFIG_KEYS, METHOD, AttentionBlock
+from .config import AttnQATConfig
+
+if TYPE_CHECKING:
+    from .patch import AttentionLayer
+
+logger = logging.getLogger(__name__)
+
+MECHANISM = "transformers' AttentionInterface"
+NAME = "qat_fp4"
+"""The name of 4-bit attention among transformers' attention implementations."""
+_LAYER = "_qat_layer"
+
+
+def owns(model: object) -> bool:
+    """Whether this is a model of transformers; does not import it."""
+    return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
+
+
+def stored_config(model: torch.nn.Module) -> AttnQATConfig | None:
+    """The config that an export of this package left in the model's config."""
+    block = getattr(model.config, CONFIG_KEYS["transformers"], None)
+    block = block.to_dict() if hasattr(block, "to_dict") else block
+    return AttentionBlock.from_dict(block).config if AttentionBlock.is_ours(block) else None
+
+
+def attention_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules whose attention goes through AttentionInterface, by name."""
+    if not model._can_set_attn_implementation():
+        return {}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if all(hasattr(module, attribute) for attribute in ("is_causal", "layer_idx", "config"))
+    }
+
+
+def original(model: torch.nn.Module, module: torch.nn.Module) -> str:
+    """The name of the attention implementation in force.
+
+    Raises:
+        ValueError: 4-bit attention is in force already (a submodel of a patched model, or a shared config).
+    """
+    name = model.config._attn_implementation
+    if name == NAME:
+        raise ValueError(
+            "patch_model: this model's config already names 4-bit attention: it is part of a patched model, or shares its "
+            "config object; patch the outer model, or build each model from a config of its own"
+        )
+    return name
+
+
+def reason_to_skip(module: torch.nn.Module) -> str | None:
+    """Why a module cannot have 4-bit attention although that is no mistake of the user's."""
+    return None if module.is_causal else "not causal: only decoder self-attention is supported"
+
+
+def check(name: str, module: torch.nn.Module) -> None:
+    """Raise a ValueError if 4-bit attention cannot compute what this module asks for."""
+    config = module.config
+    found = {
+        "a sliding window": getattr(module, "sliding_window", None) or _config_window(module),
+        "a soft cap of the scores": getattr(config, "attn_logit_softcapping", None),
+        "attention sinks": "sinks" if getattr(module, "sinks", None) is not None else None,
+        "dropout": getattr(module, "attention_dropout", 0.0) or None,
+    }
+    for what, value in found.items():
+        if value is not None:
+            remedy = "set it to 0 in the config" if what == "dropout" else "exclude it with AttnQATConfig(exclude=[...])"
+            raise ValueError(f"patch_model: {name} uses {what} ({value}), which 4-bit attention cannot do; {remedy}")
+    head_dim = getattr(module, "head_dim", None)
+    if head_dim is not None and (head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM):
+        raise ValueError(
+            f"patch_model: {name} has head_dim {head_dim}; expected a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}; "
+            "exclude it with AttnQATConfig(exclude=[...])"
+        )
+
+
+def apply(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
+    """Point the model at 4-bit attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, compact_mask)
+    for layer in layers:
+        setattr(model.get_submodule(layer.name), _LAYER, layer)
+    model.set_attn_implementation(NAME)
+
+
+def switch(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
+    """Nothing to do: `attention_forward` asks the layer at every call."""
+
+
+def restore(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
+    """Undo `apply`, also a half-finished one."""
+    for layer in layers:
+        model.get_submodule(layer.name).__dict__.pop(_LAYER, None)
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation(layers[0].original)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
+        quantizer.remove_quantization_config(model)  # what is saved from now on is an ordinary model
+
+
+def compact_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """transformers' mask interface: None (plain causal), bool [B, 1, 1, n] (causal over n keys), or a full mask."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    if mask_function is not causal_mask_function or kwargs.get("local_size") is not None or kv_offset:
+        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=attention_mask, **kwargs
+        )
+    filled = int(q_offset) + q_length
+    if attention_mask is not None:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, max(0, filled - attention_mask.shape[1])))[:, :filled]
+        if not torch.compiler.is_compiling() and attention_mask.all():
+            attention_mask = None
+    if attention_mask is None:
+        if filled == (kv_length if q_length == 1 else q_length):
+            return None
+        attention_mask = torch.ones(batch_size, filled, dtype=torch.bool, device=kwargs.get("device"))
+    return attention_mask.bool()[:, None, None]
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: query [B, H, Lq, D], key and value [B, Hk, Lk, D] -> [B, Lq, H, D]."""
+    layer: AttentionLayer | None = getattr(module, _LAYER, None)
+    if layer is not None and layer.enabled and module.layer_idx == 0:
+        _refuse_packed_positions(query, attention_mask, kwargs.get("position_ids"))
+    if layer is None or not layer.quantizes:
+        implementation = layer.original if layer is not None else "sdpa"
+        return _original_attention(
+            implementation, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    _refuse_unsupported(layer.name, query, attention_mask, dropout, kwargs)
+    if attention_mask is None:
+        # A prefill sees None and a static cache whose slots behind the tokens are still empty.
+        filled, key_mask = key.shape[2] if query.shape[2] == 1 else query.shape[2], None
+    else:
+        filled, key_mask = attention_mask.shape[3], attention_mask[:, 0, 0]
+    key, value = key[:, :, :filled], value[:, :, :filled]
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    out = attention(query, key, value, spec=layer.spec, causal=True, scale=scaling, key_mask=key_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _original_attention(
+    implementation: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that ran here before the patch, given the masks of ours."""
+    from transformers import AttentionInterface
+
+    length, keys = query.shape[2], key.shape[2]
+    if mask is not None and mask.shape[2] != length:
+        mask = mask & _causal(length, mask.shape[3], query.device)
+    if mask is not None and mask.shape[3] < keys:
+        mask = torch.nn.functional.pad(mask, (0, keys - mask.shape[3]))
+    if implementation != "eager":
+        if implementation != "sdpa":
+            _log_sdpa(implementation)
+        return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
+    if mask is None and length > 1:
+        mask = _causal(length, length, query.device)
+        mask = torch.nn.functional.pad(mask, (0, keys - length))
+    if mask is not None:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.where(mask, torch.zeros((), dtype=query.dtype, device=query.device), lowest)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def _causal(length: int, keys: int, device: torch.device) -> torch.Tensor:
+    """bool [1, 1, length, keys]: the last query sees every key."""
+    rows = torch.arange(keys - length, keys, device=device)
+    return (torch.arange(keys, device=device) <= rows[:, None])[None, None]
+
+
+@lru_cache
+def _log_sdpa(implementation: str) -> None:
+    logger.warning("qat_patch: where a model loaded with %s keeps its original attention, sdpa computes it.", implementation)
+
+
+def _refuse_packed_positions(query: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+    """With use_cache=True transformers gives packed samples no mask, and each would attend to those before it."""
+    if mask is not None or positions is None or query.shape[2] == 1 or torch.compiler.is_compiling():
+        return
+    if not (positions.diff(dim=-1) == 1).all():
+        raise ValueError(
+            "4-bit attention: position_ids restart inside a row (packed samples), which is not supported yet; "
+            "pass one sample a row with an attention_mask"
+        )
+
+
+def _refuse_unsupported(
+    name: str, query: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
+) -> None:
+    for argument in ("softcap", "s_aux", "position_bias", "sliding_window", "cu_seq_lens_q", "cache"):
+        if kwargs.get(argument) is not None:
+            raise ValueError(f"4-bit attention ({name}): {argument} is not supported; exclude this module from the patch")
+    if dropout:
+        raise ValueError(f"4-bit attention ({name}): attention dropout is not supported, got {dropout}; set it to 0")
+    if kwargs.get("output_attentions"):
+        raise ValueError(f"4-bit attention ({name}): output_attentions=True is not supported; use handle.disabled()")
+    if mask is not None and (mask.dtype != torch.bool or (mask.shape[2] != 1 and query.shape[2] > 1)):
+        raise ValueError(
+            f"4-bit attention ({name}): unsupported mask {mask.dtype} {tuple(mask.shape)}: expected causal attention with an "
+            "optional padding mask [batch, keys]; packed samples, sliding windows and custom 4D masks are not supported yet "
+            "(inside torch.compile pass attention_mask, else transformers masks as if samples were packed)"
+        )
+
+
+def _config_window(module: torch.nn.Module) -> int | None:
+    """The sliding window of models that read it from the config in every layer (Mistral)."""
+    config = module.config
+    if getattr(config, "layer_types", None) is not None or getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)

@@ -1,0 +1,55 @@
+"""Held-out losses of an exported language model, with original and with 4-bit attention; one line of JSON at the end.
+
+python recipes/evaluate_qwen3.py model=outputs/run/export text.path=held_out.txt sequence_length=256
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from finetune_qwen3 import LanguageModeling
+from loop import evaluate
+from qat_patch import get_handle, load_checkpoint
+from settings import read_settings
+from text_data import TextSource, load_source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Measure an exported language model on held-out text."""
+
+    model: str
+    """Folder that export_checkpoint wrote."""
+    text: TextSource
+    """The text to measure on."""
+    sequence_length: int
+    """Tokens in a block."""
+    batch_size: int = 1
+    """Blocks in a forward pass."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequence_length", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"settings.{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    """Measure as the command line says; prints and returns the losses."""
+    settings = read_settings(Settings, arguments)
+    accelerator = Accelerator()
+    model = load_checkpoint(settings.model, device=accelerator.device)
+    blocks = load_source(settings.text, AutoTokenizer.from_pretrained(settings.model), settings.sequence_length)
+    loader = accelerator.prepare(DataLoader(blocks, settings.batch_size))
+    losses = evaluate(model, get_handle(model), LanguageModeling.loss, loader, accelerator)
+    accelerator.print(json.dumps(losses))
+    return losses
+
+
+if __name__ == "__main__":
+    main()

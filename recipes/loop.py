@@ -1,0 +1,310 @@
+"""The training loop of every recipe, on Accelerate. What is learned, and from what, is for the task to say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, find_batch_size, set_seed
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+import checkpoints
+from qat_patch import PatchHandle
+from settings import flatten, to_dict, to_yaml
+from training_settings import TrainingSettings
+
+# Where and how often a run is saved changes nothing about what it learns: free to differ when it goes on.
+_BOOKKEEPING = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to"}
+
+
+class Task(Protocol):
+    """What a recipe trains."""
+
+    model: torch.nn.Module
+    """Patched, with float32 weights."""
+    handle: PatchHandle
+    """The patch of the model."""
+    train_data: Dataset
+    """Samples by index; torch's default collation makes batches of them."""
+    eval_data: Dataset | None
+    """Held-out samples, if eval_every is set."""
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """Mean loss of a batch, a scalar. `model` is the task's, as Accelerate prepared it."""
+
+    def tokens(self, batch: Any) -> int:
+        """Number of tokens in a batch."""
+
+    def export(self, folder: Path, training: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Write the trained model with what is known about the run. Only the main process calls this."""
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of indices, shuffled anew in every epoch, from batch number `start` of the run to `stop`.
+
+    The order follows from the seed alone, so that a resumed run goes on exactly where the other one stopped. Samples
+    that do not fill a batch sit out one epoch.
+    """
+
+    drop_last = True
+
+    def __init__(self, samples: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.samples, self.batch_size, self.seed, self.start, self.stop = samples, batch_size, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order: list[int] = []
+        for number in range(self.start, self.stop):
+            epoch, position = divmod(number, self.samples // self.batch_size)
+            if position == 0 or not order:
+                order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+            yield order[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) -> dict[str, float]:
+    """Run or resume a training, and export the result to output_dir/export.
+
+    Args:
+        settings: of the run.
+        make_task: called once, when the settings and the checkpoint to resume from have been checked.
+
+    Returns:
+        The last training loss, and the held-out losses before the first step and after the last, by name.
+
+    Raises:
+        ValueError: output_dir holds another run, a checkpoint that does not fit or is damaged, or too little data.
+            Nothing has been written to output_dir then.
+        FloatingPointError: loss or gradients are no longer finite.
+    """
+    accelerator = _accelerator(settings)
+    checkpoint, done, tokens = _starting_point(settings, accelerator)
+    set_seed(settings.seed, device_specific=True)
+    task = make_task(accelerator)
+    loader, eval_loader = _loaders(settings, task, accelerator.num_processes, done)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in task.model.parameters() if parameter.requires_grad],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+    )
+    model, optimizer, loader, eval_loader = accelerator.prepare(task.model, optimizer, loader, eval_loader)
+    # Not prepared but registered: Accelerate would step it once a process.
+    schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+    scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
+    accelerator.register_for_checkpointing(scheduler)
+
+    accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
+    log = _Log(settings, accelerator, checkpoint)
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+    elif eval_loader is not None:
+        log.write(0, evaluate(model, task.handle, task.loss, eval_loader, accelerator, settings.seed))
+    model.train()
+    batches = iter(loader)
+    steps = range(done + 1, settings.steps + 1)
+    bar = tqdm(steps, initial=done, total=settings.steps, disable=not accelerator.is_local_main_process)
+    for step in bar:
+        began = time.perf_counter()
+        values = {"learning_rate": scheduler.get_last_lr()[0]} | _step(settings, task, accelerator, model, optimizer, batches)
+        if not torch.tensor([values["loss"], values["grad_norm"]]).isfinite().all():
+            raise FloatingPointError(f"step {step}: {values}; lower learning_rate, or raise warmup_steps")
+        scheduler.step()
+        values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - began)
+        values["peak_memory_gib"] = _peak_memory(accelerator.device)
+        values["tokens"] = tokens = tokens + values["tokens"]
+        bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s")
+        if eval_loader is not None and _due(step, settings.eval_every, settings.steps):
+            values |= evaluate(model, task.handle, task.loss, eval_loader, accelerator, settings.seed)
+        log.write(step, values)
+        if _due(step, settings.checkpoint_every, settings.steps):
+            state = {"step": step, "tokens": tokens, "processes": accelerator.num_processes, "settings": to_dict(settings)}
+            checkpoints.save(accelerator, log.file.parent, step, state, attach=[log.file], keep=settings.keep_checkpoints)
+
+    accelerator.wait_for_everyone()
+    summary = log.summary()
+    if accelerator.is_main_process:
+        chosen = {name: x for name, x in flatten(to_dict(settings)).items() if x is not None and name not in _BOOKKEEPING}
+        task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary)
+    accelerator.end_training()
+    return summary
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    handle: PatchHandle,
+    loss: Callable[[torch.nn.Module, Any], torch.Tensor],
+    loader: DataLoader,
+    accelerator: Accelerator,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Mean losses over held-out data: `eval_loss_original` with original and `eval_loss_fp4` with 4-bit attention.
+
+    Both see the same random numbers, and those of the training are left alone. With several processes the last batch
+    is filled up with samples from the front.
+    """
+    was_training = model.training
+    model.eval()
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    losses = {}
+    for name, attention in (("original", handle.disabled), ("fp4", contextlib.nullcontext)):
+        samples = []
+        with attention(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for batch in loader:
+                samples.append(accelerator.gather_for_metrics(loss(model, batch).float().repeat(find_batch_size(batch))))
+        losses[f"eval_loss_{name}"] = torch.cat(samples).double().mean().item()
+    model.train(was_training)
+    return losses
+
+
+class _Log:
+    """metrics.jsonl, one line a step, and the trackers. The first thing of a run that writes."""
+
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, checkpoint: Path | None) -> None:
+        self.accelerator, self.file = accelerator, Path(settings.output_dir) / "metrics.jsonl"
+        accelerator.wait_for_everyone()  # until all have found output_dir free
+        if accelerator.is_main_process:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            (self.file.parent / "settings.yaml").write_text(to_yaml(settings), encoding="utf-8")
+            if checkpoint is None:
+                self.file.touch()
+            else:
+                # The log as it was at the checkpoint: what came after it will come again.
+                shutil.copyfile(checkpoint / self.file.name, self.file)
+        # Trackers take numbers and text.
+        flat = flatten(to_dict(settings)).items()
+        config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat}
+        accelerator.init_trackers("qat_patch", config=config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def summary(self) -> dict[str, float]:
+        records = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        summary = {"train_loss": records[-1]["loss"]}
+        for when, record in (("before", records[0]), ("after", records[-1])):
+            summary |= {f"{name}_{when}": value for name, value in record.items() if name.startswith("eval_loss")}
+        return summary
+
+
+def _accelerator(settings: TrainingSettings) -> Accelerator:
+    precision, launched = settings.mixed_precision or "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        raise ValueError(f"accelerate launch asks for {launched}, the settings for mixed_precision={precision}; let them agree")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        # As a plugin, so that no environment variable changes it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulation_steps),
+        log_with=list(settings.report_to) or None,
+        project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")),
+    )
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in supported:
+        expected = ", ".join(kind.value for kind in supported)
+        raise ValueError(f"accelerate launch asks for {accelerator.distributed_type.value}; expected one of {expected}")
+    # Accelerate leaves out trackers that are not installed, and says so to nobody.
+    missing = set(settings.report_to) - {"all", *(str(tracker) for tracker in accelerator.log_with)}
+    if missing:
+        raise ValueError(f"settings.report_to: {', '.join(sorted(missing))} cannot be used here; pip install it first")
+    return accelerator
+
+
+def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, int, int]:
+    """The checkpoint to go on from, and the steps and tokens behind it; refuses what does not fit. Only reads."""
+    output_dir = Path(settings.output_dir)
+    if (output_dir / "export").exists():
+        raise ValueError(f"output_dir: the run in {output_dir} is finished; choose another folder, or remove this one")
+    if settings.resume is None:
+        if (output_dir / "metrics.jsonl").exists() or checkpoints.steps_in(output_dir):
+            raise ValueError(f"output_dir: {output_dir} holds a run; resume=latest goes on with it; else choose another folder")
+        return None, 0, 0
+    checkpoint = checkpoints.find(output_dir, settings.resume)
+    state = checkpoints.check(checkpoint)
+    if state["processes"] != accelerator.num_processes:
+        raise ValueError(f"resume: {checkpoint} needs {state['processes']} processes, and there are {accelerator.num_processes}")
+    then, now = flatten(state["settings"]), flatten(to_dict(settings))
+    free = _BOOKKEEPING | ({"steps"} if settings.schedule == "constant" else set())
+    changed = sorted(name for name in (then | now).keys() - free if then.get(name) != now.get(name))
+    if changed:
+        differences = "; ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed)
+        raise ValueError(f"resume: these settings differ from those of {checkpoint}: {differences}")
+    newer = [str(path) for step, path in checkpoints.steps_in(output_dir).items() if step > state["step"]]
+    if newer:
+        raise ValueError(f"resume: {output_dir} holds newer checkpoints than {checkpoint}; remove them first: {', '.join(newer)}")
+    if state["step"] > settings.steps:
+        raise ValueError(f"settings.steps: {checkpoint} has seen {state['step']} steps already, got {settings.steps}")
+    return checkpoint, state["step"], state["tokens"]
+
+
+def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, DataLoader | None]:
+    samples, batches_a_step = len(task.train_data), settings.accumulation_steps * processes
+    if samples < settings.batch_size:
+        raise ValueError(f"there are {samples} samples to train on, and batch_size is {settings.batch_size}; give more data")
+    order = ShuffledBatches(samples, settings.batch_size, settings.seed, done * batches_a_step, settings.steps * batches_a_step)
+    # With generators of their own the loaders draw nothing from the global one, which a checkpoint restores.
+    loader = DataLoader(task.train_data, batch_sampler=order, generator=torch.Generator())
+    if task.eval_data is None:
+        return loader, None
+    return loader, DataLoader(task.eval_data, settings.batch_size, generator=torch.Generator())
+
+
+def _step(
+    settings: TrainingSettings,
+    task: Task,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Any],
+) -> dict[str, float]:
+    """One optimizer step: loss, averaged over batches and processes, gradient norm before clipping, and tokens."""
+    sums = torch.zeros(2, device=accelerator.device)
+    limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
+    # Around the backward pass too, where gradient checkpointing runs the forward pass again.
+    with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
+        for _ in range(settings.accumulation_steps):
+            batch = next(batches)
+            with accelerator.accumulate(model):
+                loss = task.loss(model, batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+                optimizer.step()
+                optimizer.zero_grad()
+            sums += sums.new_tensor([0, task.tokens(batch)])
+            sums[0] += loss.detach()
+    loss, tokens = accelerator.reduce(sums, "sum").tolist()
+    return {
+        "loss": loss / (settings.accumulation_steps * accelerator.num_processes),
+        "grad_norm": float(norm),
+        "tokens": int(tokens),
+    }
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB since the start: of the GPU, or on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Kilobytes, but bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,81 @@
+"""What every recipe can set: steps, optimizer, attention, measuring and saving."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from qat_patch import AttnQATConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How a run trains, measures and saves. A recipe adds its model and its data."""
+
+    output_dir: str
+    """Folder of the run: settings.yaml, metrics.jsonl, checkpoint-STEP/ and, at the end, export/."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    batch_size: int
+    """Samples in a forward pass of one process. One step sees batch_size * accumulation_steps * processes samples."""
+    accumulation_steps: int = 1
+    """Forward and backward passes whose gradients are averaged into one step."""
+    attention: Literal["fp4", "original"] = "fp4"
+    """Attention that the steps train through: 4-bit, or the model's own (a control run). Both are measured either way."""
+    qat: AttnQATConfig = AttnQATConfig()
+    """What is patched and what is quantized."""
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, of all parameters."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradients of a step to this norm; null: never."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: as it is, or falling to zero at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
+    mixed_precision: Literal["bf16"] | None = None
+    """Compute in bfloat16 under autocast; weights and optimizer states are float32 either way."""
+    seed: int = 0
+    """Seeds the order of the samples and all random numbers."""
+    eval_every: int = 0
+    """Measure the held-out losses before the first step, every so many steps and after the last; 0: never."""
+    checkpoint_every: int = 0
+    """Write a checkpoint every so many steps and after the last; 0: never."""
+    keep_checkpoints: int | None = None
+    """Keep only the newest so many checkpoints; null: all."""
+    resume: str | None = None
+    """Go on from a checkpoint: `latest` of output_dir, or its path."""
+    report_to: tuple[str, ...] = ()
+    """Trackers of Accelerate that get the metrics too, such as tensorboard or wandb."""
+
+    def __post_init__(self) -> None:
+        def need(condition: bool, name: str, expected: str) -> None:
+            if not condition:
+                raise ValueError(f"settings.{name}: expected {expected}, got {getattr(self, name)!r}")
+
+        for name in ("steps", "batch_size", "accumulation_steps"):
+            need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("weight_decay", "seed", "eval_every", "checkpoint_every"):
+            need(getattr(self, name) >= 0, name, "0 or more")
+        need(self.learning_rate > 0, "learning_rate", "a positive number")
+        need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
+        need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a positive number or null")
+        need(0 <= self.warmup_steps < self.steps, "warmup_steps", f"0 or more, and less than steps ({self.steps})")
+        for name in ("eval_every", "checkpoint_every"):
+            need(getattr(self, name) <= self.steps, name, f"at most steps ({self.steps})")
+        need(self.keep_checkpoints is None or self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1, or null")
+        need(self.keep_checkpoints is None or self.checkpoint_every > 0, "keep_checkpoints", "null without checkpoint_every")
+
+    def check_eval(self, has_eval: bool) -> None:
+        """For recipes: held-out data and eval_every need each other.
+
+        Raises:
+            ValueError: one of them has no effect.
+        """
+        if has_eval and not self.eval_every:
+            raise ValueError("settings.eval_every: expected at least 1, since there is held-out data, got 0")
+        if self.eval_every and not has_eval:
+            raise ValueError(f"settings.eval_every: expected 0, since there is no held-out data, got {self.eval_every}")

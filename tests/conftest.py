@@ -1,0 +1,20 @@
+"""What every test gets: no network, few threads, and a skip where it needs a GPU and there is none."""
+
+import os
+
+# Read once, when torch and the Hugging Face libraries are imported; child processes inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Test tensors are tiny: more threads wait for each other, and their number would change sums from machine to machine.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -1,0 +1,172 @@
+"""What `attention` and `QuantSpec` refuse, with what words; and QuantSpec as JSON."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+
+from qat_kernels import NVFP4, QuantSpec, attention
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+Q, KV = (2, 4, 5, 32), (2, 2, 7, 32)
+WRONG_CALLS = {
+    "q without heads": (
+        {"q": tensor(2, 5, 32)},
+        r"q: expected a tensor \[batch, heads, length, head_dim\], got shape \(2, 5, 32\)",
+    ),
+    "v with five dimensions": ({"v": tensor(1, *KV)}, r"v: expected a tensor \[.*\], got shape \(1, 2, 2, 7, 32\)"),
+    "k that is a list": ({"k": [1.0]}, r"k: expected a tensor \[.*\], got <class 'list'>"),
+    "k and v of different lengths": (
+        {"v": tensor(2, 2, 6, 32)},
+        r"shapes of k and v: expected equal shapes \[B, Hk, Lk, D\], got \(2, 2, 7, 32\) and \(2, 2, 6, 32\)",
+    ),
+    "k and v of different heads": (
+        {"k": tensor(2, 4, 7, 32)},
+        r"shapes of k and v: expected equal shapes \[B, Hk, Lk, D\], got \(2, 4, 7, 32\) and \(2, 2, 7, 32\)",
+    ),
+    "another batch": (
+        {"k": tensor(3, 2, 7, 32), "v": tensor(3, 2, 7, 32)},
+        r"shape of k: expected \[2, Hk, Lk, 32\], batch and head_dim as in q, got \(3, 2, 7, 32\)",
+    ),
+    "another head dim": (
+        {"k": tensor(2, 2, 7, 16), "v": tensor(2, 2, 7, 16)},
+        r"shape of k: expected \[2, Hk, Lk, 32\], batch and head_dim as in q, got \(2, 2, 7, 16\)",
+    ),
+    "heads that do not divide": (
+        {"k": tensor(2, 3, 7, 32), "v": tensor(2, 3, 7, 32)},
+        r"heads: expected the query heads to be a multiple of the key heads, got 4 and 3",
+    ),
+    "more key heads than heads": (
+        {"k": tensor(2, 8, 7, 32), "v": tensor(2, 8, 7, 32)},
+        r"heads: expected the query heads to be a multiple of the key heads, got 4 and 8",
+    ),
+    "no key heads": ({"k": tensor(2, 0, 7, 32), "v": tensor(2, 0, 7, 32)}, r"heads: expected .*, got 4 and 0"),
+    **{
+        f"head dim {d}": (
+            {name: tensor(2, 2, 5, d) for name in "qkv"},
+            rf"head_dim: expected a multiple of 16 from 16 to 256; pad q, k and v and pass scale, got {d}$",
+        )
+        for d in (0, 8, 24, 272)
+    },
+    "mixed dtypes": (
+        {"k": tensor(*KV, dtype=torch.bfloat16)},
+        r"dtypes of q, k, v: expected one of .* for all three; cast them first, got torch.float32, torch.bfloat16, torch.float32",
+    ),
+    "another dtype of v": (
+        {"v": tensor(*KV, dtype=torch.float64)},
+        r"dtypes of q, k, v: expected .*, got .*float32, .*float32, .*float64",
+    ),
+    "integers": (
+        {"q": tensor(*Q, dtype=torch.int32), "k": tensor(*KV, dtype=torch.int32), "v": tensor(*KV, dtype=torch.int32)},
+        r"dtypes of q, k, v: expected one of float32, float16, bfloat16 .*, got torch.int32, torch.int32, torch.int32",
+    ),
+    "mixed devices": ({"k": tensor(*KV, device="meta")}, r"devices of q, k, v: expected one device, got cpu, meta, cpu"),
+    "v elsewhere": ({"v": tensor(*KV, device="meta")}, r"devices of q, k, v: expected one device, got cpu, cpu, meta"),
+    "a float mask": (
+        {"key_mask": tensor(2, 7)},
+        r"key_mask: expected bool \[2, 7\] on cpu, True where .*, got torch.float32 \(2, 7\) on cpu",
+    ),
+    "a mask of one row": (
+        {"key_mask": tensor(7, dtype=torch.bool)},
+        r"key_mask: expected bool \[2, 7\] .*, got torch.bool \(7,\) on cpu",
+    ),
+    "a mask per query": (
+        {"key_mask": tensor(2, 5, 7, dtype=torch.bool)},
+        r"key_mask: expected bool \[2, 7\] .*, got torch.bool \(2, 5, 7\) on cpu",
+    ),
+    "a mask elsewhere": (
+        {"key_mask": tensor(2, 7, dtype=torch.bool, device="meta")},
+        r"key_mask: expected .* on cpu.*, got .* on meta",
+    ),
+    "a shift of bfloat16": (
+        {"k_shift": tensor(2, 32, dtype=torch.bfloat16)},
+        r"k_shift: expected float32 \[2, 32\] on cpu, got torch.bfloat16 \(2, 32\) on cpu",
+    ),
+    "a shift per query head": (
+        {"k_shift": tensor(4, 32)},
+        r"k_shift: expected float32 \[2, 32\] on cpu, got torch.float32 \(4, 32\) on cpu",
+    ),
+    "a shift elsewhere": ({"k_shift": tensor(2, 32, device="meta")}, r"k_shift: expected .* on cpu, got .* on meta"),
+    "a rotation of 48": (
+        {"q": tensor(2, 4, 5, 48), "k": tensor(2, 2, 7, 48), "v": tensor(2, 2, 7, 48), "spec": QuantSpec(rotate=True)},
+        r"head_dim with QuantSpec\(rotate=True\): expected a power of two, got 48",
+    ),
+    **{
+        f"packed sequences by {name}": (
+            {name: value},
+            r"packed sequences \(cu_seqlens_\*, max_seqlen_\*\) are not supported .*key_mask",
+        )
+        for name, value in {
+            "cu_seqlens_q": torch.tensor([0, 5]),
+            "cu_seqlens_k": torch.tensor([0, 7]),
+            "max_seqlen_q": 5,
+            "max_seqlen_k": 7,
+        }.items()
+    },
+    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, got 'cuda'"),
+    "a spec by name": ({"spec": "nvfp4"}, r"spec: expected a QuantSpec, got 'nvfp4'"),
+    "no spec": ({"spec": None}, r"spec: expected a QuantSpec, got None"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_calls_say_what_was_expected(name):
+    changes, message = WRONG_CALLS[name]
+    arguments = {"q": tensor(*Q), "k": tensor(*KV), "v": tensor(*KV)}
+    attention(**arguments)  # the call that is changed is a right one
+    with pytest.raises(ValueError, match=rf"^attention: {message}"):
+        attention(**arguments | changes)
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 256])
+def test_right_head_dims(head_dim):
+    q = tensor(1, 1, 2, head_dim)
+    assert attention(q, q, q).shape == q.shape
+
+
+def test_everything_after_the_tensors_is_by_keyword():
+    q = tensor(1, 1, 2, 16)
+    with pytest.raises(TypeError):
+        attention(q, q, q, NVFP4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pv": "fp8"}, r"QuantSpec.pv: expected one of nvfp4, bf16, got 'fp8'"),
+        ({"pv": None}, r"QuantSpec.pv: expected one of nvfp4, bf16, got None"),
+        ({"rotate": 1}, r"QuantSpec.rotate: expected True or False, got 1"),
+        ({"four_over_six": "yes"}, r"QuantSpec.four_over_six: expected True or False, got 'yes'"),
+    ],
+)
+def test_specs_with_unknown_values(fields, message):
+    with pytest.raises(ValueError, match=message):
+        QuantSpec(**fields)
+    with pytest.raises(ValueError, match=message):
+        QuantSpec.from_json(json.dumps(fields))
+
+
+def test_specs_are_frozen_and_by_keyword():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NVFP4.rotate = True
+    with pytest.raises(TypeError):
+        QuantSpec("bf16")
+    assert QuantSpec() == NVFP4
+    assert len({NVFP4, QuantSpec(), QuantSpec(rotate=True)}) == 2
+
+
+@pytest.mark.parametrize(
+    ("pv", "rotate", "four_over_six"), list(itertools.product(["nvfp4", "bf16"], [False, True], [False, True]))
+)
+def test_specs_as_json(pv, rotate, four_over_six):
+    spec = QuantSpec(pv=pv, rotate=rotate, four_over_six=four_over_six)
+    text = spec.to_json()
+    assert QuantSpec.from_json(text) == spec
+    assert json.loads(text) == dataclasses.asdict(spec)  # every field, as JSON
+    assert text == json.dumps(dataclasses.asdict(spec), sort_keys=True)

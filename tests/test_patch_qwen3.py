@@ -1,0 +1,379 @@
+"""patch_model on Transformers language models: what changes, what does not, and the way back."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig, MistralConfig
+
+from qat_kernels import attention
+from qat_patch import AttnQATConfig, QuantSpec, get_handle, patch_model, transformers_adapter, unpatch_model
+from tiny_qwen3 import VOCAB, pad, tiny_llama, tiny_qwen3, token_ids
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The keyword arguments of every call of 4-bit attention."""
+    seen = []
+
+    def spy(q, k, v, **kwargs):
+        seen.append(kwargs | {"q": q, "k": k, "v": v})
+        return attention(q, k, v, **kwargs)
+
+    monkeypatch.setattr(transformers_adapter, "attention", spy)
+    return seen
+
+
+@pytest.mark.parametrize("build", [tiny_qwen3, tiny_llama])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_patch_and_unpatch_is_bit_equal(build, implementation, calls):
+    model, ids = build(), token_ids()
+    model.set_attn_implementation(implementation)
+    padded, mask = pad(ids, 5, "left")
+    before, before_padded = logits(model, ids), logits(model, padded, attention_mask=mask)
+    generated = model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+
+    handle = patch_model(model)
+    assert 1e-3 < relative(logits(model, ids), before) < 0.5
+    assert len(calls) == model.config.num_hidden_layers
+    assert list(model.state_dict()) == list(state)
+    with handle.disabled():
+        assert torch.equal(logits(model, ids), before)
+        assert torch.equal(logits(model, padded, attention_mask=mask), before_padded)
+        again = model.generate(padded, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        assert torch.equal(again, generated)
+    assert not torch.equal(logits(model, ids), before)
+
+    unpatch_model(model)
+    assert torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(model, padded, attention_mask=mask), before_padded)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert model.config._attn_implementation == implementation
+    assert get_handle(model) is None
+    assert not any(key.startswith("_qat") for module in model.modules() for key in module.__dict__)
+
+
+def test_receipt_names_every_module():
+    model = tiny_qwen3()
+    handle = patch_model(model, AttnQATConfig(exclude=["model.layers.1.*"], spec=QuantSpec(rotate=True, pv="bf16")))
+    assert list(handle.patched) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+    assert handle.skipped == {"model.layers.1.self_attn": "excluded by 'model.layers.1.*'"}
+    receipt = str(handle)
+    assert "4-bit attention in 2 of 3 attention modules" in receipt
+    for name in (*handle.patched, *handle.skipped):
+        assert name in receipt
+    assert "QK nvfp4, PV bf16, rotate" in receipt
+    assert get_handle(model) is handle
+
+
+def test_excluded_layers_run_the_original_attention(calls):
+    ids, padded, mask = token_ids(), *pad(token_ids(), 5, "right")
+    for implementation in ("sdpa", "eager"):
+        model = tiny_qwen3()
+        model.set_attn_implementation(implementation)
+        captured = {}
+
+        def capture(module, args, output, into=captured):
+            into[module.layer_idx] = output[0].detach()
+
+        hooks = [layer.self_attn.register_forward_hook(capture) for layer in model.model.layers]
+        logits(model, ids), logits(model, padded, attention_mask=mask)
+        first = captured[0]
+        patch_model(model, AttnQATConfig(include=["*.1.*", "*.2.*"]))
+        calls.clear()
+        logits(model, padded, attention_mask=mask)
+        assert len(calls) == 2
+        assert torch.equal(captured[0], first)
+        for hook in hooks:
+            hook.remove()
+
+
+def test_two_models_in_one_process_are_independent(calls):
+    first, second, third = tiny_qwen3(seed=1), tiny_qwen3(seed=2), tiny_qwen3(seed=3)
+    ids = token_ids()
+    stock = logits(third, ids)
+    patch_model(first, AttnQATConfig(spec=QuantSpec(rotate=True)))
+    patch_model(second, AttnQATConfig(spec=QuantSpec(pv="bf16"), exclude=["*.0.*"]))
+    logits(first, ids)
+    assert [call["spec"] for call in calls] == [QuantSpec(rotate=True)] * 3
+    calls.clear()
+    logits(second, ids)
+    assert [call["spec"] for call in calls] == [QuantSpec(pv="bf16")] * 2
+    calls.clear()
+    assert torch.equal(logits(third, ids), stock)
+    assert not calls
+    unpatch_model(first)
+    logits(second, ids)
+    assert len(calls) == 2
+
+
+def test_a_shared_config_object_does_not_leak_the_patch(calls):
+    model = tiny_qwen3()
+    twin = type(model)(model.config).eval()
+    twin.load_state_dict(model.state_dict())
+    ids = token_ids()
+    stock = logits(twin, ids)
+    shared = model.config is twin.config
+    patch_model(model)
+    assert torch.equal(logits(twin, ids), stock)
+    assert not calls
+    if shared:
+        with pytest.raises(ValueError, match="config already names 4-bit attention"):
+            patch_model(twin)
+
+
+def test_deep_copy_is_patched_and_unpatches_alone():
+    model, ids = tiny_qwen3(), token_ids()
+    before = logits(model, ids)
+    handle = patch_model(model)
+    patched = logits(model, ids)
+    clone = copy.deepcopy(model)
+    assert torch.equal(logits(clone, ids), patched)
+    with get_handle(clone).disabled():
+        assert torch.equal(logits(clone, ids), before)
+        assert torch.equal(logits(model, ids), patched)
+    unpatch_model(clone)
+    assert torch.equal(logits(clone, ids), before)
+    assert torch.equal(logits(model, ids), patched)
+    assert get_handle(model) is handle
+
+
+def test_context_manager_and_wrappers():
+    model, ids = tiny_qwen3(), token_ids()
+    before = logits(model, ids)
+    wrapped = torch.nn.Sequential(model)
+    with patch_model(wrapped) as handle:
+        assert get_handle(model) is get_handle(wrapped) is handle
+        with handle.disabled(), handle.disabled():
+            pass
+        assert not torch.equal(logits(model, ids), before)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_a_failure_half_way_undoes_everything(monkeypatch):
+    model, ids = tiny_qwen3(), token_ids()
+    before = logits(model, ids)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("half-way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "set_attn_implementation", fail)
+        with pytest.raises(RuntimeError, match="half-way"):
+            patch_model(model)
+    assert get_handle(model) is None
+    assert torch.equal(logits(model, ids), before)
+    patch_model(model)
+
+
+@pytest.mark.parametrize("position", [10, 33, 49])
+def test_future_tokens_change_nothing(position):
+    model, ids = tiny_qwen3(), token_ids()
+    patch_model(model)
+    changed = ids.clone()
+    changed[:, position:] = (changed[:, position:] + 7) % VOCAB
+    assert torch.equal(logits(model, ids)[:, :position], logits(model, changed)[:, :position])
+    assert not torch.equal(logits(model, ids)[:, position:], logits(model, changed)[:, position:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(side, calls):
+    model, ids = tiny_qwen3(torch.float64), token_ids()
+    patch_model(model)
+    padded, mask = pad(ids, 7, side)
+    real = slice(7, None) if side == "left" else slice(0, 50)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # as generate does; rotated keys are quantized keys
+    out = logits(model, padded, attention_mask=mask, position_ids=positions)[:, real]
+    assert relative(out, logits(model, ids)) < 1e-9
+    assert calls[0]["key_mask"].shape == (2, 57)
+    assert calls[-1]["key_mask"] is None
+    # an all-ones mask is no mask
+    calls.clear()
+    logits(model, ids, attention_mask=torch.ones_like(ids))
+    assert all(call["key_mask"] is None for call in calls)
+
+
+def greedy(model, ids, steps, **kwargs):
+    return model.generate(ids, max_new_tokens=steps, do_sample=False, pad_token_id=0, **kwargs)
+
+
+def test_generation_with_a_cache_equals_full_recomputation_in_float64(calls):
+    model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
+    patch_model(model)
+    full = greedy(model, ids, 40, use_cache=False)
+    assert torch.equal(greedy(model, ids, 40), full)
+    assert {call["q"].shape[2] for call in calls[-60:]} == {1}
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(greedy(model, ids, 40, **static), full)
+    padded, mask = pad(ids, 9, "left")
+    for options in ({}, static):
+        assert torch.equal(greedy(model, padded, 40, attention_mask=mask, **options)[:, 9:], full)
+
+
+def test_cached_generation_agrees_teacher_forced_in_float32():
+    model, ids = tiny_qwen3(), token_ids(batch=4, length=20)
+    patch_model(model)
+    tokens = greedy(model, ids, 60)
+    full = logits(model, tokens[:, :-1])[:, 19:]
+    cached, cache = [], None
+    with torch.no_grad():
+        for position in range(19, tokens.shape[1] - 1):
+            inputs = tokens[:, : position + 1] if cache is None else tokens[:, position : position + 1]
+            step = model(inputs, past_key_values=cache, use_cache=True)
+            cache = step.past_key_values
+            cached.append(step.logits[:, -1])
+    agreement = (torch.stack(cached, 1).argmax(-1) == full.argmax(-1)).double().mean().item()
+    assert agreement >= 0.98
+
+
+def test_continuation_of_several_tokens_on_a_cache():
+    model, ids = tiny_qwen3(torch.float64), token_ids()
+    patch_model(model)
+    full = logits(model, ids)
+    for options in ({}, {"attention_mask": torch.ones_like(ids)}):
+        with torch.no_grad():
+            head = model(ids[:, :30], use_cache=True)
+            tail = model(ids[:, 30:], past_key_values=head.past_key_values, **options)
+        assert relative(torch.cat((head.logits, tail.logits), 1), full) < 1e-9
+
+
+def test_training_step_reaches_every_parameter():
+    model, ids = tiny_qwen3().train(), token_ids()
+    patch_model(model)
+    model.activation_checkpointing_enable()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.norm() > 0, name
+
+
+def test_autocast_casts_query_key_and_value(calls):
+    model, ids = tiny_qwen3(), token_ids()
+    patch_model(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model, ids, use_cache=False)
+    assert {call[name].dtype for call in calls for name in "qkv"} == {torch.bfloat16}
+
+
+def test_compile_without_graph_breaks():
+    model, ids = tiny_qwen3(), token_ids()
+    patch_model(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # Without a mask transformers cannot rule out packed samples while tracing, and asks for a block mask.
+    arguments = {"use_cache": False, "attention_mask": torch.ones_like(ids)}
+    assert relative(logits(compiled, ids, **arguments), logits(model, ids, **arguments)) < 1e-6
+    with pytest.raises(Exception, match="inside torch.compile pass attention_mask"):
+        logits(compiled, ids, use_cache=False)
+
+
+def test_another_original_implementation_is_said_once(caplog):
+    model = tiny_qwen3()
+    handle = patch_model(model)
+    for layer in handle.patched.values():
+        layer.original = "flash_attention_2"
+    transformers_adapter._log_sdpa.cache_clear()
+    with handle.disabled(), caplog.at_level(logging.WARNING):
+        logits(model, token_ids())
+    assert caplog.text.count("flash_attention_2") == 1
+
+
+# what cannot be patched -------------------------------------------------------------------------------------------------
+
+
+def build(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
+LLAMA = SMALL | {"num_key_value_heads": 2, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: build(MistralConfig(**LLAMA, sliding_window=16)), "a sliding window .16."),
+        (lambda: build(Gemma2Config(**LLAMA, head_dim=16)), "sliding window|soft cap"),
+        (lambda: build(GptOssConfig(**LLAMA, head_dim=16, num_local_experts=2)), "sliding window|sinks"),
+        (lambda: build(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB)), "found no attention"),
+        (lambda: tiny_qwen3(attention_dropout=0.1), "dropout .0.1."),
+        (lambda: tiny_qwen3(head_dim=24), "head_dim 24; expected a multiple of 16"),
+        (lambda: tiny_qwen3(use_sliding_window=True, sliding_window=16, max_window_layers=1), "a sliding window .16."),
+        (lambda: torch.nn.Linear(4, 4), "expected a model of"),
+        (lambda: "Qwen/Qwen3-0.6B", "expected a model of"),
+    ],
+)
+def test_models_that_are_refused(model, message):
+    model = model()
+    before = model.config._attn_implementation if hasattr(model, "config") else None
+    with pytest.raises(ValueError, match=message):
+        patch_model(model)
+    assert get_handle(model) is None
+    if before is not None:
+        assert model.config._attn_implementation == before
+
+
+def test_refused_layers_can_be_excluded(calls):
+    model = tiny_qwen3(use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    ids, (padded, mask) = token_ids(), pad(token_ids(), 5, "right")
+    patch_model(model, AttnQATConfig(include=["model.layers.0.*"]))
+    logits(model, ids)
+    assert len(calls) == 1
+    # the layers with a window got it: a token out of every window changes nothing but through layer 0
+    assert relative(logits(model, padded, attention_mask=mask)[:, :50], logits(model, ids)) < 1e-2
+
+
+def test_mistakes_in_patching():
+    model = tiny_qwen3()
+    with pytest.raises(ValueError, match="not patched"):
+        unpatch_model(model)
+    for field in ("include", "exclude"):
+        with pytest.raises(ValueError, match=rf"{field}: the pattern 'layers.9' matches no attention module"):
+            patch_model(model, AttnQATConfig(**{field: ["layers.9"]}))
+    with pytest.raises(ValueError, match="nothing to patch"):
+        patch_model(model, AttnQATConfig(exclude=["*"]))
+    patch_model(model)
+    for again in (model, torch.nn.Sequential(model)):
+        with pytest.raises(ValueError, match="patched already"):
+            patch_model(again)
+    with pytest.raises(ValueError, match="part of a patched model"):
+        patch_model(model.model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position_ids": torch.cat((torch.arange(20), torch.arange(30)))[None], "use_cache": False}, "packed samples"),
+        ({"position_ids": torch.cat((torch.arange(20), torch.arange(30)))[None]}, "packed samples"),
+        ({"attention_mask": torch.ones(2, 1, 50, 50, dtype=torch.bool)}, "unsupported mask"),
+        ({"attention_mask": torch.zeros(2, 1, 50, 50)}, "unsupported mask"),
+        ({"cu_seq_lens_q": torch.tensor([0, 50, 100]), "cu_seq_lens_k": torch.tensor([0, 50, 100])}, "cu_seq_lens_q"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+    ],
+)
+def test_calls_that_are_refused(arguments, message):
+    model = tiny_qwen3()
+    patch_model(model)
+    with pytest.raises(ValueError, match=message):
+        logits(model, token_ids(), **arguments)
+
+
+def test_dropout_set_after_patching_is_refused():
+    model = tiny_qwen3().train()
+    patch_model(model)
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="dropout"):
+        model(token_ids())
