@@ -5,6 +5,7 @@ from qat_kernels import NVFP4, QuantSpec
 from ._on_import import register_when_imported
 from .config import AttnQATConfig
 from .export import export_checkpoint
+from .hub import push_to_hub
 from .load import load_checkpoint
 from .patch import PatchHandle, get_handle, patch_model, unpatch_model
 
@@ -19,6 +20,7 @@ __all__ = [
     "get_handle",
     "load_checkpoint",
     "patch_model",
+    "push_to_hub",
     "unpatch_model",
 ]
 

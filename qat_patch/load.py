@@ -29,54 +29,68 @@ def load_checkpoint(folder: str | Path, *, dtype: torch.dtype | str = "auto", de
         ValueError: the folder is no export of this package, or its config and weights do not belong together.
     """
     folder = Path(folder)
+    blocks = read_blocks(folder)
     if (folder / "model_index.json").is_file():
-        model = _load_pipeline(folder, dtype)
+        model = _load_pipeline(folder, blocks, dtype)
     elif (folder / ADAPTER_FILE).is_file():
-        model = _load_adapters(folder, dtype)
+        model = _load_adapters(folder, blocks[""], dtype)
     else:
-        model = _load_model(folder, dtype)
+        model = _load_model(folder, blocks[""], dtype)
+    for name, block in blocks.items():
+        part = getattr(model, name) if name else model
+        block.check_modules(list(get_handle(part).patched))
+        if torch.device(device or "cpu").type == "cpu":
+            _align(part)
     return model if device is None else model.to(device)
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str) -> torch.nn.Module:
-    config = _read_json(folder / "config.json")
-    host = "diffusers" if "_class_name" in config else "transformers"
-    block = _checked_block(folder, config.get(CONFIG_KEYS[host]))
-    if host == "diffusers":
+def read_blocks(folder: Path) -> dict[str, AttentionBlock]:
+    """The attention blocks of an export by subfolder: one under "" for a model or adapters, one a transformer for a pipeline.
+
+    Raises:
+        ValueError: the folder is no export of this package, or its config and weights do not belong together.
+    """
+    if (folder / "model_index.json").is_file():
+        configs = {file.parent.name: _read_json(file) for file in sorted(folder.glob("*/config.json"))}
+        stored = {name: config.get(CONFIG_KEYS["diffusers"]) for name, config in configs.items()}
+        blocks = {name: block for name, block in stored.items() if AttentionBlock.is_ours(block)}
+        if not blocks:
+            raise ValueError(
+                f"load_checkpoint: no model in {folder} has an attention block of qat_patch; load it with diffusers and call "
+                "patch_model"
+            )
+    elif (folder / ADAPTER_FILE).is_file():
+        blocks = {"": _read_json(folder / ADAPTER_FILE).get("attention")}
+    else:
+        config = _read_json(folder / "config.json")
+        blocks = {"": config.get(CONFIG_KEYS["diffusers" if "_class_name" in config else "transformers"])}
+    return {name: _checked_block(folder / name, block) for name, block in blocks.items()}
+
+
+def _load_model(folder: Path, block: AttentionBlock, dtype: torch.dtype | str) -> torch.nn.Module:
+    if "_class_name" in _read_json(folder / "config.json"):
         from diffusers import AutoModel
 
-        model = AutoModel.from_pretrained(folder, local_files_only=True, **_torch_dtype(dtype))
+        model = AutoModel.from_pretrained(str(folder), local_files_only=True, **_torch_dtype(dtype))
         patch_model(model, block.config)
     else:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)  # our quantizer patches it
-    block.check_modules(list(get_handle(model).patched))
     return model.eval()
 
 
-def _load_pipeline(folder: Path, dtype: torch.dtype | str) -> Any:
-    blocks = {}
-    for file in sorted(folder.glob("*/config.json")):
-        if AttentionBlock.is_ours(stored := _read_json(file).get(CONFIG_KEYS["diffusers"])):
-            blocks[file.parent.name] = _checked_block(file.parent, stored)
-    if not blocks:
-        raise ValueError(
-            f"load_checkpoint: no model in {folder} has an attention block of qat_patch; load it with diffusers and call "
-            "patch_model"
-        )
+def _load_pipeline(folder: Path, blocks: dict[str, AttentionBlock], dtype: torch.dtype | str) -> Any:
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **_torch_dtype(dtype))
     for name, block in blocks.items():
-        block.check_modules(list(patch_model(getattr(pipeline, name), block.config).patched))
+        patch_model(getattr(pipeline, name), block.config)
     return pipeline
 
 
-def _load_adapters(folder: Path, dtype: torch.dtype | str) -> torch.nn.Module:
-    content = _read_json(folder / ADAPTER_FILE)
-    block = _checked_block(folder, content.get("attention"))
-    base = content["base_model"]
+def _load_adapters(folder: Path, block: AttentionBlock, dtype: torch.dtype | str) -> torch.nn.Module:
+    base = _read_json(folder / ADAPTER_FILE)["base_model"]
     if (folder / "adapter_config.json").is_file():
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -87,12 +101,19 @@ def _load_adapters(folder: Path, dtype: torch.dtype | str) -> torch.nn.Module:
     else:
         from diffusers import AutoModel
 
-        subfolder = {"subfolder": "transformer"} if not (Path(base) / "config.json").is_file() else {}
+        subfolder = {} if (Path(base) / "config.json").is_file() else {"subfolder": "transformer"}
         model = AutoModel.from_pretrained(base, **subfolder, **_torch_dtype(dtype))
         patch_model(model, block.config)
-        model.load_lora_adapter(folder, prefix=None)
-    block.check_modules(list(get_handle(model).patched))
+        model.load_lora_adapter(str(folder), prefix=None, weight_name="pytorch_lora_weights.safetensors")
     return model.eval()
+
+
+def _align(model: torch.nn.Module) -> None:
+    """Move weights out of the mapped file: there they start at any address, and CPU matrix products round by address."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
 
 
 def _torch_dtype(dtype: torch.dtype | str) -> dict[str, Any]:

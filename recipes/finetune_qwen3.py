@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loop import train
-from qat_patch import export_checkpoint, get_handle, patch_model, unpatch_model
+from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
 from settings import read_settings
 from text_data import TextSettings, load_blocks
 from training_settings import TrainingSettings
@@ -57,18 +57,16 @@ class LanguageModeling:
     """Next-token prediction with full fine-tuning: the task of the loop."""
 
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
-        source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision or "main"}
+        self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision or "main"}
         self.settings = settings
-        self.tokenizer = AutoTokenizer.from_pretrained(**source)
+        self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         # Files that have to be downloaded or cached are so once.
         with accelerator.main_process_first():
             self.train_data, self.eval_data = load_blocks(settings.data, self.tokenizer)
         # Master weights: autocast makes the copies that mixed precision computes with.
-        self.model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        if get_handle(self.model) is not None:
-            # An export of ours is patched as it was exported; here the settings say how.
-            unpatch_model(self.model)
-        self.handle = patch_model(self.model, settings.qat)
+        self.model = AutoModelForCausalLM.from_pretrained(**self.source, dtype=torch.float32)
+        self.model_class = type(self.model)  # sharding will change it
+        self.handle = self._patch(self.model)
         if settings.model.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
 
@@ -81,17 +79,30 @@ class LanguageModeling:
     def tokens(batch: dict[str, torch.Tensor]) -> int:
         return batch["input_ids"].numel()
 
-    def export(self, folder: Path, training: dict[str, Any], metrics: dict[str, float]) -> None:
-        source = self.settings.model
+    def export(
+        self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
+    ) -> None:
+        model, path = self.model, self.settings.model.path
+        if weights is not None:
+            config = AutoConfig.from_pretrained(**self.source)
+            model = self.model_class.from_pretrained(None, config=config, state_dict=weights, dtype=torch.float32)
+            model.generation_config = self.model.generation_config
+            self._patch(model)
         export_checkpoint(
-            self.model,
+            model,
             folder,
             tokenizer=self.tokenizer,
             training=training,
             metrics=metrics,
-            base_model=None if Path(source.path).exists() else source.path,
-            dtype=getattr(torch, source.export_dtype),
+            base_model=None if Path(path).exists() else path,
+            dtype=getattr(torch, self.settings.model.export_dtype),
         )
+
+    def _patch(self, model: torch.nn.Module) -> PatchHandle:
+        if get_handle(model) is not None:
+            # An export of ours is patched as it was exported; here the settings say how.
+            unpatch_model(model)
+        return patch_model(model, self.settings.qat)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, find_batch_size, set_seed
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -47,8 +48,13 @@ class Task(Protocol):
     def tokens(self, batch: Any) -> int:
         """Number of tokens in a batch."""
 
-    def export(self, folder: Path, training: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Write the trained model with what is known about the run. Only the main process calls this."""
+    def export(
+        self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
+    ) -> None:
+        """Write the trained model with what is known about the run. Only the main process calls this.
+
+        `weights` is the whole state_dict if the model is sharded over processes, else None.
+        """
 
 
 class ShuffledBatches(Sampler[list[int]]):
@@ -136,9 +142,10 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
 
     accelerator.wait_for_everyone()
     summary = log.summary()
+    weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None  # all processes take part
     if accelerator.is_main_process:
         chosen = {name: x for name, x in flatten(to_dict(settings)).items() if x is not None and name not in _BOOKKEEPING}
-        task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary)
+        task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary, weights)
     accelerator.end_training()
     return summary
 
@@ -216,10 +223,16 @@ def _accelerator(settings: TrainingSettings) -> Accelerator:
         log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")),
     )
-    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in supported:
+    supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+    kind = accelerator.distributed_type
+    if kind not in supported or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         expected = ", ".join(kind.value for kind in supported)
-        raise ValueError(f"accelerate launch asks for {accelerator.distributed_type.value}; expected one of {expected}")
+        raise ValueError(f"accelerate launch asks for {kind.value}; expected one of {expected}, the last with fsdp_version 2")
+    if accelerator.is_fsdp2 and settings.mixed_precision:
+        # Accelerate's policy would also round the loss and sum gradients up in bfloat16.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
     # Accelerate leaves out trackers that are not installed, and says so to nobody.
     missing = set(settings.report_to) - {"all", *(str(tracker) for tracker in accelerator.log_with)}
     if missing:

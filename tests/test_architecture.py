@@ -23,6 +23,7 @@ LIBRARY = (
     # Imported only once transformers is: the last test below makes sure.
     ("qat_patch/quantizer.py", PATCH | {"transformers"}, set()),
     ("qat_patch/card.py", PATCH, {"huggingface_hub"}),
+    ("qat_patch/hub.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/load.py", PATCH, {"diffusers", "peft", "transformers"}),
     ("qat_patch/**/*.py", PATCH, set()),
 )

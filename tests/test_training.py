@@ -348,7 +348,7 @@ class NoisyTask:
     def tokens(self, batch):
         return batch[0].numel()
 
-    def export(self, folder, training, metrics):
+    def export(self, folder, training, metrics, weights):
         folder.mkdir()
 
 

@@ -222,6 +222,9 @@ def test_bfloat16_is_stored_and_comes_from_the_same_float32_latents(models, clip
     for exact, rounded in zip(EncodedClips(prepared), EncodedClips(tmp_path), strict=True):
         assert torch.equal(rounded["latents"], exact["latents"].bfloat16())
         assert rounded["prompt_embeds"].dtype == torch.bfloat16
+    pipe = prepare_wan_data.load_pipeline(str(models / "i2v"), torch.bfloat16, "cpu")
+    types = pipe.text_encoder.dtype, pipe.vae.dtype, pipe.image_encoder.dtype
+    assert types == (torch.bfloat16, torch.float32, torch.float32)
 
 
 # What a clip is made of -----------------------------------------------------------------------------------------------
