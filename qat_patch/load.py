@@ -71,7 +71,7 @@ def _load_model(folder: Path, block: AttentionBlock, dtype: torch.dtype | str) -
     if "_class_name" in _read_json(folder / "config.json"):
         from diffusers import AutoModel
 
-        model = AutoModel.from_pretrained(str(folder), local_files_only=True, **_torch_dtype(dtype))
+        model = AutoModel.from_pretrained(str(folder), local_files_only=True, **_dtype(dtype))
         patch_model(model, block.config)
     else:
         from transformers import AutoModelForCausalLM
@@ -83,7 +83,7 @@ def _load_model(folder: Path, block: AttentionBlock, dtype: torch.dtype | str) -
 def _load_pipeline(folder: Path, blocks: dict[str, AttentionBlock], dtype: torch.dtype | str) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **_torch_dtype(dtype))
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **_dtype(dtype))
     for name, block in blocks.items():
         patch_model(getattr(pipeline, name), block.config)
     return pipeline
@@ -102,7 +102,7 @@ def _load_adapters(folder: Path, block: AttentionBlock, dtype: torch.dtype | str
         from diffusers import AutoModel
 
         subfolder = {} if (Path(base) / "config.json").is_file() else {"subfolder": "transformer"}
-        model = AutoModel.from_pretrained(base, **subfolder, **_torch_dtype(dtype))
+        model = AutoModel.from_pretrained(base, **subfolder, **_dtype(dtype))
         patch_model(model, block.config)
         model.load_lora_adapter(str(folder), prefix=None, weight_name="pytorch_lora_weights.safetensors")
     return model.eval()
@@ -116,9 +116,9 @@ def _align(model: torch.nn.Module) -> None:
                 parameter.data = parameter.data.clone()
 
 
-def _torch_dtype(dtype: torch.dtype | str) -> dict[str, Any]:
+def _dtype(dtype: torch.dtype | str) -> dict[str, Any]:
     """diffusers has no "auto"; without the argument it loads float32."""
-    return {} if dtype == "auto" else {"torch_dtype": dtype}
+    return {} if dtype == "auto" else {"dtype": dtype}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -161,11 +161,8 @@ def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool
         positions = torch.arange(query.shape[2], device=query.device)[None] + (key.shape[2] - query.shape[2])
     if key_mask is not None:
         first, order = _alignment(key_mask)
-        aligned_mask = key_mask.gather(1, order) & (
-            torch.arange(key_mask.shape[1], device=key.device) < key_mask.shape[1] - first
-        )
-        key, value = (torch.where(aligned_mask[:, None, :, None], _reorder(x, order), 0.0) for x in (key, value))
-        key_mask = aligned_mask
+        key_mask = key_mask.gather(1, order)  # what wraps around is excluded, being before the first allowed key
+        key, value = (torch.where(key_mask[:, None, :, None], _reorder(x, order), 0.0) for x in (key, value))
         positions = positions - first if causal else None
     # Contiguous, because a matrix product of strided operands may sum in another order: strides must not show in the bits.
     query, key, value = query.float().contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
