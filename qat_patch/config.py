@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qat_kernels import NVFP4, QuantSpec
+from qat_kernels.spec import GROUP_SIZE, MAX_HEAD_DIM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,21 @@ class AttnQATConfig:
     def from_json(cls, text: str) -> AttnQATConfig:
         """The config that `to_json` wrote."""
         return cls.from_dict(json.loads(text))
+
+
+def check_head_dim(name: str, head_dim: int | None, spec: QuantSpec) -> None:
+    """Raise a ValueError if a module's head dim, as far as the module tells it, is none that `spec` can quantize."""
+    if head_dim is None:
+        return
+    expected = None
+    if head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM:
+        expected = f"a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}"
+    elif spec.rotate and head_dim & (head_dim - 1):
+        expected = "a power of two, for QuantSpec(rotate=True)"
+    if expected is not None:
+        raise ValueError(
+            f"patch_model: {name} has head_dim {head_dim}; expected {expected}; exclude it with AttnQATConfig(exclude=[...])"
+        )
 
 
 def check_keys(what: str, values: Any, known: list[str]) -> None:

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qat_kernels import NVFP4, QuantSpec, attention
-from qat_kernels.spec import GROUP_SIZE, MAX_HEAD_DIM
 
 from .block import CONFIG_KEYS, AttentionBlock
-from .config import AttnQATConfig
+from .config import AttnQATConfig, check_head_dim
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,19 +81,14 @@ def reason_to_skip(module: torch.nn.Module) -> str | None:
     return f"its {type(module.processor).__name__} does not go through {MECHANISM}"
 
 
-def check(name: str, module: torch.nn.Module) -> None:
+def check(name: str, module: torch.nn.Module, spec: QuantSpec) -> None:
     """Raise a ValueError if 4-bit attention cannot compute what this module asks for."""
     if getattr(module.processor, "_parallel_config", None) is not None:
         raise ValueError(
             f"patch_model: {name} runs under context parallelism, which 4-bit attention cannot do; "
             "load the model without enable_parallelism"
         )
-    head_dim = _head_dim(module)
-    if head_dim is not None and (head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM):
-        raise ValueError(
-            f"patch_model: {name} has head_dim {head_dim}; expected a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}; "
-            "exclude it with AttnQATConfig(exclude=[...])"
-        )
+    check_head_dim(name, _head_dim(module), spec)
 
 
 def apply(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
@@ -132,8 +126,8 @@ def register_backend(spec: QuantSpec) -> AttentionBackendName:
     """The dispatcher's name for 4-bit attention with this spec; registers it when it is new.
 
     Diffusers has no public way to add a backend: the dispatcher knows them by the members of a closed enum. So this makes
-    a member and enters it where `Enum` keeps its own (the attribute serves pickle and torch.compile). It comes last, so
-    that a failure leaves nothing behind.
+    a member and enters it where `Enum` keeps its own (as an attribute too, which Python 3.12 and later do not look up in
+    `_member_map_`). It comes last, so that a failure leaves nothing behind.
 
     Raises:
         ValueError: this version of diffusers is not known to have such a dispatcher.

@@ -249,7 +249,7 @@ def _plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None) -> _P
     for name, module in names.items():
         reason = config.reason_to_skip(name) or adapter.reason_to_skip(module)
         if reason is None:
-            adapter.check(name, module)
+            adapter.check(name, module, config.spec)
         else:
             skipped[name] = reason
         layers.append(

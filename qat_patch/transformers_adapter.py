@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qat_kernels import attention
-from qat_kernels.spec import GROUP_SIZE, MAX_HEAD_DIM
+from qat_kernels import QuantSpec, attention
 
 from .block import CONFIG_KEYS, METHOD, AttentionBlock
-from .config import AttnQATConfig
+from .config import AttnQATConfig, check_head_dim
 
 if TYPE_CHECKING:
     from .patch import AttentionLayer
@@ -77,7 +76,7 @@ def reason_to_skip(module: torch.nn.Module) -> str | None:
     return None if module.is_causal else "not causal: only decoder self-attention is supported"
 
 
-def check(name: str, module: torch.nn.Module) -> None:
+def check(name: str, module: torch.nn.Module, spec: QuantSpec) -> None:
     """Raise a ValueError if 4-bit attention cannot compute what this module asks for."""
     config = module.config
     found = {
@@ -90,12 +89,7 @@ def check(name: str, module: torch.nn.Module) -> None:
         if value is not None:
             remedy = "set it to 0 in the config" if what == "dropout" else "exclude it with AttnQATConfig(exclude=[...])"
             raise ValueError(f"patch_model: {name} uses {what} ({value}), which 4-bit attention cannot do; {remedy}")
-    head_dim = getattr(module, "head_dim", None)
-    if head_dim is not None and (head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM):
-        raise ValueError(
-            f"patch_model: {name} has head_dim {head_dim}; expected a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}; "
-            "exclude it with AttnQATConfig(exclude=[...])"
-        )
+    check_head_dim(name, getattr(module, "head_dim", None), spec)
 
 
 def apply(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,8 @@ def check(folder: Path) -> dict[str, Any]:
             raise damaged(f"is incomplete: {name} is missing")
         if file.stat().st_size != recorded["bytes"]:
             raise damaged(f"is damaged: {name} has {file.stat().st_size} bytes and was written with {recorded['bytes']}")
-        if _sha256(file) != recorded["sha256"]:
+    for name, digest in _sha256(folder, files).items():
+        if digest != files[name]["sha256"]:
             raise damaged(f"is damaged: the content of {name} has changed since it was written")
     return state
 
@@ -97,11 +100,9 @@ def save(
     if accelerator.is_main_process:
         for file in attach:
             shutil.copyfile(file, aside / file.name)
-        files = {
-            file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(aside.rglob("*"))
-            if file.is_file()
-        }
+        names = sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*") if file.is_file())
+        digests = _sha256(aside, names)
+        files = {name: {"bytes": (aside / name).stat().st_size, "sha256": digests[name]} for name in names}
         manifest = {"format_version": FORMAT_VERSION, "state": state, "files": files}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in (*aside.rglob("*"), aside):
@@ -114,12 +115,17 @@ def save(
     accelerator.wait_for_everyone()
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        sha256 = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                sha256.update(chunk)
+        return sha256.hexdigest()
+
+    # Hashing lets other threads run, and the checkpoints of large models are many large files.
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
 
 
 def _sync(path: Path) -> None:

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from finetune_qwen3 import LanguageModeling
-from loop import evaluate
+from finetune_qwen3 import NextToken
+from objective import evaluate
 from qat_patch import get_handle, load_checkpoint
 from settings import read_settings
 from text_data import TextSource, load_source
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     model = load_checkpoint(settings.model, device=accelerator.device)
     blocks = load_source(settings.text, AutoTokenizer.from_pretrained(settings.model), settings.sequence_length)
     loader = accelerator.prepare(DataLoader(blocks, settings.batch_size))
-    losses = evaluate(model, get_handle(model), LanguageModeling.loss, loader, accelerator)
+    losses = evaluate(NextToken(), model, get_handle(model), loader, accelerator)
     accelerator.print(json.dumps(losses))
     return losses
 

@@ -11,74 +11,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, find_batch_size, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 import checkpoints
-from qat_patch import PatchHandle
+from adapters import has_adapters, save_adapters_only
+from objective import Teacher, evaluate, losses, make_teacher
 from settings import flatten, to_dict, to_yaml
+from task import Task
 from training_settings import TrainingSettings
 
 # Where and how often a run is saved changes nothing about what it learns: free to differ when it goes on.
 _BOOKKEEPING = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to"}
-
-
-class Task(Protocol):
-    """What a recipe trains."""
-
-    model: torch.nn.Module
-    """Patched, with float32 weights."""
-    handle: PatchHandle
-    """The patch of the model."""
-    train_data: Dataset
-    """Samples by index; torch's default collation makes batches of them."""
-    eval_data: Dataset | None
-    """Held-out samples, if eval_every is set."""
-
-    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        """Mean loss of a batch, a scalar. `model` is the task's, as Accelerate prepared it."""
-
-    def tokens(self, batch: Any) -> int:
-        """Number of tokens in a batch."""
-
-    def export(
-        self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
-    ) -> None:
-        """Write the trained model with what is known about the run. Only the main process calls this.
-
-        `weights` is the whole state_dict if the model is sharded over processes, else None.
-        """
-
-
-class ShuffledBatches(Sampler[list[int]]):
-    """Batches of indices, shuffled anew in every epoch, from batch number `start` of the run to `stop`.
-
-    The order follows from the seed alone, so that a resumed run goes on exactly where the other one stopped. Samples
-    that do not fill a batch sit out one epoch.
-    """
-
-    drop_last = True
-
-    def __init__(self, samples: int, batch_size: int, seed: int, start: int, stop: int) -> None:
-        self.samples, self.batch_size, self.seed, self.start, self.stop = samples, batch_size, seed, start, stop
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order: list[int] = []
-        for number in range(self.start, self.stop):
-            epoch, position = divmod(number, self.samples // self.batch_size)
-            if position == 0 or not order:
-                order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-            yield order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
 def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) -> dict[str, float]:
@@ -100,6 +51,9 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     checkpoint, done, tokens = _starting_point(settings, accelerator)
     set_seed(settings.seed, device_specific=True)
     task = make_task(accelerator)
+    teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
+    if has_adapters(task.model):
+        save_adapters_only(accelerator)
     loader, eval_loader = _loaders(settings, task, accelerator.num_processes, done)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in task.model.parameters() if parameter.requires_grad],
@@ -108,6 +62,9 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         weight_decay=settings.weight_decay,
     )
     model, optimizer, loader, eval_loader = accelerator.prepare(task.model, optimizer, loader, eval_loader)
+    if accelerator.is_fsdp2:
+        # Accelerate does so for other models: sharding casts weights, but not what is computed between the layers.
+        model.forward = accelerator.autocast()(model.forward)
     # Not prepared but registered: Accelerate would step it once a process.
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
@@ -115,17 +72,24 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
 
     accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
     log = _Log(settings, accelerator, checkpoint)
+
+    def measure() -> dict[str, float]:
+        return evaluate(task.objective, model, task.handle, eval_loader, accelerator, teacher=teacher, seed=settings.seed)
+
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-    elif eval_loader is not None:
-        log.write(0, evaluate(model, task.handle, task.loss, eval_loader, accelerator, settings.seed))
+        accelerator.load_state(str(checkpoint), strict=not has_adapters(task.model))
+    else:
+        if eval_loader is not None:
+            log.write(0, measure())
+        task.after_step(0)
     model.train()
     batches = iter(loader)
     steps = range(done + 1, settings.steps + 1)
     bar = tqdm(steps, initial=done, total=settings.steps, disable=not accelerator.is_local_main_process)
     for step in bar:
         began = time.perf_counter()
-        values = {"learning_rate": scheduler.get_last_lr()[0]} | _step(settings, task, accelerator, model, optimizer, batches)
+        values = {"learning_rate": scheduler.get_last_lr()[0]}
+        values |= _step(settings, task, teacher, accelerator, model, optimizer, batches)
         if not torch.tensor([values["loss"], values["grad_norm"]]).isfinite().all():
             raise FloatingPointError(f"step {step}: {values}; lower learning_rate, or raise warmup_steps")
         scheduler.step()
@@ -133,10 +97,11 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         values["peak_memory_gib"] = _peak_memory(accelerator.device)
         values["tokens"] = tokens = tokens + values["tokens"]
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s")
-        if eval_loader is not None and _due(step, settings.eval_every, settings.steps):
-            values |= evaluate(model, task.handle, task.loss, eval_loader, accelerator, settings.seed)
+        if eval_loader is not None and settings.is_due(settings.eval_every, step):
+            values |= measure()
         log.write(step, values)
-        if _due(step, settings.checkpoint_every, settings.steps):
+        task.after_step(step)
+        if settings.is_due(settings.checkpoint_every, step):
             state = {"step": step, "tokens": tokens, "processes": accelerator.num_processes, "settings": to_dict(settings)}
             checkpoints.save(accelerator, log.file.parent, step, state, attach=[log.file], keep=settings.keep_checkpoints)
 
@@ -148,35 +113,6 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary, weights)
     accelerator.end_training()
     return summary
-
-
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    handle: PatchHandle,
-    loss: Callable[[torch.nn.Module, Any], torch.Tensor],
-    loader: DataLoader,
-    accelerator: Accelerator,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Mean losses over held-out data: `eval_loss_original` with original and `eval_loss_fp4` with 4-bit attention.
-
-    Both see the same random numbers, and those of the training are left alone. With several processes the last batch
-    is filled up with samples from the front.
-    """
-    was_training = model.training
-    model.eval()
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    losses = {}
-    for name, attention in (("original", handle.disabled), ("fp4", contextlib.nullcontext)):
-        samples = []
-        with attention(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            for batch in loader:
-                samples.append(accelerator.gather_for_metrics(loss(model, batch).float().repeat(find_batch_size(batch))))
-        losses[f"eval_loss_{name}"] = torch.cat(samples).double().mean().item()
-    model.train(was_training)
-    return losses
 
 
 class _Log:
@@ -208,7 +144,7 @@ class _Log:
         records = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
         summary = {"train_loss": records[-1]["loss"]}
         for when, record in (("before", records[0]), ("after", records[-1])):
-            summary |= {f"{name}_{when}": value for name, value in record.items() if name.startswith("eval_loss")}
+            summary |= {f"{name}_{when}": value for name, value in record.items() if name.startswith("eval_")}
         return summary
 
 
@@ -268,51 +204,47 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
 
 
 def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, DataLoader | None]:
-    samples, batches_a_step = len(task.train_data), settings.accumulation_steps * processes
-    if samples < settings.batch_size:
-        raise ValueError(f"there are {samples} samples to train on, and batch_size is {settings.batch_size}; give more data")
-    order = ShuffledBatches(samples, settings.batch_size, settings.seed, done * batches_a_step, settings.steps * batches_a_step)
+    batches_a_step = settings.accumulation_steps * processes
     # With generators of their own the loaders draw nothing from the global one, which a checkpoint restores.
+    order = task.batches(done * batches_a_step, settings.steps * batches_a_step)
     loader = DataLoader(task.train_data, batch_sampler=order, generator=torch.Generator())
     if task.eval_data is None:
         return loader, None
-    return loader, DataLoader(task.eval_data, settings.batch_size, generator=torch.Generator())
+    return loader, DataLoader(task.eval_data, task.eval_batch_size, generator=torch.Generator())
 
 
 def _step(
     settings: TrainingSettings,
     task: Task,
+    teacher: Teacher | None,
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Any],
 ) -> dict[str, float]:
-    """One optimizer step: loss, averaged over batches and processes, gradient norm before clipping, and tokens."""
-    sums = torch.zeros(2, device=accelerator.device)
+    """One optimizer step: losses, averaged over batches and processes, gradient norm before clipping, and tokens."""
+    sums: dict[str, torch.Tensor] = {}
     limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
     # Around the backward pass too, where gradient checkpointing runs the forward pass again.
     with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
         for _ in range(settings.accumulation_steps):
             batch = next(batches)
             with accelerator.accumulate(model):
-                loss = task.loss(model, batch)
-                accelerator.backward(loss)
+                values = losses(task.objective, model, batch, teacher, settings.distillation)
+                accelerator.backward(values["loss"])
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
                 optimizer.step()
                 optimizer.zero_grad()
-            sums += sums.new_tensor([0, task.tokens(batch)])
-            sums[0] += loss.detach()
-    loss, tokens = accelerator.reduce(sums, "sum").tolist()
-    return {
-        "loss": loss / (settings.accumulation_steps * accelerator.num_processes),
-        "grad_norm": float(norm),
-        "tokens": int(tokens),
-    }
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return every > 0 and (step % every == 0 or step == last)
+            values["tokens"] = torch.tensor(task.tokens(batch))
+            for name, value in values.items():
+                value = value.detach().to(accelerator.device, torch.float32)
+                sums[name] = sums[name] + value if name in sums else value
+    totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist(), strict=True))
+    tokens = int(totals.pop("tokens"))
+    batches_a_step = settings.accumulation_steps * accelerator.num_processes
+    means = {name: total / batches_a_step for name, total in totals.items()}
+    return {**means, "grad_norm": float(norm), "tokens": tokens}
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import torch
+from torch.utils.data import Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +88,35 @@ class TextSettings:
     def has_eval(self) -> bool:
         """Whether there is held-out text."""
         return self.eval is not None or self.eval_fraction is not None
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """Batches of indices, shuffled anew in every epoch, from batch number `start` of the run to `stop`.
+
+    The order follows from the seed alone, so that a resumed run goes on exactly where the other one stopped. Samples
+    that do not fill a batch sit out one epoch.
+
+    Raises:
+        ValueError: there are not enough samples for one batch.
+    """
+
+    drop_last = True
+
+    def __init__(self, samples: int, batch_size: int, seed: int, start: int, stop: int) -> None:
+        if samples < batch_size:
+            raise ValueError(f"there are {samples} samples to train on, and batch_size is {batch_size}; give more data")
+        self.samples, self.batch_size, self.seed, self.start, self.stop = samples, batch_size, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order: list[int] = []
+        for number in range(self.start, self.stop):
+            epoch, position = divmod(number, self.samples // self.batch_size)
+            if position == 0 or not order:
+                order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+            yield order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
 def load_blocks(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, datasets.Dataset | None]:

@@ -24,6 +24,9 @@ class TrainingSettings:
     """Attention that the steps train through: 4-bit, or the model's own (a control run). Both are measured either way."""
     qat: AttnQATConfig = AttnQATConfig()
     """What is patched and what is quantized."""
+    distillation: float = 0.0
+    """How much the loss is the distance to the starting weights with original attention, the teacher: 0 is the loss of the
+    task alone, 1 the distance alone, in between they are mixed. Without adapters the teacher is a second model in memory."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -60,6 +63,12 @@ class TrainingSettings:
             need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("weight_decay", "seed", "eval_every", "checkpoint_every"):
             need(getattr(self, name) >= 0, name, "0 or more")
+        need(0 <= self.distillation <= 1, "distillation", "a number in [0, 1]")
+        need(
+            self.attention == "fp4" or self.distillation < 1,
+            "distillation",
+            "less than 1 with attention=original, since the model is its own teacher then and learns nothing",
+        )
         need(self.learning_rate > 0, "learning_rate", "a positive number")
         need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
         need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a positive number or null")
@@ -79,3 +88,7 @@ class TrainingSettings:
             raise ValueError("settings.eval_every: expected at least 1, since there is held-out data, got 0")
         if self.eval_every and not has_eval:
             raise ValueError(f"settings.eval_every: expected 0, since there is no held-out data, got {self.eval_every}")
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether what is done every so many steps (0: never) and after the last one is to be done after this step."""
+        return every > 0 and (step % every == 0 or step == self.steps)

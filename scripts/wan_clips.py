@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -135,31 +136,38 @@ def _from_pairs(folder: Path) -> dict[str, str]:
     for video in folder.rglob("*"):
         if video.suffix.lower() in VIDEO_SUFFIXES:
             text = video.with_suffix(".txt")
-            captions[video.relative_to(folder).as_posix()] = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+            captions[video.relative_to(folder).as_posix()] = _read_text(text).strip() if text.is_file() else ""
     return captions
 
 
 def _from_metadata(file: Path) -> dict[str, str]:
     """Captions by video, from a table; empty where there is none."""
     captions = {}
-    # Spreadsheets put a byte order mark in front.
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines) if file.suffix == ".csv" else map(_json_row, filter(str.strip, lines))
-        for number, row in enumerate(rows, 1):
-            where = f"--input: {file}, row {number}"
-            columns = [name for name in ("caption", "text") if name in row]
-            if "file_name" not in row or len(columns) != 1:
-                raise ValueError(f"{where}: expected file_name and either caption or text, got {', '.join(map(str, row))}")
-            source, caption = row["file_name"], row[columns[0]] or ""
-            if not isinstance(source, str) or not isinstance(caption, str):
-                raise ValueError(f"{where}: expected text in file_name and {columns[0]}, got {source!r} and {caption!r}")
-            path = PurePosixPath(source)
-            if not path.name or path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"{where}: expected the name of a file in the folder, got {source!r}")
-            if path.as_posix() in captions:
-                raise ValueError(f"{where}: {source} occurs twice; give a clip one caption")
-            captions[path.as_posix()] = caption.strip()
+    lines = io.StringIO(_read_text(file))
+    rows = csv.DictReader(lines) if file.suffix == ".csv" else map(_json_row, filter(str.strip, lines))
+    for number, row in enumerate(rows, 1):
+        where = f"--input: {file}, row {number}"
+        columns = [name for name in ("caption", "text") if name in row]
+        if "file_name" not in row or len(columns) != 1:
+            raise ValueError(f"{where}: expected file_name and either caption or text, got {', '.join(map(str, row))}")
+        source, caption = row["file_name"], row[columns[0]] or ""
+        if not isinstance(source, str) or not isinstance(caption, str):
+            raise ValueError(f"{where}: expected text in file_name and {columns[0]}, got {source!r} and {caption!r}")
+        path = PurePosixPath(source)
+        if not path.name or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{where}: expected the name of a file in the folder, got {source!r}")
+        if path.as_posix() in captions:
+            raise ValueError(f"{where}: {source} occurs twice; give a clip one caption")
+        captions[path.as_posix()] = caption.strip()
     return captions
+
+
+def _read_text(file: Path) -> str:
+    try:
+        # Spreadsheets put a byte order mark in front.
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--input: {file}: not UTF-8 text: {error}") from error
 
 
 def _json_row(line: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ HEADS = ((1, 1), (2, 2), (4, 2), (3, 1), (6, 3))
 MASKS = (None, "holes", "left", "right", "empty row")
 SPECS = (
     {},
-    {"causal": True},
+    {"causal": True, "heads": (2, 2)},
     {"pv": "bf16", "causal": True},
     {"causal": True, "rotate": True, "four_over_six": True, "shift": True},
     {"heads": (3, 1), "mask": "holes"},

@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Test tensors are tiny: more threads wait for each other, and their number would change sums from machine to machine.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -18,3 +18,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch):
+    """For tests that run recipes: on the CPU, and without what Accelerate keeps for the life of a process."""
+    from runs import reset_accelerate
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    reset_accelerate()

@@ -158,7 +158,8 @@ def test_what_masked_slots_hold_has_no_effect(mask, dtype, options):
     for bad in (torch.nan, torch.inf, -torch.inf, 3e38 if dtype == torch.float32 else 1e4):
         result = run(q, k.masked_fill(excluded, bad), v.masked_fill(excluded, bad), grad_out, **case.options())
         assert_same_bits(result, zeroed)
-    for grad in zeroed[2][1:]:
+    overflown = run(q, k, v, torch.full_like(grad_out, torch.nan), **case.options())
+    for grad in (*zeroed[2][1:], *overflown[2][1:]):
         assert not grad[excluded].any()
 
 

@@ -193,14 +193,6 @@ def test_gradient_checkpointing_gives_equal_gradients(options):
     assert_same_bits(torch.autograd.grad(checkpointed, leaves, grad_out), torch.autograd.grad(plain, leaves, grad_out))
 
 
-def test_shared_inputs_add_their_gradients():
-    """Self-attention without projections: q, k and v are one tensor."""
-    x, _, _, grad_out = Case(heads=(2, 2)).tensors()
-    _, _, (dq, dk, dv) = run(x, x.clone(), x.clone(), grad_out)
-    x.requires_grad_()
-    assert error(torch.autograd.grad(attention(x, x, x), x, grad_out)[0], dq + dk + dv) < 1e-14
-
-
 def test_double_backward_raises():
     q, k, v, grad_out = Case().tensors(requires_grad=True)
     (dq,) = torch.autograd.grad(attention(q, k, v), q, grad_out.requires_grad_(), create_graph=True)

@@ -2,8 +2,8 @@
 
 import shutil
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
-import httpx2
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
@@ -25,7 +25,7 @@ class FakeHub:
         if self.given is None:
             raise LocalTokenNotFoundError("Token is required")
         if self.given != "good":
-            raise HfHubHTTPError("401 Unauthorized", response=httpx2.Response(401, request=httpx2.Request("GET", "http://hub")))
+            raise HfHubHTTPError("401 Unauthorized", response=MagicMock())
         return {"name": "me"}
 
     def repo_exists(self, repo_id):

@@ -83,15 +83,14 @@ def test_ties_under_every_scale():
         assert_equal_to_oracle(-x)
 
 
-@pytest.mark.parametrize(
-    ("nudge", "pick"), [(1.0, lambda bits: bits + bits % 2), (1 - 1e-6, lambda b: b), (1 + 1e-6, lambda b: b + 1)]
-)
-def test_scales_round_to_nearest_even(nudge, pick):
-    """amax / 6 between two neighbouring E4M3 values: exactly in the middle, a little below and a little above."""
+@pytest.mark.parametrize(("towards", "pick"), [(None, lambda b: b + b % 2), (0.0, lambda b: b), (3e3, lambda b: b + 1)])
+def test_scales_round_to_nearest_even(towards, pick):
+    """amax / 6 in the middle of two neighbouring E4M3 values, and amax one float32 below and above: division, not * (1 / 6)."""
     bits = torch.arange(1, 126)
-    middle = (E4M3[bits] + E4M3[bits + 1]) / 2
     x = torch.zeros(125, 16)
-    x[:, 3] = middle * 6 * nudge
+    x[:, 3] = (E4M3[bits] + E4M3[bits + 1]) / 2 * 6
+    if towards is not None:
+        x[:, 3] = x[:, 3].nextafter(torch.tensor(towards))
     assert quantize(x).scales.view(torch.uint8).flatten().tolist() == pick(bits).tolist()
 
 

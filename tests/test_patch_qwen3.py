@@ -323,6 +323,13 @@ def test_models_that_are_refused(model, message):
         assert model.config._attn_implementation == before
 
 
+def test_rotation_needs_a_power_of_two():
+    model = tiny_qwen3(head_dim=48)
+    with pytest.raises(ValueError, match="head_dim 48; expected a power of two"):
+        patch_model(model, AttnQATConfig(spec=QuantSpec(rotate=True)))
+    patch_model(model)
+
+
 def test_refused_layers_can_be_excluded(calls):
     model = tiny_qwen3(use_sliding_window=True, sliding_window=16, max_window_layers=1)
     ids, (padded, mask) = token_ids(), pad(token_ids(), 5, "right")

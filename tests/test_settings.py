@@ -8,6 +8,7 @@ import pytest
 
 from evaluate_qwen3 import Settings as EvaluateSettings
 from finetune_qwen3 import Settings
+from finetune_wan import Settings as WanSettings
 from qat_patch import AttnQATConfig, QuantSpec
 from settings import flatten, from_dict, read_settings, to_dict, to_yaml
 
@@ -191,7 +192,8 @@ def test_shipped_configs_are_complete(config, monkeypatch, tmp_path):
     (tmp_path / "build/demo/train").mkdir(parents=True)
     (tmp_path / "build/demo/eval.txt").touch()
     monkeypatch.chdir(tmp_path)
-    assert read_settings(Settings, [f"--config={config}"]).attention == "fp4"
+    kind = WanSettings if config.stem.startswith("wan") else Settings
+    assert read_settings(kind, [f"--config={config}"]).attention == "fp4"
 
 
 def test_the_papers_settings():
@@ -201,3 +203,12 @@ def test_the_papers_settings():
     assert (read.steps, read.data.sequence_length, read.mixed_precision) == (4000, 8192, "bf16")
     assert (read.model.path, read.model.gradient_checkpointing) == ("Qwen/Qwen3-14B", True)
     assert (read.data.train.path, read.data.train.config) == ("allenai/c4", "en")
+
+
+@pytest.mark.parametrize(("size", "steps", "clips"), [("1_3b", 4000, 16), ("14b", 400, 32)])
+def test_the_papers_settings_for_video(size, steps, clips):
+    (config,) = (path for path in CONFIGS if path.stem == f"wan2_1_{size}")
+    read = read_settings(WanSettings, [f"--config={config}"])
+    assert (read.learning_rate, read.betas, read.weight_decay, read.max_grad_norm) == (1e-6, (0.9, 0.999), 0.01, 1.0)
+    assert (read.steps, 8 * read.batch_size * read.accumulation_steps) == (steps, clips)
+    assert (read.mixed_precision, read.model.gradient_checkpointing, read.timesteps.flow_shift) == ("bf16", True, None)

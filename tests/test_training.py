@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +10,33 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import load_file
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from torch.utils.data import TensorDataset
 
 import checkpoints
 import evaluate_qwen3
 import finetune_qwen3
-from loop import ShuffledBatches, train
+from loop import train
 from qat_patch import get_handle, load_checkpoint, patch_model, transformers_adapter
+from runs import (
+    SHARDED,
+    assert_same_run,
+    command_line,
+    log,
+    reset_accelerate,
+    run,
+    run_in_two_processes,
+    run_until_killed,
+    weights,
+)
+from task import Task
+from text_data import ShuffledBatches
 from tiny_qwen3 import VOCAB, tiny_qwen3, token_ids
 from tiny_recipe import write_inputs
 from training_settings import TrainingSettings
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "finetune_qwen3.py"
 # Three batches an epoch and two a step: every second step spans two epochs, and checkpoint-2 lies inside one.
@@ -42,14 +55,6 @@ RUN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
@@ -57,21 +62,13 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def command_line(inputs, output_dir, **changes):
-    settings = RUN | {
-        "output_dir": output_dir,
-        "model.path": inputs / "model",
-        "data.train.path": inputs / "train.txt",
-        "data.eval.path": inputs / "eval.txt",
-    }
-    return [f"{name}={value}" for name, value in (settings | changes).items() if value is not ...]
+def settings(inputs, output_dir, **changes):
+    places = {"model.path": inputs / "model", "data.train.path": inputs / "train.txt", "data.eval.path": inputs / "eval.txt"}
+    return RUN | {"output_dir": output_dir} | places | changes
 
 
 def finetune(inputs, output_dir, **changes):
-    summary = finetune_qwen3.main(command_line(inputs, output_dir, **changes))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return summary
+    return run(finetune_qwen3, settings(inputs, output_dir, **changes))
 
 
 # Without held-out text, checkpoints and the like: steps only.
@@ -86,22 +83,6 @@ def reference(inputs, tmp_path_factory):
         output_dir = tmp_path_factory.mktemp("reference") / "run"
         finetune(inputs, output_dir)
     return output_dir
-
-
-def log(output_dir):
-    """metrics.jsonl without what differs from machine to machine."""
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "peak_memory_gib")} for record in records]
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(one, other):
-    assert log(one) == log(other)
-    a, b = weights(one / "export"), weights(other / "export")
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def content(folder):
@@ -131,19 +112,7 @@ def test_a_run_learns_logs_and_exports(reference, inputs):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(reference, inputs, tmp_path):
-    # SIGKILL in the middle of writing the second checkpoint, when everything is written but its name.
-    kill = """
-import os, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import checkpoints, finetune_qwen3
-sync = checkpoints._sync
-checkpoints._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if "checkpoint-4" in str(path) else sync(path)
-finetune_qwen3.main()
-"""
-    arguments = [str(RECIPE.parent), *command_line(inputs, tmp_path / "run")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run([sys.executable, "-c", kill, *arguments], env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    run_until_killed(finetune_qwen3, settings(inputs, tmp_path / "run"), "checkpoint-4")
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4.incomplete"]
     assert [record["step"] for record in log(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
@@ -217,6 +186,7 @@ def test_a_checkpoint_of_more_processes_is_refused(reference, inputs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*no supported trackers")
 def test_data_and_launches_that_do_not_fit_are_refused(inputs, tmp_path, monkeypatch):
     for changes, message in (
         ({"batch_size": 8}, "there are 7 samples to train on, and batch_size is 8"),
@@ -245,27 +215,51 @@ def test_accumulation_equals_a_larger_batch(inputs, tmp_path):
         assert two["tokens"] == four["tokens"]
 
 
-def test_two_processes_equal_a_larger_batch(inputs, tmp_path):
-    changes = BARE | {"data.train.blocks": 8, "steps": 3}
-    changes |= {"data.eval.path": inputs / "eval.txt", "data.eval.blocks": 4, "eval_every": 3, "checkpoint_every": 3}
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
+def test_two_processes_equal_a_larger_batch(inputs, tmp_path, sharded):
+    changes = BARE | {"data.train.blocks": 8, "steps": 4}
+    changes |= {"data.eval.path": inputs / "eval.txt", "data.eval.blocks": 4, "eval_every": 4, "checkpoint_every": 2}
+    if sharded:
+        changes["mixed_precision"] = "bf16"
+    tolerance = 2e-2 if sharded else 1e-3
     finetune(inputs, tmp_path / "one", **changes, batch_size=2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(RECIPE)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    arguments = command_line(inputs, tmp_path / "two", **changes, batch_size=1)
-    done = subprocess.run([*torchrun, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+
+    program = [str(RECIPE)]
+    if sharded:
+        (tmp_path / "sharded.py").write_text(SHARDED)
+        program = [str(tmp_path / "sharded.py"), str(RECIPE.parent), "finetune_qwen3"]
+    for name, resume in (("two", "null"), ("resumed", tmp_path / "two" / "checkpoint-2"))[: 1 + sharded]:
+        arguments = command_line(settings(inputs, tmp_path / name, **changes, batch_size=1, resume=resume))
+        run_in_two_processes([*program, *arguments])
+
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
-    assert [record.pop("step") for record in one] == [record.pop("step") for record in two]
+    assert [record["step"] for record in one] == [record["step"] for record in two]
     for a, b in zip(one, two, strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
-    state = checkpoints.check(tmp_path / "two" / "checkpoint-3")
-    assert (state["processes"], state["tokens"]) == (2, 3 * 2 * 2 * 64)
+        assert a == pytest.approx(b, rel=tolerance)
+    if sharded:
+        assert_same_run(tmp_path / "two", tmp_path / "resumed")
+        assert torch.tensor(two[-1]["eval_loss_fp4"]).bfloat16().item() != two[-1]["eval_loss_fp4"]
+    state = checkpoints.check(tmp_path / "two" / "checkpoint-4")
+    assert (state["processes"], state["tokens"]) == (2, 4 * 2 * 2 * 64)
+    assert (tmp_path / "two" / "checkpoint-4" / "model.safetensors").exists() is not sharded
+    measured = evaluate_qwen3.main(
+        [f"model={tmp_path}/two/export", f"text.path={inputs}/eval.txt", "text.blocks=4", "sequence_length=64"]
+    )
+    assert measured == pytest.approx({name: two[-1][name] for name in measured}, rel=tolerance)
+
+
+def test_the_launch_config_is_one_of_accelerate():
+    (file,) = (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")
+    config = load_config_from_file(str(file))
+    assert (config.distributed_type, config.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+    options = launch_command_parser()._option_string_actions
+    assert all(f"--{name}" in options for name in config.fsdp_config)
 
 
 def test_accelerate_launch_runs_the_recipe_and_reports(inputs, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", str(RECIPE)]
-    arguments = command_line(inputs, tmp_path / "run", **BARE, report_to="[tensorboard]")
+    arguments = command_line(settings(inputs, tmp_path / "run", **BARE, report_to="[tensorboard]"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -328,22 +322,32 @@ def test_training_goes_on_from_an_export(reference, inputs, tmp_path):
     assert {layer.spec.pv for layer in handle.patched.values()} == {"bf16"}
 
 
-class NoisyTask:
-    """Any model, any loss: this one draws random numbers in every step, as diffusion does."""
+class NoisyTask(Task):
+    """Any model, any objective: this one draws random numbers in every step, as diffusion does."""
 
-    def __init__(self, broken_from=None):
+    eval_batch_size = 2
+
+    def __init__(self, settings, broken_from):
         self.model = tiny_qwen3(num_hidden_layers=1)
-        self.handle = patch_model(self.model)
+        self.handle, self.objective = patch_model(self.model), self
         self.train_data = TensorDataset(token_ids(9, 16))
         self.eval_data = TensorDataset(token_ids(3, 16, seed=5))
-        self.calls, self.broken_from = 0, broken_from
+        self.settings, self.calls, self.broken_from = settings, 0, broken_from
 
-    def loss(self, model, batch):
-        self.calls += model.training
+    def inputs(self, batch):
         (ids,) = batch
-        noise = torch.randn(*ids.shape, VOCAB)
-        error = (model(ids, use_cache=False).logits - noise).square().mean()
+        return ids, torch.randn(*ids.shape, VOCAB)
+
+    def outputs(self, model, inputs):
+        self.calls += model.training
+        return model(inputs[0], use_cache=False).logits
+
+    def loss(self, outputs, inputs):
+        error = (outputs - inputs[1]).square().mean()
         return error * (float("nan") if self.broken_from and self.calls >= self.broken_from else 1)
+
+    def batches(self, start, stop):
+        return ShuffledBatches(len(self.train_data), self.settings.batch_size, self.settings.seed, start, stop)
 
     def tokens(self, batch):
         return batch[0].numel()
@@ -353,11 +357,10 @@ class NoisyTask:
 
 
 def noisy(output_dir, broken_from=None, **changes):
-    settings = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "eval_every": 1, "checkpoint_every": 2}
-    settings = TrainingSettings(output_dir=str(output_dir), **settings | changes)
-    train(settings, lambda accelerator: NoisyTask(broken_from))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    values = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "eval_every": 1, "checkpoint_every": 2}
+    values = TrainingSettings(output_dir=str(output_dir), **values | changes)
+    train(values, lambda accelerator: NoisyTask(values, broken_from))
+    reset_accelerate()
     return log(output_dir)
 
 

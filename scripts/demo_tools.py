@@ -1,0 +1,62 @@
+"""What the demos share: running recipes as their users would, the table of losses, and the curves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+Records = list[dict[str, float]]
+
+
+def launch(recipe: str, *arguments: str) -> str:
+    """Run a recipe; returns what it prints."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "recipes" / recipe), *arguments]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def read_metrics(run: Path) -> Records:
+    """What a run logged: a record a step, with held-out losses before the first step and after the last."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def table(qat: Records, control: Records) -> str:
+    """Held-out losses before and after, with original and with 4-bit attention."""
+    rows = [
+        ("before", qat[0]),
+        (f"after {qat[-1]['step']} steps through 4-bit attention", qat[-1]),
+        (f"after {control[-1]['step']} steps through original attention (control)", control[-1]),
+    ]
+    lines = ["| held-out loss | original attention | 4-bit attention | gap |", "|---|---|---|---|"]
+    for name, row in rows:
+        original, fp4 = row["eval_loss_original"], row["eval_loss_fp4"]
+        lines.append(f"| {name} | {original:.4f} | {fp4:.4f} | {fp4 - original:+.4f} |")
+    return "\n".join(lines)
+
+
+def plot(qat: Records, control: Records, file: Path) -> None:
+    """Training losses and held-out losses over steps, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
+    for name, records, color in (("4-bit", qat, "tab:blue"), ("original (control)", control, "tab:orange")):
+        steps = [record for record in records if "loss" in record]
+        left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=color, label=f"trained through {name} attention")
+        measured = [record for record in records if "eval_loss_fp4" in record]
+        for attention, style in (("fp4", "o-"), ("original", "o--")):
+            label = f"trained through {name}, measured with {'4-bit' if attention == 'fp4' else 'original'}"
+            losses = [record[f"eval_loss_{attention}"] for record in measured]
+            right.plot([record["step"] for record in measured], losses, style, color=color, label=label)
+    left.set(title="training loss", xlabel="step")
+    right.set(title="held-out loss", xlabel="step")
+    for axes in (left, right):
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,139 @@
+"""Distillation from the model's own unquantized self and adapters, on a language model."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+import evaluate_qwen3
+import finetune_qwen3
+import objective
+from adapters import LoraSettings, add_adapters, without_adapters
+from finetune_qwen3 import NextToken
+from qat_patch import get_handle, load_checkpoint, patch_model, transformers_adapter
+from runs import assert_same_run, log, run, weights
+from tiny_qwen3 import tiny_qwen3, token_ids
+from tiny_recipe import write_inputs
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+LORA = {"lora.rank": 4, "lora.alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+def finetune(inputs, output_dir, **changes):
+    places = {"model.path": inputs / "model", "data.train.path": inputs / "train.txt", "output_dir": output_dir}
+    measuring = {"data.eval.path": inputs / "eval.txt", "data.sequence_length": 64, "eval_every": 2}
+    run(finetune_qwen3, places | measuring | {"steps": 2, "batch_size": 2, "learning_rate": 1e-3} | changes)
+    return log(output_dir)
+
+
+def test_kl_is_that_of_the_definition(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    student.requires_grad_()
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    expected = (p * (p / q).log()).sum(-1).mean()
+    # The gradient of KL(p || softmax(x)) is softmax(x) - p.
+    gradient = ((q - p) / 10).detach()
+    for tokens in (1024, 3):
+        monkeypatch.setattr(finetune_qwen3, "_TOKENS_AT_ONCE", tokens)
+        kl = NextToken().distance(student, teacher)
+        assert kl.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert torch.allclose(torch.autograd.grad(kl, student)[0].double(), gradient, atol=1e-6)
+    assert NextToken().distance(teacher.bfloat16(), teacher.bfloat16()) == 0
+
+
+def test_the_loss_is_that_of_the_model_itself():
+    model, ids = tiny_qwen3(), token_ids()
+    inputs = {"input_ids": ids}
+    loss = NextToken().loss(NextToken().outputs(model, inputs), inputs)
+    assert loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+def test_nothing_is_between_a_model_and_itself(inputs, tmp_path, lora):
+    start, first, second = finetune(inputs, tmp_path / "control", **lora, attention="original", distillation=0.5)
+    assert start["eval_kl_original"] == first["kl"] == 0 < start["eval_kl_fp4"]
+    assert first["loss"] == pytest.approx(first["task_loss"] / 2)
+    assert second["kl"] > 0 and second["eval_kl_original"] > 0
+
+
+def test_a_mix_follows_both(inputs, tmp_path):
+    records = {weight: finetune(inputs, tmp_path / str(weight), distillation=weight) for weight in (0, 0.25, 1)}
+    assert "kl" not in records[0][1] and "eval_kl_fp4" not in records[0][0]
+    for weight in (0.25, 1):
+        first = records[weight][1]
+        assert first["loss"] == pytest.approx((1 - weight) * first["task_loss"] + weight * first["kl"])
+        assert first["task_loss"] == records[0][1]["loss"]
+    last = {weight: record[-1] for weight, record in records.items()}
+    assert last[0]["eval_loss_fp4"] < last[0.25]["eval_loss_fp4"] < last[1]["eval_loss_fp4"]
+    assert last[1]["eval_kl_fp4"] < last[0.25]["eval_kl_fp4"]
+
+
+def test_with_adapters_there_is_one_model(monkeypatch):
+    """The teacher is the student with adapters off, in original attention, and leaves no trace."""
+    stock = tiny_qwen3()
+    model = add_adapters(copy.deepcopy(stock), LoraSettings(rank=4, alpha=8.0, dropout=0.5), ("q_proj", "v_proj"), seed=0)
+    assert isinstance(model, peft.PeftModel)
+    handle = patch_model(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    calls, attention = [], transformers_adapter.attention
+    monkeypatch.setattr(transformers_adapter, "attention", lambda *args, **kw: calls.append(1) or attention(*args, **kw))
+    monkeypatch.setattr(objective, "copy", None)
+    teacher = objective.make_teacher(NextToken(), model, handle, Accelerator())
+    model.train()
+    inputs, before = {"input_ids": token_ids()}, {name: x.requires_grad for name, x in model.named_parameters()}
+    with torch.no_grad():
+        expected = NextToken().outputs(stock, inputs)
+    target = teacher(model, inputs)
+    assert torch.equal(target, expected) and not target.requires_grad and not calls
+    assert model.training and before == {name: x.requires_grad for name, x in model.named_parameters()}
+    assert not torch.equal(NextToken().outputs(model, inputs), expected) and len(calls) == len(handle.patched)
+
+
+def test_adapters_come_back_after_an_error():
+    model = add_adapters(tiny_qwen3(), LoraSettings(rank=4, alpha=8.0), ("q_proj",), seed=0)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert len(layers) == 3
+    with pytest.raises(KeyboardInterrupt), without_adapters(model):
+        assert all(layer.disable_adapters for layer in layers)
+        raise KeyboardInterrupt
+    assert not any(layer.disable_adapters for layer in layers)
+
+
+def test_adapters_resume_bit_for_bit_and_are_all_that_is_saved(inputs, tmp_path):
+    changes = LORA | {"lora.dropout": 0.1, "distillation": 0.5, "steps": 4, "checkpoint_every": 2}
+    changes |= {"model.gradient_checkpointing": "true"}
+    finetune(inputs, tmp_path / "run", **changes)
+    finetune(inputs, tmp_path / "resumed", **changes, resume=tmp_path / "run" / "checkpoint-2")
+    assert_same_run(tmp_path / "run", tmp_path / "resumed")
+    saved = weights(tmp_path / "run" / "checkpoint-4")
+    # Two layers, four projections, two matrices each.
+    assert len(saved) == 16 and all("lora" in name for name in saved)
+    start, end = weights(inputs / "model"), weights(tmp_path / "run" / "export")
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    assert start.keys() == end.keys() and changed == {name for name in start if "_proj" in name and "self_attn" in name}
+
+
+def test_adapters_alone_are_exported(inputs, tmp_path):
+    *_, last = finetune(inputs, tmp_path / "run", **LORA, **{"lora.export": "adapters", "lora.target_modules": "[o_proj]"})
+    export = tmp_path / "run" / "export"
+    assert all("o_proj.lora" in name for name in weights(export))
+    model = load_checkpoint(export)
+    assert len(get_handle(model).patched) == 2
+    text = ["text.path=" + str(inputs / "eval.txt"), "sequence_length=64", "batch_size=2"]
+    assert evaluate_qwen3.main([f"model={export}", *text]) == {
+        name: last[name] for name in ("eval_loss_original", "eval_loss_fp4")
+    }
