@@ -47,7 +47,8 @@ def plot(qat: Records, control: Records, file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
     for name, records, color in (("4-bit", qat, "tab:blue"), ("original (control)", control, "tab:orange")):
         steps = [record for record in records if "loss" in record]
-        left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=color, label=f"trained through {name} attention")
+        losses = [record.get("task_loss", record["loss"]) for record in steps]  # where distilled, `loss` is another quantity
+        left.plot([record["step"] for record in steps], losses, color=color, label=f"trained through {name} attention")
         measured = [record for record in records if "eval_loss_fp4" in record]
         for attention, style in (("fp4", "o-"), ("original", "o--")):
             label = f"trained through {name}, measured with {'4-bit' if attention == 'fp4' else 'original'}"

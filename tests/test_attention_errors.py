@@ -70,27 +70,28 @@ WRONG_CALLS = {
     "v elsewhere": ({"v": tensor(*KV, device="meta")}, r"devices of q, k, v: expected one device, got cpu, cpu, meta"),
     "a float mask": (
         {"key_mask": tensor(2, 7)},
-        r"key_mask: expected bool \[2, 7\] on cpu, True where .*, got torch.float32 \(2, 7\) on cpu",
+        r"key_mask: expected torch.bool \[2, 7\] on cpu, True where .*, got torch.float32 \[2, 7\] on cpu",
     ),
     "a mask of one row": (
         {"key_mask": tensor(7, dtype=torch.bool)},
-        r"key_mask: expected bool \[2, 7\] .*, got torch.bool \(7,\) on cpu",
+        r"key_mask: expected torch.bool \[2, 7\] .*, got torch.bool \[7\] on cpu",
     ),
     "a mask per query": (
         {"key_mask": tensor(2, 5, 7, dtype=torch.bool)},
-        r"key_mask: expected bool \[2, 7\] .*, got torch.bool \(2, 5, 7\) on cpu",
+        r"key_mask: expected torch.bool \[2, 7\] .*, got torch.bool \[2, 5, 7\] on cpu",
     ),
+    "a list for a mask": ({"key_mask": [True] * 7}, r"key_mask: expected torch.bool \[2, 7\] .*, got \[True"),
     "a mask elsewhere": (
         {"key_mask": tensor(2, 7, dtype=torch.bool, device="meta")},
         r"key_mask: expected .* on cpu.*, got .* on meta",
     ),
     "a shift of bfloat16": (
         {"k_shift": tensor(2, 32, dtype=torch.bfloat16)},
-        r"k_shift: expected float32 \[2, 32\] on cpu, got torch.bfloat16 \(2, 32\) on cpu",
+        r"k_shift: expected torch.float32 \[2, 32\] on cpu, got torch.bfloat16 \[2, 32\] on cpu",
     ),
     "a shift per query head": (
         {"k_shift": tensor(4, 32)},
-        r"k_shift: expected float32 \[2, 32\] on cpu, got torch.float32 \(4, 32\) on cpu",
+        r"k_shift: expected torch.float32 \[2, 32\] on cpu, got torch.float32 \[4, 32\] on cpu",
     ),
     "a shift elsewhere": ({"k_shift": tensor(2, 32, device="meta")}, r"k_shift: expected .* on cpu, got .* on meta"),
     "a rotation of 48": (

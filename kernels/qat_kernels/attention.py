@@ -187,17 +187,13 @@ def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
         )
     if spec.rotate and head_dim & (head_dim - 1):
         refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (batch, keys) or key_mask.device != q.device):
-        refuse(
-            "key_mask",
-            f"bool [{batch}, {keys}] on {q.device}, True where a key may be seen",
-            f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}",
-        )
-    if k_shift is not None and (
-        k_shift.dtype != torch.float32 or k_shift.shape != (key_heads, head_dim) or k_shift.device != q.device
-    ):
-        refuse(
-            "k_shift",
-            f"float32 [{key_heads}, {head_dim}] on {q.device}",
-            f"{k_shift.dtype} {tuple(k_shift.shape)} on {k_shift.device}",
-        )
+    optional = (
+        ("key_mask", key_mask, torch.bool, (batch, keys), ", True where a key may be seen"),
+        ("k_shift", k_shift, torch.float32, (key_heads, head_dim), ""),
+    )
+    for name, x, dtype, shape, meaning in optional:
+        if x is None:
+            continue
+        got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
+        if not isinstance(x, torch.Tensor) or (x.dtype, tuple(x.shape), x.device) != (dtype, shape, q.device):
+            refuse(name, f"{dtype} {list(shape)} on {q.device}{meaning}", got)
