@@ -28,12 +28,12 @@ DATA = ROOT / "build" / "demo_wan"
 OUTPUT = ROOT / "outputs" / "demo_wan"
 CONFIG = ROOT / "recipes" / "configs" / "wan_demo.yaml"
 CLIPS = ("bikes", "bigbuckbunny", "carphone_pristine")
-SIZE, FPS, PATCH = (48, 72), 12, 4
+SIZE, FPS, PATCH = (32, 48), 12, 4
 WINDOW, TRAIN_FRAMES, ALL_FRAMES = 4, 36, 48
 """Frames of a sample; the first frames of each clip are to train on, the rest is held out."""
 TEXT_DIM, TEXT_LENGTH = 64, 4
 FLOW_SHIFT, SAMPLING_STEPS = 3.0, 24
-PRETRAINING_STEPS, PRETRAINING_RATE = 600, 1e-3
+PRETRAINING_STEPS, PRETRAINING_RATE = 700, 1e-3
 
 
 def main() -> None:
@@ -171,13 +171,12 @@ def draw(videos: dict[str, torch.Tensor], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(len(videos), 2 * len(CLIPS), figsize=(15, 7.6))
+    for column, axis in enumerate(axes[0]):
+        axis.set_title(f"{CLIPS[column // 2]}, {'last' if column % 2 else 'first'} frame", fontsize=9)
     for row, (name, video) in zip(axes, videos.items(), strict=True):
         for column, axis in enumerate(row):
-            clip, last = divmod(column, 2)
-            axis.imshow(video[clip, -1 if last else 0].numpy(), interpolation="nearest")
+            axis.imshow(video[column // 2, -(column % 2)].numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            if row is axes[0]:
-                axis.set_title(f"{CLIPS[clip]}, {'last' if last else 'first'} frame", fontsize=9)
         row[0].set_ylabel(name, fontsize=10)
     figure.tight_layout()
     figure.savefig(file, dpi=100)
