@@ -189,12 +189,12 @@ def run_case(case: Case, dtype: torch.dtype = torch.float64):
     return run(*case.tensors(dtype), **case.options())
 
 
-def forward_op(case: Case, q, k, v, *, needs_gradient: bool = True):
+def forward_op(case: Case, q, k, v, *, needs_gradient: bool = True, impl: str = "eager"):
     """O, O' and LSE."""
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     return torch.ops.qat_kernels.attention_forward(
-        q, k, v, case.key_mask(), case.k_shift(), case.spec().to_json(), case.causal, scale, needs_gradient
-    )
+        q, k, v, case.key_mask(), case.k_shift(), case.spec().to_json(), case.causal, scale, needs_gradient, impl
+    )[:3]
 
 
 def assert_same_bits(actual, expected) -> None:

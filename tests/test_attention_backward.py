@@ -105,10 +105,12 @@ def test_opcheck(case, dtype, transposed):
     q, k, v, grad_out = tensors
     rest = (case.key_mask(), case.k_shift(), case.spec().to_json(), case.causal, 0.2)
     op = torch.ops.qat_kernels
-    torch.library.opcheck(op.attention_forward.default, (*(x.detach().requires_grad_() for x in (q, k, v)), *rest, True))
-    torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False))
-    out, twin, _ = op.attention_forward(q, k, v, *rest, True)
-    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, out if case.pv == "bf16" else twin, *rest))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "eager"))
+    torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "eager"))
+    out, twin, _, stats = op.attention_forward(q, k, v, *rest, True, "eager")
+    twin = out if case.pv == "bf16" else twin
+    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, twin, stats, *rest, "eager"))
 
 
 def without_compiler() -> bool:

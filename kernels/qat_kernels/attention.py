@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from .spec import GROUP_SIZE, MAX_HEAD_DIM, NVFP4, QuantSpec
 
 logger = logging.getLogger(__name__)
 
-Impl = Literal["auto", "eager"]
+Impl = Literal["auto", "eager", "triton"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -50,26 +51,29 @@ def attention(
         k_shift: float32 [Hk, D], subtracted from the keys before quantization; does not change the exact scores.
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences; not supported yet.
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
-        impl: `eager` is PyTorch on any device; `auto` takes the fastest that can run.
+        impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
+            float64 (float32 is multiplied as TF32). `auto` takes `eager` on every device for now: the kernels have only run
+            under Triton's interpreter and been compiled ahead of time, not yet measured on a GPU.
 
     Returns:
         The output [B, H, Lq, D] in the dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64
         for float64 inputs). Rows that may see no key are 0, their log-sum-exp is -inf.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; the message says what was expected.
+        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run here; the message says what was expected.
     """
     if any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
         raise ValueError(
             "attention: packed sequences (cu_seqlens_*, max_seqlen_*) are not supported yet; pass a batch with key_mask"
         )
     _validate(q, k, v, spec, key_mask, k_shift, impl)
-    if impl == "auto" and q.device.type != "cpu":
-        _log_eager(q.device.type)
+    if impl == "auto":
+        impl = "eager"
+        if q.device.type != "cpu":
+            _log_eager(q.device.type)
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    out, _, lse = _attention_forward(
-        q, k, v, key_mask, k_shift, spec.to_json(), causal, q.shape[-1] ** -0.5 if scale is None else float(scale), needs_gradient
-    )
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, _, lse, _ = _attention_forward(q, k, v, key_mask, k_shift, spec.to_json(), causal, scale, needs_gradient, impl)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -84,20 +88,25 @@ def _attention_forward(
     causal: bool,
     scale: float,
     needs_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """O, O' (empty where O serves, or no gradient is needed) and LSE."""
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """O, O' (empty where O serves, or no gradient is needed), LSE, and the row statistics for the backward of `triton`."""
     spec_ = QuantSpec.from_json(spec)
+    options = {"spec": spec_, "causal": causal, "scale": scale, "with_twin": _has_twin(spec_, needs_gradient)}
+    if impl == "triton":
+        return _triton().forward(q, k, v, key_mask, k_shift, with_stats=needs_gradient, **options)
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
-        return reference.forward(
-            q, k, v, key_mask, k_shift, spec=spec_, causal=causal, scale=scale, with_twin=_has_twin(spec_, needs_gradient)
-        )
+        out, twin, lse = reference.forward(q, k, v, key_mask, k_shift, **options)
+    return out, twin, lse, lse.new_empty(0)
 
 
 @_attention_forward.register_fake
-def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient):
+def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient, impl):
     twin = torch.empty_like(q) if _has_twin(QuantSpec.from_json(spec), needs_gradient) else q.new_empty(0)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q), twin, q.new_empty(q.shape[:3], dtype=lse_dtype)
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype)
+    has_stats = impl == "triton" and needs_gradient
+    return torch.empty_like(q), twin, lse, lse.new_empty((*q.shape[:2], 2, q.shape[2]) if has_stats else 0)
 
 
 @torch.library.custom_op("qat_kernels::attention_backward", mutates_args=())
@@ -107,35 +116,37 @@ def _attention_backward(
     k: torch.Tensor,
     v: torch.Tensor,
     twin: torch.Tensor,
+    stats: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     spec: str,
     causal: bool,
     scale: float,
+    impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    options = {"spec": QuantSpec.from_json(spec), "causal": causal, "scale": scale}
+    if impl == "triton":
+        return _triton().backward(grad_out, q, k, v, twin, stats, key_mask, k_shift, **options)
     with torch.autocast(q.device.type, enabled=False):
-        return reference.backward(
-            grad_out, q, k, v, twin, key_mask, k_shift, spec=QuantSpec.from_json(spec), causal=causal, scale=scale
-        )
+        return reference.backward(grad_out, q, k, v, twin, key_mask, k_shift, **options)
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, twin, key_mask, k_shift, spec, causal, scale):
+def _(grad_out, q, k, v, twin, stats, key_mask, k_shift, spec, causal, scale, impl):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient = inputs
-    out, twin, _ = output
+    q, k, v, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient, ctx.impl = inputs
+    out, twin, _, stats = output
     if not _has_twin(QuantSpec.from_json(ctx.spec), needs_gradient):
         twin = out  # nothing of P or V was rounded, so O is its own twin
-    ctx.save_for_backward(q, k, v, twin, key_mask, k_shift)
+    ctx.save_for_backward(q, k, v, twin, stats, key_mask, k_shift)
 
 
-def _backward(ctx, grad_out, _grad_twin, _grad_lse):
-    q, k, v, twin, key_mask, k_shift = ctx.saved_tensors
-    grads = _attention_backward(grad_out, q, k, v, twin, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale)
-    return *grads, None, None, None, None, None, None
+def _backward(ctx, grad_out, _grad_twin, _grad_lse, _grad_stats):
+    grads = _attention_backward(grad_out, *ctx.saved_tensors, ctx.spec, ctx.causal, ctx.scale, ctx.impl)
+    return *grads, None, None, None, None, None, None, None
 
 
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -143,6 +154,17 @@ _attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _has_twin(spec: QuantSpec, needs_gradient: bool) -> bool:
     return needs_gradient and spec.pv == "nvfp4"
+
+
+def _triton() -> ModuleType:
+    """The module of the kernels, imported when they are first asked for: this package works without triton."""
+    try:
+        from . import triton_attention
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"attention: impl='triton' needs the package triton ({error}); install it, or use impl='eager'"
+        ) from error
+    return triton_attention
 
 
 @lru_cache
@@ -171,6 +193,8 @@ def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
             "one of float32, float16, bfloat16 (float64 for tests) for all three; cast them first",
             f"{q.dtype}, {k.dtype}, {v.dtype}",
         )
+    if impl == "triton" and q.dtype == torch.float64:
+        refuse("dtype with impl='triton'", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
     if not q.device == k.device == v.device:
         refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
     batch, heads, _, head_dim = q.shape

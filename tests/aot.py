@@ -1,0 +1,87 @@
+"""Ahead-of-time compilation of the Triton kernels for a GPU that is not there, and what the machine code uses."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}
+"""KiB that one block may use, by architecture (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+
+
+class Compiled(NamedTuple):
+    name: str
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of local memory a thread needs for what its registers cannot hold."""
+    shared: int
+    """Bytes of shared memory."""
+    tensor_memory: int
+    """Columns of tensor memory (sm_100); a block has 512. Triton compiles a kernel that needs more into a single trap."""
+
+
+def compile_kernels(
+    arch: int,
+    head_dim: int,
+    causal: bool,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    needs_gradient: bool = True,
+    masked: bool = False,
+    **spec,
+) -> list[Compiled]:
+    """Every kernel that a forward and (with `needs_gradient`) a backward would launch on the architecture.
+
+    The launcher itself runs, on tensors without memory, with launches replaced by compilations. Belongs into a process
+    of its own: it tells Triton of a GPU that does not exist.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from qat_kernels import QuantSpec, triton_attention
+
+    driver = mock.Mock()
+    driver.get_current_device.return_value = arch  # part of the key of Triton's caches
+    driver.get_current_stream.return_value = 0
+    driver.get_current_target.return_value = GPUTarget("cuda", arch, 32)
+    triton.runtime.driver.set_active(driver)
+    run, compiled = JITFunction.run, []
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        used = kernel.metadata
+        compiled.append(Compiled(self.__name__, *_usage(kernel.asm["cubin"]), used.shared, used.tmem_size))
+
+    spec = QuantSpec(**spec)
+    q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4))
+    stats = torch.empty(2, 8, 2, 4096, device="meta")
+    mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
+    options = {"spec": spec, "causal": causal, "scale": 0.1}
+    with (
+        mock.patch.object(JITFunction, "run", only_compile),
+        mock.patch.object(triton_attention, "_arch", lambda _: arch),
+        mock.patch.object(triton_attention, "check_device", lambda _: None),
+    ):
+        has_twin = needs_gradient and spec.pv == "nvfp4"
+        triton_attention.forward(q, k, k, mask, None, with_twin=has_twin, with_stats=needs_gradient, **options)
+        if needs_gradient:
+            triton_attention.backward(q, q, k, k, q, stats, mask, None, **options)
+    return compiled
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and local memory, as the cuobjdump that comes with Triton reads them: spills are on the stack."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", printed).groups())
+    return registers, stack + local

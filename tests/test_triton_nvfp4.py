@@ -1,0 +1,163 @@
+"""The Triton quantization kernels against the eager ones, bit for bit: docs/NUMERICS.md, sections 1, 2, 6 and 7."""
+
+import pytest
+import torch
+
+import oracle
+from interpreter import on
+from qat_kernels import nvfp4, pack, quantize, reference
+from qat_kernels.nvfp4 import scaled_codes
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = ({}, {"four_over_six": True})
+
+
+def spread(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Gaussian numbers whose size varies over many binades, from flushed to saturated."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.rand(shape, generator=generator) * 24 - 12
+    return (torch.randn(shape, generator=generator) * exponents.exp2()).to(dtype)
+
+
+def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, **options) -> list[torch.Tensor]:
+    """Codes, scales (as bytes) and values of the kernel for `axis`."""
+    from qat_kernels import _nvfp4
+
+    kernel = _nvfp4.quantize_rows if axis == -1 else _nvfp4.quantize_tokens
+    options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    codes, scales = kernel(x.to(device), packed=True, **options)
+    return [codes.cpu(), scales.view(torch.uint8).cpu(), kernel(x.to(device), **options).cpu()]
+
+
+def quantize_eagerly(axis: int, x: torch.Tensor, **options) -> list[torch.Tensor]:
+    codes, scales = quantize(x, axis=axis, **options)
+    return [pack(codes, axis=axis), scales.view(torch.uint8), scaled_codes(x, axis=axis, **options).to(x.dtype)]
+
+
+def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Signed zeros included; any NaN equals any other."""
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        if a.is_floating_point():
+            assert torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
+
+
+def share_of_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return min(((a == b) | (a != a) & (b != b)).double().mean().item() for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 33, 48), (1, 2, 130, 16), (1, 1, 17, 128)], ids=str)
+def test_codes_scales_and_values_equal_the_eager_ones(shape, dtype, axis, device):
+    x = spread(*shape, dtype=dtype)
+    x[0, 0, 3, :4] = torch.tensor([0.0, -0.0, torch.nan, 1.0])
+    x[0, -1, 16, 1] = -torch.inf
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("neighbour", [-1, 0, 1])
+def test_ties_and_their_neighbours_under_every_scale(neighbour, axis, device):
+    """Each midpoint of two codes times each of the 126 scales, or the float32 next to it; a 6 pins the scale."""
+    ties = torch.tensor([midpoint for midpoint, _ in oracle.E2M1_TIES])
+    groups = torch.cat([ties, -ties, torch.zeros(1), torch.full((1,), 6.0)]) * oracle.E4M3[1:, None].float()
+    if neighbour:
+        groups[:, :14] = groups[:, :14].nextafter(groups[:, :14] * (2 if neighbour > 0 else 0))
+    groups = torch.cat([groups, groups[:2]])[None, None]  # 128 of them, for a head dim must be a multiple of 16
+    x = groups if axis == -1 else groups.mT
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_every_scale_is_rounded_as_the_eager_one(axis, device):
+    """Maxima at, above and below the midpoints of neighbouring E4M3 values, and beyond both ends."""
+    midpoints = (oracle.E4M3[:-1] + oracle.E4M3[1:]).float() / 2
+    near = torch.cat([midpoints, midpoints.nextafter(midpoints * 2), midpoints.nextafter(midpoints * 0)])
+    amax = torch.cat([near * 6, torch.tensor([0.0, 1e-30, 2e-5, 2688.0, 3000.0, 60000.0])])
+    x = torch.zeros(1, 2, 192, 16)
+    x[..., 3] = amax.view(2, 192)
+    x = x if axis == -1 else x.mT
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_four_over_six(dtype, axis, device):
+    x = torch.randn(2, 2, 70, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    actual = on(device, quantize_on_device, axis, x, four_over_six=True)
+    assert share_of_equal(actual, quantize_eagerly(axis, x, four_over_six=True)) > 0.999
+    assert share_of_equal(actual, quantize_eagerly(axis, x)) < 0.9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_shift_and_rotation(head_dim, dtype, device):
+    """Query heads 2 and 3 read row 1 of a shift of two key heads; coarse inputs make every sum exact."""
+    generator = torch.Generator().manual_seed(3)
+    x = ((torch.randn(1, 4, 20, head_dim, generator=generator) * 8).round() / 8).to(dtype)
+    shift = (torch.randn(2, head_dim, generator=generator) * 8).round() / 8
+    repeated = shift.repeat_interleave(2, 0)[:, None]
+    actual = on(device, quantize_on_device, -1, x, shift=shift, rotate=True)
+    rotated = (x.float() - repeated) @ reference._hadamard(head_dim, x.device)
+    expected = quantize_eagerly(-1, rotated)
+    expected[2] = expected[2].to(dtype)
+    assert_same_bits(actual, expected)
+    assert torch.equal(on(device, dot_with_shift, x, shift), (x.float() * repeated).sum(-1))
+
+
+def dot_with_shift(x: torch.Tensor, shift: torch.Tensor, *, device: str) -> torch.Tensor:
+    from qat_kernels import _nvfp4
+
+    dots = torch.empty(x.shape[:3], device=device)
+    _nvfp4.quantize_rows(x.to(device), shift=shift.to(device), shift_dot=dots)
+    return dots.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_tokens_are_zeros_and_groups_start_at_the_first_allowed_one(dtype, device):
+    x = spread(3, 2, 50, 32, dtype=dtype)
+    mask = torch.ones(3, 50, dtype=torch.bool)
+    mask[1, :21] = False
+    mask[:, 30:33] = False
+    mask[2, 40:] = False
+    first = torch.tensor([0, 21, 0], dtype=torch.int32)
+    zeroed = torch.where(mask[:, None, :, None], x, 0.0)
+    x = torch.where(mask[:, None, :, None], x, torch.nan)
+    options = {"mask": mask.view(torch.uint8)}
+    assert_same_bits(on(device, quantize_on_device, -1, x, **options), quantize_eagerly(-1, zeroed))
+    codes, scales, values = on(device, quantize_on_device, -2, x, first=first, **options)
+    for row, start in enumerate(first.tolist()):
+        expected = quantize_eagerly(-2, zeroed[row, :, start:])
+        pairs, groups = expected[0].shape[1], expected[1].shape[1]
+        assert_same_bits([codes[row, :, :pairs], scales[row, :, :groups], values[row, :, start:]], expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize(
+    "transform", [lambda x: x.transpose(1, 2), lambda x: x.mT, lambda x: x[..., ::2, :], lambda x: x[:, :1].expand(-1, 3, -1, -1)]
+)
+def test_strides_do_not_matter(transform, axis, device):
+    x = transform(spread(2, 32, 16, 32, dtype=torch.bfloat16))
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x.contiguous()))
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_32_bits():
+    """2^31 elements and more: the last rows are quantized like a copy of them."""
+    from qat_kernels import _nvfp4
+
+    x = torch.empty(2, 40, 215000, 128, dtype=torch.bfloat16, device="cuda").normal_()
+    assert x.numel() > 2**31
+    tail = x[-1:, -1:, -4096:]
+    assert torch.equal(_nvfp4.quantize_rows(x)[-1:, -1:, -4096:], nvfp4.scaled_codes(tail).to(x.dtype))
+    assert torch.equal(_nvfp4.quantize_tokens(x)[-1:, -1:, -4088:], nvfp4.scaled_codes(tail[:, :, 8:], axis=-2).to(x.dtype))
