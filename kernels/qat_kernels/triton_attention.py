@@ -65,7 +65,7 @@ def forward(
     value = _near(value)
     with _on(query.device):
         ops = _prepare(query, key, value, key_mask, k_shift, spec, scale)
-        tile = _tiles(query, causal).forward
+        tile = _tiles(query, causal, key_mask).forward
         attention_forward_kernel[(batch * heads * -(-queries // tile.queries),)](
             ops.query, ops.key, ops.value_fq, value, ops.mask, ops.first, ops.shift_dot, out, twin, lse, stats,
             *value.stride(), *out.stride(), heads, key_heads, queries, keys, ops.scale * LOG2_E, scale,
@@ -108,8 +108,8 @@ def backward(
     block_d = block_of(head_dim)
     with _on(query.device):
         ops = _prepare(query, key, value, key_mask, k_shift, spec, scale)
-        chosen = _tiles(query, causal)
-        rows = max(16, 4096 // block_d)
+        chosen = _tiles(query, causal, key_mask)
+        rows = max(16, 2048 // block_d)
         delta_kernel[(batch * heads * -(-queries // rows),)](
             grad_out, twin, delta, *grad_out.stride(), *twin.stride(), heads, queries,
             HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=rows, num_warps=4, enable_fp_fusion=True,
@@ -178,8 +178,8 @@ def _near(x: torch.Tensor) -> torch.Tensor:
     return x if 256 * (x.stride(2) + x.stride(3)) < 2**31 else x.contiguous()
 
 
-def _tiles(query: torch.Tensor, causal: bool) -> tiles.Tiles:
-    return tiles.choose(_arch(query.device), query.shape[-1], causal, query.element_size())
+def _tiles(query: torch.Tensor, causal: bool, key_mask: torch.Tensor | None) -> tiles.Tiles:
+    return tiles.choose(_arch(query.device), query.shape[-1], causal, key_mask is not None, query.element_size())
 
 
 def _arch(device: torch.device) -> int:
