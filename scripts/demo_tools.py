@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ Records = list[dict[str, float]]
 def launch(recipe: str, *arguments: str) -> str:
     """Run a recipe; returns what it prints."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", str(ROOT / "recipes" / recipe), *arguments]
+    command += ["--mixed_precision=no", "--dynamo_backend=no"]
+    # Accelerate would take one.
+    command += [f"--num_cpu_threads_per_process={os.cpu_count()}", str(ROOT / "recipes" / recipe), *arguments]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
