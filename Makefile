@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := kernels qat_patch $(wildcard recipes scripts) tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-wan test check style clean
+.PHONY: help demo demo-wan test bench check style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +23,9 @@ demo-wan: $(VENV)/installed $(VENV)/demo-wan-installed  ## the same for a small 
 
 test: $(VENV)/installed  ## run the tests, offline; those that need a GPU are skipped where there is none
 	$(BIN)/pytest -q --numprocesses=auto --durations=10
+
+bench: $(VENV)/installed  ## time attention against PyTorch's own, after checking that it is right
+	$(BIN)/python scripts/bench.py
 
 check: $(VENV)/installed  ## lint and check the format; edits nothing
 	$(BIN)/ruff check
