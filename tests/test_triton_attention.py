@@ -41,10 +41,13 @@ def run_kernels(case: Case, tensors: list[torch.Tensor], *, device: str, key_mas
     masks = [None if x is None else x.to(device) for x in (case.key_mask() if key_mask is None else key_mask, case.k_shift())]
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     options = {"spec": case.spec(), "causal": case.causal, "scale": scale}
-    has_twin = case.pv == "nvfp4"
-    out, twin, lse, stats = triton_attention.forward(q, k, v, *masks, with_twin=has_twin, with_stats=True, **options)
-    grads = triton_attention.backward(grad_out, q, k, v, twin if has_twin else out, stats, *masks, **options)
-    return out.cpu(), (twin if has_twin else out).cpu(), lse.cpu(), [x.cpu() for x in grads]
+    key_mask, k_shift = masks
+    result = triton_attention.forward(q, k, v, key_mask, k_shift, with_gradient=True, **options)
+    twin = result.twin if case.pv == "nvfp4" else result.out
+    value = v if case.causal or case.pv == "bf16" else None
+    saved = (value, twin, result.stats, result.packed)
+    grads = triton_attention.backward(grad_out, *saved, key_mask, key_shape=k.shape, **options)
+    return result.out.cpu(), twin.cpu(), result.lse.cpu(), [x.cpu() for x in grads]
 
 
 def run_reference(case: Case, tensors: list[torch.Tensor]) -> tuple:
@@ -57,13 +60,12 @@ def run_reference(case: Case, tensors: list[torch.Tensor]) -> tuple:
     return out, twin, lse, reference.backward(grad_out, q, k, v, twin, *masks, **options)
 
 
-BOUNDS = {torch.bfloat16: (3e-3, 1e-2), torch.float16: (1e-3, 2e-3), torch.float32: (1e-5, 1e-5)}
-"""Of O and O', and of the gradients. The interpreter multiplies float32 exactly; a GPU does so in TF32."""
-TF32_BOUNDS = (1e-3, 2e-3)
+BOUNDS = {torch.bfloat16: (3e-3, 1e-2), torch.float16: (3e-3, 1e-2), torch.float32: (1e-5, 1e-5)}
+"""Of O and O', and of the gradients. Operands are bfloat16, but under the interpreter those of float32 inputs stay float32."""
 
 
 def assert_within_bounds(actual: tuple, expected: tuple, dtype: torch.dtype, device: str) -> None:
-    bound, bound_of_gradients = TF32_BOUNDS if dtype == torch.float32 and device == "cuda" else BOUNDS[dtype]
+    bound, bound_of_gradients = BOUNDS[torch.bfloat16 if device == "cuda" else dtype]
     assert {x.dtype for x in (actual[0], actual[1], *actual[3])} == {dtype}
     assert actual[2].dtype == torch.float32
     for x, wanted in zip(actual[:2], expected[:2], strict=True):
@@ -241,7 +243,7 @@ def test_tiles_change_nothing_beyond_rounding(options, device):
     """Neither what is quantized nor what is kept depends on them: codes that differed would show as 1e-2."""
     case = Case(**{**SMALL, **options, "lq": 83, "lk": 90})
     first, *others = on(device, run_with_tiles, case, case.tensors(torch.float32), [(32, 32), (16, 64), (64, 16)])
-    bound = 1e-3 if device == "cuda" else 1e-5
+    bound = 1e-2 if device == "cuda" else 1e-5
     for other in others:
         for a, b in zip((*other[:2], *other[3]), (*first[:2], *first[3]), strict=True):
             assert error(a, b) < bound
@@ -285,9 +287,10 @@ def run_opcheck(case: Case, *, device: str) -> None:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "triton"))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "triton"))
-    out, twin, _, stats = op.attention_forward(q, k, v, *rest, True, "triton")
+    out, twin, _, stats, packed = op.attention_forward(q, k, v, *rest, True, "triton")
     twin = out if case.pv == "bf16" else twin
-    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, twin, stats, *rest, "triton"))
+    rest = (*masks, list(k.shape), case.spec().to_json(), case.causal, 0.2)
+    torch.library.opcheck(op.attention_backward.default, (grad_out, [packed, v], twin, stats, *rest, "triton"))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,8 +1,14 @@
-"""The backward of docs/NUMERICS.md, section 5, as three Triton kernels: D, dQ and dK/dV. The reference is reference.py.
+"""The backward of docs/NUMERICS.md, section 5, as three Triton kernels: row sums, dQ and dK/dV. The reference is reference.py.
 
 Every gradient is summed by one program in a fixed order: the same bits in every run. P and P~ are recomputed from the quantized
 Q and K and the row statistics of the forward (_forward.py), so P~ is quantized on the grid that the forward used. dQ needs P
 alone; only dV sees the quantized one.
+
+Operands are in the layout of _layout.py, but slots in their own order: here a group lies in the rows of a matrix unit's
+accumulator, or is not needed. With norm = 1 / l of the row,
+    dV = PF~^T (norm dO)    and    dS = P~ (norm dO V^T - norm D),
+so dK/dV reads norm dO in place of dO (an operand too, bfloat16) and multiplies no probability by the norm. D of that kernel is the row
+sum of O' and the rounded norm dO, so that the rows of dS sum to zero as exactly as with dO itself.
 """
 
 from __future__ import annotations
@@ -10,370 +16,347 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._nvfp4 import GROUP, P_GAIN, dot, hadamard, load_tile, narrow, quantize_weights
+from ._layout import PAD, first_row, sequence
+from ._nvfp4 import GROUP, P_GAIN, dot, hadamard, narrow, round_weights
+
+_PAD = tl.constexpr(PAD)
 
 
 @triton.jit
-def delta_kernel(
-    grad_ptr, twin_ptr, delta_ptr,
+def prepare_kernel(
+    grad_ptr, twin_ptr, stats_ptr, cu_q_ptr, operand_ptr, delta_ptr,
     grad_stride_b, grad_stride_h, grad_stride_l, grad_stride_d,
     twin_stride_b, twin_stride_h, twin_stride_l, twin_stride_d,
-    heads, queries,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    heads, queries, blocks, q_rows, all_q_rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """D_i = sum_d dO_id O'_id: grad and twin [B, H, Lq, D] -> delta float32 [B, H, Lq]."""
-    blocks = tl.cdiv(queries, BLOCK_M)
-    row_of_heads, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    batch, head = row_of_heads // heads, row_of_heads % heads
+    """norm dO as an operand, and its D and that of dO: grad and twin in any layout -> delta float32 [2, all_q_rows]."""
+    row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    index, head = row_of_heads // heads, row_of_heads % heads
+    start, queries = sequence(cu_q_ptr, index, queries, VARLEN)
+    if block * BLOCK_M >= tl.cdiv(queries, _PAD) * _PAD:
+        return
     rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     where = (rows < queries)[:, None] & (columns < HEAD_DIM)[None, :]
-    row, column = rows.to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
-    grad_ptr += batch * grad_stride_b + head * grad_stride_h
-    twin_ptr += batch * twin_stride_b + head * twin_stride_h
-    grad = tl.load(grad_ptr + row * grad_stride_l + column * grad_stride_d, mask=where, other=0.0).to(tl.float32)
-    twin = tl.load(twin_ptr + row * twin_stride_l + column * twin_stride_d, mask=where, other=0.0).to(tl.float32)
-    tl.store(delta_ptr + row_of_heads * queries + rows, tl.sum(grad * twin, 1), mask=rows < queries)
+    token, column = (start + rows).to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    index, head = index.to(tl.int64), head.to(tl.int64)
+    grad_ptr += index * grad_stride_b + head * grad_stride_h
+    twin_ptr += index * twin_stride_b + head * twin_stride_h
+    grad = tl.load(grad_ptr + token * grad_stride_l + column * grad_stride_d, mask=where, other=0.0).to(tl.float32)
+    twin = tl.load(twin_ptr + token * twin_stride_l + column * twin_stride_d, mask=where, other=0.0).to(tl.float32)
+    row = first_row(index, head, heads, q_rows, start, 0, VARLEN) + rows
+    row_max, log_sum = tl.load(stats_ptr + row), tl.load(stats_ptr + all_q_rows + row)
+    norm = tl.where(row_max == float("inf"), 0.0, tl.exp2(row_max - log_sum))  # 1 / l
+    normed = narrow(grad * norm[:, None], operand_ptr.dtype.element_ty)
+    tl.store(operand_ptr + row[:, None] * BLOCK_D + columns[None, :], normed)
+    tl.store(delta_ptr + row, tl.sum(grad * twin, 1))
+    tl.store(delta_ptr + all_q_rows + row, tl.sum(normed.to(tl.float32) * twin, 1))
 
 
 @triton.jit
 def _sum_grad_query(
-    grad_query,
-    q, grad, delta, log_sum, k_ptr, v_ptr, v_stride_l, v_stride_d, mask_ptr, lower, upper, keys, start, stop, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDED: tl.constexpr, KEPT: tl.constexpr, MASKED: tl.constexpr,
+    grad_query, q, grad, delta, log_sum, k_desc, v_desc, k_row, mask_ptr, upper, start, stop, qk_scale,
+    BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dS KF over the keys from `start` to `stop`; bounds as in `_forward._attend`."""
-    tile = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_D)
-    valid = columns < HEAD_DIM
-    k_offsets = tile[:, None] * HEAD_DIM + columns[None, :]
-    v_offsets = tile[:, None] * v_stride_l + columns[None, :] * v_stride_d
+    """dS KF over the slots from `start` to `stop`; bounds as in `_forward._attend`."""
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    k_ptr += tl.cast(start, tl.int64) * HEAD_DIM
-    v_ptr += tl.cast(start, tl.int64) * v_stride_l
-    for first_key in range(start, stop, BLOCK_N):
-        key = first_key + tile
-        present = key < keys
-        if MASKED:
-            present = present & (tl.load(mask_ptr + key, mask=present, other=0) != 0)
-        k = load_tile(k_ptr + k_offsets, present, valid, BOUNDED, BLOCK_D != HEAD_DIM)
-        v = load_tile(v_ptr + v_offsets, present, valid, BOUNDED, BLOCK_D != HEAD_DIM)
-        scores = dot(q, tl.trans(k), zeros) * qk_scale
+    for first_slot in range(start, stop, BLOCK_N):
+        k = k_desc.load([k_row + first_slot, 0])
+        v = v_desc.load([k_row + first_slot, 0])
+        weights = tl.exp2(dot(q, tl.trans(k), zeros) * qk_scale - log_sum[:, None])
         if BOUNDED:
-            allowed = key[None, :] < upper[:, None]
-            if KEPT:
-                allowed = allowed & (key[None, :] >= lower[:, None])
+            slot = first_slot + tl.arange(0, BLOCK_N)
+            allowed = slot[None, :] < upper[:, None]
             if MASKED:
-                allowed = allowed & present[None, :]
-            scores = tl.where(allowed, scores, float("-inf"))
-        weights = tl.exp2(scores - log_sum[:, None])
+                allowed = allowed & (tl.load(mask_ptr + slot) != 0)[None, :]
+            weights = tl.where(allowed, weights, 0.0)
         grad_scores = weights * (dot(grad, tl.trans(v), zeros) - delta[:, None])
         grad_query = dot(narrow(grad_scores, k.dtype), k, grad_query)
-        k_ptr += BLOCK_N * HEAD_DIM
-        v_ptr += BLOCK_N * v_stride_l
+    return grad_query
+
+
+@triton.jit
+def _sum_grad_query_kept(
+    grad_query, q, grad, delta, log_sum,
+    k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots, start, blocks, qk_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The kept groups, where dP = dO V^T: the same tiles as in `_forward._attend_kept`."""
+    columns = tl.arange(0, BLOCK_D)
+    zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+    for block in range(0, blocks + 1):
+        first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
+        slot = first_slot + tl.arange(0, BLOCK_N)
+        k = k_desc.load([k_row + first_slot, 0])
+        lower = tl.where(block == 0, LEAD, tl.maximum(own & -GROUP, LEAD + GROUP))
+        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None])
+        present = (slot >= LEAD) & (slot < slots)
+        if MASKED:
+            present = present & (tl.load(mask_ptr + slot, mask=present, other=0) != 0)
+        weights = tl.exp2(dot(q, tl.trans(k), zeros) * qk_scale - log_sum[:, None])
+        weights = tl.where(allowed & present[None, :], weights, 0.0)
+        v_offsets = (slot - LEAD).to(tl.int64)[:, None] * value_stride_l + columns[None, :] * value_stride_d
+        v = tl.load(value_ptr + v_offsets, mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        grad_scores = weights * (dot(grad, tl.trans(narrow(v, k.dtype)), zeros) - delta[:, None])
+        grad_query = dot(narrow(grad_scores, k.dtype), k, grad_query)
     return grad_query
 
 
 @triton.jit
 def grad_query_kernel(
-    qf_ptr, kf_ptr, vf_ptr, v_ptr, mask_ptr, first_ptr, grad_ptr, delta_ptr, stats_ptr, grad_query_ptr,
-    v_stride_b, v_stride_h, v_stride_l, v_stride_d,
+    q_desc, k_desc, v_desc, value_ptr, mask_ptr, first_ptr, cu_q_ptr, cu_k_ptr,
+    grad_ptr, delta_ptr, stats_ptr, grad_query_ptr,
+    value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     grad_stride_b, grad_stride_h, grad_stride_l, grad_stride_d,
-    heads, key_heads, queries, all_keys, qk_scale, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, ROTATE: tl.constexpr,
+    out_stride_b, out_stride_h, out_stride_l, mask_stride,
+    heads, key_heads, queries, keys, blocks, q_rows, k_rows, all_q_rows, qk_scale, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head. Layouts as in `_forward.attention_forward_kernel`; grad is dO in any layout."""
-    blocks = tl.cdiv(queries, BLOCK_M)
+    KEPT: tl.constexpr = LEAD > 0
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if CAUSAL:  # the longest first
         block = blocks - 1 - block
-    batch, head = row_of_heads // heads, row_of_heads % heads
+    index, head = row_of_heads // heads, row_of_heads % heads
     key_head = head // (heads // key_heads)
-    batch, head, key_head, head_of_batch = batch.to(tl.int64), head.to(tl.int64), key_head.to(tl.int64), row_of_heads.to(tl.int64)
-
+    q_start, queries = sequence(cu_q_ptr, index, queries, VARLEN)
+    k_start, keys = sequence(cu_k_ptr, index, keys, VARLEN)
+    if block * BLOCK_M >= queries:
+        return
     first = 0
     if MASKED:
-        first = tl.load(first_ptr + batch)
-        mask_ptr += batch * all_keys + first
-    keys = all_keys - first
-    kv_offset = ((batch * key_heads + key_head) * all_keys + first) * HEAD_DIM
-    kf_ptr += kv_offset
-    v_ptr += batch * v_stride_b + key_head * v_stride_h + tl.cast(first, tl.int64) * v_stride_l
+        first = tl.load(first_ptr + index)
+        mask_ptr += index.to(tl.int64) * mask_stride
+    keys -= first
+    slots = keys + LEAD
+    q_row = first_row(index, head, heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
+    k_row = first_row(index, key_head, key_heads, k_rows, k_start, LEAD, VARLEN)
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    where = (rows < queries)[:, None] & (columns < HEAD_DIM)[None, :]
+    q = q_desc.load([q_row, 0])
+    tokens = (q_start + rows).to(tl.int64)[:, None]
+    grad_ptr += index.to(tl.int64) * grad_stride_b + head.to(tl.int64) * grad_stride_h
+    grad = tl.load(grad_ptr + tokens * grad_stride_l + columns.to(tl.int64)[None, :] * grad_stride_d, mask=where, other=0.0)
+    grad = narrow(grad, q.dtype)
+    row_stats = q_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    delta, log_sum = tl.load(delta_ptr + row_stats), tl.load(stats_ptr + all_q_rows + row_stats)
 
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    inside, valid = rows < queries, columns < HEAD_DIM
-    rows_of_all = head_of_batch * queries + rows
-    q_offsets = rows_of_all[:, None] * HEAD_DIM + columns[None, :]
-    q = load_tile(qf_ptr + q_offsets, inside, valid, True, BLOCK_D != HEAD_DIM)
-    grad_ptr += batch * grad_stride_b + head * grad_stride_h
-    grad_offsets = rows.to(tl.int64)[:, None] * grad_stride_l + columns.to(tl.int64)[None, :] * grad_stride_d
-    grad = load_tile(grad_ptr + grad_offsets, inside, valid, True, BLOCK_D != HEAD_DIM)
-    delta = tl.load(delta_ptr + rows_of_all, mask=inside, other=0.0)
-    log_sum = tl.load(stats_ptr + (head_of_batch * 2 + 1) * queries + rows, mask=inside, other=float("inf"))
-
-    # The same ranges of keys as in the forward.
-    own = rows + (all_keys - queries) - first
-    own_first = block * BLOCK_M + (all_keys - queries) - first
-    own_last = tl.minimum(own_first + BLOCK_M, keys) - 1
-    lower = own & -GROUP
-    if CAUSAL and QUANTIZE:
-        begin = GROUP
+    # The same ranges of slots as in the forward.
+    own = rows + (keys - queries + LEAD)
+    own_first = block * BLOCK_M + (keys - queries + LEAD)
+    own_last = tl.minimum(own_first + BLOCK_M, slots) - 1
+    begin = 0
+    if KEPT:
+        begin = LEAD + GROUP
+        upper = own & -GROUP
         stop = tl.maximum(own_last & -GROUP, begin)
-        full = tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N + begin
-        upper = lower
+        full = begin + tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N
     elif CAUSAL:
-        begin = 0
+        upper = own + 1
         stop = tl.maximum(own_last + 1, 0)
         full = tl.maximum(own_first + 1, 0) // BLOCK_N * BLOCK_N
-        upper = own + 1
     else:
-        begin = 0
-        stop = keys
-        full = keys // BLOCK_N * BLOCK_N
-        upper = rows * 0 + keys
+        upper = rows * 0 + slots
+        stop = slots
+        full = slots // BLOCK_N * BLOCK_N
+    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if MASKED:
         full = begin
-
-    if QUANTIZE:
-        values_ptr, value_stride_l, value_stride_d = vf_ptr + kv_offset, HEAD_DIM, 1
     else:
-        values_ptr, value_stride_l, value_stride_d = v_ptr, v_stride_l, v_stride_d
-    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if not MASKED:
         grad_query = _sum_grad_query(
-            grad_query,
-            q, grad, delta, log_sum, kf_ptr, values_ptr, value_stride_l, value_stride_d, mask_ptr, lower, upper, keys,
-            begin, full, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, False, False, False,
+            grad_query, q, grad, delta, log_sum, k_desc, v_desc, k_row, mask_ptr, upper, begin, full, qk_scale,
+            BLOCK_N, False, False,
         )  # fmt: skip
     grad_query = _sum_grad_query(
-        grad_query,
-        q, grad, delta, log_sum, kf_ptr, values_ptr, value_stride_l, value_stride_d, mask_ptr, lower, upper, keys,
-        full, stop, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_N, True, False, MASKED,
+        grad_query, q, grad, delta, log_sum, k_desc, v_desc, k_row, mask_ptr, upper, full, stop, qk_scale,
+        BLOCK_N, True, MASKED,
     )  # fmt: skip
-    if CAUSAL and QUANTIZE:  # the kept groups: dP = dO V^T
-        sink_stop = tl.minimum(tl.maximum(own_last + 1, 0), GROUP)
-        grad_query = _sum_grad_query(
-            grad_query,
-            q, grad, delta, log_sum, kf_ptr, v_ptr, v_stride_l, v_stride_d, mask_ptr, lower, own + 1, keys,
-            0, sink_stop, qk_scale, HEAD_DIM, BLOCK_D, GROUP, True, False, MASKED,
-        )  # fmt: skip
-        open_start = tl.maximum(own_first & -GROUP, GROUP)
-        grad_query = _sum_grad_query(
-            grad_query,
-            q, grad, delta, log_sum, kf_ptr, v_ptr, v_stride_l, v_stride_d, mask_ptr, lower, own + 1, keys,
-            open_start, own_last + 1, qk_scale, HEAD_DIM, BLOCK_D, GROUP, True, True, MASKED,
+    if KEPT:
+        value_ptr += index.to(tl.int64) * value_stride_b + key_head.to(tl.int64) * value_stride_h
+        value_ptr += tl.cast(k_start + first, tl.int64) * value_stride_l
+        open_start = tl.maximum(own_first & -GROUP, begin)
+        open_start -= (open_start - begin) % BLOCK_N
+        grad_query = _sum_grad_query_kept(
+            grad_query, q, grad, delta, log_sum,
+            k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots,
+            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_N, LEAD, MASKED,
         )  # fmt: skip
 
     grad_query *= scale
     if ROTATE:
         grad_query = hadamard(grad_query, BLOCK_M, BLOCK_D)
-    tl.store(
-        grad_query_ptr + q_offsets, narrow(grad_query, grad_query_ptr.dtype.element_ty), mask=inside[:, None] & valid[None, :]
-    )
+    grad_query_ptr += index.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    grad_query = narrow(grad_query, grad_query_ptr.dtype.element_ty)
+    tl.store(grad_query_ptr + tokens * out_stride_l + columns[None, :], grad_query, mask=where)
 
 
 @triton.jit
 def _sum_grad_key_value(
-    grad_key, grad_value,
-    k, v, key, present, qf_ptr, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d, delta_ptr, stats_ptr,
-    first_head, query_heads, queries, own_offset, start, stop, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, OPEN: tl.constexpr, QUANTIZE: tl.constexpr,
+    grad_key, grad_value, k, v, slot, present, q_desc, grad_desc, stats_ptr, delta_ptr,
+    q_row, q_rows, query_heads, own_offset, start, stop, qk_scale,
+    BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    """dS^T QF and PF^T dO (without QUANTIZE: P^T dO) over the queries from `start` to `stop` of all heads that share the keys.
+    """dS^T QF and PF~^T (norm dO) over the queries from `start` to `stop`, of all heads that share the keys. Scores are [keys, queries].
 
-    Scores are transposed, [keys, queries]. With BOUNDED and CAUSAL a key is seen by the queries behind its group
-    (QUANTIZE), by those of its group from itself on (OPEN), or by all from itself on.
+    With BOUNDED and CAUSAL a key is seen by the queries behind its group (QUANTIZE), or by all from itself on.
     """
-    tile = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    valid = columns < HEAD_DIM
-    q_offsets = tile[:, None] * HEAD_DIM + columns[None, :]
-    grad_offsets = tile[:, None] * grad_stride_l + columns[None, :] * grad_stride_d
     zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
+    tile = tl.arange(0, BLOCK_M)
     blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
-    # One loop over heads and blocks: nested, they would need more registers and start the pipeline anew for each head.
+    # One loop over heads and blocks: nested, they would start the pipeline anew for each head.
     for step in range(query_heads * blocks):
-        head = tl.cast(first_head + step // blocks, tl.int64)
-        first_row = start + step % blocks * BLOCK_M
-        rows = first_row + tile
-        inside = rows < queries
-        q_ptr = qf_ptr + (head * queries + first_row) * HEAD_DIM
-        grad_row_ptr = grad_ptr + head * grad_stride_h + tl.cast(first_row, tl.int64) * grad_stride_l
-        row_max_ptr = stats_ptr + head * 2 * queries
-        q = load_tile(q_ptr + q_offsets, inside, valid, True, BLOCK_D != HEAD_DIM)
-        grad = load_tile(grad_row_ptr + grad_offsets, inside, valid, True, BLOCK_D != HEAD_DIM)
-        delta = tl.load(delta_ptr + head * queries + rows, mask=inside, other=0.0)
-        log_sum = tl.load(row_max_ptr + queries + rows, mask=inside, other=float("inf"))
-        scores = dot(k, tl.trans(q), zeros) * qk_scale
+        first_query = start + step % blocks * BLOCK_M
+        row = q_row + step // blocks * q_rows + first_query
+        q, grad = q_desc.load([row, 0]), grad_desc.load([row, 0])
+        row_max, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
+        weights = tl.exp2(dot(k, tl.trans(q), zeros) * qk_scale - row_max[None, :])
         if BOUNDED:
             allowed = present[:, None]
             if CAUSAL:
-                own = (rows + own_offset)[None, :]
-                last_seen = (own & -GROUP) - 1 if QUANTIZE else own
-                allowed = allowed & (key[:, None] <= last_seen)
-                if OPEN:
-                    allowed = allowed & (key[:, None] >= (own & -GROUP))
-            scores = tl.where(allowed, scores, float("-inf"))
+                own = (first_query + tile + own_offset)[None, :]
+                allowed = allowed & (slot[:, None] < ((own & -GROUP) if QUANTIZE else own + 1))
+            weights = tl.where(allowed, weights, 0.0)
+        contributing = weights
         if QUANTIZE:
-            row_max = tl.load(row_max_ptr + rows, mask=inside, other=float("inf"))
-            norm = tl.where(row_max == float("inf"), 0.0, tl.exp2(row_max - log_sum))  # 1 / l
-            weights = tl.exp2(scores - row_max[None, :])
-            code, group_scale = quantize_weights(weights, 0)
-            quantized = code * (group_scale * (norm * (1.0 / P_GAIN))[None, None, :])
-            contributing = tl.reshape(quantized, (k.shape[0], BLOCK_M))
-            weights *= norm[None, :]
-        else:
-            weights = tl.exp2(scores - log_sum[None, :])
-            contributing = weights
-        grad_value = dot(narrow(contributing, grad.dtype), grad, grad_value)
+            groups = tl.reshape(weights, (k.shape[0] // GROUP, GROUP, BLOCK_M))
+            groups = round_weights(groups, tl.max(groups, 1, keep_dims=True))
+            contributing = tl.reshape(groups, (k.shape[0], BLOCK_M))
+        grad_value = dot(narrow(contributing, q.dtype), grad, grad_value)
         grad_scores = weights * (dot(v, tl.trans(grad), zeros) - delta[None, :])
         grad_key = dot(narrow(grad_scores, q.dtype), q, grad_key)
     return grad_key, grad_value
 
 
 @triton.jit
-def _key_tile(
-    start_key,
-    qf_ptr, kf_ptr, vf_ptr, v_ptr, mask_ptr, grad_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
-    v_stride_l, v_stride_d, grad_stride_h, grad_stride_l, grad_stride_d,
-    first_head, query_heads, queries, keys, own_offset, qk_scale, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, OPEN: tl.constexpr, SINK: tl.constexpr,
-    ROTATE: tl.constexpr,
+def _sum_grad_key_value_kept(
+    grad_key, grad_value, k, v, slot, present, q_desc, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d,
+    stats_ptr, delta_ptr, q_row, q_rows, query_heads, queries, own_offset, group, start, stop, qk_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of BLOCK_N keys, summed over the query heads that share them.
+    """The same for kept groups: dS^T QF and P^T dO over the queries of a key's own group, or with `group` 0 over all behind it.
 
-    With QUANTIZE the queries behind the keys' groups see PF and VF; with OPEN, those of the same group see P and V.
+    With the norm inside P: a kept key may outweigh the others by more than float32 can hold beside their maximum.
     """
-    key = start_key + tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_D)
-    valid = columns < HEAD_DIM
-    present = key < keys
-    if MASKED:
-        present = present & (tl.load(mask_ptr + key, mask=present, other=0) != 0)
-    first_key = tl.cast(start_key, tl.int64)
-    tile = tl.arange(0, BLOCK_N)
-    kv_offsets = tile[:, None] * HEAD_DIM + columns[None, :]
-    v_offsets = tile[:, None] * v_stride_l + columns[None, :] * v_stride_d
-    k = load_tile(kf_ptr + first_key * HEAD_DIM + kv_offsets, present, valid, True, BLOCK_D != HEAD_DIM)
-    if QUANTIZE:
-        v = load_tile(vf_ptr + first_key * HEAD_DIM + kv_offsets, present, valid, True, BLOCK_D != HEAD_DIM)
-    else:
-        v = load_tile(v_ptr + first_key * v_stride_l + v_offsets, present, valid, True, BLOCK_D != HEAD_DIM)
+    zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
+    tile, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+    for step in range(query_heads * blocks):
+        first_query, head = start + step % blocks * BLOCK_M, step // blocks
+        row = q_row + head * q_rows + first_query
+        q = q_desc.load([row, 0])
+        query = first_query + tile
+        grad_offsets = query.to(tl.int64)[:, None] * grad_stride_l + columns[None, :] * grad_stride_d
+        where = (query < queries)[:, None] & (columns < HEAD_DIM)[None, :]
+        grad = tl.load(grad_ptr + tl.cast(head, tl.int64) * grad_stride_h + grad_offsets, mask=where, other=0.0)
+        grad = narrow(grad, q.dtype)
+        log_sum, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
+        own = (query + own_offset)[None, :]
+        allowed = present[:, None] & (slot[:, None] <= own) & (slot[:, None] >= (own & group))
+        weights = tl.exp2(dot(k, tl.trans(q), zeros) * qk_scale - log_sum[None, :])
+        weights = tl.where(allowed, weights, 0.0)
+        grad_value = dot(narrow(weights, q.dtype), grad, grad_value)
+        grad_scores = weights * (dot(v, tl.trans(grad), zeros) - delta[None, :])
+        grad_key = dot(narrow(grad_scores, q.dtype), q, grad_key)
+    return grad_key, grad_value
 
-    # Queries in [begin, full) see some of the keys, those from `full` on see all of them.
-    begin = 0
-    full = 0
-    if CAUSAL and QUANTIZE:
-        begin = tl.maximum(start_key + GROUP - own_offset, 0)
-        full = start_key + BLOCK_N - own_offset
-    elif CAUSAL:
-        begin = tl.maximum(start_key - own_offset, 0)
-        full = start_key + BLOCK_N - 1 - own_offset
-    UNBOUNDED: tl.constexpr = not (MASKED or SINK)
-    if UNBOUNDED:
-        full = tl.where(keys < start_key + BLOCK_N, queries, full)  # a last, shorter tile is bounded for everyone
-        full = begin + tl.cdiv(tl.maximum(full - begin, 0), BLOCK_M) * BLOCK_M
-    else:
-        full = queries
+
+@triton.jit
+def grad_key_value_kernel(
+    q_desc, k_desc, v_desc, grad_desc, value_ptr, mask_ptr, first_ptr, cu_q_ptr, cu_k_ptr,
+    grad_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
+    value_stride_b, value_stride_h, value_stride_l, value_stride_d,
+    grad_stride_b, grad_stride_h, grad_stride_l, grad_stride_d,
+    out_stride_b, out_stride_h, out_stride_l, mask_stride,
+    heads, key_heads, queries, keys, blocks, q_rows, k_rows, all_q_rows, qk_scale, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N slots of one key head, summed over the query heads that share them.
+
+    Layouts as in `grad_query_kernel`; grad_desc: norm dO. Where groups are kept, block 0 has the sink group, for all of whose
+    queries P and V are not quantized. Excluded keys are not written.
+    """
+    KEPT: tl.constexpr = LEAD > 0
+    row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    index, key_head = row_of_heads // key_heads, row_of_heads % key_heads
+    q_start, queries = sequence(cu_q_ptr, index, queries, VARLEN)
+    k_start, keys = sequence(cu_k_ptr, index, keys, VARLEN)
+    first = 0
+    if MASKED:
+        first = tl.load(first_ptr + index)
+        mask_ptr += index.to(tl.int64) * mask_stride
+    keys -= first
+    slots = keys + LEAD
+    own_offset = slots - queries
+    first_slot = block * BLOCK_N
+    if KEPT:
+        first_slot += LEAD + GROUP - BLOCK_N
+    if first_slot >= slots:
+        return
+    query_heads = heads // key_heads
+    q_row = first_row(index, key_head * query_heads, heads, q_rows, q_start, 0, VARLEN)
+    k_row = first_row(index, key_head, key_heads, k_rows, k_start, LEAD, VARLEN)
+    slot, columns = first_slot + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    present = (slot >= LEAD) & (slot < slots)
+    if MASKED:
+        present = present & (tl.load(mask_ptr + slot, mask=present, other=0) != 0)
+    k, v = k_desc.load([k_row + first_slot, 0]), v_desc.load([k_row + first_slot, 0])
+    index, key_head = index.to(tl.int64), key_head.to(tl.int64)
+    grad_ptr += index * grad_stride_b + key_head * query_heads * grad_stride_h + tl.cast(q_start, tl.int64) * grad_stride_l
 
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    grad_key, grad_value = _sum_grad_key_value(
-        grad_key, grad_value,
-        k, v, key, present, qf_ptr, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d, delta_ptr, stats_ptr,
-        first_head, query_heads, queries, own_offset, begin, tl.minimum(full, queries), qk_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, True, False, QUANTIZE,
-    )  # fmt: skip
-    if UNBOUNDED:
+    kept_from = 0
+    kept_until = 0
+    if KEPT:
+        kept_from = tl.maximum(first_slot - own_offset, 0) // BLOCK_M * BLOCK_M
+        kept_until = tl.minimum(tl.maximum(first_slot + BLOCK_N - own_offset, 0), queries)
+    if KEPT and block == 0:
+        kept_until = queries
+    else:
+        # Queries in [begin, full) see some of the slots, those from `full` on see all of them.
+        begin = 0
+        full = 0
+        if KEPT:
+            begin = tl.maximum(first_slot + GROUP - own_offset, 0) // BLOCK_M * BLOCK_M
+            full = first_slot + BLOCK_N - own_offset
+        elif CAUSAL:
+            begin = tl.maximum(first_slot - own_offset, 0) // BLOCK_M * BLOCK_M
+            full = first_slot + BLOCK_N - 1 - own_offset
+        if MASKED:
+            full = queries
+        else:  # a last, shorter tile is bounded for everyone
+            full = tl.where(slots < first_slot + BLOCK_N, queries, full)
+        full = begin + tl.cdiv(tl.maximum(full - begin, 0), BLOCK_M) * BLOCK_M
         grad_key, grad_value = _sum_grad_key_value(
-            grad_key, grad_value,
-            k, v, key, present, qf_ptr, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d, delta_ptr, stats_ptr,
-            first_head, query_heads, queries, own_offset, full, queries, qk_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, False, False, QUANTIZE,
+            grad_key, grad_value, k, v, slot, present, q_desc, grad_desc, stats_ptr, delta_ptr + all_q_rows,
+            q_row, q_rows, query_heads, own_offset, begin, tl.minimum(full, queries), qk_scale, BLOCK_M, CAUSAL, True, QUANTIZE,
         )  # fmt: skip
-    if OPEN:
-        v = load_tile(v_ptr + first_key * v_stride_l + v_offsets, present, valid, True, BLOCK_D != HEAD_DIM)
-        open_start = tl.maximum(start_key - own_offset, 0)
-        open_stop = tl.minimum(start_key + BLOCK_N - own_offset, queries)
-        grad_key, grad_value = _sum_grad_key_value(
-            grad_key, grad_value,
-            k, v, key, present, qf_ptr, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d, delta_ptr, stats_ptr,
-            first_head, query_heads, queries, own_offset, open_start, open_stop, qk_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, CAUSAL, True, True, False,
+        if not MASKED:
+            grad_key, grad_value = _sum_grad_key_value(
+                grad_key, grad_value, k, v, slot, present, q_desc, grad_desc, stats_ptr, delta_ptr + all_q_rows,
+                q_row, q_rows, query_heads, own_offset, full, queries, qk_scale, BLOCK_M, CAUSAL, False, QUANTIZE,
+            )  # fmt: skip
+    if QUANTIZE:
+        grad_value *= 1.0 / P_GAIN
+    if KEPT:
+        value_ptr += index * value_stride_b + key_head * value_stride_h + tl.cast(k_start + first, tl.int64) * value_stride_l
+        v_offsets = (slot - LEAD).to(tl.int64)[:, None] * value_stride_l + columns[None, :] * value_stride_d
+        where = present[:, None] & (columns < HEAD_DIM)[None, :]
+        v = narrow(tl.load(value_ptr + v_offsets, mask=where, other=0.0), k.dtype)
+        grad_key, grad_value = _sum_grad_key_value_kept(
+            grad_key, grad_value, k, v, slot, present, q_desc, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d,
+            stats_ptr + all_q_rows, delta_ptr, q_row, q_rows, query_heads, queries, own_offset,
+            tl.where(block == 0, 0, -GROUP), kept_from, kept_until, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M,
         )  # fmt: skip
 
     grad_key *= scale
     if ROTATE:
         grad_key = hadamard(grad_key, BLOCK_N, BLOCK_D)
-    where = present[:, None] & valid[None, :]  # excluded keys keep the zeros that the buffers hold
-    grad_key_ptr += first_key * HEAD_DIM
-    grad_value_ptr += first_key * HEAD_DIM
-    tl.store(grad_key_ptr + kv_offsets, narrow(grad_key, grad_key_ptr.dtype.element_ty), mask=where)
-    tl.store(grad_value_ptr + kv_offsets, narrow(grad_value, grad_value_ptr.dtype.element_ty), mask=where)
-
-
-@triton.jit
-def grad_key_value_kernel(
-    qf_ptr, kf_ptr, vf_ptr, v_ptr, mask_ptr, first_ptr, grad_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
-    v_stride_b, v_stride_h, v_stride_l, v_stride_d,
-    grad_stride_b, grad_stride_h, grad_stride_l, grad_stride_d,
-    heads, key_heads, queries, all_keys, tiles, qk_scale, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, ROTATE: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one tile of keys of one key head; layouts as in `grad_query_kernel`.
-
-    Where groups are kept, tile 0 is the sink group, 16 keys for all of whose queries P and V are not quantized, and the
-    tiles after it have BLOCK_N keys. Keys before the first allowed one, and excluded ones, are not written.
-    """
-    row_of_heads, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    batch, key_head = (row_of_heads // key_heads).to(tl.int64), (row_of_heads % key_heads).to(tl.int64)
-    first = 0
-    if MASKED:
-        first = tl.load(first_ptr + batch)
-        mask_ptr += batch * all_keys + first
-    keys = all_keys - first
-    own_offset = keys - queries
-    kv_offset = (row_of_heads.to(tl.int64) * all_keys + first) * HEAD_DIM
-    kf_ptr += kv_offset
-    if QUANTIZE:
-        vf_ptr += kv_offset
-    grad_key_ptr += kv_offset
-    grad_value_ptr += kv_offset
-    v_ptr += batch * v_stride_b + key_head * v_stride_h + tl.cast(first, tl.int64) * v_stride_l
-    qf_ptr += batch * heads * queries * HEAD_DIM
-    delta_ptr += batch * heads * queries
-    stats_ptr += batch * heads * 2 * queries
-    grad_ptr += batch * grad_stride_b
-    query_heads = heads // key_heads
-    first_head = (row_of_heads % key_heads) * query_heads
-
-    if CAUSAL and QUANTIZE:
-        if tile == 0:
-            _key_tile(
-                tile,  # starts at key 0
-                qf_ptr, kf_ptr, vf_ptr, v_ptr, mask_ptr, grad_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
-                v_stride_l, v_stride_d, grad_stride_h, grad_stride_l, grad_stride_d,
-                first_head, query_heads, queries, keys, own_offset, qk_scale, scale,
-                HEAD_DIM, BLOCK_D, BLOCK_M, GROUP, True, MASKED, False, False, True, ROTATE,
-            )  # fmt: skip
-        else:
-            _key_tile(
-                (tile - 1) * BLOCK_N + GROUP,
-                qf_ptr, kf_ptr, vf_ptr, v_ptr, mask_ptr, grad_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
-                v_stride_l, v_stride_d, grad_stride_h, grad_stride_l, grad_stride_d,
-                first_head, query_heads, queries, keys, own_offset, qk_scale, scale,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True, MASKED, True, True, False, ROTATE,
-            )  # fmt: skip
-    else:
-        _key_tile(
-            tile * BLOCK_N,
-            qf_ptr, kf_ptr, vf_ptr, v_ptr, mask_ptr, grad_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
-            v_stride_l, v_stride_d, grad_stride_h, grad_stride_l, grad_stride_d,
-            first_head, query_heads, queries, keys, own_offset, qk_scale, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, MASKED, QUANTIZE, False, False, ROTATE,
-        )  # fmt: skip
+    where = present[:, None] & (columns < HEAD_DIM)[None, :]
+    offsets = index * out_stride_b + key_head * out_stride_h
+    offsets += (k_start + first + slot - LEAD).to(tl.int64)[:, None] * out_stride_l + columns[None, :]
+    tl.store(grad_key_ptr + offsets, narrow(grad_key, grad_key_ptr.dtype.element_ty), mask=where)
+    tl.store(grad_value_ptr + offsets, narrow(grad_value, grad_value_ptr.dtype.element_ty), mask=where)

@@ -1,7 +1,7 @@
 """The forward of docs/NUMERICS.md, sections 3 and 4, as one Triton kernel. The reference is reference.py.
 
-Q and K arrive quantized, V quantized and, where groups are kept, as it is. P~ is quantized on the fly, in groups of 16 keys that
-lie inside a tile. Keys are counted from the first allowed one of the sequence, so that the groups are where they belong.
+Q, K and V arrive quantized, in the layout of _layout.py; P~ is quantized on the fly. Where groups are kept, V is also read as
+it is.
 """
 
 from __future__ import annotations
@@ -9,187 +9,222 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._nvfp4 import GROUP, P_GAIN, dot, load_tile, narrow, quantize_weights
+from ._layout import first_row, sequence, slot_of
+from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def _grouped(scores):
+    return tl.reshape(scores, (scores.shape[0], scores.shape[1] // 64, 8, 4, 2))
+
+
+@triton.jit
+def _tile(groups):
+    return tl.reshape(groups, (groups.shape[0], groups.shape[1] * 64))
+
+
+@triton.jit
+def _soften(scores, row_max, total, qk_scale, BOUNDED: tl.constexpr):
+    """One step of the online softmax. Groups of 16 keys lie along axes 2 and 4 of scores [M, N / 64, 8, 4, 2] (_layout.py).
+
+    Returns P~ of these scores, the largest P~ of each group, and the new state of the rows. Maxima are rounded up, so that
+    rescaling is by a power of two and leaves the codes of P~ as they were.
+    """
+    largest = tl.max(tl.max(scores, 4, keep_dims=True), 2, keep_dims=True)
+    tile_max = tl.max(tl.max(tl.max(tl.max(largest, 4), 3), 2), 1)
+    new_max = tl.maximum(row_max, tl.ceil(tile_max * qk_scale))
+    reference = new_max
+    if BOUNDED:  # rows that have seen no key yet: everything is exp2(-inf) = 0
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores * qk_scale - reference[:, None, None, None, None])
+    largest = tl.exp2(largest * qk_scale - reference[:, None, None, None, None])
+    total = total * tl.exp2(row_max - reference) + tl.sum(tl.sum(tl.sum(tl.sum(weights, 4), 2), 2), 1)
+    return weights, largest, reference, new_max, total
+
+
+@triton.jit
 def _attend(
     out, twin, total, row_max,
-    q, k_ptr, v_ptr, v_stride_l, v_stride_d, mask_ptr, lower, upper, keys, start, stop, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDED: tl.constexpr, KEPT: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, TWIN: tl.constexpr,
+    q, k_desc, v_desc, k_row, mask_ptr, upper, start, stop, qk_scale,
+    BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, TWIN: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the keys from `start` to `stop`, in tiles of BLOCK_N.
+    """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
-    A row may see the keys below `upper` (without BOUNDED: all of these tiles) and, with KEPT, from `lower` on. With QUANTIZE
-    `out` is 2688 times too large and takes PF~ V, while `twin` takes P~ V; otherwise both take the unquantized P~ V.
+    With BOUNDED a row may see the slots below `upper`, otherwise all of these. With QUANTIZE `out` is 2688 times too large
+    and takes PF~ VF, while `twin` takes P~ VF; otherwise `out` takes the unquantized P~.
     """
-    tile = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_D)
-    valid = columns < HEAD_DIM
-    k_offsets = tile[:, None] * HEAD_DIM + columns[None, :]
-    v_offsets = tile[:, None] * v_stride_l + columns[None, :] * v_stride_d
-    k_ptr += tl.cast(start, tl.int64) * HEAD_DIM
-    v_ptr += tl.cast(start, tl.int64) * v_stride_l
-    for first_key in range(start, stop, BLOCK_N):
-        key = first_key + tile
-        present = key < keys
-        if MASKED:
-            present = present & (tl.load(mask_ptr + key, mask=present, other=0) != 0)
-        k = load_tile(k_ptr + k_offsets, present, valid, BOUNDED, BLOCK_D != HEAD_DIM)
-        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32)) * qk_scale
+    for first_slot in range(start, stop, BLOCK_N):
+        k = k_desc.load([k_row + first_slot, 0])
+        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
         if BOUNDED:
-            allowed = key[None, :] < upper[:, None]
-            if KEPT:
-                allowed = allowed & (key[None, :] >= lower[:, None])
+            slot = first_slot + slot_of(tl.arange(0, BLOCK_N))
+            allowed = slot[None, :] < upper[:, None]
             if MASKED:
-                allowed = allowed & present[None, :]
+                allowed = allowed & (tl.load(mask_ptr + slot) != 0)[None, :]
             scores = tl.where(allowed, scores, float("-inf"))
-        # Maxima are rounded up, so that this rescaling is by a power of two and leaves the codes of P~ as they were.
-        new_max = tl.maximum(row_max, tl.ceil(tl.max(scores, 1)))
-        reference = new_max
-        if BOUNDED:  # rows that have seen no key yet: everything is exp2(-inf) = 0
-            reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - reference[:, None])
+        groups, largest, reference, new_max, total = _soften(_grouped(scores), row_max, total, qk_scale, BOUNDED)
+        # Integer maxima seldom change: most tiles need no rescaling at all.
+        if tl.max((new_max > row_max).to(tl.int32), 0) != 0:
+            rescale = tl.exp2(row_max - reference)
+            out = out * rescale[:, None]
+            if TWIN:
+                twin = twin * rescale[:, None]
+        row_max = new_max
+        v = v_desc.load([k_row + first_slot, 0])
+        if TWIN:
+            twin = dot(_tile(narrow(groups, v.dtype)), v, twin)
+        if QUANTIZE:
+            groups = round_weights(groups, largest)
+        out = dot(_tile(narrow(groups, v.dtype)), v, out)
+    return out, twin, total, row_max
+
+
+@triton.jit
+def _attend_kept(
+    out, twin, total, row_max,
+    q, k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots, start, blocks, qk_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
+    MASKED: tl.constexpr, TWIN: tl.constexpr,
+):  # fmt: skip
+    """The kept groups, with unquantized P~ and V: the sink group, then the open groups in `blocks` tiles from `start` on."""
+    columns = tl.arange(0, BLOCK_D)
+    for block in range(0, blocks + 1):
+        first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
+        slot = first_slot + slot_of(tl.arange(0, BLOCK_N))
+        k = k_desc.load([k_row + first_slot, 0])
+        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+        lower = tl.where(block == 0, LEAD, tl.maximum(own & -GROUP, LEAD + GROUP))
+        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None])
+        present = (slot >= LEAD) & (slot < slots)
+        if MASKED:
+            present = present & (tl.load(mask_ptr + slot, mask=present, other=0) != 0)
+        scores = tl.where(allowed & present[None, :], scores, float("-inf"))
+        groups, _, reference, new_max, total = _soften(_grouped(scores), row_max, total, qk_scale, True)
         rescale = tl.exp2(row_max - reference)
         row_max = new_max
-        total = total * rescale + tl.sum(weights, 1)
-        # Excluded values are zeros, never products with zero.
-        v = load_tile(v_ptr + v_offsets, present, valid, BOUNDED, BLOCK_D != HEAD_DIM)
-        out = out * rescale[:, None]
+        v_offsets = (slot - LEAD).to(tl.int64)[:, None] * value_stride_l + columns[None, :] * value_stride_d
+        v = tl.load(value_ptr + v_offsets, mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+        weights, v = _tile(narrow(groups, k.dtype)), narrow(v, k.dtype)
+        out = dot(weights, v, out * rescale[:, None])
         if TWIN:
-            twin = twin * rescale[:, None]
-            twin = dot(narrow(weights, v.dtype), v, twin)
-        if QUANTIZE:
-            code, scale = quantize_weights(weights, 1)
-            weights = tl.reshape(code * scale, (q.shape[0], BLOCK_N))  # at most six significant bits: exact in v.dtype
-        out = dot(narrow(weights, v.dtype), v, out)
-        k_ptr += BLOCK_N * HEAD_DIM
-        v_ptr += BLOCK_N * v_stride_l
+            twin = dot(weights, v, twin * rescale[:, None])
     return out, twin, total, row_max
 
 
 @triton.jit
 def attention_forward_kernel(
-    qf_ptr, kf_ptr, vf_ptr, v_ptr, mask_ptr, first_ptr, shift_dot_ptr,
+    q_desc, k_desc, v_desc, value_ptr, mask_ptr, first_ptr, shift_dot_ptr, cu_q_ptr, cu_k_ptr,
     out_ptr, twin_ptr, lse_ptr, stats_ptr,
-    v_stride_b, v_stride_h, v_stride_l, v_stride_d,
+    value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
-    heads, key_heads, queries, all_keys, qk_scale, shift_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr,
+    lse_stride_b, lse_stride_h, mask_stride,
+    heads, key_heads, queries, keys, blocks, q_rows, k_rows, all_q_rows, qk_scale, shift_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE: tl.constexpr,
     TWIN: tl.constexpr, STATS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head.
+    """BLOCK_M queries of one head of one sequence.
 
-    qf [B, H, Lq, D], kf and vf [B, Hk, Lk, D] contiguous; v, out and twin (strides of out) in any layout; mask uint8 [B, Lk];
-    first int32 [B]; shift_dot, lse float32 [B, H, Lq]; stats float32 [B, H, 2, Lq]: row maximum and base-2 log-sum-exp of
-    the scores of the quantized Q and K, +inf for rows without a (quantized) key, which makes their probabilities zero.
+    q, k, v: operands (_layout.py), v quantized with QUANTIZE. value, out, twin: any strides, packed ones with batch stride 0;
+    mask uint8, a row of k_rows for each sequence, by slot; first int32 [B]; shift_dot, lse float32. stats float32
+    [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the quantized Q and K, +inf for rows without a
+    (quantized) key, which makes their probabilities zero.
     """
-    blocks = tl.cdiv(queries, BLOCK_M)
+    KEPT: tl.constexpr = LEAD > 0
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if CAUSAL:  # the longest first
         block = blocks - 1 - block
-    batch, head = row_of_heads // heads, row_of_heads % heads
+    index, head = row_of_heads // heads, row_of_heads % heads
     key_head = head // (heads // key_heads)
-    batch, head, key_head, head_of_batch = batch.to(tl.int64), head.to(tl.int64), key_head.to(tl.int64), row_of_heads.to(tl.int64)
-
+    q_start, queries = sequence(cu_q_ptr, index, queries, VARLEN)
+    k_start, keys = sequence(cu_k_ptr, index, keys, VARLEN)
+    q_row = first_row(index, head, heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
+    row_stats = stats_ptr
+    if STATS:
+        row_stats += q_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    if block * BLOCK_M >= queries:  # only padding
+        if STATS:
+            tl.store(row_stats, float("inf"))
+            tl.store(row_stats + all_q_rows, float("inf"))
+        return
     first = 0
     if MASKED:
-        first = tl.load(first_ptr + batch)
-        mask_ptr += batch * all_keys + first
-    keys = all_keys - first
-    kv_offset = ((batch * key_heads + key_head) * all_keys + first) * HEAD_DIM
-    kf_ptr += kv_offset
-    v_ptr += batch * v_stride_b + key_head * v_stride_h + tl.cast(first, tl.int64) * v_stride_l
-
-    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    inside, valid = rows < queries, columns < HEAD_DIM
-    q_offsets = (head_of_batch * queries + rows)[:, None] * HEAD_DIM + columns[None, :]
-    q = load_tile(qf_ptr + q_offsets, inside, valid, True, BLOCK_D != HEAD_DIM)
+        first = tl.load(first_ptr + index)
+        mask_ptr += index.to(tl.int64) * mask_stride
+    keys -= first
+    slots = keys + LEAD
+    k_row = first_row(index, key_head, key_heads, k_rows, k_start, LEAD, VARLEN)
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    inside = rows < queries
+    q = q_desc.load([q_row, 0])
 
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     twin = out
     total = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
-    # A query's own place among the keys, the first and last of this block, and the keys that are quantized (or, with
-    # BF16 PV, just allowed): [begin, stop), of which every row sees those before `full` and its own `upper`.
-    own = rows + (all_keys - queries) - first
-    own_first = block * BLOCK_M + (all_keys - queries) - first
-    own_last = tl.minimum(own_first + BLOCK_M, keys) - 1
-    lower = own & -GROUP
-    if CAUSAL and QUANTIZE:
-        begin = GROUP
+    # A query's own slot, the first and the last of this block, and the slots of [begin, stop) that are quantized (or, with
+    # BF16 PV, just allowed): every row sees those before `full`, and its own `upper`.
+    own = rows + (keys - queries + LEAD)
+    own_first = block * BLOCK_M + (keys - queries + LEAD)
+    own_last = tl.minimum(own_first + BLOCK_M, slots) - 1
+    begin = 0
+    if KEPT:
+        begin = LEAD + GROUP
+        upper = own & -GROUP
         stop = tl.maximum(own_last & -GROUP, begin)
-        full = tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N + begin
-        upper = lower
+        full = begin + tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N
     elif CAUSAL:
-        begin = 0
+        upper = own + 1
         stop = tl.maximum(own_last + 1, 0)
         full = tl.maximum(own_first + 1, 0) // BLOCK_N * BLOCK_N
-        upper = own + 1
     else:
-        begin = 0
-        stop = keys
-        full = keys // BLOCK_N * BLOCK_N
-        upper = rows * 0 + keys
+        upper = rows * 0 + slots
+        stop = slots
+        full = slots // BLOCK_N * BLOCK_N
     if MASKED:
         full = begin
-
-    if QUANTIZE:
-        values_ptr, value_stride_l, value_stride_d = vf_ptr + kv_offset, HEAD_DIM, 1
     else:
-        values_ptr, value_stride_l, value_stride_d = v_ptr, v_stride_l, v_stride_d
-    if not MASKED:
         out, twin, total, row_max = _attend(
-            out, twin, total, row_max,
-            q, kf_ptr, values_ptr, value_stride_l, value_stride_d, mask_ptr, lower, upper, keys, begin, full, qk_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, False, False, QUANTIZE, TWIN,
+            out, twin, total, row_max, q, k_desc, v_desc, k_row, mask_ptr, upper, begin, full, qk_scale,
+            BLOCK_N, False, False, QUANTIZE, TWIN,
         )  # fmt: skip
     out, twin, total, row_max = _attend(
-        out, twin, total, row_max,
-        q, kf_ptr, values_ptr, value_stride_l, value_stride_d, mask_ptr, lower, upper, keys, full, stop, qk_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, False, MASKED, QUANTIZE, TWIN,
+        out, twin, total, row_max, q, k_desc, v_desc, k_row, mask_ptr, upper, full, stop, qk_scale,
+        BLOCK_N, True, MASKED, QUANTIZE, TWIN,
     )  # fmt: skip
 
-    row_stats = stats_ptr
     if STATS:
-        row_stats += head_of_batch * 2 * queries + rows
-        tl.store(row_stats, tl.where(row_max == float("-inf"), float("inf"), row_max), mask=inside)
+        tl.store(row_stats, tl.where(inside & (row_max != float("-inf")), row_max, float("inf")))
     if QUANTIZE:
         out = out * (1.0 / P_GAIN)
-    if CAUSAL and QUANTIZE:
-        # The kept groups, unquantized, on tiles of their own that are one group wide: the sink group, then the open ones.
-        sink_stop = tl.minimum(tl.maximum(own_last + 1, 0), GROUP)
-        out, twin, total, row_max = _attend(
+    if KEPT:
+        value_ptr += index.to(tl.int64) * value_stride_b + key_head.to(tl.int64) * value_stride_h
+        value_ptr += (k_start + first).to(tl.int64) * value_stride_l
+        open_start = tl.maximum(own_first & -GROUP, begin)
+        open_start -= (open_start - begin) % BLOCK_N
+        out, twin, total, row_max = _attend_kept(
             out, twin, total, row_max,
-            q, kf_ptr, v_ptr, v_stride_l, v_stride_d, mask_ptr, lower, own + 1, keys, 0, sink_stop, qk_scale,
-            HEAD_DIM, BLOCK_D, GROUP, True, False, MASKED, False, TWIN,
-        )  # fmt: skip
-        open_start = tl.maximum(own_first & -GROUP, GROUP)
-        out, twin, total, row_max = _attend(
-            out, twin, total, row_max,
-            q, kf_ptr, v_ptr, v_stride_l, v_stride_d, mask_ptr, lower, own + 1, keys, open_start, own_last + 1, qk_scale,
-            HEAD_DIM, BLOCK_D, GROUP, True, True, MASKED, False, TWIN,
+            q, k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots,
+            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_N, LEAD, MASKED, TWIN,
         )  # fmt: skip
 
     empty = total == 0.0
     norm = tl.where(empty, 1.0, total)
     lse = row_max + tl.log2(total)
     if STATS:
-        tl.store(row_stats + queries, tl.where(empty, float("inf"), lse), mask=inside)
+        tl.store(row_stats + all_q_rows, tl.where(inside & ~empty, lse, float("inf")))
     lse = tl.where(empty, float("-inf"), lse * LN_2)
-    rows_of_all = head_of_batch * queries + rows
+    lse_offsets = index.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + q_start + rows
     if SHIFTED:
-        lse += shift_scale * tl.load(shift_dot_ptr + rows_of_all, mask=inside, other=0.0)
-    tl.store(lse_ptr + rows_of_all, lse, mask=inside)
-    out_offsets = batch * out_stride_b + head * out_stride_h
-    out_offsets += rows.to(tl.int64)[:, None] * out_stride_l + columns.to(tl.int64)[None, :] * out_stride_d
-    where = inside[:, None] & valid[None, :]
+        lse += shift_scale * tl.load(shift_dot_ptr + lse_offsets, mask=inside, other=0.0)
+    tl.store(lse_ptr + lse_offsets, lse, mask=inside)
+    out_offsets = index.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    out_offsets += (q_start + rows).to(tl.int64)[:, None] * out_stride_l + columns.to(tl.int64)[None, :] * out_stride_d
+    where = inside[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(out_ptr + out_offsets, narrow(out / norm[:, None], out_ptr.dtype.element_ty), mask=where)
     if TWIN:
         tl.store(twin_ptr + out_offsets, narrow(twin / norm[:, None], twin_ptr.dtype.element_ty), mask=where)

@@ -73,7 +73,7 @@ def attention(
             _log_eager(q.device.type)
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, _, lse, _ = _attention_forward(q, k, v, key_mask, k_shift, spec.to_json(), causal, scale, needs_gradient, impl)
+    out, _, lse, *_ = _attention_forward(q, k, v, key_mask, k_shift, spec.to_json(), causal, scale, needs_gradient, impl)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -89,63 +89,80 @@ def _attention_forward(
     scale: float,
     needs_gradient: bool,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """O, O' (empty where O serves, or no gradient is needed), LSE, and the row statistics for the backward of `triton`."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """O, O' (empty where O serves, or no gradient is needed), LSE, and what the backward of `triton` reads (`Forward`)."""
     spec_ = QuantSpec.from_json(spec)
-    options = {"spec": spec_, "causal": causal, "scale": scale, "with_twin": _has_twin(spec_, needs_gradient)}
+    options = {"spec": spec_, "causal": causal, "scale": scale}
     if impl == "triton":
-        return _triton().forward(q, k, v, key_mask, k_shift, with_stats=needs_gradient, **options)
+        return tuple(_triton().forward(q, k, v, key_mask, k_shift, with_gradient=needs_gradient, **options))
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
-        out, twin, lse = reference.forward(q, k, v, key_mask, k_shift, **options)
-    return out, twin, lse, lse.new_empty(0)
+        out, twin, lse = reference.forward(
+            q, k, v, key_mask, k_shift, with_twin=_has_twin(spec_, needs_gradient), **options
+        )
+    return out, twin, lse, lse.new_empty(0), q.new_empty(0, dtype=torch.uint8)
 
 
 @_attention_forward.register_fake
 def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient, impl):
-    twin = torch.empty_like(q) if _has_twin(QuantSpec.from_json(spec), needs_gradient) else q.new_empty(0)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(q.shape[:3], dtype=lse_dtype)
-    has_stats = impl == "triton" and needs_gradient
-    return torch.empty_like(q), twin, lse, lse.new_empty((*q.shape[:2], 2, q.shape[2]) if has_stats else 0)
+    spec_ = QuantSpec.from_json(spec)
+    twin = torch.empty_like(q) if _has_twin(spec_, needs_gradient) else q.new_empty(0)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    stats_shape = packed_shape = (0,)
+    if impl == "triton":
+        stats_shape, packed_shape = _triton().output_shapes(
+            q.shape, k.shape, spec=spec_, causal=causal, with_gradient=needs_gradient
+        )
+    return torch.empty_like(q), twin, lse, lse.new_empty(stats_shape), q.new_empty(packed_shape, dtype=torch.uint8)
 
 
 @torch.library.custom_op("qat_kernels::attention_backward", mutates_args=())
 def _attention_backward(
     grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    inputs: list[torch.Tensor],
     twin: torch.Tensor,
     stats: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    key_shape: list[int],
     spec: str,
     causal: bool,
     scale: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK, dV. `inputs` are Q, K and V, or for `triton` what it keeps of them: the packed codes, and V where it is read again."""
     options = {"spec": QuantSpec.from_json(spec), "causal": causal, "scale": scale}
     if impl == "triton":
-        return _triton().backward(grad_out, q, k, v, twin, stats, key_mask, k_shift, **options)
-    with torch.autocast(q.device.type, enabled=False):
-        return reference.backward(grad_out, q, k, v, twin, key_mask, k_shift, **options)
+        packed, *value = inputs
+        value = value[0] if value else None
+        return _triton().backward(grad_out, value, twin, stats, packed, key_mask, key_shape=torch.Size(key_shape), **options)
+    with torch.autocast(grad_out.device.type, enabled=False):
+        return reference.backward(grad_out, *inputs, twin, key_mask, k_shift, **options)
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, twin, stats, key_mask, k_shift, spec, causal, scale, impl):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(grad_out, inputs, twin, stats, key_mask, k_shift, key_shape, spec, causal, scale, impl):
+    return grad_out.new_empty(grad_out.shape), grad_out.new_empty(key_shape), grad_out.new_empty(key_shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient, ctx.impl = inputs
-    out, twin, _, stats = output
-    if not _has_twin(QuantSpec.from_json(ctx.spec), needs_gradient):
+    out, twin, _, stats, packed = output
+    spec = QuantSpec.from_json(ctx.spec)
+    if not _has_twin(spec, needs_gradient):
         twin = out  # nothing of P or V was rounded, so O is its own twin
-    ctx.save_for_backward(q, k, v, twin, stats, key_mask, k_shift)
+    ctx.key_shape = list(k.shape)
+    if ctx.impl == "triton":
+        saved = [packed, v] if _triton().keeps_value(spec, ctx.causal) else [packed]
+    else:
+        saved = [q, k, v]
+    ctx.save_for_backward(twin, stats, key_mask, k_shift, *saved)
 
 
-def _backward(ctx, grad_out, _grad_twin, _grad_lse, _grad_stats):
-    grads = _attention_backward(grad_out, *ctx.saved_tensors, ctx.spec, ctx.causal, ctx.scale, ctx.impl)
+def _backward(ctx, grad_out, _grad_twin, _grad_lse, _grad_stats, _grad_packed):
+    twin, stats, key_mask, k_shift, *saved = ctx.saved_tensors
+    grads = _attention_backward(
+        grad_out, saved, twin, stats, key_mask, k_shift, ctx.key_shape, ctx.spec, ctx.causal, ctx.scale, ctx.impl
+    )
     return *grads, None, None, None, None, None, None, None
 
 

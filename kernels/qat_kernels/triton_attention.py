@@ -1,7 +1,7 @@
 """The attention of docs/NUMERICS.md as Triton kernels: prepares the operands, chooses tiles and launches.
 
-Takes what reference.py takes and returns the same, plus the row statistics that its backward reads. Needs an NVIDIA GPU
-from sm_80 on (or Triton's interpreter); imports triton through the modules whose names begin with an underscore.
+Takes what reference.py takes and returns the same, plus what its backward reads. Needs an NVIDIA GPU from sm_80 on (or
+Triton's interpreter); imports triton through the modules whose names begin with an underscore.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
-from ._backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
+from ._backward import grad_key_value_kernel, grad_query_kernel, prepare_kernel
 from ._forward import attention_forward_kernel
-from ._nvfp4 import INTERPRET, block_of, quantize_rows, quantize_tokens
+from ._layout import PAD, Sequences
+from ._nvfp4 import INTERPRET
+from ._quantize import Codes, Keys, block_of, operand_dtype, quantize_rows, quantize_tokens, strides_of, unpack
 from .spec import GROUP_SIZE, HADAMARD_ENTRY, QuantSpec
 
 LOG2_E = math.log2(math.e)
@@ -32,154 +35,292 @@ def check_device(device: torch.device) -> None:
         raise ValueError(f"attention: impl='triton': expected sm_{_MIN_ARCH} or later, got sm_{_arch(device)}; use impl='eager'")
 
 
+class Packing(NamedTuple):
+    """The bounds of packed sequences: int32 [n + 1], and the length of the longest one, of queries and of keys."""
+
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+
+
+class Problem(NamedTuple):
+    """One call's sizes and options; what forward and backward have in common."""
+
+    query: Sequences
+    key: Sequences
+    head_dim: int
+    spec: QuantSpec
+    causal: bool
+    scale: float
+
+    @classmethod
+    def of(
+        cls, query: torch.Size, key: torch.Size, packing: Packing | None, *, spec: QuantSpec, causal: bool, scale: float
+    ) -> Problem:
+        """From the shapes [B, H, L, D], or [total, H, D] of packed sequences."""
+        lead = PAD - GROUP_SIZE if causal and spec.pv == "nvfp4" else 0
+        if packing is None:
+            (batch, heads, queries, head_dim), (_, key_heads, keys, _) = query, key
+            sides = Sequences(batch, heads, queries, queries), Sequences(batch, key_heads, keys, keys, lead=lead)
+        else:
+            (queries, heads, head_dim), (keys, key_heads, _) = query, key
+            count = packing.cu_q.shape[0] - 1
+            sides = (
+                Sequences(count, heads, packing.max_q, queries, packing.cu_q),
+                Sequences(count, key_heads, packing.max_k, keys, packing.cu_k, lead),
+            )
+        return cls(*sides, head_dim, spec, causal, scale)
+
+    @property
+    def empty(self) -> bool:
+        return not (self.query.count * self.query.heads * self.query.length * self.key.length)
+
+    @property
+    def score_scale(self) -> float:
+        """Of the scores of the quantized Q and K; its sign is in the operand of Q."""
+        scale = abs(self.scale)
+        return scale / (HADAMARD_ENTRY**2 * self.head_dim) if self.spec.rotate else scale
+
+    @property
+    def constants(self) -> dict:
+        """What all attention kernels are compiled for."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": block_of(self.head_dim),
+            "LEAD": self.key.lead,
+            "CAUSAL": self.causal,
+            "VARLEN": self.query.cu is not None,
+            "enable_fp_fusion": True,
+        }
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.query.heads, self.key.heads, self.query.length, self.key.length
+
+    def packed_shapes(self) -> list[tuple[int, int]]:
+        """Of codes and scales of Q, K and, unless V itself is kept, V."""
+        shapes = [*Codes.shapes(self.query, self.head_dim, tokens=False), *Codes.shapes(self.key, self.head_dim, tokens=False)]
+        return shapes if keeps_value(self.spec, self.causal) else [*shapes, *Codes.shapes(self.key, self.head_dim, tokens=True)]
+
+    def packed_bytes(self) -> int:
+        return sum(rows * columns for rows, columns in self.packed_shapes())
+
+    def codes_in(self, packed: torch.Tensor) -> list[Codes]:
+        """Views of Q, K and, unless V itself is kept, V."""
+        shapes = self.packed_shapes()
+        views = [x.view(shape) for x, shape in zip(packed.split([a * b for a, b in shapes]), shapes, strict=True)]
+        return [Codes(*views[i : i + 2]) for i in range(0, len(views), 2)]
+
+
+class Forward(NamedTuple):
+    """What a forward returns. All but `out` and `lse` are for the backward, and empty where there will be none."""
+
+    out: torch.Tensor
+    """O, in the shape, strides and dtype of Q."""
+    twin: torch.Tensor
+    """O', likewise; empty with BF16 PV too, where O serves."""
+    lse: torch.Tensor
+    """float32 [B, H, Lq], or [H, total] of packed sequences."""
+    stats: torch.Tensor
+    """float32 [2, rows of Q]: m and the base-2 log-sum-exp of the quantized scores; +inf in rows without a (quantized) key."""
+    packed: torch.Tensor
+    """uint8: the codes and scales of Q, K and, unless V itself is read again, V."""
+
+
+def keeps_value(spec: QuantSpec, causal: bool) -> bool:
+    """Whether V is read as it is, so that the backward needs it: with BF16 PV, and where groups are kept."""
+    return causal or spec.pv == "bf16"
+
+
+def output_shapes(
+    query: torch.Size, key: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, causal: bool, with_gradient: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `Forward.stats` and `Forward.packed`."""
+    problem = Problem.of(query, key, packing, spec=spec, causal=causal, scale=1.0)
+    if not with_gradient or problem.empty:
+        return (0,), (0,)
+    return (2, problem.query.all_rows), (problem.packed_bytes(),)
+
+
 def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    packing: Packing | None = None,
     *,
     spec: QuantSpec,
     causal: bool,
     scale: float,
-    with_twin: bool,
-    with_stats: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """docs/NUMERICS.md, sections 3 and 4: O, O', LSE, and the row statistics (O' and statistics empty unless asked for).
-
-    O and O' have the shape, strides and dtype of `query`; LSE is float32 [B, H, Lq]. The statistics, float32 [B, H, 2, Lq], are m
-    and the base-2 log-sum-exp of the quantized scores; a row without a quantized key, or without any, has +inf there.
+    with_gradient: bool,
+) -> Forward:
+    """docs/NUMERICS.md, sections 3 and 4.
 
     Raises:
         ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
     """
     check_device(query.device)
-    batch, heads, queries, head_dim = query.shape
-    key_heads, keys = key.shape[1:3]
-    out = torch.empty_like(query)
-    twin = torch.empty_like(query) if with_twin else query.new_empty(0)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    stats = query.new_empty((batch, heads, 2, queries) if with_stats else 0, dtype=torch.float32)
-    if not query.numel() or not keys:
-        return out.zero_(), twin.zero_(), lse.fill_(-torch.inf), stats.fill_(torch.inf)
-    value = _near(value)
+    problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
+    with_twin = with_gradient and spec.pv == "nvfp4"
+    stats_shape, packed_shape = output_shapes(
+        query.shape, key.shape, packing, spec=spec, causal=causal, with_gradient=with_gradient
+    )
+    lse_shape = query.shape[:3] if packing is None else (query.shape[1], query.shape[0])
+    result = Forward(
+        out=torch.empty_like(query),
+        twin=torch.empty_like(query) if with_twin else query.new_empty(0),
+        lse=query.new_empty(lse_shape, dtype=torch.float32),
+        stats=query.new_empty(stats_shape, dtype=torch.float32),
+        packed=query.new_empty(packed_shape, dtype=torch.uint8),
+    )
+    if problem.empty:
+        result.out.zero_(), result.twin.zero_(), result.lse.fill_(-torch.inf)
+        return result
     with _on(query.device):
-        ops = _prepare(query, key, value, key_mask, k_shift, spec, scale)
-        tile = _tiles(query, causal, key_mask).forward
-        attention_forward_kernel[(batch * heads * -(-queries // tile.queries),)](
-            ops.query, ops.key, ops.value_fq, value, ops.mask, ops.first, ops.shift_dot, out, twin, lse, stats,
-            *value.stride(), *out.stride(), heads, key_heads, queries, keys, ops.scale * LOG2_E, scale,
-            HEAD_DIM=head_dim, BLOCK_D=block_of(head_dim), BLOCK_M=tile.queries, BLOCK_N=tile.keys,
-            CAUSAL=causal, MASKED=key_mask is not None, QUANTIZE=spec.pv == "nvfp4",
-            TWIN=with_twin, STATS=with_stats, SHIFTED=k_shift is not None,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        allowed = _allowed(key_mask, problem.key)
+        codes = problem.codes_in(result.packed) if with_gradient else []
+        options = {"rotate": spec.rotate, "four_over_six": spec.four_over_six}
+        shift_dot = None
+        if k_shift is not None:
+            k_shift, shift_dot = k_shift.contiguous(), torch.empty_like(result.lse)
+        codes = codes + [None] * (3 - len(codes))
+        operands = (
+            quantize_rows(
+                query, problem.query, keys=False, shift=k_shift, dots=shift_dot, negate=scale < 0, codes=codes[0], **options
+            ),
+            quantize_rows(key, problem.key, keys=True, allowed=allowed, shift=k_shift, codes=codes[1], **options),
+            _value_operand(value, problem, allowed, permute=True, codes=codes[2]),
+        )
+        tile = _tiles(query.device, problem, key_mask).forward
+        blocks = problem.query.blocks(tile.queries)
+        lse_strides = result.lse.stride()[:2] if packing is None else (0, result.lse.stride(0))
+        attention_forward_kernel[(problem.query.count * problem.query.heads * blocks,)](
+            *_descriptors(operands, (tile.queries, tile.keys, tile.keys)),
+            value, *_key_pointers(allowed), shift_dot, problem.query.cu, problem.key.cu,
+            result.out, result.twin, result.lse, result.stats,
+            *strides_of(value), *strides_of(result.out), *lse_strides, _mask_stride(allowed),
+            *problem.sizes, blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
+            problem.score_scale * LOG2_E, scale,
+            **problem.constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, MASKED=allowed is not None,
+            QUANTIZE=spec.pv == "nvfp4", TWIN=with_twin, STATS=with_gradient, SHIFTED=k_shift is not None,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return out, twin, lse, stats
+    return result
 
 
 def backward(
     grad_out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | None,
     twin: torch.Tensor,
     stats: torch.Tensor,
+    packed: torch.Tensor,
     key_mask: torch.Tensor | None,
-    k_shift: torch.Tensor | None,
+    packing: Packing | None = None,
     *,
+    key_shape: torch.Size,
     spec: QuantSpec,
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """docs/NUMERICS.md, section 5: dQ, dK, dV in the shapes and dtypes of the inputs, contiguous.
+    """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO.
 
-    `twin` is O' and `stats` are the row statistics of `forward`.
+    Args:
+        value: V where it is read as it is (`keeps_value`), else None.
+        twin: O', or O with BF16 PV.
+        stats, packed: of `forward`.
     """
-    batch, heads, queries, head_dim = query.shape
-    key_heads, keys = key.shape[1:3]
+    problem = Problem.of(grad_out.shape, key_shape, packing, spec=spec, causal=causal, scale=scale)
     # With a mask, keys that no query may see are not visited.
     new = torch.empty if key_mask is None else torch.zeros
-    grad_query = query.new_empty(query.shape)
-    grad_key, grad_value = (new(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-    if not query.numel() or not keys:
+    dtype, device = grad_out.dtype, grad_out.device
+    grad_query = torch.empty(grad_out.shape, dtype=dtype, device=device)
+    grad_key, grad_value = (new(key_shape, dtype=dtype, device=device) for _ in range(2))
+    if problem.empty:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
-    value, grad_out = _near(value), _near(grad_out)
-    delta = query.new_empty(query.shape[:3], dtype=torch.float32)
-    block_d = block_of(head_dim)
-    with _on(query.device):
-        ops = _prepare(query, key, value, key_mask, k_shift, spec, scale)
-        chosen = _tiles(query, causal, key_mask)
-        rows = max(16, 2048 // block_d)
-        delta_kernel[(batch * heads * -(-queries // rows),)](
-            grad_out, twin, delta, *grad_out.stride(), *twin.stride(), heads, queries,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=rows, num_warps=4, enable_fp_fusion=True,
+    side = problem.query
+    operand = operand_dtype(dtype)
+    grad_operand = grad_out.new_empty((side.all_rows, block_of(problem.head_dim)), dtype=operand)
+    delta = torch.empty_like(stats)
+    with _on(device):
+        allowed = _allowed(key_mask, problem.key)
+        codes = problem.codes_in(packed)
+        operands = [unpack(codes[0], operand, tokens=False), unpack(codes[1], operand, tokens=False)]
+        if keeps_value(spec, causal):
+            operands.append(_value_operand(value, problem, allowed, permute=False))
+        else:
+            operands.append(unpack(codes[2], operand, tokens=True))
+        constants = {**problem.constants, "MASKED": allowed is not None, "ROTATE": spec.rotate}
+        chosen = _tiles(device, problem, key_mask)
+        rows = max(16, 2048 // block_of(problem.head_dim))
+        blocks = side.blocks(rows)
+        prepare_kernel[(side.count * side.heads * blocks,)](
+            grad_out, twin, stats, side.cu, grad_operand, delta, *strides_of(grad_out), *strides_of(twin),
+            side.heads, side.length, blocks, side.rows, side.all_rows,
+            HEAD_DIM=problem.head_dim, BLOCK_D=block_of(problem.head_dim), BLOCK_M=rows, VARLEN=packing is not None,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        operands = (ops.query, ops.key, ops.value_fq, value, ops.mask, ops.first, grad_out, delta, stats)
-        sizes = (*value.stride(), *grad_out.stride(), heads, key_heads, queries, keys)
-        scales = (ops.scale * LOG2_E, ops.scale)
-        constants = {
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": block_d,
-            "CAUSAL": causal,
-            "MASKED": key_mask is not None,
-            "QUANTIZE": spec.pv == "nvfp4",
-            "ROTATE": spec.rotate,
-            "enable_fp_fusion": True,
-        }
+        pointers = (value, *_key_pointers(allowed), side.cu, problem.key.cu, grad_out, delta, stats)
+        value_strides = (0, 0, 0, 0) if value is None else strides_of(value)
+
+        def numbers(out: torch.Tensor, blocks: int, scale: float) -> tuple:
+            strides = (*value_strides, *strides_of(grad_out), *strides_of(out)[:3], _mask_stride(allowed))
+            sizes = (*problem.sizes, blocks, side.rows, problem.key.rows, side.all_rows)
+            return (*strides, *sizes, problem.score_scale * LOG2_E, scale)
+
         tile = chosen.grad_query
-        grad_query_kernel[(batch * heads * -(-queries // tile.queries),)](
-            *operands, grad_query, *sizes, *scales, **constants,
-            BLOCK_M=tile.queries, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+        blocks = side.blocks(tile.queries)
+        grad_query_kernel[(side.count * side.heads * blocks,)](
+            *_descriptors(operands, (tile.queries, tile.keys, tile.keys)), *pointers, grad_query,
+            *numbers(grad_query, blocks, math.copysign(problem.score_scale, scale)),
+            **constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         tile = chosen.grad_key_value
-        sink = GROUP_SIZE if causal and spec.pv == "nvfp4" else 0  # has a tile of its own
-        key_tiles = bool(sink) + -(-max(keys - sink, 0) // tile.keys)
-        grad_key_value_kernel[(batch * key_heads * key_tiles,)](
-            *operands, grad_key, grad_value, *sizes, key_tiles, *scales, **constants,
+        # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
+        blocks = problem.key.blocks(tile.keys) - (PAD // tile.keys - 1 if problem.key.lead else 0)
+        shapes = (tile.queries, tile.keys, tile.keys, tile.queries)
+        grad_key_value_kernel[(problem.key.count * problem.key.heads * blocks,)](
+            *_descriptors((*operands, grad_operand), shapes), *pointers, grad_key, grad_value,
+            *numbers(grad_key, blocks, problem.score_scale), **constants, QUANTIZE=spec.pv == "nvfp4",
             BLOCK_M=tile.queries, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
 
 
-class _Operands(NamedTuple):
-    """What forward and backward compute with."""
-
-    query: torch.Tensor  # quantized, in the dtype of the inputs, contiguous, as the next two
-    key: torch.Tensor
-    value_fq: torch.Tensor | None  # None with BF16 PV
-    mask: torch.Tensor | None  # uint8 [B, Lk], contiguous
-    first: torch.Tensor | None  # int32 [B]: the first allowed key
-    shift_dot: torch.Tensor | None  # float32 [B, H, Lq]: q . k_shift
-    scale: float  # of the scores of the quantized Q and K
+def _value_operand(
+    value: torch.Tensor, problem: Problem, allowed: Keys | None, *, permute: bool, codes: Codes | None = None
+) -> torch.Tensor:
+    options = {"quantize": problem.spec.pv == "nvfp4", "four_over_six": problem.spec.four_over_six}
+    return quantize_tokens(value, problem.key, allowed=allowed, permute=permute, codes=codes, **options)
 
 
-def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, scale: float) -> _Operands:
-    mask = first = shift_dot = None
-    if key_mask is not None:
-        mask = key_mask.contiguous().view(torch.uint8)
-        first = mask.argmax(1).to(torch.int32)
-    if k_shift is not None:
-        k_shift = k_shift.contiguous()
-        shift_dot = query.new_empty(query.shape[:3], dtype=torch.float32)
-    options = {"rotate": spec.rotate, "four_over_six": spec.four_over_six}
-    return _Operands(
-        query=quantize_rows(query, shift=k_shift, shift_dot=shift_dot, **options),
-        key=quantize_rows(key, shift=k_shift, mask=mask, **options),
-        value_fq=quantize_tokens(value, mask=mask, first=first, four_over_six=spec.four_over_six) if spec.pv == "nvfp4" else None,
-        mask=mask,
-        first=first,
-        shift_dot=shift_dot,
-        scale=scale / (HADAMARD_ENTRY**2 * query.shape[-1]) if spec.rotate else scale,
-    )
+def _allowed(key_mask: torch.Tensor | None, keys: Sequences) -> Keys | None:
+    """The mask by slot, counted from the first allowed key."""
+    if key_mask is None:
+        return None
+    first = key_mask.to(torch.uint8).argmax(1)
+    token = first[:, None] + torch.arange(keys.rows, device=key_mask.device) - keys.lead
+    inside = (token >= first[:, None]) & (token < keys.length)
+    mask = key_mask.gather(1, token.clamp(0, keys.length - 1)) & inside
+    return Keys(mask.view(torch.uint8), first.to(torch.int32))
 
 
-def _near(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a copy if its rows are so far apart that the 32-bit offsets inside a tile of at most 256 rows overflow."""
-    return x if 256 * (x.stride(2) + x.stride(3)) < 2**31 else x.contiguous()
+def _key_pointers(allowed: Keys | None) -> tuple:
+    return (None, None) if allowed is None else allowed
 
 
-def _tiles(query: torch.Tensor, causal: bool, key_mask: torch.Tensor | None) -> tiles.Tiles:
-    return tiles.choose(_arch(query.device), query.shape[-1], causal, key_mask is not None, query.element_size())
+def _mask_stride(allowed: Keys | None) -> int:
+    return 0 if allowed is None else allowed.mask.stride(0)
+
+
+def _descriptors(operands, rows) -> list[TensorDescriptor]:
+    """Tiles of `rows` rows of each operand, which the hardware can copy by itself."""
+    return [TensorDescriptor.from_tensor(x, [n, x.shape[1]]) for x, n in zip(operands, rows, strict=True)]
+
+
+def _tiles(device: torch.device, problem: Problem, key_mask: torch.Tensor | None) -> tiles.Tiles:
+    return tiles.choose(_arch(device), problem.head_dim, problem.causal)
 
 
 def _arch(device: torch.device) -> int:

@@ -1,0 +1,93 @@
+"""Where queries and keys lie in the operands that the Triton kernels read, which are made for them and thrown away.
+
+An operand holds rows of one head after the other, for each sequence a multiple of PAD of them, padded with zeros, so that a
+tile needs no bounds. Rows of Q and of dO are in the order of the queries. Rows of K and V are in **slots**:
+
+* Slot = key + LEAD, where keys count from the first allowed one of their sequence. LEAD is 0, or PAD - 16 where groups are
+  kept: then the sink group is the end of the first PAD slots and the other groups begin with a tile.
+* Within each 64 slots the rows are permuted: row 8 j + 2 t + b holds slot 16 t + 2 j + b (t, b: thread and register of a
+  matrix unit's accumulator). A thread of the tensor cores then holds the scores of a whole group of 16 keys, so the
+  largest of them, which sets the group's scale, is found without another thread.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._nvfp4 import GROUP
+
+PAD = 128
+"""Rows of a sequence are padded to a multiple of this, the largest tile."""
+ORDER = 64
+"""Slots that are permuted among themselves."""
+_PAD, _ORDER = tl.constexpr(PAD), tl.constexpr(ORDER)
+
+
+@triton.jit
+def slot_of(row):
+    """The slot whose row this is."""
+    block, place = row // _ORDER, row % _ORDER
+    return block * _ORDER + (place // 2) % 4 * GROUP + place // 8 * 2 + place % 2
+
+
+@triton.jit
+def row_of(slot):
+    """The inverse of `slot_of`."""
+    block, place = slot // _ORDER, slot % _ORDER
+    return block * _ORDER + place % GROUP // 2 * 8 + place // GROUP * 2 + place % 2
+
+
+@triton.jit
+def sequence(cu_ptr, index, length, VARLEN: tl.constexpr):
+    """The first token of a sequence, where tokens of all sequences lie behind one another, and the number of its tokens.
+
+    cu int32 [n + 1] holds the bounds of packed sequences (VARLEN); without it every sequence has `length` tokens from 0 on.
+    """
+    start = 0
+    if VARLEN:
+        start = tl.load(cu_ptr + index)
+        length = tl.load(cu_ptr + index + 1) - start
+    return start, length
+
+
+@triton.jit
+def first_row(index, head, heads, rows, start, LEAD: tl.constexpr, VARLEN: tl.constexpr):
+    """The first row of a sequence's head. `rows` are those of a head: of one sequence, or with VARLEN of all of them."""
+    if VARLEN:
+        extra: tl.constexpr = 1 if LEAD == 0 else 2
+        return head * rows + (start // _PAD + index * extra) * _PAD
+    return (index * heads + head) * rows
+
+
+class Sequences(NamedTuple):
+    """The sequences of one side, queries or keys: a batch of equal lengths, or packed ones."""
+
+    count: int
+    heads: int
+    length: int
+    """Tokens of a sequence; of the longest one where they are packed."""
+    total: int
+    """Tokens of a head of the tensor: `length`, or all of the packed ones."""
+    cu: torch.Tensor | None = None
+    """int32 [count + 1]: the bounds of packed sequences; None for a batch."""
+    lead: int = 0
+    """LEAD, which is PAD - 16 for keys where groups are kept."""
+
+    @property
+    def rows(self) -> int:
+        """Operand rows of a head: of one sequence, or of all where they are packed (see `first_row`)."""
+        if self.cu is not None:
+            return (self.total // PAD + self.count * (2 if self.lead else 1)) * PAD
+        return -(-(self.lead + self.length) // PAD) * PAD
+
+    @property
+    def all_rows(self) -> int:
+        return self.rows * self.heads * (self.count if self.cu is None else 1)
+
+    def blocks(self, size: int) -> int:
+        """Blocks of `size` rows in the longest sequence."""
+        return -(-(self.lead + self.length) // PAD) * PAD // size

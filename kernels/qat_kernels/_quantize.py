@@ -1,0 +1,289 @@
+"""The kernels that quantize Q, K and V into operands for the attention kernels (_layout.py), or into 4.5 bits a value, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._layout import PAD, Sequences, first_row, row_of, sequence
+from ._nvfp4 import (
+    GROUP,
+    INTERPRET,
+    codes_of,
+    hadamard,
+    narrow,
+    round_groups,
+    scale_bits,
+    scale_of,
+    signed_values,
+    value_of,
+)
+from .spec import GROUP_SIZE
+
+_PAD = tl.constexpr(PAD)
+
+
+@triton.jit
+def _load_slots(
+    x_ptr, mask_ptr, first_ptr, cu_ptr, stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The BLOCK_L slots of this program: their values [BLOCK_L, BLOCK_D] in float32, zero for what is no allowed token, which
+    slots are allowed, sequence and head, the token of each slot, the first row of the head, the slots, and whether to stop."""
+    row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    index, head = row_of_heads // heads, row_of_heads % heads
+    start, length = sequence(cu_ptr, index, length, VARLEN)
+    first = 0
+    if MASKED:
+        first = tl.load(first_ptr + index)
+    slots = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    key = slots - LEAD
+    present = (key >= 0) & (key < length - first)
+    if MASKED:  # excluded keys are never computed with, whatever they hold
+        present = present & (tl.load(mask_ptr + index.to(tl.int64) * mask_stride + slots) != 0)
+    token = start + first + key
+    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    x_ptr += index.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    where = present[:, None] & (columns < HEAD_DIM)[None, :]
+    x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride_l + columns[None, :] * stride_d, mask=where, other=0.0)
+    row = first_row(index, head, heads, rows, start, LEAD, VARLEN).to(tl.int64)
+    behind = block * BLOCK_L >= tl.cdiv(length - first + LEAD, _PAD) * _PAD
+    return x.to(tl.float32), present, index, head, token, row, slots, behind
+
+
+@triton.jit
+def _store_rows(ptr, rows, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """values [n, BLOCK] into rows of WIDTH elements."""
+    columns = tl.arange(0, BLOCK)
+    tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], values, mask=(columns < WIDTH)[None, :])
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr, shift_ptr, mask_ptr, first_ptr, cu_ptr, operand_ptr, codes_ptr, scales_ptr, dots_ptr,
+    stride_b, stride_h, stride_l, stride_d, mask_stride, dots_stride_b, dots_stride_h,
+    heads, length, blocks, rows, heads_per_shift, sign,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, KEYS: tl.constexpr,
+    SHIFTED: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr,
+    CODES: tl.constexpr,
+):  # fmt: skip
+    """K (KEYS) minus its shift, or Q times `sign`, quantized along the head dim. For Q, dots takes the product with the shift."""
+    x, present, index, head, token, row, slots, behind = _load_slots(
+        x_ptr, mask_ptr, first_ptr, cu_ptr, stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
+        HEAD_DIM, BLOCK_D, BLOCK_L, LEAD, MASKED, VARLEN,
+    )  # fmt: skip
+    if behind:
+        return
+    if SHIFTED:
+        columns = tl.arange(0, BLOCK_D)
+        shift = tl.load(shift_ptr + (head // heads_per_shift) * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
+        if KEYS:
+            x = tl.where(present[:, None], x - shift[None, :], 0.0)
+        else:  # what the log-sum-exp lacks when the keys are shifted
+            dots_ptr += index.to(tl.int64) * dots_stride_b + head.to(tl.int64) * dots_stride_h
+            tl.store(dots_ptr + token, tl.sum(x * shift[None, :], 1), mask=present)
+    if not KEYS:
+        x = x * sign
+    if ROTATE:
+        x = hadamard(x, BLOCK_L, BLOCK_D)
+    groups = tl.reshape(x, (BLOCK_L, BLOCK_D // GROUP, GROUP))
+    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
+    if CODES:
+        low, high = tl.split(tl.reshape(codes_of(groups, magnitude, finite), (BLOCK_L, BLOCK_D // 2, 2)))
+        _store_rows(codes_ptr, row + slots, (low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, BLOCK_D // 2)
+        bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L, BLOCK_D // GROUP))
+        _store_rows(scales_ptr, row + slots, bits, HEAD_DIM // GROUP, BLOCK_D // GROUP)
+    values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
+    where = row + (row_of(slots) if KEYS else slots)
+    _store_rows(operand_ptr, where, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, BLOCK_D)
+
+
+@triton.jit
+def _quantize_tokens_kernel(
+    x_ptr, mask_ptr, first_ptr, cu_ptr, operand_ptr, codes_ptr, scales_ptr,
+    stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr,
+    PERMUTE: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """V, quantized along the tokens from the first allowed one on; without QUANTIZE just as it is."""
+    x, _, _, _, _, row, slots, behind = _load_slots(
+        x_ptr, mask_ptr, first_ptr, cu_ptr, stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
+        HEAD_DIM, BLOCK_D, BLOCK_L, LEAD, MASKED, VARLEN,
+    )  # fmt: skip
+    if behind:
+        return
+    if QUANTIZE:
+        groups = tl.reshape(x, (BLOCK_L // GROUP, GROUP, BLOCK_D))
+        magnitude, scale, finite = round_groups(groups, 1, FOUR_OVER_SIX)
+        x = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
+        if CODES:
+            first_slot = row + tl.min(slots, 0)
+            codes = tl.reshape(codes_of(groups, magnitude, finite), (BLOCK_L // 2, 2, BLOCK_D))
+            low, high = tl.split(tl.permute(codes, (0, 2, 1)))
+            pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
+            _store_rows(codes_ptr, pairs, (low | (high << 4)).to(tl.uint8), HEAD_DIM, BLOCK_D)
+            bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L // GROUP, BLOCK_D))
+            _store_rows(scales_ptr, first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP), bits, HEAD_DIM, BLOCK_D)
+    where = row + (row_of(slots) if PERMUTE else slots)
+    _store_rows(operand_ptr, where, narrow(x, operand_ptr.dtype.element_ty), BLOCK_D, BLOCK_D)
+
+
+@triton.jit
+def _unpack_kernel(
+    codes_ptr, scales_ptr, operand_ptr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """The operand that codes and scales were stored beside: groups along the tokens (TOKENS) or along the head dim."""
+    first_slot = tl.program_id(0).to(tl.int64) * BLOCK_L
+    slots, columns = first_slot + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
+    if TOKENS:
+        valid = (columns < HEAD_DIM)[None, :]
+        pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
+        codes = tl.load(codes_ptr + pairs[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0).to(tl.int32)
+        codes = tl.reshape(tl.permute(tl.join(codes & 15, codes >> 4), (0, 2, 1)), (BLOCK_L // GROUP, GROUP, BLOCK_D))
+        group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
+        scales = tl.load(scales_ptr + group[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0)
+        values = value_of(codes) * scale_of(scales)[:, None, :]
+    else:
+        pairs, group = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D // GROUP)
+        valid = (pairs < HEAD_DIM // 2)[None, :]
+        codes = tl.load(codes_ptr + slots[:, None] * (HEAD_DIM // 2) + pairs[None, :], mask=valid, other=0).to(tl.int32)
+        codes = tl.reshape(tl.join(codes & 15, codes >> 4), (BLOCK_L, BLOCK_D // GROUP, GROUP))
+        valid = (group < HEAD_DIM // GROUP)[None, :]
+        scales = tl.load(scales_ptr + slots[:, None] * (HEAD_DIM // GROUP) + group[None, :], mask=valid, other=0)
+        values = value_of(codes) * scale_of(scales)[:, :, None]
+    values = narrow(tl.reshape(values, (BLOCK_L, BLOCK_D)), operand_ptr.dtype.element_ty)
+    _store_rows(operand_ptr, slots, values, BLOCK_D, BLOCK_D)
+
+
+class Codes(NamedTuple):
+    """A tensor in 4.5 bits a value."""
+
+    codes: torch.Tensor
+    """uint8, two codes a byte: a row of D / 2 bytes for each slot; for V a row of D bytes for every two of them."""
+    scales: torch.Tensor
+    """uint8, the bits of E4M3: a row of D / 16 for each slot; for V a row of D for every 16 of them."""
+
+    @staticmethod
+    def shapes(sequences: Sequences, head_dim: int, *, tokens: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of codes and scales, whose groups lie along the tokens (V) or along the head dim (Q, K)."""
+        rows = sequences.all_rows
+        if tokens:
+            return (rows // 2, head_dim), (rows // GROUP_SIZE, head_dim)
+        return (rows, head_dim // 2), (rows, head_dim // GROUP_SIZE)
+
+
+class Keys(NamedTuple):
+    """The keys that a key mask allows."""
+
+    mask: torch.Tensor
+    """uint8 [B, rows], by slot."""
+    first: torch.Tensor
+    """int32 [B]: the first allowed token of each sequence."""
+
+
+def block_of(head_dim: int) -> int:
+    """The head dim rounded up to a power of two."""
+    return 1 << (head_dim - 1).bit_length()
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bfloat16, which holds quantized values exactly. Under the interpreter float32 stays, so that tests see every bit."""
+    return torch.float32 if INTERPRET.value and dtype == torch.float32 else torch.bfloat16
+
+
+_ELEMENTS = 4096
+"""Elements of a tile: 32 for each thread of four warps."""
+
+
+def _block_l(block_d: int) -> int:
+    return min(PAD, max(GROUP_SIZE, _ELEMENTS // block_d))
+
+
+def strides_of(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Strides of batch, heads, tokens and head dim; packed tensors [total, H, D] have no batch."""
+    if x.ndim == 4:
+        return x.stride()
+    return (0, x.stride(1), x.stride(0), x.stride(2))
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    sequences: Sequences,
+    *,
+    keys: bool,
+    allowed: Keys | None = None,
+    shift: torch.Tensor | None = None,
+    dots: torch.Tensor | None = None,
+    negate: bool = False,
+    rotate: bool = False,
+    four_over_six: bool = False,
+    codes: Codes | None = None,
+) -> torch.Tensor:
+    """Q or K, [B, H, L, D] or [total, H, D] of any strides, quantized along the head dim: the operand, and `codes` if given.
+
+    Args:
+        keys: K, whose rows are slots, minus `shift`. Otherwise Q, with the opposite sign if `negate`.
+        shift: float32 [Hk, D], contiguous.
+        dots: for Q, takes the product of each row with its key head's shift; float32 [B, H, L] or [H, total].
+    """
+    head_dim, block_d = x.shape[-1], block_of(x.shape[-1])
+    block_l = _block_l(block_d)
+    blocks = sequences.blocks(block_l)
+    operand = x.new_empty((sequences.all_rows, block_d), dtype=operand_dtype(x.dtype))
+    dots_stride = (0, 0) if dots is None else (dots.stride(0), dots.stride(1)) if dots.ndim == 3 else (0, dots.stride(0))
+    _quantize_rows_kernel[(sequences.count * sequences.heads * blocks,)](
+        x, shift, *(allowed or (None, None)), sequences.cu, operand, *(codes or (None, None)), dots,
+        *strides_of(x), 0 if allowed is None else allowed.mask.stride(0), *dots_stride,
+        sequences.heads, sequences.length, blocks, sequences.rows, 1 if shift is None else sequences.heads // shift.shape[0],
+        -1.0 if negate else 1.0,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead, KEYS=keys, SHIFTED=shift is not None,
+        MASKED=allowed is not None, VARLEN=sequences.cu is not None, ROTATE=rotate, FOUR_OVER_SIX=four_over_six,
+        CODES=codes is not None, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return operand
+
+
+def quantize_tokens(
+    x: torch.Tensor,
+    sequences: Sequences,
+    *,
+    allowed: Keys | None = None,
+    quantize: bool = True,
+    permute: bool = True,
+    four_over_six: bool = False,
+    codes: Codes | None = None,
+) -> torch.Tensor:
+    """V, [B, H, L, D] or [total, H, D] of any strides, quantized along the tokens, or as it is without `quantize`: the operand, and `codes` if given."""
+    head_dim, block_d = x.shape[-1], block_of(x.shape[-1])
+    block_l = _block_l(block_d)
+    blocks = sequences.blocks(block_l)
+    operand = x.new_empty((sequences.all_rows, block_d), dtype=operand_dtype(x.dtype))
+    _quantize_tokens_kernel[(sequences.count * sequences.heads * blocks,)](
+        x, *(allowed or (None, None)), sequences.cu, operand, *(codes or (None, None)),
+        *strides_of(x), 0 if allowed is None else allowed.mask.stride(0),
+        sequences.heads, sequences.length, blocks, sequences.rows,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead,
+        MASKED=allowed is not None, VARLEN=sequences.cu is not None, QUANTIZE=quantize, FOUR_OVER_SIX=four_over_six,
+        PERMUTE=permute, CODES=codes is not None, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return operand
+
+
+def unpack(packed: Codes, dtype: torch.dtype, *, tokens: bool) -> torch.Tensor:
+    """The operand that these codes were stored beside: of V with `tokens`, of K with `keys` alone, of Q with neither."""
+    codes, scales = packed
+    head_dim = codes.shape[1] if tokens else codes.shape[1] * 2
+    rows, block_d = codes.shape[0] * (2 if tokens else 1), block_of(head_dim)
+    operand = codes.new_empty((rows, block_d), dtype=dtype)
+    block_l = _block_l(block_d)
+    _unpack_kernel[(rows // block_l,)](
+        codes, scales, operand,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, TOKENS=tokens, num_warps=4,
+    )  # fmt: skip
+    return operand
