@@ -21,18 +21,22 @@ def compact(mask_function: Callable, causal_mask_function: Callable) -> torch.Te
     Transformers does not hand them over otherwise. They are read from its function only if this is made of exactly the known
     parts; what is unknown becomes a full mask, which 4-bit attention refuses.
     """
-    if torch.compiler.is_compiling() or not inspect.isfunction(mask_function):
+    if torch.compiler.is_compiling():
         return None
-    parts = [_closed_over(part) for part in _closed_over(mask_function).get("mask_functions", ())]
-    if [set(part) for part in parts] != [{"mask_function", "position_ids"}, {"packed_sequence_mask"}]:
+    parts = _closed_over(mask_function).get("mask_functions", ())
+    if len(parts) != 2:
         return None
-    if parts[0]["mask_function"] is not causal_mask_function:
+    causal, borders = parts
+    # Transformers 5.17 has the causal function itself here, later versions one that counts positions in every sample.
+    if set(remapped := _closed_over(causal)) == {"mask_function", "position_ids"}:
+        causal = remapped["mask_function"]
+    if causal is not causal_mask_function or set(found := _closed_over(borders)) != {"packed_sequence_mask"}:
         return None
-    return parts[1]["packed_sequence_mask"].int()[:, None, None]
+    return found["packed_sequence_mask"].int()[:, None, None]
 
 
 def _closed_over(function: Callable) -> dict[str, Any]:
-    return inspect.getclosurevars(function).nonlocals
+    return inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
 
 
 def is_compact(mask: torch.Tensor | None) -> bool:
