@@ -1,21 +1,29 @@
 """Time 4-bit attention against PyTorch's own, interleaved in one run, after checking that it is right.
 
-python scripts/bench.py --shape 1,12,12,32760,32760,128 --shape 2,40,8,4096,4096,128,causal --json bench.json
+python scripts/bench.py attention --json attention.json
+python scripts/bench.py attention --shape 1,12,12,32760,32760,128 --shape 2,40,8,4096,4096,128,causal
+python scripts/bench.py quantize
+python scripts/bench.py report attention.json --png attention.png
 
-A shape is batch, query heads, key heads, queries, keys, head dim, and `causal` if it is. Each of our implementations is first
-compared with the float32 reference (docs/NUMERICS.md, section 7); where a bound does not hold nothing is timed. Prints device,
-versions, and for each shape the median and the spread (quartiles) of forward and of forward with backward. TFLOP/s count
-4 B H Lq Lk D for a forward and 3.5 times that with backward, causal or not.
+A shape is batch, query heads, key heads, queries, keys, head dim, and `causal`, `packed` or `forward` (without a backward) if it
+is so; `packed` cuts the batch's tokens into documents of uneven lengths. Each of our implementations is first compared with the
+float32 reference on a part of the very problem that is timed (docs/NUMERICS.md, section 7); where a bound does not hold nothing
+is timed. Prints device, versions, and for each shape the median and the spread (quartiles) of forward and of forward with
+backward, the bytes that a forward keeps for its backward, and the peak of both. TFLOP/s count 4 B H Lq Lk D for a forward and
+3.5 times that with backward, causal or not. SageAttention and FlashInfer join where they are installed. `report` makes a table in
+Markdown from the JSON, and a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +34,21 @@ from torch.nn.functional import scaled_dot_product_attention
 import qat_kernels
 
 OUTPUT_BOUND, GRADIENT_BOUND = 3e-3, 1e-2
-GPU_SHAPES = ("1,12,12,32760,32760,128", "1,40,40,32760,512,128", "2,40,8,4096,4096,128,causal", "4,16,16,8192,8192,64")
-"""Wan 2.1 1.3B self-attention at 480p, 14B cross-attention, Qwen3-14B, and head dim 64."""
+REPEATS = 10
+"""Of a quantization, which is so short that its launch would be measured."""
+GPU_SHAPES = (
+    "1,12,12,32760,32760,128",  # Wan 2.1 1.3B self-attention at 480p
+    "1,40,40,32760,512,128",  # 14B cross-attention
+    "1,40,40,75600,75600,128,forward",  # 14B self-attention at 720p
+    "2,40,8,4096,4096,128,causal",  # Qwen3-14B
+    "1,40,8,16384,16384,128,causal",
+    "1,40,8,16384,16384,128,causal,packed",
+    "4,16,16,8192,8192,64",
+)
+FIGURE_5_SHAPES = tuple(
+    f"16,16,16,{length << 10},{length << 10},{dim},forward" for dim in (128, 64) for length in (1, 2, 4, 8, 16, 32)
+)
+"""The grid of the paper's figure 5, which it measured on an RTX 5090."""
 CPU_SHAPES = ("1,12,12,512,512,128", "2,9,3,256,256,64,causal")
 
 
@@ -38,17 +59,35 @@ class Shape(NamedTuple):
     queries: int
     keys: int
     head_dim: int
-    causal: bool
+    causal: bool = False
+    packed: bool = False
+    forward_only: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        numbers, causal = text.removesuffix(",causal").split(","), text.endswith(",causal")
-        if len(numbers) != 6 or not all(number.isdigit() and int(number) for number in numbers):
+        numbers, words = text.split(",")[:6], text.split(",")[6:]
+        digits = all(number.isdigit() and int(number) for number in numbers)
+        if len(numbers) != 6 or not digits or not {"causal", "packed", "forward"}.issuperset(words):
             raise argparse.ArgumentTypeError(f"expected a shape such as 2,40,8,4096,4096,128,causal, got {text}")
-        return cls(*map(int, numbers), causal)
+        return cls(*map(int, numbers), *(word in words for word in ("causal", "packed", "forward")))
+
+    def __str__(self) -> str:
+        words = [word for word, on in zip(("causal", "packed"), self[6:8], strict=True) if on]
+        heads = self.heads if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
+        length = self.queries if self.queries == self.keys else f"{self.queries}x{self.keys}"
+        return f"B {self.batch}, H {heads}, L {length}, D {self.head_dim}" + "".join(f", {word}" for word in words)
+
+    def documents(self) -> list[int]:
+        """Lengths of the packed documents: a half, a quarter, and so on of all tokens."""
+        left, lengths = self.batch * self.queries, []
+        while left > 256:
+            lengths.append((left + 1) // 2)
+            left -= lengths[-1]
+        return [*lengths, left]
 
     def flops(self, with_backward: bool) -> float:
-        return 4 * self.batch * self.heads * self.queries * self.keys * self.head_dim * (3.5 if with_backward else 1)
+        pairs = sum(n * n for n in self.documents()) if self.packed else self.batch * self.queries * self.keys
+        return 4 * self.heads * pairs * self.head_dim * (3.5 if with_backward else 1)
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -57,68 +96,191 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Check, time, print; returns what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    defaults = GPU_SHAPES if device == "cuda" else CPU_SHAPES
-    parser.add_argument("--shape", action="append", type=Shape.parse, help=f"default: {' and '.join(defaults)}")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=20, help="how often each is timed (default: 20)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    for name, text in (("attention", "time attention"), ("quantize", "time the quantization kernels against a copy")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--shape", action="append", type=Shape.parse, help="default: those of the published models")
+        command.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+        command.add_argument("--rounds", type=int, default=20, help="how often each is timed (default: 20)")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+        if name == "attention":
+            command.add_argument("--figure-5", action="store_true", help="the grid of the paper's figure 5 instead")
+    command = commands.add_parser("report", help="a table and a picture of earlier results")
+    command.add_argument("file", type=Path)
+    command.add_argument("--png", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    dtype = getattr(torch, options.dtype)
+    if options.command == "report":
+        from bench_report import report
 
-    machine = (
-        torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
-    )
-    about = {"device": machine, "torch": torch.__version__, "dtype": options.dtype}
-    if device == "cuda":
-        import triton
-
-        about["triton"] = triton.__version__
+        results = json.loads(options.file.read_text(encoding="utf-8"))
+        print(report(results, options.png))
+        return results
+    about = machine(device, options.dtype)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
+    defaults = CPU_SHAPES if device == "cpu" else FIGURE_5_SHAPES if getattr(options, "figure_5", False) else GPU_SHAPES
+    measured = attention if options.command == "attention" else quantize
+    dtype = getattr(torch, options.dtype)
     results = []
     for shape in options.shape or [Shape.parse(text) for text in defaults]:
-        print(f"\n{shape}")
-        ours, peers = implementations(shape, device)
-        for name, attention in ours.items():
-            check(name, attention, shape, device, dtype)
-        for with_backward in (False, True):
-            timed = measure(ours | peers, shape, device, dtype, options.rounds, with_backward)
-            for name, seconds in timed.items():
-                low, median, high = statistics.quantiles(seconds, n=4)
-                tflops = shape.flops(with_backward) / median / 1e12
-                what = "forward+backward" if with_backward else "forward"
-                print(
-                    f"  {what:16} {name:14} {1e3 * median:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})  {tflops:7.2f} TFLOP/s"
-                )
-                results.append(about | shape._asdict() | {"what": what, "name": name, "seconds": [low, median, high]})
+        print(f"\n{shape}", flush=True)
+        results += [about | shape._asdict() | each for each in measured(shape, device, dtype, options.rounds)]
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 
+def machine(device: str, dtype: str) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    about = {"device": name, "torch": torch.__version__, "dtype": dtype}
+    if device == "cuda":
+        import triton
+
+        about["triton"] = triton.__version__
+    return about
+
+
+def attention(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    ours, peers = implementations(shape, device)
+    for name, call in ours.items():
+        check(name, call, shape, device, dtype)
+    results = []
+    for with_backward in (False,) if shape.forward_only else (False, True):
+        timed = measure(ours | peers, shape, device, dtype, rounds, with_backward)
+        for name, seconds in timed.items():
+            low, median, high = statistics.quantiles(seconds, n=4)
+            what = "forward+backward" if with_backward else "forward"
+            result = {"what": what, "name": name, "seconds": [low, median, high]}
+            line = f"  {what:16} {name:14} {1e3 * median:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})"
+            line += f"  {shape.flops(with_backward) / median / 1e12:7.2f} TFLOP/s"
+            if with_backward:
+                kept, peak = memory((ours | peers)[name], shape, device, dtype)
+                result |= {"kept_bytes": kept, "peak_bytes": peak}
+                line += f"  keeps {kept / 1e6:.1f} MB" + (f", peak {peak / 1e6:.0f} MB" if peak else "")
+            print(line, flush=True)
+            results.append(result)
+    return results
+
+
+def quantize(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """The kernels that quantize Q and V of a shape, against a copy of as many bytes."""
+    if device == "cpu":
+        raise SystemExit("bench: quantize: the kernels need a GPU")
+    from qat_kernels import _layout, _quantize
+
+    x = inputs(shape, device, dtype)[0].detach()
+    sequences = _layout.Sequences(shape.batch, shape.heads, shape.queries, shape.queries)
+    calls, moved = {}, {}
+    for name, tokens in (("Q, K", False), ("V", True)):
+        kernel = _quantize.quantize_tokens if tokens else _quantize.quantize_rows
+        options = {} if tokens else {"keys": True}
+        shapes = _quantize.Codes.shapes(sequences, shape.head_dim, tokens=tokens)
+        codes = _quantize.Codes(*(torch.empty(size, dtype=torch.uint8, device=device) for size in shapes))
+        for kind, into in (("", None), (" and codes", codes)):
+            calls[name + kind] = partial(repeat, partial(kernel, x, sequences, codes=into, **options))
+            operand = sequences.all_rows * _quantize.block_of(shape.head_dim) * 2
+            moved[name + kind] = x.numel() * x.element_size() + operand + (sum(map(torch.Tensor.numel, codes)) if into else 0)
+    source, target = (torch.empty(max(moved.values()) // 2, dtype=torch.uint8, device=device) for _ in range(2))
+    calls["copy"], moved["copy"] = partial(repeat, partial(target.copy_, source)), 2 * source.numel()
+    results = []
+    for name, seconds in interleave(calls, device, rounds).items():
+        low, median, high = (x / REPEATS for x in statistics.quantiles(seconds, n=4))
+        print(f"  {name:14} {1e3 * median:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})  {moved[name] / median / 1e9:7.0f} GB/s")
+        results.append({"what": "quantize", "name": name, "seconds": [low, median, high], "bytes": moved[name]})
+    return results
+
+
+def repeat(call: Callable[[], Any]) -> None:
+    for _ in range(REPEATS):
+        call()
+
+
 def implementations(shape: Shape, device: str) -> tuple[dict[str, Attention], dict[str, Attention]]:
-    """Ours, and PyTorch's, by name. What cannot run the shape on this device is left out, and said so."""
+    """Ours, and others', by name. What cannot run the shape on this device is left out, and said so."""
+    packing = {}
+    if shape.packed:
+        bounds = torch.tensor([0, *shape.documents()], device=device).cumsum(0, dtype=torch.int32)
+        packing = {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": max(shape.documents()) for x in "qk"}
 
     def ours(impl: str) -> Attention:
-        return lambda q, k, v: qat_kernels.attention(q, k, v, causal=shape.causal, impl=impl)
-
-    def theirs(backend: SDPBackend) -> Attention:
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=shape.heads != shape.key_heads)
-
-        return attention
+        return lambda q, k, v: qat_kernels.attention(q, k, v, causal=shape.causal, impl=impl, **packing)
 
     if device == "cpu":
-        return {"eager": ours("eager")}, {"sdpa flash": theirs(SDPBackend.FLASH_ATTENTION)}
-    peers = {"sdpa flash": theirs(SDPBackend.FLASH_ATTENTION), "sdpa cudnn": theirs(SDPBackend.CUDNN_ATTENTION)}
-    for name, attention in list(peers.items()):
+        return {"ours": ours("eager")}, {} if shape.packed else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
+    peers: dict[str, Attention] = {}
+    if shape.packed:
+        peers["varlen_attn"] = varlen(shape, packing)
+    else:
+        peers = {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape), "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, shape)}
+        peers |= installed(shape)
+    small = shape if shape.packed else shape._replace(queries=64, keys=64)
+    for name, call in list(peers.items()):
         try:
-            attention(*inputs(shape._replace(queries=64, keys=64), device, torch.bfloat16)[:3])
-        except RuntimeError as error:
-            print(f"  {name}: left out: {str(error).splitlines()[0]}")
+            call(*(x.detach() for x in inputs(small, device, torch.bfloat16)[:3]))
+        except (RuntimeError, ImportError, TypeError, ValueError, AssertionError) as error:
+            print(f"  {name}: left out: {(str(error).splitlines() or [type(error).__name__])[0]}")
             del peers[name]
-    return {"triton": ours("triton")}, peers
+    return {"ours": ours("triton")}, peers
+
+
+def sdpa(backend: SDPBackend, shape: Shape) -> Attention:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=shape.heads != shape.key_heads)
+
+    return call
+
+
+def varlen(shape: Shape, packing: dict[str, Any]) -> Attention:
+    """PyTorch's own FlashAttention-2 for packed sequences; its newer versions call `is_causal` a window."""
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        known = inspect.signature(varlen_attn).parameters
+        options = {"window_size": (-1, 0 if shape.causal else -1)} if "window_size" in known else {"is_causal": shape.causal}
+        if shape.heads != shape.key_heads and "enable_gqa" in known:
+            options["enable_gqa"] = True
+        elif shape.heads != shape.key_heads:
+            k, v = (x.repeat_interleave(shape.heads // shape.key_heads, 1) for x in (k, v))
+        bounds, longest = packing["cu_seqlens_q"], packing["max_seqlen_q"]
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+
+    return call
+
+
+def installed(shape: Shape) -> dict[str, Attention]:
+    """Attention of other packages, forward only, where they are there."""
+    found: dict[str, Attention] = {}
+    if not shape.forward_only or shape.heads != shape.key_heads:
+        return found
+    try:
+        from sageattn3 import sageattn3_blackwell
+
+        found["sageattention3"] = lambda q, k, v: sageattn3_blackwell(q, k, v, is_causal=shape.causal)
+    except ImportError:
+        pass
+    try:
+        from sageattention import sageattn
+
+        found["sageattention"] = lambda q, k, v: sageattn(q, k, v, is_causal=shape.causal)
+    except ImportError:
+        pass
+    try:
+        import flashinfer
+    except ImportError:
+        return found
+
+    def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        options = {"causal": shape.causal, "kv_layout": "HND"}
+        each = [
+            flashinfer.single_prefill_with_kv_cache(a.mT.mT.transpose(0, 1), b, c, **options)
+            for a, b, c in zip(q, k, v, strict=True)
+        ]
+        return torch.stack(each).transpose(1, 2)
+
+    found["flashinfer"] = one_by_one
+    return found
 
 
 def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -126,19 +288,35 @@ def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     query = (shape.batch, shape.heads, shape.queries, shape.head_dim)
     key = (shape.batch, shape.key_heads, shape.keys, shape.head_dim)
+    if shape.packed:
+        query, key = ((x[0] * x[2], x[1], x[3]) for x in (query, key))
     made = [torch.randn(size, generator=generator, device=device, dtype=dtype) for size in (query, key, key, query)]
-    return [x.requires_grad_() for x in made[:3]] + made[3:]
+    return [x.requires_grad_(not shape.forward_only) for x in made[:3]] + made[3:]
 
 
-def check(name: str, attention: Attention, shape: Shape, device: str, dtype: torch.dtype) -> None:
-    """End the program unless output and gradients are within the bounds of docs/NUMERICS.md, section 7."""
+def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dtype) -> None:
+    """End the program unless output and gradients of the first key head are within the bounds of docs/NUMERICS.md, section 7."""
     *qkv, grad = inputs(shape, device, dtype)
-    out = attention(*qkv)
-    exact = [x.detach().float().requires_grad_() for x in qkv]
-    expected = qat_kernels.attention(*exact, causal=shape.causal, impl="eager")
-    pairs = [("output", out, expected, OUTPUT_BOUND)]
-    actual_grads, expected_grads = torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, exact, grad.float())
-    pairs += [(f"d{x}", a, e, GRADIENT_BOUND) for x, a, e in zip("qkv", actual_grads, expected_grads, strict=True)]
+    out = call(*qkv)
+    grads = [] if shape.forward_only else torch.autograd.grad(out, qkv, grad)
+    group = shape.heads // shape.key_heads
+    if shape.packed:  # the last documents, which are short
+        start = sum(shape.documents()[:2])
+        part = [(slice(start, None), slice(0, n)) for n in (group, 1, 1)]
+        exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
+        lengths = shape.documents()[2:]
+        bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+        packing = {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": max(lengths) for x in "qk"}
+    else:
+        part, packing = [(slice(0, 1), slice(0, n)) for n in (group, 1, 1)], {}
+        exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
+    expected = qat_kernels.attention(*exact, causal=shape.causal, impl="eager", **packing)
+    pairs = [("output", out[part[0]], expected, OUTPUT_BOUND)]
+    if grads:
+        expected_grads = torch.autograd.grad(expected, exact, grad[part[0]].float())
+        pairs += [
+            (f"d{x}", a[where], e, GRADIENT_BOUND) for x, a, where, e in zip("qkv", grads, part, expected_grads, strict=True)
+        ]
     for what, a, e, bound in pairs:
         error = ((a.float() - e).norm() / e.norm()).item()
         if not error < bound:
@@ -151,23 +329,62 @@ def check(name: str, attention: Attention, shape: Shape, device: str, dtype: tor
 def measure(
     candidates: dict[str, Attention], shape: Shape, device: str, dtype: torch.dtype, rounds: int, with_backward: bool
 ) -> dict[str, list[float]]:
-    """Seconds of every round, the candidates taking turns; the first two rounds warm up and do not count."""
+    """Seconds of every round, the candidates taking turns."""
     *qkv, grad = inputs(shape, device, dtype)
     if not with_backward:
         qkv = [x.detach() for x in qkv]
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+
+    def run(call: Attention) -> None:
+        out = call(*qkv)
+        if with_backward:
+            torch.autograd.grad(out, qkv, grad)
+
+    return interleave({name: lambda call=call: run(call) for name, call in candidates.items()}, device, rounds)
+
+
+def interleave(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every round, the calls taking turns; the first two rounds warm up and do not count.
+
+    On a GPU the time between two events around each call; before it the L2 cache is emptied, which also gives the first
+    launches time to be queued.
+    """
+    cache = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_number in range(rounds + 2):
-        for name, attention in candidates.items():
-            synchronize()
-            began = time.perf_counter()
-            out = attention(*qkv)
-            if with_backward:
-                torch.autograd.grad(out, qkv, grad)
-            synchronize()
+        for name, call in calls.items():
+            if cache is None:
+                began = time.perf_counter()
+                call()
+                taken = time.perf_counter() - began
+            else:
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                cache.zero_()
+                start.record()
+                call()
+                stop.record()
+                stop.synchronize()
+                taken = start.elapsed_time(stop) / 1e3
             if round_number >= 2:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(taken)
     return seconds
+
+
+def memory(call: Attention, shape: Shape, device: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a forward keeps for its backward, inputs included if it keeps these; and the peak of both beside all inputs."""
+    *qkv, grad = inputs(shape, device, dtype)
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = call(*qkv)
+    torch.autograd.grad(out, qkv, grad)
+    return sum(kept.values()), torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from bench import Shape, inputs
 
+from bench import Shape, inputs
 from qat_kernels import QuantSpec, tiles
 
 KERNELS = {
@@ -31,19 +31,10 @@ KERNELS = {
     "grad_query_kernel": "grad_query",
     "grad_key_value_kernel": "grad_key_value",
 }
-_ROWS = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2)]
 CANDIDATES = {
-    "forward": _ROWS,
-    "grad_query": _ROWS,
-    "grad_key_value": [
-        *((64, 128, 8, stages) for stages in (1, 2, 3)),
-        *((32, 128, 8, stages) for stages in (2, 3)),
-        *((64, 64, 4, stages) for stages in (1, 2, 3)),
-        *((32, 64, 4, stages) for stages in (2, 3)),
-        (128, 128, 8, 1),
-        (128, 64, 4, 1),
-        (16, 128, 8, 3),
-    ],
+    "forward": [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)],
+    "grad_query": [(64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3)],
+    "grad_key_value": [(32, 64, 4, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 3), (128, 64, 4, 2), (128, 128, 8, 1)],
 }
 """(queries, keys, warps, stages)."""
 
@@ -64,7 +55,9 @@ def main() -> None:
         for name, by_tile in times.items():
             for tile, seconds in sorted(by_tile.items(), key=lambda pair: pair[1]):
                 print(f"{shape} {name}{' without gradient' if options.no_gradient else ''} {tile}: {1e3 * seconds:.3f} ms")
-                results.append(shape._asdict() | {"kernel": name, "gradient": not options.no_gradient, "tile": tile, "s": seconds})
+                results.append(
+                    shape._asdict() | {"kernel": name, "gradient": not options.no_gradient, "tile": tile, "s": seconds}
+                )
     if options.json is not None:
         options.json.write_text(json.dumps(results) + "\n", encoding="utf-8")
 
@@ -77,7 +70,9 @@ def tune(
     small = shape._replace(queries=112 + shape.queries % 16, keys=112 + shape.keys % 16)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {
-            (name, tile): pool.submit(run, small, {name: tile}, with_gradient, 1) for name in candidates for tile in candidates[name]
+            (name, tile): pool.submit(run, small, {name: tile}, with_gradient, 1)
+            for name in candidates
+            for tile in candidates[name]
         }
         fitting = defaultdict(list)
         for (name, tile), future in futures.items():
@@ -108,7 +103,7 @@ def run(shape: Shape, tried: dict[str, tuple[int, ...]], with_gradient: bool, ro
             try:
                 result = triton_attention.forward(q, k, v, None, None, with_gradient=with_gradient, **options)
                 if with_gradient and set(tried) != {"forward"}:
-                    saved = (v if shape.causal else None, result.twin, result.stats, result.packed)
+                    saved = (v if shape.causal else None, result.twin, result.stats, result.codes)
                     triton_attention.backward(grad, *saved, None, key_shape=k.shape, **options)
             except triton.runtime.errors.OutOfResources:
                 return {}

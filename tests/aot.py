@@ -19,6 +19,9 @@ class Compiled(NamedTuple):
     """Of a thread."""
     spilled: int
     """Bytes of local memory a thread needs for what its registers cannot hold."""
+    spilled_in_loops: int
+    """Instructions that use local memory in the loops over tiles. What a kernel puts aside before such a loop and takes back
+    behind it, a few numbers, costs nothing."""
     shared: int
     """Bytes of shared memory."""
     tensor_memory: int
@@ -60,7 +63,6 @@ def compile_kernels(
 
     spec = QuantSpec(**spec)
     q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4))
-    stats = torch.empty(2, 8, 2, 4096, device="meta")
     mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
     options = {"spec": spec, "causal": causal, "scale": 0.1}
     with (
@@ -68,20 +70,42 @@ def compile_kernels(
         mock.patch.object(triton_attention, "_arch", lambda _: arch),
         mock.patch.object(triton_attention, "check_device", lambda _: None),
     ):
-        has_twin = needs_gradient and spec.pv == "nvfp4"
-        triton_attention.forward(q, k, k, mask, None, with_twin=has_twin, with_stats=needs_gradient, **options)
+        forward = triton_attention.forward(q, k, k, mask, None, with_gradient=needs_gradient, **options)
         if needs_gradient:
-            triton_attention.backward(q, q, k, k, q, stats, mask, None, **options)
+            value = k if triton_attention.reads_value(spec, causal) else None
+            saved = (value, q, forward.stats, forward.codes)
+            triton_attention.backward(q, *saved, mask, key_shape=k.shape, **options)
     return compiled
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and local memory, as the cuobjdump that comes with Triton reads them: spills are on the stack."""
-    import triton
-
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of local memory, and how often a loop over matrix products goes there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        printed = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", printed).groups())
-    return registers, stack + local
+        printed = _cuobjdump("--dump-resource-usage", file.name)
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", printed).groups())
+        in_loops = _local_accesses_in_loops(_cuobjdump("--dump-sass", file.name)) if stack + local else 0
+    return registers, stack + local, in_loops
+
+
+def _cuobjdump(option: str, file: str) -> str:
+    """What the tool that comes with Triton prints."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def _local_accesses_in_loops(sass: str) -> int:
+    """Loads and stores of local memory in innermost loops that have matrix instructions."""
+    code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = ((address, re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", text)) for address, text in code)
+    loops = [(int(target[1], 16), address) for address, target in jumps if target and int(target[1], 16) < address]
+    bodies = [[text for address, text in code if start <= address <= stop] for start, stop in loops]
+    innermost = [
+        body
+        for (start, stop), body in zip(loops, bodies, strict=True)
+        if any("MMA" in text for text in body) and not any(start <= a and b < stop for a, b in loops)
+    ]
+    assert innermost
+    return sum(bool(re.search(r"\b(STL|LDL)\b", text)) for body in innermost for text in body)

@@ -8,10 +8,13 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
-from cases import SPECS, Case, assert_same_bits, error, lse_error
+from cases import SPECS, Case, assert_same_bits, error, lse_error, run
 from interpreter import interpreted, on
 from qat_kernels import QuantSpec, attention, reference
+from test_packed import problem as packed_problem
+from test_packed import unpacked
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -45,7 +48,7 @@ def run_kernels(case: Case, tensors: list[torch.Tensor], *, device: str, key_mas
     result = triton_attention.forward(q, k, v, key_mask, k_shift, with_gradient=True, **options)
     twin = result.twin if case.pv == "nvfp4" else result.out
     value = v if case.causal or case.pv == "bf16" else None
-    saved = (value, twin, result.stats, result.packed)
+    saved = (value, twin, result.stats, result.codes)
     grads = triton_attention.backward(grad_out, *saved, key_mask, key_shape=k.shape, **options)
     return result.out.cpu(), twin.cpu(), result.lse.cpu(), [x.cpu() for x in grads]
 
@@ -242,7 +245,7 @@ def run_with_tiles(case: Case, tensors: list[torch.Tensor], sizes: list[tuple[in
 def test_tiles_change_nothing_beyond_rounding(options, device):
     """Neither what is quantized nor what is kept depends on them: codes that differed would show as 1e-2."""
     case = Case(**{**SMALL, **options, "lq": 83, "lk": 90})
-    first, *others = on(device, run_with_tiles, case, case.tensors(torch.float32), [(32, 32), (16, 64), (64, 16)])
+    first, *others = on(device, run_with_tiles, case, case.tensors(torch.float32), [(32, 64), (16, 128), (64, 64)])
     bound = 1e-2 if device == "cuda" else 1e-5
     for other in others:
         for a, b in zip((*other[:2], *other[3]), (*first[:2], *first[3]), strict=True):
@@ -279,6 +282,31 @@ def test_the_public_function_runs_the_kernels(options, compiled, device):
     assert_same_bits((out, lse, grads), [x for i, x in enumerate(on(device, run_kernels, case, tensors)) if i != 1])
 
 
+DOCUMENTS = ((33, 33), (1, 1), (5, 40), (0, 0), (130, 130), (20, 3), (7, 0), (0, 9))
+
+
+def run_packed(*, device: str, **options) -> tuple[tuple, list[tuple]]:
+    """The documents packed, and each alone; O, LSE and gradients, on the CPU."""
+    _, alone, together, keywords, packing = packed_problem(torch.bfloat16, DOCUMENTS, **options)
+    keywords = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()} | {"impl": "triton"}
+    packing = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in packing.items()}
+    packed = run(*(x.to(device) for x in together), **keywords, **packing)
+    packing = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in packing.items()}
+    separate = [run(*(x.to(device) for x in tensors), **keywords) for tensors in alone]
+    return unpacked(tree_map(torch.Tensor.cpu, packed), packing), [tree_map(torch.Tensor.cpu, each) for each in separate]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "shift": True}, {"causal": True, "pv": "bf16", "heads": (3, 1)}], ids=str
+)
+def test_packed_documents_are_as_if_alone_to_the_bit(options, device):
+    packed, alone = on(device, run_packed, **options)
+    assert len(packed) == len(DOCUMENTS)
+    for each, wanted in zip(packed, alone, strict=True):
+        assert_same_bits(each, wanted)
+
+
 def run_opcheck(case: Case, *, device: str) -> None:
     q, k, v, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2).to(device) for x in case.tensors(torch.bfloat16))
     masks = [None if x is None else x.to(device) for x in (case.key_mask(), case.k_shift())]
@@ -287,10 +315,10 @@ def run_opcheck(case: Case, *, device: str) -> None:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "triton"))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "triton"))
-    out, twin, _, stats, packed = op.attention_forward(q, k, v, *rest, True, "triton")
+    out, twin, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "triton")
     twin = out if case.pv == "bf16" else twin
     rest = (*masks, list(k.shape), case.spec().to_json(), case.causal, 0.2)
-    torch.library.opcheck(op.attention_backward.default, (grad_out, [packed, v], twin, stats, *rest, "triton"))
+    torch.library.opcheck(op.attention_backward.default, (grad_out, [codes, v], twin, stats, *rest, "triton"))
 
 
 @pytest.mark.parametrize("device", DEVICES)

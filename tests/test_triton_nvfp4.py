@@ -20,25 +20,55 @@ def spread(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return (torch.randn(shape, generator=generator) * exponents.exp2()).to(dtype)
 
 
-def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, **options) -> list[torch.Tensor]:
-    """Codes, scales (as bytes) and values of the kernel for `axis`."""
-    from qat_kernels import _nvfp4
+def quantize_on_device(
+    axis: int, x: torch.Tensor, *, device: str, keys: bool = True, lead: int = 0, **options
+) -> list[torch.Tensor]:
+    """Codes, scales (as bytes) and values of the kernel for `axis`, each tested to be the same when made from the codes.
 
-    kernel = _nvfp4.quantize_rows if axis == -1 else _nvfp4.quantize_tokens
+    Of each head the slots from `lead` on, in their order; what is behind the tokens is tested to be zeros.
+    """
+    from qat_kernels import _layout, _quantize
+
+    batch, heads, length, head_dim = x.shape
+    tokens = axis == -2
+    sequences = _layout.Sequences(batch, heads, length, length, lead=lead)
+    shapes = _quantize.Codes.shapes(sequences, head_dim, tokens=tokens)
+    codes = _quantize.Codes(*(torch.full(shape, 99, dtype=torch.uint8, device=device) for shape in shapes))
     options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    codes, scales = kernel(x.to(device), packed=True, **options)
-    return [codes.cpu(), scales.view(torch.uint8).cpu(), kernel(x.to(device), **options).cpu()]
+    if (mask := options.pop("mask", None)) is not None:
+        from qat_kernels import triton_attention
+
+        options["allowed"] = triton_attention._allowed(mask, sequences)
+    if tokens:
+        (operand,) = _quantize.quantize_tokens(x.to(device), sequences, codes=codes, **options)
+    else:
+        operand = _quantize.quantize_rows(x.to(device), sequences, keys=keys, codes=codes, **options)
+    slots = torch.arange(sequences.all_rows)
+    place = slots % 64
+    rows = slots - place + place % 16 // 2 * 8 + place // 16 * 2 + place % 2 if keys else slots
+    in_order = operand.cpu()[rows]
+    unpacked = _quantize.unpack(codes, operand.dtype, tokens=tokens).cpu()
+    torch.testing.assert_close(unpacked, in_order, rtol=0, atol=0, equal_nan=True)
+    values = in_order.view(batch, heads, sequences.rows, -1)
+    outside = values.nan_to_num()  # a group that is not finite is NaN to its end
+    assert not outside[..., head_dim:].any() and not outside[:, :, lead + length :].any() and not outside[:, :, :lead].any()
+    parts = [part.cpu().view(batch, heads, -1, part.shape[1]) for part in codes]
+    per_code, per_scale = (2, 16) if tokens else (1, 1)
+    cut = [
+        part[:, :, lead // step : -(-(lead + length) // step)] for part, step in zip(parts, (per_code, per_scale), strict=True)
+    ]
+    return [*cut, values[:, :, lead : lead + length, :head_dim]]
 
 
 def quantize_eagerly(axis: int, x: torch.Tensor, **options) -> list[torch.Tensor]:
     codes, scales = quantize(x, axis=axis, **options)
-    return [pack(codes, axis=axis), scales.view(torch.uint8), scaled_codes(x, axis=axis, **options).to(x.dtype)]
+    return [pack(codes, axis=axis), scales.view(torch.uint8), scaled_codes(x, axis=axis, **options)]
 
 
 def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Signed zeros included; any NaN equals any other."""
+    """Signed zeros included; any NaN equals any other. Values may have a narrower dtype that holds them exactly."""
     for a, b in zip(actual, expected, strict=True):
-        assert a.dtype == b.dtype
+        b = b.to(a.dtype)
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         if a.is_floating_point():
             assert torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
@@ -108,17 +138,31 @@ def test_shift_and_rotation(head_dim, dtype, device):
     actual = on(device, quantize_on_device, -1, x, shift=shift, rotate=True)
     rotated = (x.float() - repeated) @ reference._hadamard(head_dim, x.device)
     expected = quantize_eagerly(-1, rotated)
-    expected[2] = expected[2].to(dtype)
     assert_same_bits(actual, expected)
     assert torch.equal(on(device, dot_with_shift, x, shift), (x.float() * repeated).sum(-1))
 
 
 def dot_with_shift(x: torch.Tensor, shift: torch.Tensor, *, device: str) -> torch.Tensor:
-    from qat_kernels import _nvfp4
+    from qat_kernels import _layout, _quantize
 
     dots = torch.empty(x.shape[:3], device=device)
-    _nvfp4.quantize_rows(x.to(device), shift=shift.to(device), shift_dot=dots)
+    sequences = _layout.Sequences(x.shape[0], x.shape[1], x.shape[2], x.shape[2])
+    _quantize.quantize_rows(x.to(device), sequences, keys=False, shift=shift.to(device), dots=dots)
     return dots.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_queries_take_a_sign_and_keep_their_order(device):
+    x = spread(2, 2, 50, 32)
+    negated = on(device, quantize_on_device, -1, x, keys=False, negate=True)
+    assert_same_bits(negated, quantize_eagerly(-1, -x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_a_lead_moves_the_slots(axis, device):
+    x = spread(2, 2, 50, 32)
+    assert_same_bits(on(device, quantize_on_device, axis, x, lead=112), quantize_eagerly(axis, x))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -129,16 +173,15 @@ def test_masked_tokens_are_zeros_and_groups_start_at_the_first_allowed_one(dtype
     mask[1, :21] = False
     mask[:, 30:33] = False
     mask[2, 40:] = False
-    first = torch.tensor([0, 21, 0], dtype=torch.int32)
+    first = [0, 21, 0]
     zeroed = torch.where(mask[:, None, :, None], x, 0.0)
     x = torch.where(mask[:, None, :, None], x, torch.nan)
-    options = {"mask": mask.view(torch.uint8)}
-    assert_same_bits(on(device, quantize_on_device, -1, x, **options), quantize_eagerly(-1, zeroed))
-    codes, scales, values = on(device, quantize_on_device, -2, x, first=first, **options)
-    for row, start in enumerate(first.tolist()):
-        expected = quantize_eagerly(-2, zeroed[row, :, start:])
-        pairs, groups = expected[0].shape[1], expected[1].shape[1]
-        assert_same_bits([codes[row, :, :pairs], scales[row, :, :groups], values[row, :, start:]], expected)
+    for axis in (-1, -2):
+        codes, scales, values = on(device, quantize_on_device, axis, x, mask=mask)
+        for row, start in enumerate(first):
+            expected = quantize_eagerly(axis, zeroed[row, :, start:])
+            slots, groups = expected[0].shape[1], expected[1].shape[1]
+            assert_same_bits([codes[row, :, :slots], scales[row, :, :groups], values[row, :, : 50 - start]], expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -154,10 +197,14 @@ def test_strides_do_not_matter(transform, axis, device):
 @pytest.mark.gpu
 def test_addresses_beyond_32_bits():
     """2^31 elements and more: the last rows are quantized like a copy of them."""
-    from qat_kernels import _nvfp4
+    from qat_kernels import _layout, _quantize
 
-    x = torch.empty(2, 40, 215000, 128, dtype=torch.bfloat16, device="cuda").normal_()
+    x = torch.empty(2, 40, 215040, 128, dtype=torch.bfloat16, device="cuda").normal_()
     assert x.numel() > 2**31
-    tail = x[-1:, -1:, -4096:]
-    assert torch.equal(_nvfp4.quantize_rows(x)[-1:, -1:, -4096:], nvfp4.scaled_codes(tail).to(x.dtype))
-    assert torch.equal(_nvfp4.quantize_tokens(x)[-1:, -1:, -4088:], nvfp4.scaled_codes(tail[:, :, 8:], axis=-2).to(x.dtype))
+    sequences = _layout.Sequences(2, 40, 215040, 215040)
+    tail = x[-1, -1, -4096:]
+    queries = _quantize.quantize_rows(x, sequences, keys=False)
+    assert torch.equal(queries[-4096:], nvfp4.scaled_codes(tail).to(x.dtype))
+    del queries
+    (values,) = _quantize.quantize_tokens(x, sequences, permute=False)
+    assert torch.equal(values[-4096:], nvfp4.scaled_codes(tail, axis=-2).to(x.dtype))

@@ -7,8 +7,8 @@ alone; only dV sees the quantized one.
 Operands are in the layout of _layout.py, but slots in their own order: here a group lies in the rows of a matrix unit's
 accumulator, or is not needed. With norm = 1 / l of the row,
     dV = PF~^T (norm dO)    and    dS = P~ (norm dO V^T - norm D),
-so dK/dV reads norm dO in place of dO (an operand too, bfloat16) and multiplies no probability by the norm. D of that kernel is the row
-sum of O' and the rounded norm dO, so that the rows of dS sum to zero as exactly as with dO itself.
+so dK/dV reads norm dO in place of dO (an operand too, bfloat16) and multiplies no probability by the norm. D of that kernel is
+the row sum of O' and the rounded norm dO, so that the rows of dS sum to zero as exactly as with dO itself.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ _PAD = tl.constexpr(PAD)
 
 @triton.jit
 def prepare_kernel(
-    grad_ptr, twin_ptr, stats_ptr, cu_q_ptr, operand_ptr, delta_ptr,
+    grad_ptr, twin_ptr, stats_ptr, cu_q_ptr, normed_ptr, plain_ptr, delta_ptr,
     grad_stride_b, grad_stride_h, grad_stride_l, grad_stride_d,
     twin_stride_b, twin_stride_h, twin_stride_l, twin_stride_d,
     heads, queries, blocks, q_rows, all_q_rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """norm dO as an operand, and its D and that of dO: grad and twin in any layout -> delta float32 [2, all_q_rows]."""
+    """norm dO as an operand and with PLAIN dO too; D of dO and of norm dO: delta float32 [2, all_q_rows].
+
+    grad, twin: dO and O' in any layout.
+    """
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     index, head = row_of_heads // heads, row_of_heads % heads
     start, queries = sequence(cu_q_ptr, index, queries, VARLEN)
@@ -47,8 +50,10 @@ def prepare_kernel(
     row = first_row(index, head, heads, q_rows, start, 0, VARLEN) + rows
     row_max, log_sum = tl.load(stats_ptr + row), tl.load(stats_ptr + all_q_rows + row)
     norm = tl.where(row_max == float("inf"), 0.0, tl.exp2(row_max - log_sum))  # 1 / l
-    normed = narrow(grad * norm[:, None], operand_ptr.dtype.element_ty)
-    tl.store(operand_ptr + row[:, None] * BLOCK_D + columns[None, :], normed)
+    normed = narrow(grad * norm[:, None], normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + row[:, None] * BLOCK_D + columns[None, :], normed)
+    if PLAIN:
+        tl.store(plain_ptr + row[:, None] * BLOCK_D + columns[None, :], narrow(grad, plain_ptr.dtype.element_ty))
     tl.store(delta_ptr + row, tl.sum(grad * twin, 1))
     tl.store(delta_ptr + all_q_rows + row, tl.sum(normed.to(tl.float32) * twin, 1))
 
@@ -77,36 +82,31 @@ def _sum_grad_query(
 
 @triton.jit
 def _sum_grad_query_kept(
-    grad_query, q, grad, delta, log_sum,
-    k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots, start, blocks, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr,
+    grad_query, q, grad, delta, log_sum, k_desc, v_desc, k_row, mask_ptr, own, slots, start, blocks, qk_scale,
+    BLOCK_N: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The kept groups, where dP = dO V^T: the same tiles as in `_forward._attend_kept`."""
-    columns = tl.arange(0, BLOCK_D)
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
-    for block in range(0, blocks + 1):
+    for block in range(blocks + 1):
         first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
-        slot = first_slot + tl.arange(0, BLOCK_N)
-        k = k_desc.load([k_row + first_slot, 0])
         lower = tl.where(block == 0, LEAD, tl.maximum(own & -GROUP, LEAD + GROUP))
-        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None])
-        present = (slot >= LEAD) & (slot < slots)
+        slot = first_slot + tl.arange(0, BLOCK_N)
+        k, v = k_desc.load([k_row + first_slot, 0]), v_desc.load([k_row + first_slot, 0])
+        present = slot < slots
         if MASKED:
-            present = present & (tl.load(mask_ptr + slot, mask=present, other=0) != 0)
+            present = present & (tl.load(mask_ptr + slot) != 0)
+        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None]) & present[None, :]
         weights = tl.exp2(dot(q, tl.trans(k), zeros) * qk_scale - log_sum[:, None])
-        weights = tl.where(allowed & present[None, :], weights, 0.0)
-        v_offsets = (slot - LEAD).to(tl.int64)[:, None] * value_stride_l + columns[None, :] * value_stride_d
-        v = tl.load(value_ptr + v_offsets, mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
-        grad_scores = weights * (dot(grad, tl.trans(narrow(v, k.dtype)), zeros) - delta[:, None])
+        weights = tl.where(allowed, weights, 0.0)
+        grad_scores = weights * (dot(grad, tl.trans(v), zeros) - delta[:, None])
         grad_query = dot(narrow(grad_scores, k.dtype), k, grad_query)
     return grad_query
 
 
 @triton.jit
 def grad_query_kernel(
-    q_desc, k_desc, v_desc, value_ptr, mask_ptr, first_ptr, cu_q_ptr, cu_k_ptr,
+    q_desc, k_desc, v_desc, kept_desc, mask_ptr, first_ptr, cu_q_ptr, cu_k_ptr,
     grad_ptr, delta_ptr, stats_ptr, grad_query_ptr,
-    value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     grad_stride_b, grad_stride_h, grad_stride_l, grad_stride_d,
     out_stride_b, out_stride_h, out_stride_l, mask_stride,
     heads, key_heads, queries, keys, blocks, q_rows, k_rows, all_q_rows, qk_scale, scale,
@@ -173,15 +173,11 @@ def grad_query_kernel(
         BLOCK_N, True, MASKED,
     )  # fmt: skip
     if KEPT:
-        value_ptr += index.to(tl.int64) * value_stride_b + key_head.to(tl.int64) * value_stride_h
-        value_ptr += tl.cast(k_start + first, tl.int64) * value_stride_l
         open_start = tl.maximum(own_first & -GROUP, begin)
         open_start -= (open_start - begin) % BLOCK_N
         grad_query = _sum_grad_query_kept(
-            grad_query, q, grad, delta, log_sum,
-            k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots,
-            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, LEAD, MASKED,
+            grad_query, q, grad, delta, log_sum, k_desc, kept_desc, k_row, mask_ptr, own, slots,
+            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale, BLOCK_N, LEAD, MASKED,
         )  # fmt: skip
 
     grad_query *= scale
@@ -198,9 +194,10 @@ def _sum_grad_key_value(
     q_row, q_rows, query_heads, own_offset, start, stop, qk_scale,
     BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
-    """dS^T QF and PF~^T (norm dO) over the queries from `start` to `stop`, of all heads that share the keys. Scores are [keys, queries].
+    """dS^T QF and PF~^T (norm dO) over the queries from `start` to `stop`, of all heads that share the keys.
 
-    With BOUNDED and CAUSAL a key is seen by the queries behind its group (QUANTIZE), or by all from itself on.
+    Scores are [keys, queries]. With BOUNDED and CAUSAL a key is seen by the queries behind its group (QUANTIZE), or by all from
+    itself on.
     """
     zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
     tile = tl.arange(0, BLOCK_M)
@@ -231,28 +228,22 @@ def _sum_grad_key_value(
 
 @triton.jit
 def _sum_grad_key_value_kept(
-    grad_key, grad_value, k, v, slot, present, q_desc, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d,
-    stats_ptr, delta_ptr, q_row, q_rows, query_heads, queries, own_offset, group, start, stop, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad_key, grad_value, k, v, slot, present, q_desc, grad_desc, stats_ptr, delta_ptr,
+    q_row, q_rows, query_heads, own_offset, group, start, stop, qk_scale, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The same for kept groups: dS^T QF and P^T dO over the queries of a key's own group, or with `group` 0 over all behind it.
 
     With the norm inside P: a kept key may outweigh the others by more than float32 can hold beside their maximum.
     """
     zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
-    tile, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    tile = tl.arange(0, BLOCK_M)
     blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
     for step in range(query_heads * blocks):
-        first_query, head = start + step % blocks * BLOCK_M, step // blocks
-        row = q_row + head * q_rows + first_query
-        q = q_desc.load([row, 0])
-        query = first_query + tile
-        grad_offsets = query.to(tl.int64)[:, None] * grad_stride_l + columns[None, :] * grad_stride_d
-        where = (query < queries)[:, None] & (columns < HEAD_DIM)[None, :]
-        grad = tl.load(grad_ptr + tl.cast(head, tl.int64) * grad_stride_h + grad_offsets, mask=where, other=0.0)
-        grad = narrow(grad, q.dtype)
+        first_query = start + step % blocks * BLOCK_M
+        row = q_row + step // blocks * q_rows + first_query
+        q, grad = q_desc.load([row, 0]), grad_desc.load([row, 0])
         log_sum, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
-        own = (query + own_offset)[None, :]
+        own = (first_query + tile + own_offset)[None, :]
         allowed = present[:, None] & (slot[:, None] <= own) & (slot[:, None] >= (own & group))
         weights = tl.exp2(dot(k, tl.trans(q), zeros) * qk_scale - log_sum[None, :])
         weights = tl.where(allowed, weights, 0.0)
@@ -264,10 +255,8 @@ def _sum_grad_key_value_kept(
 
 @triton.jit
 def grad_key_value_kernel(
-    q_desc, k_desc, v_desc, grad_desc, value_ptr, mask_ptr, first_ptr, cu_q_ptr, cu_k_ptr,
-    grad_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
-    value_stride_b, value_stride_h, value_stride_l, value_stride_d,
-    grad_stride_b, grad_stride_h, grad_stride_l, grad_stride_d,
+    q_desc, k_desc, v_desc, normed_desc, kept_desc, grad_desc, mask_ptr, first_ptr, cu_q_ptr, cu_k_ptr,
+    delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
     out_stride_b, out_stride_h, out_stride_l, mask_stride,
     heads, key_heads, queries, keys, blocks, q_rows, k_rows, all_q_rows, qk_scale, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
@@ -275,8 +264,8 @@ def grad_key_value_kernel(
 ):  # fmt: skip
     """dK and dV of BLOCK_N slots of one key head, summed over the query heads that share them.
 
-    Layouts as in `grad_query_kernel`; grad_desc: norm dO. Where groups are kept, block 0 has the sink group, for all of whose
-    queries P and V are not quantized. Excluded keys are not written.
+    Layouts as in `grad_query_kernel`; normed: norm dO. Where groups are kept, block 0 has the sink group, for all of whose
+    queries P and V (kept) are not quantized. Excluded keys are not written.
     """
     KEPT: tl.constexpr = LEAD > 0
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -304,7 +293,6 @@ def grad_key_value_kernel(
         present = present & (tl.load(mask_ptr + slot, mask=present, other=0) != 0)
     k, v = k_desc.load([k_row + first_slot, 0]), v_desc.load([k_row + first_slot, 0])
     index, key_head = index.to(tl.int64), key_head.to(tl.int64)
-    grad_ptr += index * grad_stride_b + key_head * query_heads * grad_stride_h + tl.cast(q_start, tl.int64) * grad_stride_l
 
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -325,31 +313,25 @@ def grad_key_value_kernel(
         elif CAUSAL:
             begin = tl.maximum(first_slot - own_offset, 0) // BLOCK_M * BLOCK_M
             full = first_slot + BLOCK_N - 1 - own_offset
-        if MASKED:
-            full = queries
-        else:  # a last, shorter tile is bounded for everyone
-            full = tl.where(slots < first_slot + BLOCK_N, queries, full)
+        # A last, shorter tile is bounded for everyone.
+        full = queries if MASKED else tl.where(slots < first_slot + BLOCK_N, queries, full)
         full = begin + tl.cdiv(tl.maximum(full - begin, 0), BLOCK_M) * BLOCK_M
         grad_key, grad_value = _sum_grad_key_value(
-            grad_key, grad_value, k, v, slot, present, q_desc, grad_desc, stats_ptr, delta_ptr + all_q_rows,
+            grad_key, grad_value, k, v, slot, present, q_desc, normed_desc, stats_ptr, delta_ptr + all_q_rows,
             q_row, q_rows, query_heads, own_offset, begin, tl.minimum(full, queries), qk_scale, BLOCK_M, CAUSAL, True, QUANTIZE,
         )  # fmt: skip
         if not MASKED:
             grad_key, grad_value = _sum_grad_key_value(
-                grad_key, grad_value, k, v, slot, present, q_desc, grad_desc, stats_ptr, delta_ptr + all_q_rows,
+                grad_key, grad_value, k, v, slot, present, q_desc, normed_desc, stats_ptr, delta_ptr + all_q_rows,
                 q_row, q_rows, query_heads, own_offset, full, queries, qk_scale, BLOCK_M, CAUSAL, False, QUANTIZE,
             )  # fmt: skip
     if QUANTIZE:
         grad_value *= 1.0 / P_GAIN
     if KEPT:
-        value_ptr += index * value_stride_b + key_head * value_stride_h + tl.cast(k_start + first, tl.int64) * value_stride_l
-        v_offsets = (slot - LEAD).to(tl.int64)[:, None] * value_stride_l + columns[None, :] * value_stride_d
-        where = present[:, None] & (columns < HEAD_DIM)[None, :]
-        v = narrow(tl.load(value_ptr + v_offsets, mask=where, other=0.0), k.dtype)
+        v = kept_desc.load([k_row + first_slot, 0])
         grad_key, grad_value = _sum_grad_key_value_kept(
-            grad_key, grad_value, k, v, slot, present, q_desc, grad_ptr, grad_stride_h, grad_stride_l, grad_stride_d,
-            stats_ptr + all_q_rows, delta_ptr, q_row, q_rows, query_heads, queries, own_offset,
-            tl.where(block == 0, 0, -GROUP), kept_from, kept_until, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M,
+            grad_key, grad_value, k, v, slot, present, q_desc, grad_desc, stats_ptr + all_q_rows, delta_ptr,
+            q_row, q_rows, query_heads, own_offset, tl.where(block == 0, 0, -GROUP), kept_from, kept_until, qk_scale, BLOCK_M,
         )  # fmt: skip
 
     grad_key *= scale

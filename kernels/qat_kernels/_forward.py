@@ -1,7 +1,6 @@
 """The forward of docs/NUMERICS.md, sections 3 and 4, as one Triton kernel. The reference is reference.py.
 
-Q, K and V arrive quantized, in the layout of _layout.py; P~ is quantized on the fly. Where groups are kept, V is also read as
-it is.
+Q, K and V arrive quantized, in the layout of _layout.py, and where groups are kept V as it is, too; P~ is quantized on the fly.
 """
 
 from __future__ import annotations
@@ -84,29 +83,26 @@ def _attend(
 @triton.jit
 def _attend_kept(
     out, twin, total, row_max,
-    q, k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots, start, blocks, qk_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
-    MASKED: tl.constexpr, TWIN: tl.constexpr,
+    q, k_desc, v_desc, k_row, mask_ptr, own, slots, start, blocks, qk_scale,
+    BLOCK_N: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr, TWIN: tl.constexpr,
 ):  # fmt: skip
     """The kept groups, with unquantized P~ and V: the sink group, then the open groups in `blocks` tiles from `start` on."""
-    columns = tl.arange(0, BLOCK_D)
-    for block in range(0, blocks + 1):
+    for block in range(blocks + 1):
         first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
+        lower = tl.where(block == 0, LEAD, tl.maximum(own & -GROUP, LEAD + GROUP))
         slot = first_slot + slot_of(tl.arange(0, BLOCK_N))
         k = k_desc.load([k_row + first_slot, 0])
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
-        lower = tl.where(block == 0, LEAD, tl.maximum(own & -GROUP, LEAD + GROUP))
-        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None])
-        present = (slot >= LEAD) & (slot < slots)
+        present = slot < slots
         if MASKED:
-            present = present & (tl.load(mask_ptr + slot, mask=present, other=0) != 0)
-        scores = tl.where(allowed & present[None, :], scores, float("-inf"))
+            present = present & (tl.load(mask_ptr + slot) != 0)
+        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None]) & present[None, :]
+        scores = tl.where(allowed, scores, float("-inf"))
         groups, _, reference, new_max, total = _soften(_grouped(scores), row_max, total, qk_scale, True)
         rescale = tl.exp2(row_max - reference)
         row_max = new_max
-        v_offsets = (slot - LEAD).to(tl.int64)[:, None] * value_stride_l + columns[None, :] * value_stride_d
-        v = tl.load(value_ptr + v_offsets, mask=present[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
-        weights, v = _tile(narrow(groups, k.dtype)), narrow(v, k.dtype)
+        v = v_desc.load([k_row + first_slot, 0])
+        weights = _tile(narrow(groups, v.dtype))
         out = dot(weights, v, out * rescale[:, None])
         if TWIN:
             twin = dot(weights, v, twin * rescale[:, None])
@@ -115,9 +111,8 @@ def _attend_kept(
 
 @triton.jit
 def attention_forward_kernel(
-    q_desc, k_desc, v_desc, value_ptr, mask_ptr, first_ptr, shift_dot_ptr, cu_q_ptr, cu_k_ptr,
+    q_desc, k_desc, v_desc, kept_desc, mask_ptr, first_ptr, shift_dot_ptr, cu_q_ptr, cu_k_ptr,
     out_ptr, twin_ptr, lse_ptr, stats_ptr,
-    value_stride_b, value_stride_h, value_stride_l, value_stride_d,
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     lse_stride_b, lse_stride_h, mask_stride,
     heads, key_heads, queries, keys, blocks, q_rows, k_rows, all_q_rows, qk_scale, shift_scale,
@@ -127,7 +122,8 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
 
-    q, k, v: operands (_layout.py), v quantized with QUANTIZE. value, out, twin: any strides, packed ones with batch stride 0;
+    q, k, v, kept: operands (_layout.py), v quantized with QUANTIZE and kept, for the kept groups, not. out, twin: any strides,
+    packed ones with batch stride 0;
     mask uint8, a row of k_rows for each sequence, by slot; first int32 [B]; shift_dot, lse float32. stats float32
     [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the quantized Q and K, +inf for rows without a
     (quantized) key, which makes their probabilities zero.
@@ -201,15 +197,11 @@ def attention_forward_kernel(
     if QUANTIZE:
         out = out * (1.0 / P_GAIN)
     if KEPT:
-        value_ptr += index.to(tl.int64) * value_stride_b + key_head.to(tl.int64) * value_stride_h
-        value_ptr += (k_start + first).to(tl.int64) * value_stride_l
         open_start = tl.maximum(own_first & -GROUP, begin)
         open_start -= (open_start - begin) % BLOCK_N
         out, twin, total, row_max = _attend_kept(
-            out, twin, total, row_max,
-            q, k_desc, k_row, value_ptr, value_stride_l, value_stride_d, mask_ptr, own, slots,
-            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, LEAD, MASKED, TWIN,
+            out, twin, total, row_max, q, k_desc, kept_desc, k_row, mask_ptr, own, slots,
+            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale, BLOCK_N, LEAD, MASKED, TWIN,
         )  # fmt: skip
 
     empty = total == 0.0

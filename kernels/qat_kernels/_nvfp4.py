@@ -141,7 +141,7 @@ def round_groups(groups, AXIS: tl.constexpr, FOUR_OVER_SIX: tl.constexpr):
 @triton.jit
 def signed_values(groups, magnitude, scale, finite):
     """code * scale with the sign of the input, of zeros too; NaN in groups that are not finite."""
-    value = tl.where(finite, magnitude * scale, float("nan"))
+    value = magnitude * tl.where(finite, scale, float("nan"))
     sign = groups.to(tl.int32, bitcast=True) & _SIGN
     return (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
@@ -151,7 +151,7 @@ def codes_of(groups, magnitude, finite):
     """sign << 3 | E2M1 bits: {0, .5, 1, 1.5, 2 | 3, 4 | 6} lie on three lines, the lowest of which counts."""
     bits = tl.minimum(tl.minimum(magnitude * 2, magnitude + 2), magnitude / 2 + 4).to(tl.int32)
     sign = (groups.to(tl.int32, bitcast=True) >> 31) & 8
-    return tl.where(finite, bits, 0) | sign
+    return (bits & tl.where(finite, 7, 0)) | sign
 
 
 @triton.jit

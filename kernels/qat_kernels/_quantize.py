@@ -1,4 +1,4 @@
-"""The kernels that quantize Q, K and V into operands for the attention kernels (_layout.py), or into 4.5 bits a value, and back."""
+"""The kernels that quantize Q, K and V: into operands of the attention kernels (_layout.py), into 4.5 bits a value, and back."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ _PAD = tl.constexpr(PAD)
 @triton.jit
 def _load_slots(
     x_ptr, mask_ptr, first_ptr, cu_ptr, stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
-    MASKED: tl.constexpr, VARLEN: tl.constexpr,
+    columns, HEAD_DIM: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """The BLOCK_L slots of this program: their values [BLOCK_L, BLOCK_D] in float32, zero for what is no allowed token, which
+    """The BLOCK_L slots of this program: the values of these columns in float32, zero for what is no allowed token, which
     slots are allowed, sequence and head, the token of each slot, the first row of the head, the slots, and whether to stop."""
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     index, head = row_of_heads // heads, row_of_heads % heads
@@ -46,7 +45,7 @@ def _load_slots(
     if MASKED:  # excluded keys are never computed with, whatever they hold
         present = present & (tl.load(mask_ptr + index.to(tl.int64) * mask_stride + slots) != 0)
     token = start + first + key
-    columns = tl.arange(0, BLOCK_D).to(tl.int64)
+    columns = columns.to(tl.int64)
     x_ptr += index.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     where = present[:, None] & (columns < HEAD_DIM)[None, :]
     x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride_l + columns[None, :] * stride_d, mask=where, other=0.0)
@@ -56,10 +55,12 @@ def _load_slots(
 
 
 @triton.jit
-def _store_rows(ptr, rows, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """values [n, BLOCK] into rows of WIDTH elements."""
-    columns = tl.arange(0, BLOCK)
-    tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], values, mask=(columns < WIDTH)[None, :])
+def _store_rows(ptr, rows, columns, values, WIDTH: tl.constexpr, BOUNDED: tl.constexpr):
+    """values into these columns of rows of WIDTH elements; BOUNDED: some columns are beyond them."""
+    if BOUNDED:
+        tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], values, mask=(columns < WIDTH)[None, :])
+    else:
+        tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], values)
 
 
 @triton.jit
@@ -72,14 +73,14 @@ def _quantize_rows_kernel(
     CODES: tl.constexpr,
 ):  # fmt: skip
     """K (KEYS) minus its shift, or Q times `sign`, quantized along the head dim. For Q, dots takes the product with the shift."""
+    columns = tl.arange(0, BLOCK_D)
     x, present, index, head, token, row, slots, behind = _load_slots(
         x_ptr, mask_ptr, first_ptr, cu_ptr, stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
-        HEAD_DIM, BLOCK_D, BLOCK_L, LEAD, MASKED, VARLEN,
+        columns, HEAD_DIM, BLOCK_L, LEAD, MASKED, VARLEN,
     )  # fmt: skip
     if behind:
         return
     if SHIFTED:
-        columns = tl.arange(0, BLOCK_D)
         shift = tl.load(shift_ptr + (head // heads_per_shift) * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
         if KEYS:
             x = tl.where(present[:, None], x - shift[None, :], 0.0)
@@ -94,43 +95,50 @@ def _quantize_rows_kernel(
     magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
     if CODES:
         low, high = tl.split(tl.reshape(codes_of(groups, magnitude, finite), (BLOCK_L, BLOCK_D // 2, 2)))
-        _store_rows(codes_ptr, row + slots, (low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, BLOCK_D // 2)
+        pairs, group = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D // GROUP)
+        bounded: tl.constexpr = HEAD_DIM != BLOCK_D
+        _store_rows(codes_ptr, row + slots, pairs, (low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, bounded)
         bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L, BLOCK_D // GROUP))
-        _store_rows(scales_ptr, row + slots, bits, HEAD_DIM // GROUP, BLOCK_D // GROUP)
+        _store_rows(scales_ptr, row + slots, group, bits, HEAD_DIM // GROUP, bounded)
     values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
     where = row + (row_of(slots) if KEYS else slots)
-    _store_rows(operand_ptr, where, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, BLOCK_D)
+    _store_rows(operand_ptr, where, columns, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
 
 
 @triton.jit
 def _quantize_tokens_kernel(
-    x_ptr, mask_ptr, first_ptr, cu_ptr, operand_ptr, codes_ptr, scales_ptr,
+    x_ptr, mask_ptr, first_ptr, cu_ptr, quantized_ptr, plain_ptr, codes_ptr, scales_ptr,
     stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
-    MASKED: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr,
-    PERMUTE: tl.constexpr, CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, PERMUTE: tl.constexpr,
+    QUANTIZED: tl.constexpr, PLAIN: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """V, quantized along the tokens from the first allowed one on; without QUANTIZE just as it is."""
+    """V, quantized along the tokens from the first allowed one on, and as it is: BLOCK_C columns of BLOCK_L slots."""
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     x, _, _, _, _, row, slots, behind = _load_slots(
         x_ptr, mask_ptr, first_ptr, cu_ptr, stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
-        HEAD_DIM, BLOCK_D, BLOCK_L, LEAD, MASKED, VARLEN,
+        columns, HEAD_DIM, BLOCK_L, LEAD, MASKED, VARLEN,
     )  # fmt: skip
     if behind:
         return
-    if QUANTIZE:
-        groups = tl.reshape(x, (BLOCK_L // GROUP, GROUP, BLOCK_D))
+    where = row + (row_of(slots) if PERMUTE else slots)
+    if PLAIN:
+        _store_rows(plain_ptr, where, columns, narrow(x, plain_ptr.dtype.element_ty), BLOCK_D, False)
+    if QUANTIZED or CODES:
+        groups = tl.reshape(x, (BLOCK_L // GROUP, GROUP, BLOCK_C))
         magnitude, scale, finite = round_groups(groups, 1, FOUR_OVER_SIX)
-        x = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
+        if QUANTIZED:
+            values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_C))
+            _store_rows(quantized_ptr, where, columns, narrow(values, quantized_ptr.dtype.element_ty), BLOCK_D, False)
         if CODES:
             first_slot = row + tl.min(slots, 0)
-            codes = tl.reshape(codes_of(groups, magnitude, finite), (BLOCK_L // 2, 2, BLOCK_D))
+            codes = tl.reshape(codes_of(groups, magnitude, finite), (BLOCK_L // 2, 2, BLOCK_C))
             low, high = tl.split(tl.permute(codes, (0, 2, 1)))
             pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
-            _store_rows(codes_ptr, pairs, (low | (high << 4)).to(tl.uint8), HEAD_DIM, BLOCK_D)
-            bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L // GROUP, BLOCK_D))
-            _store_rows(scales_ptr, first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP), bits, HEAD_DIM, BLOCK_D)
-    where = row + (row_of(slots) if PERMUTE else slots)
-    _store_rows(operand_ptr, where, narrow(x, operand_ptr.dtype.element_ty), BLOCK_D, BLOCK_D)
+            _store_rows(codes_ptr, pairs, columns, (low | (high << 4)).to(tl.uint8), HEAD_DIM, HEAD_DIM != BLOCK_D)
+            bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L // GROUP, BLOCK_C))
+            group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
+            _store_rows(scales_ptr, group, columns, bits, HEAD_DIM, HEAD_DIM != BLOCK_D)
 
 
 @triton.jit
@@ -158,7 +166,7 @@ def _unpack_kernel(
         scales = tl.load(scales_ptr + slots[:, None] * (HEAD_DIM // GROUP) + group[None, :], mask=valid, other=0)
         values = value_of(codes) * scale_of(scales)[:, :, None]
     values = narrow(tl.reshape(values, (BLOCK_L, BLOCK_D)), operand_ptr.dtype.element_ty)
-    _store_rows(operand_ptr, slots, values, BLOCK_D, BLOCK_D)
+    _store_rows(operand_ptr, slots, columns, values, BLOCK_D, False)
 
 
 class Codes(NamedTuple):
@@ -254,25 +262,32 @@ def quantize_tokens(
     sequences: Sequences,
     *,
     allowed: Keys | None = None,
-    quantize: bool = True,
+    quantized: bool = True,
+    plain: bool = False,
     permute: bool = True,
     four_over_six: bool = False,
     codes: Codes | None = None,
-) -> torch.Tensor:
-    """V, [B, H, L, D] or [total, H, D] of any strides, quantized along the tokens, or as it is without `quantize`: the operand, and `codes` if given."""
+) -> list[torch.Tensor]:
+    """V, [B, H, L, D] or [total, H, D] of any strides: the operand quantized along the tokens, and the one as it is.
+
+    Those that are asked for, and `codes` if given. Without `permute` slots are in their own order, as the backward reads them.
+    """
     head_dim, block_d = x.shape[-1], block_of(x.shape[-1])
-    block_l = _block_l(block_d)
+    # One warp holds whole groups of 16 tokens, so that their maxima are found without shared memory.
+    block_c = min(block_d, 64)
+    block_l = min(PAD, 1024 // block_c)
     blocks = sequences.blocks(block_l)
-    operand = x.new_empty((sequences.all_rows, block_d), dtype=operand_dtype(x.dtype))
-    _quantize_tokens_kernel[(sequences.count * sequences.heads * blocks,)](
-        x, *(allowed or (None, None)), sequences.cu, operand, *(codes or (None, None)),
+    shape, dtype = (sequences.all_rows, block_d), operand_dtype(x.dtype)
+    operands = [x.new_empty(shape, dtype=dtype) if wanted else None for wanted in (quantized, plain)]
+    _quantize_tokens_kernel[(sequences.count * sequences.heads * blocks, block_d // block_c)](
+        x, *(allowed or (None, None)), sequences.cu, *operands, *(codes or (None, None)),
         *strides_of(x), 0 if allowed is None else allowed.mask.stride(0),
         sequences.heads, sequences.length, blocks, sequences.rows,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead,
-        MASKED=allowed is not None, VARLEN=sequences.cu is not None, QUANTIZE=quantize, FOUR_OVER_SIX=four_over_six,
-        PERMUTE=permute, CODES=codes is not None, num_warps=4, enable_fp_fusion=True,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_C=block_c, BLOCK_L=block_l, LEAD=sequences.lead,
+        MASKED=allowed is not None, VARLEN=sequences.cu is not None, FOUR_OVER_SIX=four_over_six, PERMUTE=permute,
+        QUANTIZED=quantized, PLAIN=plain, CODES=codes is not None, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
-    return operand
+    return [operand for operand in operands if operand is not None]
 
 
 def unpack(packed: Codes, dtype: torch.dtype, *, tokens: bool) -> torch.Tensor:

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
-from . import reference
+from . import packed, reference
+from .packed import Packing
 from .spec import GROUP_SIZE, MAX_HEAD_DIM, NVFP4, QuantSpec
 
 logger = logging.getLogger(__name__)
@@ -38,42 +39,48 @@ def attention(
     """4-bit attention with the straight-through gradient of docs/NUMERICS.md.
 
     Args:
-        q: queries [B, H, Lq, D]; D a multiple of 16 up to 256; float32, float16, bfloat16 (float64 for tests).
-            Any strides: transposed views are fine and cost no copy.
-        k, v: keys and values [B, Hk, Lk, D] of the same dtype and device; H is a multiple of Hk (grouped-query attention:
-            query head h reads key head h // (H / Hk)).
+        q: queries [B, H, Lq, D], or packed [total_q, H, D]; D a multiple of 16 up to 256; float32, float16, bfloat16 (float64
+            for tests). Any strides: transposed views are fine and cost no copy.
+        k, v: keys and values [B, Hk, Lk, D], or packed [total_k, Hk, D], of the same dtype and device; H is a multiple of Hk
+            (grouped-query attention: query head h reads key head h // (H / Hk)).
         spec: what is quantized, and how.
         causal: query i may see key j if j <= i + (Lk - Lq). The query's own group of 16 keys and the first group of the
             sequence stay in high precision (section 4), which makes the result strictly causal.
         scale: factor of the scores; default D ** -0.5.
         key_mask: bool [B, Lk], True where a key may be seen. Excluded keys and values are never computed with, whatever
-            they hold. Groups along tokens are counted from the first allowed key.
+            they hold. Groups along tokens are counted from the first allowed key. Not with packed sequences: pack the allowed
+            tokens alone.
         k_shift: float32 [Hk, D], subtracted from the keys before quantization; does not change the exact scores.
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences; not supported yet.
+        cu_seqlens_q, cu_seqlens_k: packed sequences, in the convention of FlashAttention's varlen functions: int32
+            [documents + 1] on the device of `q`, starting at 0, never decreasing and ending at total_q (total_k). Document n
+            is the tokens from entry n to entry n + 1, and may be empty. Its queries see its keys, and the result is that
+            of the document alone: Lq and Lk above, groups of 16 along tokens and kept groups are those of each document.
+        max_seqlen_q, max_seqlen_k: with packed sequences, the length of the longest document (or more).
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
         impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
-            float64 (float32 is multiplied as TF32). `auto` takes `eager` on every device for now: the kernels have only run
-            under Triton's interpreter and been compiled ahead of time, not yet measured on a GPU.
+            float64; their matrix products take bfloat16 operands, which is exact for what is quantized, and sum in float32.
+            `auto` takes `triton` where it can run, and `eager` elsewhere.
 
     Returns:
-        The output [B, H, Lq, D] in the dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64
-        for float64 inputs). Rows that may see no key are 0, their log-sum-exp is -inf.
+        The output in the shape, dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64 for
+        float64 inputs), packed [H, total_q] as FlashAttention's varlen functions return it: the rows of a head lie together in
+        both layouts, so that one head stride addresses them. Rows that may see no key are 0, their log-sum-exp is -inf.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run here; the message says what was expected.
+        ValueError: shapes, dtypes or devices do not fit, or `impl` cannot run here; the message says what was expected. The
+            values of `cu_seqlens` are checked where they are read, which is in `eager`, on any device. A kernel on a GPU never
+            brings them to the host, because that would wait for all work queued before; there, wrong values are not noticed.
     """
-    if any(x is not None for x in (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)):
-        raise ValueError(
-            "attention: packed sequences (cu_seqlens_*, max_seqlen_*) are not supported yet; pass a batch with key_mask"
-        )
-    _validate(q, k, v, spec, key_mask, k_shift, impl)
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if all(x is None for x in packing):
+        packing = None
+    _validate(q, k, v, spec, key_mask, k_shift, packing, impl)
     if impl == "auto":
-        impl = "eager"
-        if q.device.type != "cpu":
-            _log_eager(q.device.type)
+        impl = _resolve(q.device, q.dtype)
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, _, lse, *_ = _attention_forward(q, k, v, key_mask, k_shift, spec.to_json(), causal, scale, needs_gradient, impl)
+    options = (spec.to_json(), causal, scale, needs_gradient, impl)
+    out, _, lse, *_ = _attention_forward(q, k, v, key_mask, k_shift, *options, *(packing or ()))
     return (out, lse.detach()) if return_lse else out
 
 
@@ -89,36 +96,42 @@ def _attention_forward(
     scale: float,
     needs_gradient: bool,
     impl: str,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """O, O' (empty where O serves, or no gradient is needed), LSE, and what the backward of `triton` reads (`Forward`)."""
+    """O, O' (empty where O serves, or no gradient is needed), LSE, and what the backward of `triton` reads beside them."""
     spec_ = QuantSpec.from_json(spec)
+    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = {"spec": spec_, "causal": causal, "scale": scale}
     if impl == "triton":
-        return tuple(_triton().forward(q, k, v, key_mask, k_shift, with_gradient=needs_gradient, **options))
+        return tuple(_triton().forward(q, k, v, key_mask, k_shift, packing, with_gradient=needs_gradient, **options))
+    options["with_twin"] = _has_twin(spec_, needs_gradient)
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
-        out, twin, lse = reference.forward(
-            q, k, v, key_mask, k_shift, with_twin=_has_twin(spec_, needs_gradient), **options
-        )
+        if packing is None:
+            out, twin, lse = reference.forward(q, k, v, key_mask, k_shift, **options)
+        else:
+            out, twin, lse = packed.forward(q, k, v, k_shift, packing, **options)
     return out, twin, lse, lse.new_empty(0), q.new_empty(0, dtype=torch.uint8)
 
 
 @_attention_forward.register_fake
-def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient, impl):
-    spec_ = QuantSpec.from_json(spec)
+def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient, impl, *packing):
+    spec_, packing = QuantSpec.from_json(spec), _packing(*packing)
     twin = torch.empty_like(q) if _has_twin(spec_, needs_gradient) else q.new_empty(0)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    stats_shape = packed_shape = (0,)
+    lse = q.new_empty(q.shape[:3] if packing is None else (q.shape[1], q.shape[0]), dtype=reference.accumulator(q.dtype))
+    stats_shape = codes_shape = (0,)
     if impl == "triton":
-        stats_shape, packed_shape = _triton().output_shapes(
-            q.shape, k.shape, spec=spec_, causal=causal, with_gradient=needs_gradient
-        )
-    return torch.empty_like(q), twin, lse, lse.new_empty(stats_shape), q.new_empty(packed_shape, dtype=torch.uint8)
+        options = {"spec": spec_, "causal": causal, "with_gradient": needs_gradient}
+        stats_shape, codes_shape = _triton().output_shapes(q.shape, k.shape, packing, **options)
+    return torch.empty_like(q), twin, lse, lse.new_empty(stats_shape), q.new_empty(codes_shape, dtype=torch.uint8)
 
 
 @torch.library.custom_op("qat_kernels::attention_backward", mutates_args=())
 def _attention_backward(
     grad_out: torch.Tensor,
-    inputs: list[torch.Tensor],
+    operands: list[torch.Tensor],
     twin: torch.Tensor,
     stats: torch.Tensor,
     key_mask: torch.Tensor | None,
@@ -128,45 +141,57 @@ def _attention_backward(
     causal: bool,
     scale: float,
     impl: str,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK, dV. `inputs` are Q, K and V, or for `triton` what it keeps of them: the packed codes, and V where it is read again."""
+    """`operands` are Q, K and V; for `triton` the codes of all three, and V itself where it is read again."""
     options = {"spec": QuantSpec.from_json(spec), "causal": causal, "scale": scale}
+    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
-        packed, *value = inputs
-        value = value[0] if value else None
-        return _triton().backward(grad_out, value, twin, stats, packed, key_mask, key_shape=torch.Size(key_shape), **options)
+        codes, *value = operands
+        saved = (value[0] if value else None, twin, stats, codes)
+        return _triton().backward(grad_out, *saved, key_mask, packing, key_shape=torch.Size(key_shape), **options)
     with torch.autocast(grad_out.device.type, enabled=False):
-        return reference.backward(grad_out, *inputs, twin, key_mask, k_shift, **options)
+        if packing is None:
+            return reference.backward(grad_out, *operands, twin, key_mask, k_shift, **options)
+        return packed.backward(grad_out, *operands, twin, k_shift, packing, **options)
 
 
 @_attention_backward.register_fake
-def _(grad_out, inputs, twin, stats, key_mask, k_shift, key_shape, spec, causal, scale, impl):
-    return grad_out.new_empty(grad_out.shape), grad_out.new_empty(key_shape), grad_out.new_empty(key_shape)
+def _(grad_out, operands, twin, stats, key_mask, k_shift, key_shape, *_):
+    return tuple(grad_out.new_empty(shape) for shape in (grad_out.shape, key_shape, key_shape))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient, ctx.impl = inputs
-    out, twin, _, stats, packed = output
+    q, k, v, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient, ctx.impl, *packing = inputs
+    cu_seqlens, ctx.max_seqlens = packing[:2], packing[2:]
+    out, twin, _, stats, codes = output
     spec = QuantSpec.from_json(ctx.spec)
     if not _has_twin(spec, needs_gradient):
         twin = out  # nothing of P or V was rounded, so O is its own twin
     ctx.key_shape = list(k.shape)
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
+    operands = [q, k, v]
     if ctx.impl == "triton":
-        saved = [packed, v] if _triton().keeps_value(spec, ctx.causal) else [packed]
-    else:
-        saved = [q, k, v]
-    ctx.save_for_backward(twin, stats, key_mask, k_shift, *saved)
+        operands = [codes, v] if _triton().reads_value(spec, ctx.causal) else [codes]
+    ctx.save_for_backward(twin, stats, key_mask, k_shift, *cu_seqlens, *operands)
 
 
-def _backward(ctx, grad_out, _grad_twin, _grad_lse, _grad_stats, _grad_packed):
-    twin, stats, key_mask, k_shift, *saved = ctx.saved_tensors
-    grads = _attention_backward(
-        grad_out, saved, twin, stats, key_mask, k_shift, ctx.key_shape, ctx.spec, ctx.causal, ctx.scale, ctx.impl
-    )
-    return *grads, None, None, None, None, None, None, None
+def _backward(ctx, grad_out, *_):
+    twin, stats, key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, *operands = ctx.saved_tensors
+    tensors = (operands, twin, stats, key_mask, k_shift)
+    options = (ctx.key_shape, ctx.spec, ctx.causal, ctx.scale, ctx.impl)
+    grads = _attention_backward(grad_out, *tensors, *options, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
+    return *grads, *(None,) * 11
 
 
 _attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> Packing | None:
+    return None if cu_seqlens_q is None else Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
 def _has_twin(spec: QuantSpec, needs_gradient: bool) -> bool:
@@ -184,12 +209,23 @@ def _triton() -> ModuleType:
     return triton_attention
 
 
+@torch.compiler.assume_constant_result
 @lru_cache
-def _log_eager(device_type: str) -> None:
-    logger.warning("qat_kernels: attention on %s runs the eager implementation: same numbers, but slow.", device_type)
+def _resolve(device: torch.device, dtype: torch.dtype) -> Impl:
+    """What `auto` takes. Says once for each device and dtype why a GPU runs the slow one."""
+    if device.type == "cpu":
+        return "eager"
+    try:
+        if dtype == torch.float64:
+            raise ValueError("float64")
+        _triton().check_device(device)
+    except ValueError as reason:
+        logger.warning("qat_kernels: attention runs the eager implementation: same numbers, but slow (%s).", reason)
+        return "eager"
+    return "triton"
 
 
-def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
+def _validate(q, k, v, spec, key_mask, k_shift, packing: Packing | None, impl) -> None:
     def refuse(what: str, expected: str, got: object) -> None:
         raise ValueError(f"attention: {what}: expected {expected}, got {got}")
 
@@ -197,11 +233,12 @@ def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
         refuse("spec", "a QuantSpec", repr(spec))
     if impl not in get_args(Impl):
         refuse("impl", f"one of {', '.join(get_args(Impl))}", repr(impl))
+    layout = "batch, heads, length, head_dim" if packing is None else "total, heads, head_dim"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor) or x.ndim != 4:
+        if not isinstance(x, torch.Tensor) or x.ndim != layout.count(",") + 1:
             refuse(
                 name,
-                "a tensor [batch, heads, length, head_dim]",
+                f"a tensor [{layout}]" + (" with cu_seqlens" if packing is not None else ""),
                 f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x),
             )
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
@@ -214,12 +251,18 @@ def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
         refuse("dtype with impl='triton'", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
     if not q.device == k.device == v.device:
         refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
-    batch, heads, _, head_dim = q.shape
-    key_heads, keys = k.shape[1], k.shape[2]
+    heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     if k.shape != v.shape:
-        refuse("shapes of k and v", "equal shapes [B, Hk, Lk, D]", f"{tuple(k.shape)} and {tuple(v.shape)}")
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        refuse("shape of k", f"[{batch}, Hk, Lk, {head_dim}], batch and head_dim as in q", tuple(k.shape))
+        expected = "[B, Hk, Lk, D]" if packing is None else "[total_k, Hk, D]"
+        refuse("shapes of k and v", f"equal shapes {expected}", f"{tuple(k.shape)} and {tuple(v.shape)}")
+    if packing is not None:
+        if k.shape[-1] != head_dim:
+            refuse("shape of k", f"[total_k, Hk, {head_dim}], head_dim as in q", tuple(k.shape))
+        packing.check_arguments(len(q), len(k), q.device)
+        if key_mask is not None:
+            refuse("key_mask with packed sequences", "None; pack the allowed tokens alone", "a mask")
+    elif (k.shape[0], k.shape[-1]) != (q.shape[0], head_dim):
+        refuse("shape of k", f"[{q.shape[0]}, Hk, Lk, {head_dim}], batch and head_dim as in q", tuple(k.shape))
     if key_heads == 0 or heads % key_heads:
         refuse("heads", "the query heads to be a multiple of the key heads", f"{heads} and {key_heads}")
     if head_dim % GROUP_SIZE or not GROUP_SIZE <= head_dim <= MAX_HEAD_DIM:
@@ -229,7 +272,7 @@ def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
     if spec.rotate and head_dim & (head_dim - 1):
         refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
     optional = (
-        ("key_mask", key_mask, torch.bool, (batch, keys), ", True where a key may be seen"),
+        ("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[2 if packing is None else 0]), ", True where a key may be seen"),
         ("k_shift", k_shift, torch.float32, (key_heads, head_dim), ""),
     )
     for name, x, dtype, shape, meaning in optional:

@@ -19,6 +19,7 @@ from ._forward import attention_forward_kernel
 from ._layout import PAD, Sequences
 from ._nvfp4 import INTERPRET
 from ._quantize import Codes, Keys, block_of, operand_dtype, quantize_rows, quantize_tokens, strides_of, unpack
+from .packed import Packing
 from .spec import GROUP_SIZE, HADAMARD_ENTRY, QuantSpec
 
 LOG2_E = math.log2(math.e)
@@ -33,15 +34,6 @@ def check_device(device: torch.device) -> None:
         raise ValueError(f"attention: impl='triton': expected tensors on an NVIDIA GPU, got {device}; use impl='eager'")
     if _arch(device) < _MIN_ARCH:
         raise ValueError(f"attention: impl='triton': expected sm_{_MIN_ARCH} or later, got sm_{_arch(device)}; use impl='eager'")
-
-
-class Packing(NamedTuple):
-    """The bounds of packed sequences: int32 [n + 1], and the length of the longest one, of queries and of keys."""
-
-    cu_q: torch.Tensor
-    cu_k: torch.Tensor
-    max_q: int
-    max_k: int
 
 
 class Problem(NamedTuple):
@@ -65,10 +57,10 @@ class Problem(NamedTuple):
             sides = Sequences(batch, heads, queries, queries), Sequences(batch, key_heads, keys, keys, lead=lead)
         else:
             (queries, heads, head_dim), (keys, key_heads, _) = query, key
-            count = packing.cu_q.shape[0] - 1
+            count = packing.cu_seqlens_q.shape[0] - 1
             sides = (
-                Sequences(count, heads, packing.max_q, queries, packing.cu_q),
-                Sequences(count, key_heads, packing.max_k, keys, packing.cu_k, lead),
+                Sequences(count, heads, packing.max_seqlen_q, queries, packing.cu_seqlens_q),
+                Sequences(count, key_heads, packing.max_seqlen_k, keys, packing.cu_seqlens_k, lead),
             )
         return cls(*sides, head_dim, spec, causal, scale)
 
@@ -98,18 +90,18 @@ class Problem(NamedTuple):
     def sizes(self) -> tuple[int, int, int, int]:
         return self.query.heads, self.key.heads, self.query.length, self.key.length
 
-    def packed_shapes(self) -> list[tuple[int, int]]:
+    def code_shapes(self) -> list[tuple[int, int]]:
         """Of codes and scales of Q, K and, unless V itself is kept, V."""
         shapes = [*Codes.shapes(self.query, self.head_dim, tokens=False), *Codes.shapes(self.key, self.head_dim, tokens=False)]
-        return shapes if keeps_value(self.spec, self.causal) else [*shapes, *Codes.shapes(self.key, self.head_dim, tokens=True)]
+        return shapes if reads_value(self.spec, self.causal) else [*shapes, *Codes.shapes(self.key, self.head_dim, tokens=True)]
 
-    def packed_bytes(self) -> int:
-        return sum(rows * columns for rows, columns in self.packed_shapes())
+    def code_bytes(self) -> int:
+        return sum(rows * columns for rows, columns in self.code_shapes())
 
-    def codes_in(self, packed: torch.Tensor) -> list[Codes]:
+    def codes_in(self, codes: torch.Tensor) -> list[Codes]:
         """Views of Q, K and, unless V itself is kept, V."""
-        shapes = self.packed_shapes()
-        views = [x.view(shape) for x, shape in zip(packed.split([a * b for a, b in shapes]), shapes, strict=True)]
+        shapes = self.code_shapes()
+        views = [x.view(shape) for x, shape in zip(codes.split([a * b for a, b in shapes]), shapes, strict=True)]
         return [Codes(*views[i : i + 2]) for i in range(0, len(views), 2)]
 
 
@@ -124,11 +116,11 @@ class Forward(NamedTuple):
     """float32 [B, H, Lq], or [H, total] of packed sequences."""
     stats: torch.Tensor
     """float32 [2, rows of Q]: m and the base-2 log-sum-exp of the quantized scores; +inf in rows without a (quantized) key."""
-    packed: torch.Tensor
+    codes: torch.Tensor
     """uint8: the codes and scales of Q, K and, unless V itself is read again, V."""
 
 
-def keeps_value(spec: QuantSpec, causal: bool) -> bool:
+def reads_value(spec: QuantSpec, causal: bool) -> bool:
     """Whether V is read as it is, so that the backward needs it: with BF16 PV, and where groups are kept."""
     return causal or spec.pv == "bf16"
 
@@ -136,11 +128,11 @@ def keeps_value(spec: QuantSpec, causal: bool) -> bool:
 def output_shapes(
     query: torch.Size, key: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, causal: bool, with_gradient: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of `Forward.stats` and `Forward.packed`."""
+    """The shapes of `Forward.stats` and `Forward.codes`."""
     problem = Problem.of(query, key, packing, spec=spec, causal=causal, scale=1.0)
     if not with_gradient or problem.empty:
         return (0,), (0,)
-    return (2, problem.query.all_rows), (problem.packed_bytes(),)
+    return (2, problem.query.all_rows), (problem.code_bytes(),)
 
 
 def forward(
@@ -164,23 +156,25 @@ def forward(
     check_device(query.device)
     problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
     with_twin = with_gradient and spec.pv == "nvfp4"
-    stats_shape, packed_shape = output_shapes(
+    stats_shape, codes_shape = output_shapes(
         query.shape, key.shape, packing, spec=spec, causal=causal, with_gradient=with_gradient
     )
     lse_shape = query.shape[:3] if packing is None else (query.shape[1], query.shape[0])
+    # Packed sequences leave gaps between them, which no kernel writes or reads.
+    new = query.new_empty if packing is None else query.new_zeros
     result = Forward(
         out=torch.empty_like(query),
         twin=torch.empty_like(query) if with_twin else query.new_empty(0),
         lse=query.new_empty(lse_shape, dtype=torch.float32),
-        stats=query.new_empty(stats_shape, dtype=torch.float32),
-        packed=query.new_empty(packed_shape, dtype=torch.uint8),
+        stats=new(stats_shape, dtype=torch.float32),
+        codes=new(codes_shape, dtype=torch.uint8),
     )
     if problem.empty:
         result.out.zero_(), result.twin.zero_(), result.lse.fill_(-torch.inf)
         return result
     with _on(query.device):
         allowed = _allowed(key_mask, problem.key)
-        codes = problem.codes_in(result.packed) if with_gradient else []
+        codes = problem.codes_in(result.codes) if with_gradient else []
         options = {"rotate": spec.rotate, "four_over_six": spec.four_over_six}
         shift_dot = None
         if k_shift is not None:
@@ -191,16 +185,16 @@ def forward(
                 query, problem.query, keys=False, shift=k_shift, dots=shift_dot, negate=scale < 0, codes=codes[0], **options
             ),
             quantize_rows(key, problem.key, keys=True, allowed=allowed, shift=k_shift, codes=codes[1], **options),
-            _value_operand(value, problem, allowed, permute=True, codes=codes[2]),
+            *_value_operands(value, problem, allowed, permute=True, codes=codes[2]),
         )
         tile = _tiles(query.device, problem, key_mask).forward
         blocks = problem.query.blocks(tile.queries)
         lse_strides = result.lse.stride()[:2] if packing is None else (0, result.lse.stride(0))
         attention_forward_kernel[(problem.query.count * problem.query.heads * blocks,)](
-            *_descriptors(operands, (tile.queries, tile.keys, tile.keys)),
-            value, *_key_pointers(allowed), shift_dot, problem.query.cu, problem.key.cu,
+            *_descriptors(operands, (tile.queries, tile.keys, tile.keys, tile.keys)),
+            *_key_pointers(allowed), shift_dot, problem.query.cu, problem.key.cu,
             result.out, result.twin, result.lse, result.stats,
-            *strides_of(value), *strides_of(result.out), *lse_strides, _mask_stride(allowed),
+            *strides_of(result.out), *lse_strides, _mask_stride(allowed),
             *problem.sizes, blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
             problem.score_scale * LOG2_E, scale,
             **problem.constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, MASKED=allowed is not None,
@@ -215,7 +209,7 @@ def backward(
     value: torch.Tensor | None,
     twin: torch.Tensor,
     stats: torch.Tensor,
-    packed: torch.Tensor,
+    codes: torch.Tensor,
     key_mask: torch.Tensor | None,
     packing: Packing | None = None,
     *,
@@ -227,9 +221,9 @@ def backward(
     """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO.
 
     Args:
-        value: V where it is read as it is (`keeps_value`), else None.
+        value: V where it is read as it is (`reads_value`), else None.
         twin: O', or O with BF16 PV.
-        stats, packed: of `forward`.
+        stats, codes: of `forward`.
     """
     problem = Problem.of(grad_out.shape, key_shape, packing, spec=spec, causal=causal, scale=scale)
     # With a mask, keys that no query may see are not visited.
@@ -241,58 +235,66 @@ def backward(
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
     side = problem.query
     operand = operand_dtype(dtype)
-    grad_operand = grad_out.new_empty((side.all_rows, block_of(problem.head_dim)), dtype=operand)
+    kept = problem.key.lead > 0
+    normed, grad_operand = (
+        grad_out.new_empty((side.all_rows, block_of(problem.head_dim)), dtype=operand) if wanted else None
+        for wanted in (True, kept)
+    )
     delta = torch.empty_like(stats)
     with _on(device):
         allowed = _allowed(key_mask, problem.key)
-        codes = problem.codes_in(packed)
-        operands = [unpack(codes[0], operand, tokens=False), unpack(codes[1], operand, tokens=False)]
-        if keeps_value(spec, causal):
-            operands.append(_value_operand(value, problem, allowed, permute=False))
+        query_codes, key_codes, *value_codes = problem.codes_in(codes)
+        operands = [unpack(query_codes, operand, tokens=False), unpack(key_codes, operand, tokens=False)]
+        if reads_value(spec, causal):
+            operands += _value_operands(value, problem, allowed, permute=False)
         else:
-            operands.append(unpack(codes[2], operand, tokens=True))
+            operands += [unpack(*value_codes, operand, tokens=True), None]
         constants = {**problem.constants, "MASKED": allowed is not None, "ROTATE": spec.rotate}
         chosen = _tiles(device, problem, key_mask)
         rows = max(16, 2048 // block_of(problem.head_dim))
         blocks = side.blocks(rows)
         prepare_kernel[(side.count * side.heads * blocks,)](
-            grad_out, twin, stats, side.cu, grad_operand, delta, *strides_of(grad_out), *strides_of(twin),
+            grad_out, twin, stats, side.cu, normed, grad_operand, delta, *strides_of(grad_out), *strides_of(twin),
             side.heads, side.length, blocks, side.rows, side.all_rows,
             HEAD_DIM=problem.head_dim, BLOCK_D=block_of(problem.head_dim), BLOCK_M=rows, VARLEN=packing is not None,
-            num_warps=4, enable_fp_fusion=True,
+            PLAIN=kept, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-        pointers = (value, *_key_pointers(allowed), side.cu, problem.key.cu, grad_out, delta, stats)
-        value_strides = (0, 0, 0, 0) if value is None else strides_of(value)
+        pointers = (*_key_pointers(allowed), side.cu, problem.key.cu)
 
         def numbers(out: torch.Tensor, blocks: int, scale: float) -> tuple:
-            strides = (*value_strides, *strides_of(grad_out), *strides_of(out)[:3], _mask_stride(allowed))
             sizes = (*problem.sizes, blocks, side.rows, problem.key.rows, side.all_rows)
-            return (*strides, *sizes, problem.score_scale * LOG2_E, scale)
+            return (*strides_of(out)[:3], _mask_stride(allowed), *sizes, problem.score_scale * LOG2_E, scale)
 
         tile = chosen.grad_query
         blocks = side.blocks(tile.queries)
         grad_query_kernel[(side.count * side.heads * blocks,)](
-            *_descriptors(operands, (tile.queries, tile.keys, tile.keys)), *pointers, grad_query,
-            *numbers(grad_query, blocks, math.copysign(problem.score_scale, scale)),
+            *_descriptors(operands, (tile.queries, tile.keys, tile.keys, tile.keys)), *pointers,
+            grad_out, delta, stats, grad_query,
+            *strides_of(grad_out), *numbers(grad_query, blocks, math.copysign(problem.score_scale, scale)),
             **constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         tile = chosen.grad_key_value
         # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
         blocks = problem.key.blocks(tile.keys) - (PAD // tile.keys - 1 if problem.key.lead else 0)
-        shapes = (tile.queries, tile.keys, tile.keys, tile.queries)
+        query, key, value, kept_value = operands
+        operands = (query, key, value, normed, kept_value, grad_operand)
+        shapes = (tile.queries, tile.keys, tile.keys, tile.queries, tile.keys, tile.queries)
         grad_key_value_kernel[(problem.key.count * problem.key.heads * blocks,)](
-            *_descriptors((*operands, grad_operand), shapes), *pointers, grad_key, grad_value,
+            *_descriptors(operands, shapes), *pointers, delta, stats, grad_key, grad_value,
             *numbers(grad_key, blocks, problem.score_scale), **constants, QUANTIZE=spec.pv == "nvfp4",
             BLOCK_M=tile.queries, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return grad_query, grad_key, grad_value
 
 
-def _value_operand(
+def _value_operands(
     value: torch.Tensor, problem: Problem, allowed: Keys | None, *, permute: bool, codes: Codes | None = None
-) -> torch.Tensor:
-    options = {"quantize": problem.spec.pv == "nvfp4", "four_over_six": problem.spec.four_over_six}
-    return quantize_tokens(value, problem.key, allowed=allowed, permute=permute, codes=codes, **options)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """V as the spec has it, and where groups are kept V as it is."""
+    quantized = problem.spec.pv == "nvfp4"
+    options = {"quantized": quantized, "plain": not quantized or problem.key.lead > 0, "permute": permute, "codes": codes}
+    value, *kept = quantize_tokens(value, problem.key, allowed=allowed, four_over_six=problem.spec.four_over_six, **options)
+    return value, kept[0] if kept else None
 
 
 def _allowed(key_mask: torch.Tensor | None, keys: Sequences) -> Keys | None:
@@ -314,9 +316,9 @@ def _mask_stride(allowed: Keys | None) -> int:
     return 0 if allowed is None else allowed.mask.stride(0)
 
 
-def _descriptors(operands, rows) -> list[TensorDescriptor]:
+def _descriptors(operands, rows) -> list[TensorDescriptor | None]:
     """Tiles of `rows` rows of each operand, which the hardware can copy by itself."""
-    return [TensorDescriptor.from_tensor(x, [n, x.shape[1]]) for x, n in zip(operands, rows, strict=True)]
+    return [x if x is None else TensorDescriptor.from_tensor(x, [n, x.shape[1]]) for x, n in zip(operands, rows, strict=True)]
 
 
 def _tiles(device: torch.device, problem: Problem, key_mask: torch.Tensor | None) -> tiles.Tiles:
