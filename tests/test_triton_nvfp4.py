@@ -20,9 +20,7 @@ def spread(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return (torch.randn(shape, generator=generator) * exponents.exp2()).to(dtype)
 
 
-def quantize_on_device(
-    axis: int, x: torch.Tensor, *, device: str, keys: bool = True, lead: int = 0, **options
-) -> list[torch.Tensor]:
+def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, keys: bool = True, lead: int = 0, order: int = 64, **options):
     """Codes, scales (as bytes) and values of the kernel for `axis`, each tested to be the same when made from the codes.
 
     Of each head the slots from `lead` on, in their order; what is behind the tokens is tested to be zeros.
@@ -40,12 +38,16 @@ def quantize_on_device(
 
         options["allowed"] = triton_attention._allowed(mask, sequences)
     if tokens:
-        (operand,) = _quantize.quantize_tokens(x.to(device), sequences, codes=codes, **options)
+        (operand,) = _quantize.quantize_tokens(x.to(device), sequences, order=order, codes=codes, **options)
     else:
-        operand = _quantize.quantize_rows(x.to(device), sequences, keys=keys, codes=codes, **options)
-    slots = torch.arange(sequences.all_rows)
-    place = slots % 64
-    rows = slots - place + place % 16 // 2 * 8 + place // 16 * 2 + place % 2 if keys else slots
+        operand = _quantize.quantize_rows(x.to(device), sequences, keys=keys, order=order, codes=codes, **options)
+    rows = torch.arange(sequences.all_rows)
+    if order:  # row 8 j + 2 t + b of each 64 (32) holds register (j, b) of thread t, which has all (half) of a group
+        place, threads = rows % order, 64 // order
+        j, t, b = place // 8, place // 2 % 4, place % 2
+        slots = rows - place + t // threads * 16 + t % threads * (16 // threads) + 2 * j + b
+        assert slots.sort().values.equal(rows)
+        rows = slots.argsort()
     in_order = operand.cpu()[rows]
     unpacked = _quantize.unpack(codes, operand.dtype, tokens=tokens).cpu()
     torch.testing.assert_close(unpacked, in_order, rtol=0, atol=0, equal_nan=True)
@@ -154,15 +156,16 @@ def dot_with_shift(x: torch.Tensor, shift: torch.Tensor, *, device: str) -> torc
 @pytest.mark.parametrize("device", DEVICES)
 def test_queries_take_a_sign_and_keep_their_order(device):
     x = spread(2, 2, 50, 32)
-    negated = on(device, quantize_on_device, -1, x, keys=False, negate=True)
+    negated = on(device, quantize_on_device, -1, x, keys=False, order=0, negate=True)
     assert_same_bits(negated, quantize_eagerly(-1, -x))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("axis", [-1, -2])
-def test_a_lead_moves_the_slots(axis, device):
+@pytest.mark.parametrize("order", [0, 32, 64])
+def test_a_lead_moves_the_slots_and_an_order_permutes_them(order, axis, device):
     x = spread(2, 2, 50, 32)
-    assert_same_bits(on(device, quantize_on_device, axis, x, lead=112), quantize_eagerly(axis, x))
+    assert_same_bits(on(device, quantize_on_device, axis, x, lead=112, order=order), quantize_eagerly(axis, x))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -206,5 +209,5 @@ def test_addresses_beyond_32_bits():
     queries = _quantize.quantize_rows(x, sequences, keys=False)
     assert torch.equal(queries[-4096:], nvfp4.scaled_codes(tail).to(x.dtype))
     del queries
-    (values,) = _quantize.quantize_tokens(x, sequences, permute=False)
+    (values,) = _quantize.quantize_tokens(x, sequences)
     assert torch.equal(values[-4096:], nvfp4.scaled_codes(tail, axis=-2).to(x.dtype))

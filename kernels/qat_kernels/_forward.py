@@ -8,38 +8,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._layout import first_row, sequence, slot_of
+from ._layout import first_row, sequence, slot_of, to_groups, to_tile
 from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _grouped(scores):
-    return tl.reshape(scores, (scores.shape[0], scores.shape[1] // 64, 8, 4, 2))
-
-
-@triton.jit
-def _tile(groups):
-    return tl.reshape(groups, (groups.shape[0], groups.shape[1] * 64))
-
-
-@triton.jit
 def _soften(scores, row_max, total, qk_scale, BOUNDED: tl.constexpr):
-    """One step of the online softmax. Groups of 16 keys lie along axes 2 and 4 of scores [M, N / 64, 8, 4, 2] (_layout.py).
+    """One step of the online softmax; scores as `to_groups` returns them.
 
     Returns P~ of these scores, the largest P~ of each group, and the new state of the rows. Maxima are rounded up, so that
     rescaling is by a power of two and leaves the codes of P~ as they were.
     """
-    largest = tl.max(tl.max(scores, 4, keep_dims=True), 2, keep_dims=True)
-    tile_max = tl.max(tl.max(tl.max(tl.max(largest, 4), 3), 2), 1)
+    largest = tl.max(tl.max(tl.max(scores, 5, keep_dims=True), 2, keep_dims=True), 4, keep_dims=True)
+    tile_max = tl.max(tl.max(tl.max(tl.max(tl.max(largest, 5), 4), 3), 2), 1)
     new_max = tl.maximum(row_max, tl.ceil(tile_max * qk_scale))
     reference = new_max
     if BOUNDED:  # rows that have seen no key yet: everything is exp2(-inf) = 0
         reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores * qk_scale - reference[:, None, None, None, None])
-    largest = tl.exp2(largest * qk_scale - reference[:, None, None, None, None])
-    total = total * tl.exp2(row_max - reference) + tl.sum(tl.sum(tl.sum(tl.sum(weights, 4), 2), 2), 1)
+    weights = tl.exp2(scores * qk_scale - reference[:, None, None, None, None, None])
+    largest = tl.exp2(largest * qk_scale - reference[:, None, None, None, None, None])
+    total = total * tl.exp2(row_max - reference) + tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(weights, 5), 2), 3), 2), 1)
     return weights, largest, reference, new_max, total
 
 
@@ -47,7 +37,8 @@ def _soften(scores, row_max, total, qk_scale, BOUNDED: tl.constexpr):
 def _attend(
     out, twin, total, row_max,
     q, k_desc, v_desc, k_row, mask_ptr, upper, start, stop, qk_scale,
-    BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, TWIN: tl.constexpr,
+    BLOCK_N: tl.constexpr, ORDER: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr,
+    TWIN: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
@@ -58,12 +49,12 @@ def _attend(
         k = k_desc.load([k_row + first_slot, 0])
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
         if BOUNDED:
-            slot = first_slot + slot_of(tl.arange(0, BLOCK_N))
+            slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
             allowed = slot[None, :] < upper[:, None]
             if MASKED:
                 allowed = allowed & (tl.load(mask_ptr + slot) != 0)[None, :]
             scores = tl.where(allowed, scores, float("-inf"))
-        groups, largest, reference, new_max, total = _soften(_grouped(scores), row_max, total, qk_scale, BOUNDED)
+        groups, largest, reference, new_max, total = _soften(to_groups(scores, ORDER), row_max, total, qk_scale, BOUNDED)
         # Integer maxima seldom change: most tiles need no rescaling at all.
         if tl.max((new_max > row_max).to(tl.int32), 0) != 0:
             rescale = tl.exp2(row_max - reference)
@@ -73,10 +64,10 @@ def _attend(
         row_max = new_max
         v = v_desc.load([k_row + first_slot, 0])
         if TWIN:
-            twin = dot(_tile(narrow(groups, v.dtype)), v, twin)
+            twin = dot(to_tile(narrow(groups, v.dtype)), v, twin)
         if QUANTIZE:
             groups = round_weights(groups, largest)
-        out = dot(_tile(narrow(groups, v.dtype)), v, out)
+        out = dot(to_tile(narrow(groups, v.dtype)), v, out)
     return out, twin, total, row_max
 
 
@@ -84,13 +75,13 @@ def _attend(
 def _attend_kept(
     out, twin, total, row_max,
     q, k_desc, v_desc, k_row, mask_ptr, own, slots, start, blocks, qk_scale,
-    BLOCK_N: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr, TWIN: tl.constexpr,
+    BLOCK_N: tl.constexpr, ORDER: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr, TWIN: tl.constexpr,
 ):  # fmt: skip
     """The kept groups, with unquantized P~ and V: the sink group, then the open groups in `blocks` tiles from `start` on."""
     for block in range(blocks + 1):
         first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
         lower = tl.where(block == 0, LEAD, tl.maximum(own & -GROUP, LEAD + GROUP))
-        slot = first_slot + slot_of(tl.arange(0, BLOCK_N))
+        slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
         k = k_desc.load([k_row + first_slot, 0])
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
         present = slot < slots
@@ -98,11 +89,11 @@ def _attend_kept(
             present = present & (tl.load(mask_ptr + slot) != 0)
         allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None]) & present[None, :]
         scores = tl.where(allowed, scores, float("-inf"))
-        groups, _, reference, new_max, total = _soften(_grouped(scores), row_max, total, qk_scale, True)
+        groups, _, reference, new_max, total = _soften(to_groups(scores, ORDER), row_max, total, qk_scale, True)
         rescale = tl.exp2(row_max - reference)
         row_max = new_max
         v = v_desc.load([k_row + first_slot, 0])
-        weights = _tile(narrow(groups, v.dtype))
+        weights = to_tile(narrow(groups, v.dtype))
         out = dot(weights, v, out * rescale[:, None])
         if TWIN:
             twin = dot(weights, v, twin * rescale[:, None])
@@ -116,8 +107,8 @@ def attention_forward_kernel(
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     lse_stride_b, lse_stride_h, mask_stride,
     heads, key_heads, queries, keys, blocks, q_rows, k_rows, all_q_rows, qk_scale, shift_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
+    LEAD: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE: tl.constexpr,
     TWIN: tl.constexpr, STATS: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
@@ -185,11 +176,11 @@ def attention_forward_kernel(
     else:
         out, twin, total, row_max = _attend(
             out, twin, total, row_max, q, k_desc, v_desc, k_row, mask_ptr, upper, begin, full, qk_scale,
-            BLOCK_N, False, False, QUANTIZE, TWIN,
+            BLOCK_N, ORDER, False, False, QUANTIZE, TWIN,
         )  # fmt: skip
     out, twin, total, row_max = _attend(
         out, twin, total, row_max, q, k_desc, v_desc, k_row, mask_ptr, upper, full, stop, qk_scale,
-        BLOCK_N, True, MASKED, QUANTIZE, TWIN,
+        BLOCK_N, ORDER, True, MASKED, QUANTIZE, TWIN,
     )  # fmt: skip
 
     if STATS:
@@ -201,7 +192,8 @@ def attention_forward_kernel(
         open_start -= (open_start - begin) % BLOCK_N
         out, twin, total, row_max = _attend_kept(
             out, twin, total, row_max, q, k_desc, kept_desc, k_row, mask_ptr, own, slots,
-            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale, BLOCK_N, LEAD, MASKED, TWIN,
+            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale,
+            BLOCK_N, ORDER, LEAD, MASKED, TWIN,
         )  # fmt: skip
 
     empty = total == 0.0

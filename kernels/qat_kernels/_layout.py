@@ -5,9 +5,9 @@ tile needs no bounds. Rows of Q and of dO are in the order of the queries. Rows 
 
 * Slot = key + LEAD, where keys count from the first allowed one of their sequence. LEAD is 0, or PAD - 16 where groups are
   kept: then the sink group is the end of the first PAD slots and the other groups begin with a tile.
-* Within each 64 slots the rows are permuted: row 8 j + 2 t + b holds slot 16 t + 2 j + b (t, b: thread and register of a
-  matrix unit's accumulator). A thread of the tensor cores then holds the scores of a whole group of 16 keys, so the
-  largest of them, which sets the group's scale, is found without another thread.
+* For the forward, rows are permuted within each ORDER slots, 64 or 32. A thread of a matrix unit holds two neighbouring columns
+  of every eight of its accumulator; the permutation makes these the scores of whole groups of 16 keys, or of half of one,
+  so the largest of them, which sets the group's scale, is found within a thread, or two.
 """
 
 from __future__ import annotations
@@ -22,23 +22,43 @@ from ._nvfp4 import GROUP
 
 PAD = 128
 """Rows of a sequence are padded to a multiple of this, the largest tile."""
-ORDER = 64
-"""Slots that are permuted among themselves."""
-_PAD, _ORDER = tl.constexpr(PAD), tl.constexpr(ORDER)
+_PAD = tl.constexpr(PAD)
+
+
+def order_of(keys: int) -> int:
+    """ORDER for tiles of so many keys."""
+    return min(keys, 64)
 
 
 @triton.jit
-def slot_of(row):
-    """The slot whose row this is."""
-    block, place = row // _ORDER, row % _ORDER
-    return block * _ORDER + (place // 2) % 4 * GROUP + place // 8 * 2 + place % 2
+def slot_of(row, ORDER: tl.constexpr):
+    """The slot whose row this is: among ORDER rows, row 8 j + 2 t + b belongs to register (j, b) of thread t of four."""
+    THREADS: tl.constexpr = 64 // ORDER  # that share a group
+    place = row % ORDER
+    thread = place // 2 % 4
+    return row - place + thread // THREADS * GROUP + thread % THREADS * (ORDER // 4) + place // 8 * 2 + place % 2
 
 
 @triton.jit
-def row_of(slot):
+def row_of(slot, ORDER: tl.constexpr):
     """The inverse of `slot_of`."""
-    block, place = slot // _ORDER, slot % _ORDER
-    return block * _ORDER + place % GROUP // 2 * 8 + place // GROUP * 2 + place % 2
+    THREADS: tl.constexpr = 64 // ORDER
+    place = slot % ORDER
+    register = place % (ORDER // 4)
+    thread = place // GROUP * THREADS + place % GROUP // (ORDER // 4)
+    return slot - place + register // 2 * 8 + thread * 2 + register % 2
+
+
+@triton.jit
+def to_groups(scores, ORDER: tl.constexpr):
+    """A tile [M, N] of permuted columns with its groups along the axes 2, 4 and 5: [M, N / ORDER, j, group, thread, b]."""
+    return tl.reshape(scores, (scores.shape[0], scores.shape[1] // ORDER, ORDER // 8, ORDER // 16, 64 // ORDER, 2))
+
+
+@triton.jit
+def to_tile(groups):
+    """The inverse of `to_groups`."""
+    return tl.reshape(groups, (groups.shape[0], groups.shape[1] * groups.shape[2] * 8))
 
 
 @triton.jit

@@ -68,9 +68,9 @@ def _quantize_rows_kernel(
     x_ptr, shift_ptr, mask_ptr, first_ptr, cu_ptr, operand_ptr, codes_ptr, scales_ptr, dots_ptr,
     stride_b, stride_h, stride_l, stride_d, mask_stride, dots_stride_b, dots_stride_h,
     heads, length, blocks, rows, heads_per_shift, sign,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, KEYS: tl.constexpr,
-    SHIFTED: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr,
-    CODES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, ORDER: tl.constexpr,
+    KEYS: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr,
+    ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """K (KEYS) minus its shift, or Q times `sign`, quantized along the head dim. For Q, dots takes the product with the shift."""
     columns = tl.arange(0, BLOCK_D)
@@ -101,7 +101,7 @@ def _quantize_rows_kernel(
         bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L, BLOCK_D // GROUP))
         _store_rows(scales_ptr, row + slots, group, bits, HEAD_DIM // GROUP, bounded)
     values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
-    where = row + (row_of(slots) if KEYS else slots)
+    where = row + (row_of(slots, ORDER) if ORDER else slots)
     _store_rows(operand_ptr, where, columns, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
 
 
@@ -110,7 +110,7 @@ def _quantize_tokens_kernel(
     x_ptr, mask_ptr, first_ptr, cu_ptr, quantized_ptr, plain_ptr, codes_ptr, scales_ptr,
     stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
-    MASKED: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, PERMUTE: tl.constexpr,
+    MASKED: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, ORDER: tl.constexpr,
     QUANTIZED: tl.constexpr, PLAIN: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """V, quantized along the tokens from the first allowed one on, and as it is: BLOCK_C columns of BLOCK_L slots."""
@@ -121,7 +121,7 @@ def _quantize_tokens_kernel(
     )  # fmt: skip
     if behind:
         return
-    where = row + (row_of(slots) if PERMUTE else slots)
+    where = row + (row_of(slots, ORDER) if ORDER else slots)
     if PLAIN:
         _store_rows(plain_ptr, where, columns, narrow(x, plain_ptr.dtype.element_ty), BLOCK_D, False)
     if QUANTIZED or CODES:
@@ -225,6 +225,7 @@ def quantize_rows(
     sequences: Sequences,
     *,
     keys: bool,
+    order: int = 0,
     allowed: Keys | None = None,
     shift: torch.Tensor | None = None,
     dots: torch.Tensor | None = None,
@@ -236,7 +237,8 @@ def quantize_rows(
     """Q or K, [B, H, L, D] or [total, H, D] of any strides, quantized along the head dim: the operand, and `codes` if given.
 
     Args:
-        keys: K, whose rows are slots, minus `shift`. Otherwise Q, with the opposite sign if `negate`.
+        keys: K, minus `shift`. Otherwise Q, with the opposite sign if `negate`.
+        order: ORDER of the operand's rows (_layout.py); 0 for slots in their own order.
         shift: float32 [Hk, D], contiguous.
         dots: for Q, takes the product of each row with its key head's shift; float32 [B, H, L] or [H, total].
     """
@@ -250,9 +252,9 @@ def quantize_rows(
         *strides_of(x), 0 if allowed is None else allowed.mask.stride(0), *dots_stride,
         sequences.heads, sequences.length, blocks, sequences.rows, 1 if shift is None else sequences.heads // shift.shape[0],
         -1.0 if negate else 1.0,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead, KEYS=keys, SHIFTED=shift is not None,
-        MASKED=allowed is not None, VARLEN=sequences.cu is not None, ROTATE=rotate, FOUR_OVER_SIX=four_over_six,
-        CODES=codes is not None, num_warps=4, enable_fp_fusion=True,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead, ORDER=order, KEYS=keys,
+        SHIFTED=shift is not None, MASKED=allowed is not None, VARLEN=sequences.cu is not None,
+        ROTATE=rotate, FOUR_OVER_SIX=four_over_six, CODES=codes is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return operand
 
@@ -264,13 +266,13 @@ def quantize_tokens(
     allowed: Keys | None = None,
     quantized: bool = True,
     plain: bool = False,
-    permute: bool = True,
+    order: int = 0,
     four_over_six: bool = False,
     codes: Codes | None = None,
 ) -> list[torch.Tensor]:
     """V, [B, H, L, D] or [total, H, D] of any strides: the operand quantized along the tokens, and the one as it is.
 
-    Those that are asked for, and `codes` if given. Without `permute` slots are in their own order, as the backward reads them.
+    Those that are asked for, and `codes` if given. `order` as in `quantize_rows`.
     """
     head_dim, block_d = x.shape[-1], block_of(x.shape[-1])
     # One warp holds whole groups of 16 tokens, so that their maxima are found without shared memory.
@@ -284,7 +286,7 @@ def quantize_tokens(
         *strides_of(x), 0 if allowed is None else allowed.mask.stride(0),
         sequences.heads, sequences.length, blocks, sequences.rows,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_C=block_c, BLOCK_L=block_l, LEAD=sequences.lead,
-        MASKED=allowed is not None, VARLEN=sequences.cu is not None, FOUR_OVER_SIX=four_over_six, PERMUTE=permute,
+        MASKED=allowed is not None, VARLEN=sequences.cu is not None, FOUR_OVER_SIX=four_over_six, ORDER=order,
         QUANTIZED=quantized, PLAIN=plain, CODES=codes is not None, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return [operand for operand in operands if operand is not None]

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiles
 from ._backward import grad_key_value_kernel, grad_query_kernel, prepare_kernel
 from ._forward import attention_forward_kernel
-from ._layout import PAD, Sequences
+from ._layout import PAD, Sequences, order_of
 from ._nvfp4 import INTERPRET
 from ._quantize import Codes, Keys, block_of, operand_dtype, quantize_rows, quantize_tokens, strides_of, unpack
 from .packed import Packing
@@ -174,6 +174,8 @@ def forward(
         return result
     with _on(query.device):
         allowed = _allowed(key_mask, problem.key)
+        tile = _tiles(query.device, problem).forward
+        order = order_of(tile.keys)
         codes = problem.codes_in(result.codes) if with_gradient else []
         options = {"rotate": spec.rotate, "four_over_six": spec.four_over_six}
         shift_dot = None
@@ -184,10 +186,9 @@ def forward(
             quantize_rows(
                 query, problem.query, keys=False, shift=k_shift, dots=shift_dot, negate=scale < 0, codes=codes[0], **options
             ),
-            quantize_rows(key, problem.key, keys=True, allowed=allowed, shift=k_shift, codes=codes[1], **options),
-            *_value_operands(value, problem, allowed, permute=True, codes=codes[2]),
+            quantize_rows(key, problem.key, keys=True, order=order, allowed=allowed, shift=k_shift, codes=codes[1], **options),
+            *_value_operands(value, problem, allowed, order, codes=codes[2]),
         )
-        tile = _tiles(query.device, problem, key_mask).forward
         blocks = problem.query.blocks(tile.queries)
         lse_strides = result.lse.stride()[:2] if packing is None else (0, result.lse.stride(0))
         attention_forward_kernel[(problem.query.count * problem.query.heads * blocks,)](
@@ -197,7 +198,7 @@ def forward(
             *strides_of(result.out), *lse_strides, _mask_stride(allowed),
             *problem.sizes, blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
             problem.score_scale * LOG2_E, scale,
-            **problem.constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, MASKED=allowed is not None,
+            **problem.constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, ORDER=order, MASKED=allowed is not None,
             QUANTIZE=spec.pv == "nvfp4", TWIN=with_twin, STATS=with_gradient, SHIFTED=k_shift is not None,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -246,11 +247,11 @@ def backward(
         query_codes, key_codes, *value_codes = problem.codes_in(codes)
         operands = [unpack(query_codes, operand, tokens=False), unpack(key_codes, operand, tokens=False)]
         if reads_value(spec, causal):
-            operands += _value_operands(value, problem, allowed, permute=False)
+            operands += _value_operands(value, problem, allowed)
         else:
             operands += [unpack(*value_codes, operand, tokens=True), None]
         constants = {**problem.constants, "MASKED": allowed is not None, "ROTATE": spec.rotate}
-        chosen = _tiles(device, problem, key_mask)
+        chosen = _tiles(device, problem)
         rows = max(16, 2048 // block_of(problem.head_dim))
         blocks = side.blocks(rows)
         prepare_kernel[(side.count * side.heads * blocks,)](
@@ -288,11 +289,11 @@ def backward(
 
 
 def _value_operands(
-    value: torch.Tensor, problem: Problem, allowed: Keys | None, *, permute: bool, codes: Codes | None = None
+    value: torch.Tensor, problem: Problem, allowed: Keys | None, order: int = 0, *, codes: Codes | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """V as the spec has it, and where groups are kept V as it is."""
     quantized = problem.spec.pv == "nvfp4"
-    options = {"quantized": quantized, "plain": not quantized or problem.key.lead > 0, "permute": permute, "codes": codes}
+    options = {"quantized": quantized, "plain": not quantized or problem.key.lead > 0, "order": order, "codes": codes}
     value, *kept = quantize_tokens(value, problem.key, allowed=allowed, four_over_six=problem.spec.four_over_six, **options)
     return value, kept[0] if kept else None
 
@@ -321,7 +322,7 @@ def _descriptors(operands, rows) -> list[TensorDescriptor | None]:
     return [x if x is None else TensorDescriptor.from_tensor(x, [n, x.shape[1]]) for x, n in zip(operands, rows, strict=True)]
 
 
-def _tiles(device: torch.device, problem: Problem, key_mask: torch.Tensor | None) -> tiles.Tiles:
+def _tiles(device: torch.device, problem: Problem) -> tiles.Tiles:
     return tiles.choose(_arch(device), problem.head_dim, problem.causal)
 
 
