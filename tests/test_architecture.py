@@ -25,6 +25,8 @@ LIBRARY = (
     ("qat_patch/card.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/hub.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/load.py", PATCH, {"diffusers", "peft", "transformers"}),
+    ("qat_patch/sensitivity.py", PATCH, {"matplotlib"}),
+    ("qat_patch/sensitivity_command.py", PATCH, {"diffusers", "transformers"}),
     ("qat_patch/**/*.py", PATCH, set()),
 )
 # Folders of programs and tests; and the folders whose modules theirs may import.
