@@ -212,7 +212,7 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
             _refuse(backend, "attention_kwargs", "none", attention_kwargs, "exclude this module from the patch")
         if parallel_config is not None:
             _refuse(backend, "parallel_config", "no context parallelism", "one", "load the model without enable_parallelism")
-        key_mask = _key_mask(backend, attn_mask, query.shape[0], key.shape[1])
+        key_mask, query_mask = _masks(backend, attn_mask, query.shape[0], query.shape[1], key.shape[1])
         if backend.observer is not None:
             out = original(backend=getattr(backend.original, "_attention_backend", None))
             query, key, value, shown = (x.transpose(1, 2) for x in (query, key, value, out))
@@ -230,46 +230,57 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
             key_mask=key_mask,
             k_shift=backend.shift_on(key.device),
         )
-        return out.transpose(1, 2)
+        out = out.transpose(1, 2)
+        return out if query_mask is None else torch.where(query_mask[..., None, None], out, 0.0)
 
     dispatch_attention_fn._knows_layers = True
     return dispatch_attention_fn
 
 
-def _key_mask(layer: AttentionLayer, mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:
-    """The mask as bool [batch, keys], if it is one: boolean, or additive with 0 where a key may be seen and -10000 or less
-    where not; in any shape that is the same for all heads and queries."""
+def _masks(
+    layer: AttentionLayer, mask: torch.Tensor | None, batch: int, queries: int, keys: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask as a key mask, bool [batch, keys], if it is one.
+
+    It may be boolean, or additive with 0 where a key may be seen and -10000 or less where not, in any shape that is the same
+    for all heads and queries. Queries that may see nothing at all (padding, in a mask that is the outer product of what is
+    none) come as a second mask, bool [batch, queries]: their output is zero.
+    """
     if mask is None:
-        return None
+        return None, None
+
+    def refuse(got: str) -> None:
+        _refuse(
+            layer,
+            "attn_mask",
+            f"a key mask [{batch}, 1, 1, {keys}] or [{batch}, {keys}]: bool, True where a key may be seen, or float, 0 there and "
+            "at most -10000 elsewhere",
+            got,
+            "exclude the modules that receive such masks from the patch",
+        )
+
+    def require(holds: torch.Tensor, got: str) -> None:
+        """A condition on values: an error now, or, inside torch.compile, one of PyTorch's own when the graph runs."""
+        if torch.compiler.is_compiling():
+            torch._assert_async(holds, f"4-bit attention: attn_mask: expected a key mask, got {got}")
+        elif not holds:
+            refuse(got)
+
     rows = mask[:, None, None] if mask.ndim == 2 else mask
-    if rows.ndim != 4 or rows.shape[0] not in (1, batch) or rows.shape[2] != 1 or rows.shape[3] != keys:
-        _refuse_mask(layer, mask, batch, keys, f"{mask.dtype} {tuple(mask.shape)}")
+    if rows.ndim != 4 or rows.shape[0] not in (1, batch) or rows.shape[2] not in (1, queries) or rows.shape[3] != keys:
+        refuse(f"{mask.dtype} {tuple(mask.shape)}")
     if rows.dtype != torch.bool:
         allowed = rows == 0
-        _require((allowed | (rows <= _EXCLUDED)).all(), layer, mask, batch, keys, "an additive mask with other values")
+        require((allowed | (rows <= _EXCLUDED)).all(), "an additive mask with other values")
         rows = allowed
     if rows.shape[1] > 1 and rows.stride(1):
-        _require((rows == rows[:, :1]).all(), layer, mask, batch, keys, "another mask for each head")
-    return rows[:, 0, 0].expand(batch, keys)
-
-
-def _require(holds: torch.Tensor, layer: AttentionLayer, mask: torch.Tensor, batch: int, keys: int, got: str) -> None:
-    """A condition on values: an error now, or, inside torch.compile, one of PyTorch's own when it is met."""
-    if torch.compiler.is_compiling():
-        torch._assert_async(holds, f"4-bit attention: attn_mask: expected a key mask, got {got}")
-    elif not holds:
-        _refuse_mask(layer, mask, batch, keys, got)
-
-
-def _refuse_mask(layer: AttentionLayer, mask: torch.Tensor, batch: int, keys: int, got: str) -> None:
-    _refuse(
-        layer,
-        "attn_mask",
-        f"a key mask [{batch}, 1, 1, {keys}] or [{batch}, {keys}]: bool, True where a key may be seen, or float, 0 there and at "
-        "most -10000 elsewhere",
-        got,
-        "exclude the modules that receive such masks from the patch",
-    )
+        require((rows == rows[:, :1]).all(), "another mask for each head")
+    rows = rows[:, 0]
+    if rows.shape[1] == 1:
+        return rows[:, 0].expand(batch, keys), None
+    key_mask, query_mask = rows.any(1), rows.any(2)
+    require((rows == key_mask[:, None] & query_mask[:, :, None]).all(), "another mask for each query")
+    return key_mask.expand(batch, keys), query_mask.expand(batch, queries)
 
 
 def _refuse_fused(name: str, attn: torch.nn.Module) -> None:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -79,9 +81,18 @@ def reason_to_skip(module: torch.nn.Module) -> str | None:
 
 @lru_cache
 def _asks_the_interface(kind: type) -> bool:
-    """Whether a class of attention modules mentions the interface at all; some accept any name and go their own way."""
-    functions = [inspect.unwrap(f) for base in kind.__mro__ for f in vars(base).values() if inspect.isfunction(f)]
-    return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in functions)
+    """Whether the code of a class of attention modules mentions the interface; some accept any name and go their own way."""
+    return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in _functions(kind))
+
+
+def _functions(kind: type) -> Iterator[FunctionType]:
+    """The methods of a class, and those of its bases that are in use: not overridden, or called through `super`."""
+    for name, _ in inspect.getmembers(kind, inspect.isfunction):
+        for base in kind.__mro__:
+            if inspect.isfunction(method := vars(base).get(name)):
+                yield (function := inspect.unwrap(method))
+                if "super" not in function.__code__.co_names:
+                    break
 
 
 def problem(module: torch.nn.Module, spec: QuantSpec) -> str | None:

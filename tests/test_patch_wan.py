@@ -17,7 +17,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from packaging.requirements import Requirement
 
 from qat_kernels import attention
-from qat_patch import AttnQATConfig, QuantSpec, diffusers_adapter, get_handle, patch_model, unpatch_model
+from qat_patch import AttnQATConfig, QuantSpec, calibrate, diffusers_adapter, get_handle, patch_model, unpatch_model
 from qat_patch.block import AttentionBlock
 from qat_patch.layer import AttentionLayer
 from tiny_wan import CHANNELS, IMAGE_DIM, TEXT_DIM, tiny_pipeline, tiny_transformer
@@ -424,6 +424,25 @@ def test_key_mask(shape, excluded):
     assert torch.equal(dispatch(q, k, v, mask), out)
 
 
+def test_outer_product_of_what_is_no_padding():
+    """As HunyuanVideo 1.5 masks: padding sees nothing and is not seen."""
+    q, k, v = qkv(queries=53)
+    allowed = torch.rand(2, 53, generator=torch.Generator().manual_seed(1)) < 0.7
+    outer = (allowed[:, :, None] & allowed[:, None])[:, None]
+    out = dispatch(q, k, v, outer)
+    assert torch.equal(out[allowed], direct(q, k, v, key_mask=allowed)[allowed])
+    assert not out[~allowed].any()
+
+
+def test_masks_are_checked_inside_a_graph():
+    run = torch.compile(dispatch, fullgraph=True, backend="aot_eager")
+    q, k, v = qkv()
+    mask = torch.zeros(2, 1, 1, 53).masked_fill(torch.arange(53) > 40, -10000.0)
+    assert torch.equal(run(q, k, v, mask), dispatch(q, k, v, mask))
+    with pytest.raises(RuntimeError, match="expected a key mask, got an additive mask with other values"):
+        run(q, k, v, mask / 100)
+
+
 def test_causal_scale_groups_of_heads_and_contiguity():
     q, k, v = qkv(keys=40, key_heads=2)
     out = dispatch(q, k, v, enable_gqa=True, is_causal=True, scale=0.3)
@@ -455,7 +474,8 @@ def test_autocast_casts_what_arrives_in_other_dtypes():
             r"a key mask \[2, 1, 1, 53\] or \[2, 53\].* got an additive mask with other",
         ),
         (torch.eye(4, 53, dtype=torch.bool).expand(2, 1, 4, 53).mT.mT.transpose(1, 2), {}, "got another mask for each head"),
-        (torch.ones(2, 1, 40, 53, dtype=torch.bool), {}, r"got torch.bool \(2, 1, 40, 53\)"),
+        (torch.ones(2, 1, 40, 53, dtype=torch.bool).tril(), {}, "got another mask for each query"),
+        (torch.ones(2, 1, 39, 53, dtype=torch.bool), {}, r"got torch.bool \(2, 1, 39, 53\)"),
         (torch.ones(40, 53, dtype=torch.bool), {}, r"got torch.bool \(40, 53\)"),
     ],
 )
@@ -704,3 +724,29 @@ def test_original_steps_leave_the_state_as_it_was(steps_in_4_bits):
     for numbers in ({"first": -1}, {"last": -2}, {"first": 1.5}):
         with pytest.raises(ValueError, match="expected numbers of steps from 0 up"), handle.original_steps(**numbers):
             raise AssertionError("must not get here")
+
+
+@pytest.mark.gpu
+def test_model_cpu_offload():
+    pipe = tiny_wan_pipeline()
+    handle = patch_model(pipe)
+    calibrate(pipe.transformer, [wan_inputs(i2v=False)])
+    expected = sample(pipe)
+    pipe.enable_model_cpu_offload()
+    assert relative(sample(pipe).cpu(), expected) < 0.05
+    assert {shift.device.type for shift in handle.k_shift.values()} == {"cuda"}
+    pipe.remove_all_hooks()
+    pipe.to("cpu")
+    assert torch.equal(sample(pipe), expected)
+
+
+@pytest.mark.gpu
+def test_cuda_autocast_leaves_no_float32_query(calls):
+    """There RMSNorm runs in float32: queries and keys arrive in float32, values in bfloat16."""
+    model = tiny_wan().cuda().train()
+    patch_model(model)
+    inputs = {name: x.cuda() for name, x in wan_inputs(i2v=False).items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        model(**inputs).sample.square().mean().backward()
+    assert {call[name].dtype for call in calls for name in "qkv"} == {torch.bfloat16}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
