@@ -19,6 +19,7 @@ import torch
 
 from qat_kernels import QuantSpec, attention
 
+from . import context_parallel
 from .block import CONFIG_KEYS, AttentionBlock
 from .config import AttnQATConfig, head_dim_problem
 from .layer import AttentionCall, AttentionLayer, under_autocast
@@ -210,8 +211,10 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
             _refuse(backend, "is_causal", "as many queries as keys", got, "exclude this module from the patch")
         if attention_kwargs:
             _refuse(backend, "attention_kwargs", "none", attention_kwargs, "exclude this module from the patch")
-        if parallel_config is not None:
-            _refuse(backend, "parallel_config", "no context parallelism", "one", "load the model without enable_parallelism")
+        context = getattr(parallel_config, "context_parallel_config", None)
+        if context is not None and (attn_mask is not None or is_causal or backend.observer is not None):
+            got = "a mask, or a measurement such as calibrate"
+            _refuse(backend, "context parallelism", "plain self-attention", got, "run this on a model without enable_parallelism")
         key_mask, query_mask = _masks(backend, attn_mask, query.shape[0], query.shape[1], key.shape[1])
         if backend.observer is not None:
             out = original(backend=getattr(backend.original, "_attention_backend", None))
@@ -219,18 +222,12 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
             call = AttentionCall(query=query, key=key, value=value, out=shown, causal=is_causal, scale=scale, key_mask=key_mask)
             backend.observer(backend, call)
             return out
-        query, key, value = under_autocast(*(x.transpose(1, 2) for x in (query, key, value)))
-        out = attention(
-            query,
-            key,
-            value,
-            spec=backend.spec,
-            causal=is_causal,
-            scale=scale,
-            key_mask=key_mask,
-            k_shift=backend.shift_on(key.device),
-        )
-        out = out.transpose(1, 2)
+        query, key, value = under_autocast(query, key, value)
+        attend = functools.partial(attention, spec=backend.spec, causal=is_causal, scale=scale, key_mask=key_mask)
+        k_shift = backend.shift_on(key.device)
+        if context is not None:
+            return context_parallel.attend(attend, query, key, value, k_shift, context)
+        out = attend(*(x.transpose(1, 2) for x in (query, key, value)), k_shift=k_shift).transpose(1, 2)
         return out if query_mask is None else torch.where(query_mask[..., None, None], out, 0.0)
 
     dispatch_attention_fn._knows_layers = True

@@ -42,7 +42,7 @@ class AttentionLayer:
         return moved
 
     def __repr__(self) -> str:
-        return f"<4-bit attention of {self.name}, patched by qat_patch>"
+        return f"<4-bit attention of {self.name}, by qat_patch: set backends and enable parallelism before patch_model>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

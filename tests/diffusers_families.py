@@ -146,7 +146,7 @@ FAMILIES = [
         calls=2,
         skipped=1,
         mask="bool",
-        **NO_FUSING,
+        not_applicable=(*NO_FUSING["not_applicable"], "`torch.compile(fullgraph=True)`, training"),  # looks at its inputs
     ),
     Family(
         "Flux",

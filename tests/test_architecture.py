@@ -20,6 +20,7 @@ LIBRARY = (
     ("kernels/qat_kernels/**/*.py", KERNELS, set()),
     ("qat_patch/transformers_adapter.py", PATCH, {"transformers"}),
     ("qat_patch/diffusers_adapter.py", PATCH, {"diffusers"}),
+    ("qat_patch/context_parallel.py", PATCH, {"diffusers"}),
     # Imported only once transformers is: the last test below makes sure.
     ("qat_patch/quantizer.py", PATCH | {"transformers"}, set()),
     ("qat_patch/card.py", PATCH, {"huggingface_hub"}),

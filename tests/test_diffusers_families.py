@@ -220,9 +220,14 @@ def cells():
 def test_family_in_mode(family, mode, monkeypatch, tmp_path):
     arguments = {"tmp_path": tmp_path} if mode == "LoRA" else {}
     if mode in family.not_applicable:
-        model = family.patched()
-        model.fuse_qkv_projections()
-        assert not any(getattr(module, "fused_projections", False) for module in model.modules())
+        stock = family.build()
+        if MODES[mode] is compiled:
+            stock.compile(fullgraph=True, backend="aot_eager")
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                run(stock, family.inputs())
+        else:
+            stock.fuse_qkv_projections()
+            assert not any(getattr(module, "fused_projections", False) for module in stock.modules())
     elif mode in family.refused_modes:
         with pytest.raises(ValueError, match=family.refused_modes[mode]):
             MODES[mode](family, monkeypatch, **arguments)

@@ -21,7 +21,8 @@ def logits(model, **inputs):
 
 def gradients(model, inputs):
     model.zero_grad()
-    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    out = model(**inputs, use_cache=False).logits[:, :-1]
+    torch.nn.functional.cross_entropy(out.flatten(0, 1).float(), inputs["input_ids"][:, 1:].flatten()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -23,8 +23,8 @@ GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "fu
 
 
 def causal_lm(config, **overrides):
-    # The fast way through the experts of a mixture knows no float64.
-    options = {"experts_implementation": "eager"} if "Moe" in config else {}
+    # Another way through the experts of a mixture knows no float64.
+    options = {"experts_implementation": "batched_mm"} if "Moe" in config else {}
     return lambda: AutoModelForCausalLM.from_config(getattr(transformers, config)(**SIZES | overrides), **options)
 
 
