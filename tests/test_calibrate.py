@@ -227,6 +227,9 @@ def test_mistakes():
     with pytest.raises(ValueError, match=r"never reached 1 of 3 patched modules, such as model.layers.1.self_attn"):
         calibrate(model, [ids])
     assert handle.k_shift == {}
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+    with pytest.raises(ValueError, match="expected one sample a row, got packed samples"):
+        calibrate(model, [{"input_ids": ids, "position_ids": positions, "use_cache": False}])
     unpatch_model(model)
     for shifts, message in (
         ({"model.layers.0": torch.zeros(2, 32)}, "expected names of modules that are patched, such as model.layers.0.self_attn"),

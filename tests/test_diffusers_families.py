@@ -216,7 +216,7 @@ def cells():
             yield pytest.param(family, mode, id=f"{family.name}-{mode}", marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("family", "mode"), cells())
+@pytest.mark.parametrize(("family", "mode"), list(cells()))
 def test_family_in_mode(family, mode, monkeypatch, tmp_path):
     arguments = {"tmp_path": tmp_path} if mode == "LoRA" else {}
     if mode in family.not_applicable:

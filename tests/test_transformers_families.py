@@ -175,6 +175,21 @@ def lora(family, monkeypatch, tmp_path):
     assert torch.equal(logits(again, **family.inputs()), expected)
 
 
+def packed(family, monkeypatch):
+    """Samples one after the other in a row, told apart by position_ids: each as if alone, forward and backward."""
+    model, ids = family.patched(torch.float64).train(), token_ids(batch=1, length=60)
+    calibrate(model, [ids])
+    positions = torch.cat([torch.arange(23), torch.arange(37)])[None]
+    whole = model(ids, position_ids=positions, use_cache=False).logits
+    whole.square().sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    alone = torch.cat([model(part, use_cache=False).logits for part in ids.split([23, 37], 1)], 1)
+    alone.square().sum().backward()
+    assert relative(whole, alone) < 1e-9
+    assert all(relative(found[name], p.grad) < 1e-6 for name, p in model.named_parameters())
+
+
 def calibrated(family, monkeypatch):
     model, inputs = family.patched(), family.inputs()
     before = logits(model, **inputs)
@@ -193,6 +208,7 @@ MODES = {
     "autocast": autocast,
     "left padding": padding("left"),
     "right padding": padding("right"),
+    "packed samples": packed,
     "dynamic cache": dynamic_cache,
     "static cache": static_cache,
     "tokens on a cache": continuation,
@@ -211,7 +227,7 @@ def cells():
             yield pytest.param(family, mode, id=f"{family.name}-{mode}", marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize(("family", "mode"), cells())
+@pytest.mark.parametrize(("family", "mode"), list(cells()))
 def test_family_in_mode(family, mode, monkeypatch, tmp_path):
     arguments = {"tmp_path": tmp_path} if mode in ("`Trainer`", "`peft` LoRA") else {}
     if mode in family.refused_modes:
