@@ -2,12 +2,17 @@
 
 import torch
 from diffusers import (
+    BriaTransformer2DModel,
     ChromaTransformer2DModel,
+    ChronoEditTransformer3DModel,
     CogVideoXTransformer3DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanImageTransformer2DModel,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoTransformer3DModel,
+    Kandinsky5Transformer3DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     MochiTransformer3DModel,
     QwenImageTransformer2DModel,
@@ -16,12 +21,24 @@ from diffusers import (
     SkyReelsV2Transformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
+    ZImageTransformer2DModel,
 )
 
 from families import Family
 
 FUSED = {"fused QKV, training": "expected separate projections for training, got those of fuse_qkv_projections"}
-NO_FUSING = {"not_applicable": ("fused QKV, inference", "fused QKV, training")}
+
+
+def without(*modes):
+    """Diffusers has no fused projections for this family, and fails in these modes by itself."""
+    return {"not_applicable": ("fused QKV, inference", "fused QKV, training", *modes)}
+
+
+CHECKPOINTING, FULLGRAPH, BLOCKS = (
+    "gradient checkpointing",
+    "`torch.compile(fullgraph=True)`, training",
+    "`compile_repeated_blocks`",
+)
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 WAN = HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
 DUAL = HEADS | {"num_layers": 1, "num_single_layers": 2, "joint_attention_dim": 16, "in_channels": 4}
@@ -129,7 +146,7 @@ FAMILIES = [
         calls=2,
         skipped=1,
         mask="bool",
-        **NO_FUSING,
+        **without(),
     ),
     Family(
         "HunyuanVideo 1.5",
@@ -146,7 +163,7 @@ FAMILIES = [
         calls=2,
         skipped=1,
         mask="bool",
-        not_applicable=(*NO_FUSING["not_applicable"], "`torch.compile(fullgraph=True)`, training"),  # looks at its inputs
+        **without(FULLGRAPH),  # it branches on its inputs
     ),
     Family(
         "Flux",
@@ -185,7 +202,112 @@ FAMILIES = [
         },
         calls=2,
         mask="bool",
-        **NO_FUSING,
+        **without(),
+    ),
+    Family(
+        "HunyuanImage",
+        lambda: HunyuanImageTransformer2DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            rope_axes_dim=(8, 8),
+        ),
+        lambda: {
+            "hidden_states": randn(1, 4, 4, 4),
+            "timestep": torch.tensor([500.0]),
+            "encoder_hidden_states": randn(1, TEXT, 16),
+            "encoder_attention_mask": PADDED_TEXT,
+        },
+        calls=2,
+        skipped=1,
+        mask="bool",
+        **without(CHECKPOINTING, FULLGRAPH),
+    ),
+    Family(
+        "ChronoEdit",
+        lambda: ChronoEditTransformer3DModel(**WAN, num_layers=2, rope_temporal_skip_len=8),
+        video,
+        calls=4,
+        refused_modes=FUSED,
+    ),
+    Family("Bria", lambda: BriaTransformer2DModel(**DUAL, axes_dims_rope=[4, 4, 8]), image, calls=3, **without(BLOCKS)),
+    Family(
+        "Z-Image",
+        lambda: ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 4, 8],
+            axes_lens=[64, 32, 32],
+        ),
+        lambda: {"x": [randn(4, 1, 8, 8)], "t": torch.tensor([0.5]), "cap_feats": [randn(TEXT, 16)]},
+        calls=4,
+        **without(),
+    ),
+    Family(
+        "Kandinsky 5",
+        lambda: Kandinsky5Transformer3DModel(
+            in_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=8,
+            time_dim=16,
+            out_visual_dim=4,
+            model_dim=32,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=2,
+            axes_dims=(4, 6, 6),
+        ),
+        lambda: {
+            "hidden_states": randn(1, 2, 8, 6, 4),
+            "encoder_hidden_states": randn(1, TEXT, 16),
+            "timestep": torch.tensor([500.0]),
+            "pooled_projections": randn(1, 8),
+            "visual_rope_pos": (torch.arange(2), torch.arange(4), torch.arange(3)),
+            "text_rope_pos": torch.arange(TEXT),
+        },
+        calls=5,
+        **without("bfloat16"),
+    ),
+    Family(
+        "LTX 2",
+        lambda: LTX2VideoTransformer3DModel(
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            cross_attention_dim=32,
+            num_layers=1,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=16,
+            audio_cross_attention_dim=32,
+            caption_channels=16,
+        ),
+        lambda: {
+            "hidden_states": randn(1, 24, 4),
+            "audio_hidden_states": randn(1, 5, 4),
+            "encoder_hidden_states": randn(1, TEXT, 16),
+            "audio_encoder_hidden_states": randn(1, TEXT, 16),
+            "timestep": torch.tensor([500.0]),
+            "encoder_attention_mask": PADDED_TEXT,
+            "audio_encoder_attention_mask": PADDED_TEXT,
+            "num_frames": 2,
+            "height": 4,
+            "width": 3,
+            "audio_num_frames": 5,
+        },
+        calls=6,
+        mask="additive",
+        refused_modes=FUSED,
     ),
 ]
 

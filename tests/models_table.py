@@ -19,7 +19,7 @@ for a few).
 - **yes**: works. Numbers are checked, not only that it runs: switched off and unpatched bit-equal to the stock model, as many
   calls of attention as the architecture has, gradients finite and non-zero wherever the stock model's are.
 - **no**: refused with the message of that number.
-- **-**: does not apply: the model has no such mode.
+- **-**: does not apply: diffusers has no such mode for this model, or fails in it without a patch too (a test makes sure).
 """
 
 

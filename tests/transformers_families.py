@@ -1,7 +1,7 @@
 """Tiny language models of Transformers, a family each."""
 
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from families import Family
 from qat_patch import AttnQATConfig
@@ -78,4 +78,10 @@ REFUSED = [
         refused="attention sinks (s_aux)",
     ),
     Family("Bloom", causal_lm("BloomConfig", n_head=4), refused="found no attention in BloomForCausalLM"),
+    Family(
+        "T5",
+        lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=VOCAB)),
+        refused="a position bias (position_bias)",
+    ),
+    Family("MPT", causal_lm("MptConfig", d_model=64, n_heads=4, n_layers=1), refused="found no attention in MptForCausalLM"),
 ]
