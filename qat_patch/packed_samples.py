@@ -67,7 +67,7 @@ def check(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
         if not torch.equal(found.int().expand_as(samples), samples):
             raise ValueError(f"4-bit attention: position_ids restart inside a row (packed samples), which needs {_HINT}")
     for name, given in zip("qk", cu_seq_lens, strict=True):
-        if given is not None and not torch.equal(given.int(), _boundaries(samples)):
+        if given is not None and not torch.equal(given.to(samples), _boundaries(samples)):
             raise ValueError(
                 f"4-bit attention: cu_seq_lens_{name} must cut the tokens where position_ids do: expected "
                 f"{_boundaries(samples).tolist()}, got {given.tolist()}; packed samples need {_HINT}"

@@ -77,6 +77,21 @@ def test_receipt_names_every_module():
     assert get_handle(model) is handle
 
 
+def test_receipt_says_what_was_replaced_after_the_patch():
+    model = tiny_qwen3()
+    handle = patch_model(model)
+    assert "LOST" not in str(handle)
+    model.set_attn_implementation("sdpa")
+    assert "model.layers.1.self_attn: QK nvfp4, PV nvfp4 - LOST: sdpa was put in its place after the patch" in str(handle)
+
+
+def test_every_layer_has_its_own_spec(calls):
+    model = tiny_qwen3()
+    patch_model(model, AttnQATConfig(overrides={"*.0.self_attn": QuantSpec(pv="bf16"), "*.[12].*": QuantSpec(rotate=True)}))
+    logits(model, token_ids())
+    assert [call["spec"] for call in calls] == [QuantSpec(pv="bf16"), QuantSpec(rotate=True), QuantSpec(rotate=True)]
+
+
 def test_excluded_layers_run_the_original_attention(calls):
     ids, padded, mask = token_ids(), *pad(token_ids(), 5, "right")
     for implementation in ("sdpa", "eager"):

@@ -270,12 +270,14 @@ def test_two_processes_equal_a_larger_batch(inputs, tmp_path, sharded):
     assert measured == pytest.approx({name: two[-1][name] for name in measured}, rel=tolerance)
 
 
-def test_the_launch_config_is_one_of_accelerate():
-    (file,) = (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")
-    config = load_config_from_file(str(file))
-    assert (config.distributed_type, config.fsdp_config["fsdp_version"]) == ("FSDP", 2)
+def test_the_launch_configs_are_ones_of_accelerate():
+    ddp, fsdp2 = (
+        load_config_from_file(str(ROOT / "recipes" / "accelerate_configs" / f"{name}.yaml")) for name in ("ddp", "fsdp2")
+    )
+    assert (ddp.distributed_type, ddp.num_processes) == ("MULTI_GPU", 8)
+    assert (fsdp2.distributed_type, fsdp2.fsdp_config["fsdp_version"]) == ("FSDP", 2)
     options = launch_command_parser()._option_string_actions
-    assert all(f"--{name}" in options for name in config.fsdp_config)
+    assert all(f"--{name}" in options for name in fsdp2.fsdp_config)
 
 
 def test_accelerate_launch_runs_the_recipe_and_reports(inputs, tmp_path):

@@ -272,7 +272,7 @@ def _validate(q, k, v, spec, key_mask, k_shift, packing: Packing | None, impl) -
     if spec.rotate and head_dim & (head_dim - 1):
         refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
     optional = (
-        ("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[2 if packing is None else 0]), ", True where a key may be seen"),
+        ("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[-2]), ", True where a key may be seen"),
         ("k_shift", k_shift, torch.float32, (key_heads, head_dim), ""),
     )
     for name, x, dtype, shape, meaning in optional:
