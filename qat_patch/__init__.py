@@ -8,6 +8,7 @@ from .export import export_checkpoint
 from .hub import push_to_hub
 from .load import load_checkpoint
 from .patch import PatchHandle, get_handle, patch_model, unpatch_model
+from .verify import verify_checkpoint
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "patch_model",
     "push_to_hub",
     "unpatch_model",
+    "verify_checkpoint",
 ]
 
 register_when_imported()

@@ -11,6 +11,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
+from qat_patch import files
+from qat_patch.folder import MANIFEST, weight_files
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 # SIGKILL in the middle of writing a checkpoint, when everything is written but its name.
 KILL = """
@@ -91,7 +94,7 @@ def log(output_dir):
 
 
 def weights(folder):
-    (file,) = folder.glob("*.safetensors")
+    (file,) = weight_files(folder)
     return load_file(file)
 
 
@@ -99,3 +102,10 @@ def assert_same_run(one, other):
     assert log(one) == log(other)
     a, b = weights(one / "export"), weights(other / "export")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reseal(folder):
+    """Make an export that was changed look as if it had been exported so."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = {name: x for name, x in files.fingerprints(folder).items() if name not in (MANIFEST, "README.md")}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
