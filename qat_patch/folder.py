@@ -91,8 +91,8 @@ def read_folder(folder: str | Path) -> ExportFolder:
     kind = manifest["kind"]
     blocks = {}
     for part, stored in _stored_blocks(folder, manifest).items():
-        blocks[part] = block = _read_block(folder / part, stored)
-        _check_weights(folder / part, block)
+        blocks[part] = _read_block(folder / part, stored)
+        _check_weights(folder / part, stored)
     unknown = manifest["references"].keys() - blocks.keys()
     if unknown:
         raise ValueError(f"load_checkpoint: {folder / MANIFEST}: references: there is no model {min(unknown)!r}")
@@ -245,7 +245,7 @@ def _read_block(folder: Path, stored: Any) -> AttentionBlock:
     return AttentionBlock.from_dict(stored)
 
 
-def _check_weights(folder: Path, block: AttentionBlock) -> None:
+def _check_weights(folder: Path, block: dict[str, Any]) -> None:
     """The headers of the weights hold the block of the config, and their index, if there is one, tells the truth."""
     weights = weight_files(folder)
     if not weights:
@@ -253,7 +253,7 @@ def _check_weights(folder: Path, block: AttentionBlock) -> None:
     place: dict[str, str] = {}
     for file in weights:
         header, names = readable(file, lambda file=file: _read_header(file))
-        if header != block.to_json():
+        if header != block:
             raise ValueError(
                 f"load_checkpoint: the attention block in {file.name} differs from the one in the config of {folder}; the files "
                 "come from different exports, or one was edited"
@@ -280,6 +280,6 @@ def _check_weights(folder: Path, block: AttentionBlock) -> None:
             )
 
 
-def _read_header(file: Path) -> tuple[str | None, list[str]]:
+def _read_header(file: Path) -> tuple[Any, list[str]]:
     with safe_open(file, framework="pt") as weights:
-        return (weights.metadata() or {}).get(METHOD), list(weights.keys())
+        return json.loads((weights.metadata() or {}).get(METHOD, "null")), list(weights.keys())

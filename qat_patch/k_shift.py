@@ -55,5 +55,5 @@ def readable(file: Path, read: Callable[[], _Content]) -> _Content:
     """What `read` finds in a safetensors file, or a ValueError that names the file."""
     try:
         return read()
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(f"load_checkpoint: {file} is no safetensors file ({error}); the export is damaged") from error
