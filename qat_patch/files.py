@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -26,13 +27,17 @@ def written_aside(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_one(folder.parent)
+    sync(folder.parent, recursive=False)
 
 
-def sync(folder: Path) -> None:
-    """Return when a folder and all that is in it have reached the disk."""
-    for path in (*folder.rglob("*"), folder):
-        _sync_one(path)
+def sync(folder: Path, *, recursive: bool = True) -> None:
+    """Return when a folder, with all that is in it or only the names in it, has reached the disk."""
+    for path in (*(folder.rglob("*") if recursive else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
@@ -55,6 +60,29 @@ def what_changed(folder: Path, recorded: dict[str, dict[str, Any]]) -> str | Non
     return None
 
 
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with a hash of itself, so that it too says when it has changed."""
+    return content | {"sha256": _digest(content)}
+
+
+def unsealed(content: Any) -> dict[str, Any]:
+    """The manifest inside.
+
+    Raises:
+        ValueError: it has changed since it was sealed.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a mapping, got {type(content).__name__}")
+    inside = {key: value for key, value in content.items() if key != "sha256"}
+    if content.get("sha256") != _digest(inside):
+        raise ValueError("its content has changed since it was written")
+    return inside
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(file: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -68,11 +96,3 @@ def _sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
     # Hashing lets other threads run, and large models are many large files.
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -70,7 +70,7 @@ def write_manifest(export: ExportFolder) -> None:
         "references": export.references,
         "files": {name: record for name, record in files.fingerprints(export.folder).items() if name != "README.md"},
     }
-    (export.folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (export.folder / MANIFEST).write_text(json.dumps(files.sealed(manifest), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_folder(folder: str | Path) -> ExportFolder:
@@ -82,7 +82,12 @@ def read_folder(folder: str | Path) -> ExportFolder:
     """
     folder = Path(folder)
     manifest = read_json(folder / MANIFEST, _no_export(folder))
+    # The version comes first: another one may seal in another way.
     check_format_version(f"{folder / MANIFEST}", manifest)
+    try:
+        manifest = files.unsealed(manifest)
+    except ValueError as error:
+        raise ValueError(f"load_checkpoint: {folder / MANIFEST} is damaged: {error}; get a fresh copy, or export again") from None
     check_all_keys(f"{folder / MANIFEST}", manifest, _MANIFEST_KEYS)
     _check_manifest(folder, manifest)
     _check_names(folder, manifest)

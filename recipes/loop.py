@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 import checkpoints
+import faults
 from adapters import has_adapters, save_adapters_only
 from objective import Teacher, evaluate, losses, make_teacher
 from settings import flatten, to_dict, to_yaml
 from task import Task
 from training_settings import TrainingSettings
 
-# Where and how often a run is saved changes nothing about what it learns: free to differ when it goes on.
-_BOOKKEEPING = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to"}
+# Where and how often a run is saved, and when it gives up: free to differ when it goes on.
+_BOOKKEEPING = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to", "max_skipped_steps"}
 
 
 def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) -> dict[str, float]:
@@ -45,10 +47,12 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     Raises:
         ValueError: output_dir holds another run, a checkpoint that does not fit or is damaged, or too little data.
             Nothing has been written to output_dir then.
-        FloatingPointError: loss or gradients are no longer finite.
+        FloatingPointError: loss or gradients of too many steps are not finite.
+        RuntimeError: a checkpoint cannot be written. Older ones are as they were.
     """
     accelerator = _accelerator(settings)
-    checkpoint, done, tokens = _starting_point(settings, accelerator)
+    checkpoint, state = _starting_point(settings, accelerator)
+    done, tokens, skipped = state["step"], state["tokens"], state["skipped_steps"]
     set_seed(settings.seed, device_specific=True)
     task = make_task(accelerator)
     teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
@@ -89,20 +93,28 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     for step in bar:
         began = time.perf_counter()
         values = {"learning_rate": scheduler.get_last_lr()[0]}
-        values |= _step(settings, task, teacher, accelerator, model, optimizer, batches)
-        if not torch.tensor([values["loss"], values["grad_norm"]]).isfinite().all():
-            raise FloatingPointError(f"step {step}: {values}; lower learning_rate, or raise warmup_steps")
+        seen = [next(batches) for _ in range(settings.accumulation_steps)]
+        values |= _step(settings, task, teacher, accelerator, model, optimizer, seen)
         scheduler.step()
+        if not _is_finite(values):
+            skipped += 1
+            where = faults.save_batches(Path(settings.output_dir), step, seen, values, accelerator.process_index)
+            if skipped > settings.max_skipped_steps:
+                raise FloatingPointError(
+                    faults.advice(Path(settings.output_dir), step, values, where, settings.max_skipped_steps)
+                )
+            values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped_steps": skipped}
         values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - began)
         values["peak_memory_gib"] = _peak_memory(accelerator.device)
         values["tokens"] = tokens = tokens + values["tokens"]
-        bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s")
+        bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {values['tokens_per_second']:.0f} tokens/s")
         if eval_loader is not None and settings.is_due(settings.eval_every, step):
             values |= measure()
         log.write(step, values)
         task.after_step(step)
         if settings.is_due(settings.checkpoint_every, step):
-            state = {"step": step, "tokens": tokens, "processes": accelerator.num_processes, "settings": to_dict(settings)}
+            state = {"step": step, "tokens": tokens, "skipped_steps": skipped, "processes": accelerator.num_processes}
+            state["settings"] = to_dict(settings)
             checkpoints.save(accelerator, log.file.parent, step, state, attach=[log.file], keep=settings.keep_checkpoints)
 
     accelerator.wait_for_everyone()
@@ -142,7 +154,7 @@ class _Log:
 
     def summary(self) -> dict[str, float]:
         records = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
-        summary = {"train_loss": records[-1]["loss"]}
+        summary = {"train_loss": next(record["loss"] for record in reversed(records) if "loss" in record)}
         for when, record in (("before", records[0]), ("after", records[-1])):
             summary |= {f"{name}_{when}": value for name, value in record.items() if name.startswith("eval_")}
         return summary
@@ -176,15 +188,15 @@ def _accelerator(settings: TrainingSettings) -> Accelerator:
     return accelerator
 
 
-def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, int, int]:
-    """The checkpoint to go on from, and the steps and tokens behind it; refuses what does not fit. Only reads."""
+def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from, and the state stored in it; refuses what does not fit. Only reads."""
     output_dir = Path(settings.output_dir)
     if (output_dir / "export").exists():
         raise ValueError(f"output_dir: the run in {output_dir} is finished; choose another folder, or remove this one")
     if settings.resume is None:
         if (output_dir / "metrics.jsonl").exists() or checkpoints.steps_in(output_dir):
             raise ValueError(f"output_dir: {output_dir} holds a run; resume=latest goes on with it; else choose another folder")
-        return None, 0, 0
+        return None, {"step": 0, "tokens": 0, "skipped_steps": 0}
     checkpoint = checkpoints.find(output_dir, settings.resume)
     state = checkpoints.check(checkpoint)
     if state["processes"] != accelerator.num_processes:
@@ -200,7 +212,7 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
         raise ValueError(f"resume: {output_dir} holds newer checkpoints than {checkpoint}; remove them first: {', '.join(newer)}")
     if state["step"] > settings.steps:
         raise ValueError(f"settings.steps: {checkpoint} has seen {state['step']} steps already, got {settings.steps}")
-    return checkpoint, state["step"], state["tokens"]
+    return checkpoint, state
 
 
 def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, DataLoader | None]:
@@ -220,31 +232,38 @@ def _step(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[Any],
+    batches: list[Any],
 ) -> dict[str, float]:
-    """One optimizer step: losses, averaged over batches and processes, gradient norm before clipping, and tokens."""
+    """One optimizer step: losses, averaged over batches and processes, gradient norm before clipping, and tokens.
+
+    The weights stay as they are if any of it is not finite; all processes agree on that.
+    """
     sums: dict[str, torch.Tensor] = {}
     limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
     # Around the backward pass too, where gradient checkpointing runs the forward pass again.
     with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
-        for _ in range(settings.accumulation_steps):
-            batch = next(batches)
+        for batch in batches:
             with accelerator.accumulate(model):
                 values = losses(task.objective, model, batch, teacher, settings.distillation)
                 accelerator.backward(values["loss"])
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                optimizer.step()
-                optimizer.zero_grad()
             values["tokens"] = torch.tensor(task.tokens(batch))
             for name, value in values.items():
                 value = value.detach().to(accelerator.device, torch.float32)
                 sums[name] = sums[name] + value if name in sums else value
+    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist(), strict=True))
     tokens = int(totals.pop("tokens"))
     batches_a_step = settings.accumulation_steps * accelerator.num_processes
     means = {name: total / batches_a_step for name, total in totals.items()}
-    return {**means, "grad_norm": float(norm), "tokens": tokens}
+    values = {**means, "grad_norm": float(norm), "tokens": tokens}
+    if _is_finite(values):
+        optimizer.step()
+    optimizer.zero_grad()
+    return values
+
+
+def _is_finite(values: dict[str, float]) -> bool:
+    return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
 
 
 def _peak_memory(device: torch.device) -> float:

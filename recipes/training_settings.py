@@ -35,6 +35,9 @@ class TrainingSettings:
     """Decoupled weight decay, of all parameters."""
     max_grad_norm: float | None = 1.0
     """Clip the gradients of a step to this norm; null: never."""
+    max_skipped_steps: int = 0
+    """Steps whose loss or gradients are not finite leave the weights as they are. So many of them may be in a run; one more
+    stops it. The batches of each are saved in output_dir/nonfinite."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: as it is, or falling to zero at the last step."""
     warmup_steps: int = 0
@@ -61,7 +64,7 @@ class TrainingSettings:
 
         for name in ("steps", "batch_size", "accumulation_steps"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("weight_decay", "seed", "eval_every", "checkpoint_every"):
+        for name in ("weight_decay", "seed", "eval_every", "checkpoint_every", "max_skipped_steps"):
             need(getattr(self, name) >= 0, name, "0 or more")
         need(0 <= self.distillation <= 1, "distillation", "a number in [0, 1]")
         need(

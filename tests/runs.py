@@ -20,9 +20,9 @@ KILL = """
 import importlib, os, signal, sys
 recipes, recipe, checkpoint = (sys.argv.pop(1) for _ in range(3))
 sys.path.insert(0, recipes)
-import checkpoints
-sync = checkpoints._sync
-checkpoints._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if checkpoint in str(path) else sync(path)
+from qat_patch import files
+sync = files.sync
+files.sync = lambda path, **kw: os.kill(os.getpid(), signal.SIGKILL) if checkpoint in str(path) else sync(path, **kw)
 importlib.import_module(recipe).main()
 """
 # Accelerate shards over GPUs only. Told that these CPUs are such, it does the same over gloo.
@@ -104,8 +104,10 @@ def assert_same_run(one, other):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def reseal(folder):
-    """Make an export that was changed look as if it had been exported so."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"] = {name: x for name, x in files.fingerprints(folder).items() if name not in (MANIFEST, "README.md")}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+def reseal(folder, **changes):
+    """Make an export that was changed look as if it had been exported so. `changes` are of its manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
+    if "files" not in changes:
+        manifest["files"] = {name: x for name, x in files.fingerprints(folder).items() if name not in (MANIFEST, "README.md")}
+    manifest.pop("sha256", None)
+    (folder / MANIFEST).write_text(json.dumps(files.sealed(manifest)))

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qat_patch import AttnQATConfig, export, export_checkpoint, get_handle, load_checkpoint, patch_model
+from qat_patch import AttnQATConfig, export, export_checkpoint, files, get_handle, load_checkpoint, patch_model
 from runs import reseal
 from test_export_wan import add_lora
 from tiny_qwen3 import tiny_qwen3, token_ids
@@ -180,6 +180,8 @@ def test_hostile_manifests_and_indices_are_refused(originals, tmp_path, original
         shutil.copytree(originals / original, folder)
         content = json.loads((folder / file_name).read_text())
         mutate(content, generator)
+        if file_name == "qat_patch.json":
+            content = files.sealed({key: value for key, value in content.items() if key != "sha256"})
         (folder / file_name).write_text(json.dumps(content))
         if file_name != "qat_patch.json":
             reseal(folder)
@@ -280,9 +282,8 @@ def test_names_in_an_index_cannot_leave_the_folder(originals, tmp_path, name):
     # And so in the manifest.
     shutil.copy(originals / "sharded" / file.name, file)
     reseal(folder)
-    manifest = json.loads((folder / "qat_patch.json").read_text())
-    manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-    (folder / "qat_patch.json").write_text(json.dumps(manifest))
+    recorded = json.loads((folder / "qat_patch.json").read_text())["files"]
+    reseal(folder, files=recorded | {name: {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(ValueError, match="expected names of files in the folder"):
         load_checkpoint(folder)
 

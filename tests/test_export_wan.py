@@ -163,8 +163,7 @@ def test_adapters_alone(tmp_path, build):
     assert torch.equal(output(loaded), expected)
     assert len(get_handle(loaded).patched) == len(get_handle(with_adapters).patched)
     assert "base_model_relation: adapter" in (tmp_path / "out" / "README.md").read_text()
-    manifest = json.loads((tmp_path / "out" / "qat_patch.json").read_text())
-    (tmp_path / "out" / "qat_patch.json").write_text(json.dumps(manifest | {"attention": {}}))
+    reseal(tmp_path / "out", attention={})
     with pytest.raises(ValueError, match="no attention block"):
         load_checkpoint(tmp_path / "out")
 

@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 
 import checkpoints
 import evaluate_qwen3
 import finetune_qwen3
 from loop import train
-from qat_patch import get_handle, load_checkpoint, patch_model, transformers_adapter
+from qat_patch import files, get_handle, load_checkpoint, patch_model, transformers_adapter
 from runs import (
     SHARDED,
     assert_same_run,
@@ -180,7 +181,8 @@ def test_a_checkpoint_of_more_processes_is_refused(reference, inputs, tmp_path):
     shutil.copytree(reference / "checkpoint-6", tmp_path / "checkpoint-6")
     manifest = json.loads((tmp_path / "checkpoint-6/checkpoint.json").read_text())
     manifest["state"]["processes"] = 2
-    (tmp_path / "checkpoint-6/checkpoint.json").write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    (tmp_path / "checkpoint-6/checkpoint.json").write_text(json.dumps(files.sealed(manifest)))
     with pytest.raises(ValueError, match="checkpoint-6 needs 2 processes, and there are 1"):
         finetune(inputs, tmp_path / "run", resume=tmp_path / "checkpoint-6")
     assert not (tmp_path / "run").exists()
@@ -272,8 +274,12 @@ def test_accelerate_launch_runs_the_recipe_and_reports(inputs, tmp_path):
 def test_the_control_run_trains_through_original_attention(inputs, tmp_path, monkeypatch):
     finetune(inputs, tmp_path / "fp4", **BARE)
 
+    attention = transformers_adapter.attention
+
     def refuse(*args, **kwargs):
-        raise AssertionError("4-bit attention ran")
+        # An export is tried out in 4 bits whatever it was trained through.
+        assert not torch.is_grad_enabled(), "4-bit attention ran"
+        return attention(*args, **kwargs)
 
     monkeypatch.setattr(transformers_adapter, "attention", refuse)
     with pytest.raises(AssertionError, match="4-bit attention ran"):
@@ -327,12 +333,12 @@ class NoisyTask(Task):
 
     eval_batch_size = 2
 
-    def __init__(self, settings, broken_from):
+    def __init__(self, settings, broken):
         self.model = tiny_qwen3(num_hidden_layers=1)
         self.handle, self.objective = patch_model(self.model), self
         self.train_data = TensorDataset(token_ids(9, 16))
         self.eval_data = TensorDataset(token_ids(3, 16, seed=5))
-        self.settings, self.calls, self.broken_from = settings, 0, broken_from
+        self.settings, self.calls, self.broken = settings, 0, broken
 
     def inputs(self, batch):
         (ids,) = batch
@@ -340,11 +346,12 @@ class NoisyTask(Task):
 
     def outputs(self, model, inputs):
         self.calls += model.training
+        self.is_broken = model.training and self.calls in self.broken
         return model(inputs[0], use_cache=False).logits
 
     def loss(self, outputs, inputs):
         error = (outputs - inputs[1]).square().mean()
-        return error * (float("nan") if self.broken_from and self.calls >= self.broken_from else 1)
+        return error * (float("nan") if self.is_broken else 1)
 
     def batches(self, start, stop):
         return ShuffledBatches(len(self.train_data), self.settings.batch_size, self.settings.seed, start, stop)
@@ -356,11 +363,13 @@ class NoisyTask(Task):
         folder.mkdir()
 
 
-def noisy(output_dir, broken_from=None, **changes):
+def noisy(output_dir, broken=(), **changes):
     values = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "eval_every": 1, "checkpoint_every": 2}
     values = TrainingSettings(output_dir=str(output_dir), **values | changes)
-    train(values, lambda accelerator: NoisyTask(values, broken_from))
-    reset_accelerate()
+    try:
+        train(values, lambda accelerator: NoisyTask(values, broken))
+    finally:
+        reset_accelerate()
     return log(output_dir)
 
 
@@ -374,11 +383,36 @@ def test_random_numbers_go_on_too_and_measuring_takes_none(tmp_path):
     assert whole[1]["loss"] != noisy(tmp_path / "other", seed=1)[1]["loss"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step 3: .*nan"):
-        noisy(tmp_path / "run", broken_from=3)
-    assert list(checkpoints.steps_in(tmp_path / "run")) == [2]
-    assert not (tmp_path / "run" / "export").exists()
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_batches_saved(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(
+        FloatingPointError, match=r"step 3: .*nan.*batches are in (.*)\. The newest complete.* is .*checkpoint-2"
+    ) as stop:
+        noisy(run, broken={3})
+    assert list(checkpoints.steps_in(run)) == [2]
+    assert not (run / "export").exists()
+    (file,) = (run / "nonfinite").iterdir()
+    assert str(file) in str(stop.value)
+    order = list(ShuffledBatches(9, 2, 0, 0, 4))[2]
+    assert torch.equal(load_file(file)["0.0"], token_ids(9, 16)[order])
+    # The cause removed, it goes on as if nothing had happened.
+    assert noisy(run, resume="latest") == noisy(tmp_path / "whole")
+
+
+def test_so_many_steps_are_skipped_and_change_nothing(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match="step 4: .*max_skipped_steps is 1"):
+        noisy(run, broken={2, 4}, max_skipped_steps=1)
+    records = log(run)
+    assert [record.get("skipped_steps") for record in records] == [None, None, 1, None]
+    assert "loss" not in records[2] and records[2]["eval_loss_fp4"] == records[1]["eval_loss_fp4"]
+    noisy(tmp_path / "one", steps=1, checkpoint_every=1)
+    before, after = weights(tmp_path / "one" / "checkpoint-1"), weights(run / "checkpoint-2")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # The count goes on too, and the limit may be raised. Calls are counted from the resumed step on.
+    with pytest.raises(FloatingPointError, match="step 4: .*max_skipped_steps is 1"):
+        noisy(run, broken={2}, max_skipped_steps=1, resume="latest")
+    assert noisy(run, broken={2}, max_skipped_steps=2, resume="latest")[-1]["skipped_steps"] == 2
 
 
 def test_batches_are_shuffled_by_epoch_and_can_start_anywhere():
