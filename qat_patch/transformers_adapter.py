@@ -4,8 +4,9 @@ Both are registered once under one name and hold no state; what a module does is
 merely share that name (through a shared config object) run the original attention.
 
 The mask function keeps masks compact: a causal mask over the first n cached keys becomes a key mask [B, 1, 1, n], or None
-when there is neither padding nor a cache longer than the tokens. Anything else (packed samples, sliding windows, custom
-masks) stays a full mask [B, 1, Lq, Lk], which 4-bit attention refuses and original attention understands.
+when there is neither padding nor a cache longer than the tokens; packed samples are numbers, int32 [B, 1, 1, L]. Anything
+else (sliding windows, custom masks) stays a full mask [B, 1, Lq, Lk], which 4-bit attention refuses and original attention
+understands.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from qat_kernels import QuantSpec, attention
 
+from . import packed_samples
 from .block import CONFIG_KEYS, METHOD, AttentionBlock
 from .config import AttnQATConfig, check_head_dim
 
@@ -128,9 +130,12 @@ def compact_mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """transformers' mask interface: None (plain causal), bool [B, 1, 1, n] (causal over n keys), or a full mask."""
+    """transformers' mask interface: None (plain causal), bool [B, 1, 1, n] (causal over n keys), samples, or a full mask."""
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+    samples = packed_samples.compact(mask_function, causal_mask_function)
+    if samples is not None:
+        return samples
     if mask_function is not causal_mask_function or kwargs.get("local_size") is not None or kv_offset:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         return sdpa_mask(
@@ -161,12 +166,15 @@ def attention_forward(
     """transformers' attention interface: query [B, H, Lq, D], key and value [B, Hk, Lk, D] -> [B, Lq, H, D]."""
     layer: AttentionLayer | None = getattr(module, _LAYER, None)
     if layer is not None and layer.enabled and module.layer_idx == 0:
-        _refuse_packed_positions(query, attention_mask, kwargs.get("position_ids"))
+        packed_samples.check(query, attention_mask, kwargs)
     if layer is None or not layer.quantizes:
         implementation = layer.original if layer is not None else "sdpa"
         return _original_attention(
             implementation, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
+    packing = packed_samples.packing(query, attention_mask, kwargs)
+    if packing is not None:
+        attention_mask = None
     _refuse_unsupported(layer.name, query, attention_mask, dropout, kwargs)
     if attention_mask is None:
         # A prefill sees None and a static cache whose slots behind the tokens are still empty.
@@ -177,6 +185,10 @@ def attention_forward(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if packing is not None:
+        flat = (packed_samples.flatten(x) for x in (query, key, value))
+        out = attention(*flat, spec=layer.spec, causal=True, scale=scaling, **packing)
+        return out.unflatten(0, (query.shape[0], query.shape[2])), None
     out = attention(query, key, value, spec=layer.spec, causal=True, scale=scaling, key_mask=key_mask)
     return out.transpose(1, 2).contiguous(), None
 
@@ -194,6 +206,8 @@ def _original_attention(
     from transformers import AttentionInterface
 
     length, keys = query.shape[2], key.shape[2]
+    if packed_samples.is_compact(mask):
+        mask = packed_samples.expand(mask)
     if mask is not None and mask.shape[2] != length:
         mask = mask & _causal(length, mask.shape[3], query.device)
     if mask is not None and mask.shape[3] < keys:
@@ -222,21 +236,10 @@ def _log_sdpa(implementation: str) -> None:
     logger.warning("qat_patch: where a model loaded with %s keeps its original attention, sdpa computes it.", implementation)
 
 
-def _refuse_packed_positions(query: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None) -> None:
-    """With use_cache=True transformers gives packed samples no mask, and each would attend to those before it."""
-    if mask is not None or positions is None or query.shape[2] == 1 or torch.compiler.is_compiling():
-        return
-    if not (positions.diff(dim=-1) == 1).all():
-        raise ValueError(
-            "4-bit attention: position_ids restart inside a row (packed samples), which is not supported yet; "
-            "pass one sample a row with an attention_mask"
-        )
-
-
 def _refuse_unsupported(
     name: str, query: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
 ) -> None:
-    for argument in ("softcap", "s_aux", "position_bias", "sliding_window", "cu_seq_lens_q", "cache"):
+    for argument in ("softcap", "s_aux", "position_bias", "sliding_window", "cache"):
         if kwargs.get(argument) is not None:
             raise ValueError(f"4-bit attention ({name}): {argument} is not supported; exclude this module from the patch")
     if dropout:
@@ -246,8 +249,9 @@ def _refuse_unsupported(
     if mask is not None and (mask.dtype != torch.bool or (mask.shape[2] != 1 and query.shape[2] > 1)):
         raise ValueError(
             f"4-bit attention ({name}): unsupported mask {mask.dtype} {tuple(mask.shape)}: expected causal attention with an "
-            "optional padding mask [batch, keys]; packed samples, sliding windows and custom 4D masks are not supported yet "
-            "(inside torch.compile pass attention_mask, else transformers masks as if samples were packed)"
+            "optional padding mask [batch, keys], or packed samples; sliding windows and custom 4D masks are not supported yet "
+            "(inside torch.compile pass attention_mask, or cu_seq_lens_q and what goes with it if samples are packed: "
+            "transformers cannot look at position_ids there, and masks as if they were)"
         )
 
 

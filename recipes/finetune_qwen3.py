@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from task import FineTuning, FineTuningSettings
 from text_data import ShuffledBatches, TextSettings, load_blocks
 
 _TOKENS_AT_ONCE = 1024
+_IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,19 +37,32 @@ class Settings(FineTuningSettings):
 
 
 class NextToken:
-    """Next-token prediction; `batch["input_ids"]` is int64 [batch, length], outputs are logits [batch, length, vocabulary]."""
+    """Next-token prediction in packed documents, none of which attends to another.
+
+    A batch holds `input_ids` and `position_ids`, both int64 [batch, length]; a document starts where a position is 0. Outputs are
+    logits [batch, length, vocabulary].
+    """
 
     distance_name = "kl"
 
-    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return batch
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The batch, and where its documents start in the rows one after the other, as for FlashAttention."""
+        starts = (batch["position_ids"] == 0).flatten().nonzero().squeeze(1)
+        bounds = functional.pad(starts, (0, 1), value=batch["position_ids"].numel()).int()
+        longest = int(bounds.diff().max())
+        return batch | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
-    def outputs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        # With a cache transformers would let documents attend to those before them.
         return model(**inputs, use_cache=False).logits
 
-    def loss(self, outputs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross-entropy."""
-        return functional.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), inputs["input_ids"][:, 1:].flatten())
+    def loss(self, outputs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Mean cross-entropy of the tokens that have another of their document before them.
+
+        Batches with fewer of them, because more documents start in them, weigh as much as others.
+        """
+        targets = inputs["input_ids"].masked_fill(inputs["position_ids"] == 0, _IGNORED)
+        return functional.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=_IGNORED)
 
     def distance(self, outputs: torch.Tensor, teacher_outputs: torch.Tensor) -> torch.Tensor:
         """Mean KL(teacher || student) over tokens, computed in float32."""

@@ -1,9 +1,10 @@
-"""Text as blocks of tokens: from the Hub or from local files, tokenized, joined and cut to one length."""
+"""Text as blocks of tokens: from the Hub or from local files, tokenized, packed and cut to one length."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ class TextSettings:
     eval_fraction: float | None = None
     """Hold out this part of the training blocks, the last ones in the order of the texts."""
     sequence_length: int
-    """Tokens in a block. Documents are joined with an end-of-text token between them and then cut."""
+    """Tokens in a block. Documents, each with an end-of-text token, are packed one after the other and never see each other; the
+    end of a block cuts a document, and the rest of it starts anew in the next block."""
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
@@ -120,7 +122,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def load_blocks(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Blocks to train on and held-out blocks (None if nothing is held out): rows of `input_ids`, int64 [sequence_length].
+    """Blocks to train on and held-out blocks (None if nothing is held out), as `load_source` makes them.
 
     Raises:
         ValueError: a text that cannot be read, or not enough text for one block.
@@ -141,11 +143,13 @@ def load_blocks(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> t
 
 
 def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> datasets.Dataset:
-    """The blocks of one source: rows of `input_ids`, int64 [sequence_length].
+    """The blocks of one source: rows of `input_ids` and `position_ids`, both int64 [sequence_length].
 
-    Documents are joined, an end-of-text token after each, and cut. As usual in pretraining, tokens attend to whatever
-    stands before them in the block, the end of another document included. What is left of each 10,000 documents after
-    their last whole block is dropped.
+    Documents are packed one after the other, an end-of-text token after each, and the whole is cut into blocks without padding.
+    `position_ids` start at 0 with every document and with every block: that is how models and `NextToken` know which tokens
+    may attend to each other. So a document that goes on after the end of a block is cut there, and its rest is a document of its
+    own; one of several times the length becomes a first piece, whole blocks, and a last piece that others follow. What is left of
+    each 10,000 documents after their last whole block is dropped.
 
     Raises:
         ValueError: as `load_documents`; or the tokenizer has no end-of-text token, or the text does not fill one block.
@@ -155,9 +159,14 @@ def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence
         raise ValueError("the tokenizer has no end-of-text token (eos_token), which goes between documents; set one")
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        tokens = [token for ids in tokenizer(batch["text"], verbose=False)["input_ids"] for token in (*ids, end)]
-        starts = range(0, len(tokens) - sequence_length + 1, sequence_length)
-        return {"input_ids": [tokens[start : start + sequence_length] for start in starts]}
+        documents = [(*ids, end) for ids in tokenizer(batch["text"], verbose=False)["input_ids"]]
+        tokens = [token for document in documents for token in document]
+        borders = {*accumulate(len(document) for document in documents), *range(0, len(tokens), sequence_length)}
+        positions = []
+        for index in range(len(tokens)):
+            positions.append(0 if index in borders else positions[-1] + 1)
+        blocks = [slice(start, start + sequence_length) for start in range(0, len(tokens) - sequence_length + 1, sequence_length)]
+        return {"input_ids": [tokens[block] for block in blocks], "position_ids": [positions[block] for block in blocks]}
 
     documents = load_documents(source)
     blocks = documents.map(
@@ -165,7 +174,7 @@ def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence
         batched=True,
         batch_size=_DOCUMENTS_A_BATCH,
         remove_columns="text",
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+        features=datasets.Features(dict.fromkeys(("input_ids", "position_ids"), datasets.List(datasets.Value("int32")))),
         desc=f"Tokenizing {source.path}",
     )
     if len(blocks) == 0:

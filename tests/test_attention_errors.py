@@ -98,18 +98,6 @@ WRONG_CALLS = {
         {"q": tensor(2, 4, 5, 48), "k": tensor(2, 2, 7, 48), "v": tensor(2, 2, 7, 48), "spec": QuantSpec(rotate=True)},
         r"head_dim with QuantSpec\(rotate=True\): expected a power of two, got 48",
     ),
-    **{
-        f"packed sequences by {name}": (
-            {name: value},
-            r"packed sequences \(cu_seqlens_\*, max_seqlen_\*\) are not supported .*key_mask",
-        )
-        for name, value in {
-            "cu_seqlens_q": torch.tensor([0, 5]),
-            "cu_seqlens_k": torch.tensor([0, 7]),
-            "max_seqlen_q": 5,
-            "max_seqlen_k": 7,
-        }.items()
-    },
     "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, triton, got 'cuda'"),
     "a spec by name": ({"spec": "nvfp4"}, r"spec: expected a QuantSpec, got 'nvfp4'"),
     "no spec": ({"spec": None}, r"spec: expected a QuantSpec, got None"),
@@ -120,6 +108,92 @@ WRONG_CALLS = {
 def test_wrong_calls_say_what_was_expected(name):
     changes, message = WRONG_CALLS[name]
     arguments = {"q": tensor(*Q), "k": tensor(*KV), "v": tensor(*KV)}
+    attention(**arguments)  # the call that is changed is a right one
+    with pytest.raises(ValueError, match=rf"^attention: {message}"):
+        attention(**arguments | changes)
+
+
+def cu_seqlens(*bounds: int, dtype: torch.dtype = torch.int32, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor(bounds, dtype=dtype, device=device)
+
+
+WRONG_PACKED_CALLS = {
+    "a batch": ({"q": tensor(*Q)}, r"q: expected a tensor \[total, heads, head_dim\] with cu_seqlens, got shape \(2, 4, 5, 32\)"),
+    "k and v of different lengths": (
+        {"v": tensor(6, 2, 32)},
+        r"shapes of k and v: expected equal shapes \[total_k, Hk, D\], got \(7, 2, 32\) and \(6, 2, 32\)",
+    ),
+    "another head dim": (
+        {"k": tensor(7, 2, 16), "v": tensor(7, 2, 16)},
+        r"shape of k: expected \[total_k, Hk, 32\], head_dim as in q, got \(7, 2, 16\)",
+    ),
+    "heads that do not divide": ({"k": tensor(7, 3, 32), "v": tensor(7, 3, 32)}, r"heads: expected .*, got 4 and 3"),
+    "a key mask": (
+        {"key_mask": tensor(1, 7, dtype=torch.bool)},
+        r"key_mask with packed sequences: expected None; pack the allowed tokens alone, got a mask",
+    ),
+    "a shift per query head": ({"k_shift": tensor(4, 32)}, r"k_shift: expected torch.float32 \[2, 32\] on cpu, got .*\[4, 32\]"),
+    "the kernels": (
+        {"impl": "triton"},
+        r"impl with packed sequences: expected 'auto' or 'eager': the kernels cannot do this yet, got 'triton'",
+    ),
+    **{
+        f"no {name}": (
+            {name: None},
+            r"packed sequences: expected cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, all four; " f"missing: {name}$",
+        )
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    },
+    **{
+        f"{name} that is {what}": ({name: value}, rf"{name}: expected torch.int32 \[documents \+ 1\] on cpu, got {got}")
+        for name in ("cu_seqlens_q", "cu_seqlens_k")
+        for what, value, got in (
+            ("int64", cu_seqlens(0, 2, dtype=torch.int64), r"torch.int64 \[2\] on cpu"),
+            ("a list", [0, 2], r"\[0, 2\]"),
+            ("a matrix", cu_seqlens(0, 2)[None], r"torch.int32 \[1, 2\] on cpu"),
+            ("empty", cu_seqlens(), r"torch.int32 \[0\] on cpu"),
+            ("elsewhere", cu_seqlens(0, 2, device="meta"), r"torch.int32 \[2\] on meta"),
+        )
+    },
+    "another number of documents": (
+        {"cu_seqlens_k": cu_seqlens(0, 7)},
+        r"cu_seqlens_q and cu_seqlens_k: expected the same number of documents, got 2 and 1",
+    ),
+    **{
+        f"a longest document of {length!r}": (
+            {"max_seqlen_k": length},
+            rf"max_seqlen_k: expected an int, the length of the longest document, got {length!r}",
+        )
+        for length in (4.0, True, -1)
+    },
+    "more tokens than fit": (
+        {"max_seqlen_q": 2},
+        r"max_seqlen_q: expected the length of the longest document; 2 documents of at most 2 cannot hold 5 tokens",
+    ),
+    "a late start": (
+        {"cu_seqlens_q": cu_seqlens(1, 2, 5), "cu_seqlens_k": cu_seqlens(0, 4, 7)},
+        r"cu_seqlens_q: expected to start at 0 and to end at 5, the number of tokens, got 1 and 5",
+    ),
+    "an early end": (
+        {"cu_seqlens_k": cu_seqlens(0, 4, 6)},
+        r"cu_seqlens_k: expected to start at 0 and to end at 7, the number of tokens, got 0 and 6",
+    ),
+    "a longer document": (
+        {"max_seqlen_k": 4, "cu_seqlens_k": cu_seqlens(0, 2, 7)},
+        r"cu_seqlens_k: expected documents of 0 to max_seqlen_k = 4 tokens, got 5 in document 1 \(from 2 to 7\)",
+    ),
+    "a negative length": (
+        {"cu_seqlens_q": cu_seqlens(0, 6, 5)},
+        r"cu_seqlens_q: expected documents of 0 to max_seqlen_q = 9 tokens, got -1 in document 1 \(from 6 to 5\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_PACKED_CALLS)
+def test_wrong_packed_calls_say_what_was_expected(name):
+    changes, message = WRONG_PACKED_CALLS[name]
+    arguments = {"q": tensor(5, 4, 32), "k": tensor(7, 2, 32), "v": tensor(7, 2, 32)}
+    arguments |= {"cu_seqlens_q": cu_seqlens(0, 1, 5), "cu_seqlens_k": cu_seqlens(0, 4, 7), "max_seqlen_q": 9, "max_seqlen_k": 9}
     attention(**arguments)  # the call that is changed is a right one
     with pytest.raises(ValueError, match=rf"^attention: {message}"):
         attention(**arguments | changes)

@@ -52,11 +52,32 @@ def test_kl_is_that_of_the_definition(monkeypatch):
     assert NextToken().distance(teacher.bfloat16(), teacher.bfloat16()) == 0
 
 
-def test_the_loss_is_that_of_the_model_itself():
-    model, ids = tiny_qwen3(), token_ids()
-    inputs = {"input_ids": ids}
+@pytest.mark.parametrize("patched", [False, True])
+def test_loss_and_gradients_of_packed_documents_are_those_of_the_documents(patched):
+    model = tiny_qwen3(torch.float64)
+    if patched:
+        patch_model(model)
+    documents = [token_ids(1, length, seed=length) for length in (20, 1, 43, 30, 34)]
+    rows = documents[:3], documents[3:]
+    batch = {
+        "input_ids": torch.cat([torch.cat(row, 1) for row in rows]),
+        "position_ids": torch.stack([torch.cat([torch.arange(x.shape[1]) for x in row]) for row in rows]),
+    }
+    inputs = NextToken().inputs(batch)
+    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 20, 21, 64, 94, 128]
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 43
     loss = NextToken().loss(NextToken().outputs(model, inputs), inputs)
-    assert loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-6)
+    loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    several = [x for x in documents if x.shape[1] > 1]
+    targets = [x.shape[1] - 1 for x in several]
+    expected = sum(n * model(x, labels=x, use_cache=False).loss for n, x in zip(targets, several, strict=True)) / sum(targets)
+    # transformers computes its loss in float32, as NextToken does
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    expected.backward()
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-6 * parameter.grad.norm().item())
 
 
 @pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
@@ -94,7 +115,9 @@ def test_with_adapters_there_is_one_model(monkeypatch):
     monkeypatch.setattr(objective, "copy", None)
     teacher = objective.make_teacher(NextToken(), model, handle, Accelerator())
     model.train()
-    inputs, before = {"input_ids": token_ids()}, {name: x.requires_grad for name, x in model.named_parameters()}
+    ids = token_ids()
+    inputs = NextToken().inputs({"input_ids": ids, "position_ids": torch.arange(50).expand_as(ids)})
+    before = {name: x.requires_grad for name, x in model.named_parameters()}
     with torch.no_grad():
         expected = NextToken().outputs(stock, inputs)
     target = teacher(model, inputs)

@@ -360,11 +360,8 @@ def test_mistakes_in_patching():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"position_ids": torch.cat((torch.arange(20), torch.arange(30)))[None], "use_cache": False}, "packed samples"),
-        ({"position_ids": torch.cat((torch.arange(20), torch.arange(30)))[None]}, "packed samples"),
         ({"attention_mask": torch.ones(2, 1, 50, 50, dtype=torch.bool)}, "unsupported mask"),
         ({"attention_mask": torch.zeros(2, 1, 50, 50)}, "unsupported mask"),
-        ({"cu_seq_lens_q": torch.tensor([0, 50, 100]), "cu_seq_lens_k": torch.tensor([0, 50, 100])}, "cu_seq_lens_q"),
         ({"output_attentions": True}, "output_attentions"),
         ({"softcap": 30.0}, "softcap"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),

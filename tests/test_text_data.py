@@ -31,16 +31,25 @@ def texts(**source):
     return load_documents(TextSource(**source))["text"][:]
 
 
-def test_documents_are_joined_by_the_end_token_and_cut(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("length", "positions"),
+    [
+        (4, [[0, 1, 2, 3], [0, 1, 0, 1], [0, 0, 1, 2], [0, 1, 2, 3]]),  # abcd e.fg .hij klmn (op.)
+        (5, [[0, 1, 2, 3, 4], [0, 0, 1, 2, 0], [0, 1, 2, 3, 4]]),  # abcde .fg.h ijklm (nop.)
+        (19, [[0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]),
+    ],
+)
+def test_documents_are_packed_with_an_end_token_and_cut(tmp_path, tokenizer, length, positions):
     documents = ["abcde", "fg", "", "  \n", "hijklmnop"]
     path = write(tmp_path / "data.jsonl", *({"text": text} for text in documents))
-    blocks = load_source(TextSource(path=path), tokenizer, 4)
+    blocks = load_source(TextSource(path=path), tokenizer, length)
     stream = [token for text in ("abcde", "fg", "hijklmnop") for token in (*tokenizer(text)["input_ids"], 0)]
     assert len(stream) == 19
     rows = [block["input_ids"] for block in blocks]
-    assert all(row.shape == (4,) and row.dtype == torch.int64 for row in rows)
-    assert torch.cat(rows).tolist() == stream[:16]
-    assert tokenizer.decode(rows[1]) == "e<end>fg"
+    assert all(row.shape == (length,) and row.dtype == torch.int64 for row in rows)
+    assert torch.cat(rows).tolist() == stream[: 19 // length * length]
+    assert [block["position_ids"].tolist() for block in blocks] == positions
+    assert blocks[0]["position_ids"].dtype == torch.int64
 
 
 def test_every_kind_of_local_source(tmp_path):

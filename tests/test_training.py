@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def inputs(tmp_path_factory):
 
 
 def settings(inputs, output_dir, **changes):
-    places = {"model.path": inputs / "model", "data.train.path": inputs / "train.txt", "data.eval.path": inputs / "eval.txt"}
+    places = {"model.path": inputs / "model", "data.train.path": inputs / "train.jsonl", "data.eval.path": inputs / "eval.txt"}
     return RUN | {"output_dir": output_dir} | places | changes
 
 
@@ -120,6 +121,27 @@ def test_a_killed_run_goes_on_bit_for_bit(reference, inputs, tmp_path):
     finetune(inputs, tmp_path / "run", resume="latest")
     assert_same_run(tmp_path / "run", reference)
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_documents_of_a_block_do_not_see_each_other(inputs, tmp_path, monkeypatch):
+    """Every call of 4-bit attention in training knows where they start; and the runs above resume with such blocks."""
+    seen, attention = [], transformers_adapter.attention
+
+    def spy(q, k, v, **kwargs):
+        seen.append(kwargs["cu_seqlens_q"])
+        return attention(q, k, v, **kwargs)
+
+    monkeypatch.setattr(transformers_adapter, "attention", spy)
+    changes = {"steps": 1, "accumulation_steps": 1, "batch_size": 7, "model.gradient_checkpointing": "true"}
+    finetune(inputs, tmp_path / "run", **BARE | changes)
+    assert len(seen) == 2 * 2  # layers, each run again in the backward pass
+    texts = [json.loads(line)["text"] for line in (inputs / "train.jsonl").read_text().splitlines()]
+    borders = {*accumulate(len(text) + 1 for text in texts)} & set(range(7 * 64)) | set(range(0, 7 * 64, 64))
+    assert len(borders) > 7 + 8
+    # blocks are shuffled: the lengths of their pieces are what does not change
+    lengths = sorted(b - a for a, b in pairwise(sorted(borders | {7 * 64})))
+    for cu_seqlens in seen:
+        assert sorted(cu_seqlens.diff().tolist()) == lengths
 
 
 def test_only_the_newest_checkpoints_are_kept(reference, inputs, tmp_path):
@@ -208,7 +230,7 @@ def test_data_and_launches_that_do_not_fit_are_refused(inputs, tmp_path, monkeyp
 
 
 def test_accumulation_equals_a_larger_batch(inputs, tmp_path):
-    changes = BARE | {"data.train.blocks": 8, "steps": 3}
+    changes = BARE | {"data.train.path": inputs / "train.txt"} | {"data.train.blocks": 8, "steps": 3}
     finetune(inputs, tmp_path / "two", **changes, batch_size=2, accumulation_steps=2)
     finetune(inputs, tmp_path / "four", **changes, batch_size=4, accumulation_steps=1)
     for two, four in zip(log(tmp_path / "two"), log(tmp_path / "four"), strict=True):
@@ -219,7 +241,7 @@ def test_accumulation_equals_a_larger_batch(inputs, tmp_path):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 def test_two_processes_equal_a_larger_batch(inputs, tmp_path, sharded):
-    changes = BARE | {"data.train.blocks": 8, "steps": 4}
+    changes = BARE | {"data.train.path": inputs / "train.txt", "data.train.blocks": 8, "steps": 4}
     changes |= {"data.eval.path": inputs / "eval.txt", "data.eval.blocks": 4, "eval_every": 4, "checkpoint_every": 2}
     if sharded:
         changes["mixed_precision"] = "bf16"

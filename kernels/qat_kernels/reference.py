@@ -100,6 +100,11 @@ def backward(
     return grad_query.flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic, and of LSE."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @dataclass(kw_only=True)
 class _Operands:
     """What a call computes with. Keys are counted from the first allowed one, as section 3 asks."""
@@ -155,7 +160,7 @@ class _Chunk:
 
 
 def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool, scale: float) -> _Operands:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = accumulator(query.dtype)
     head_dim, positions = query.shape[-1], None
     if causal:
         positions = torch.arange(query.shape[2], device=query.device)[None] + (key.shape[2] - query.shape[2])
