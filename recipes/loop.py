@@ -53,7 +53,7 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     accelerator = _accelerator(settings)
     checkpoint, state = _starting_point(settings, accelerator)
     done, tokens, skipped = state["step"], state["tokens"], state["skipped_steps"]
-    set_seed(settings.seed, device_specific=True)
+    set_seed(settings.seed, device_specific=True, deterministic=settings.deterministic)
     task = make_task(accelerator)
     teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
     if has_adapters(task.model):
@@ -161,6 +161,9 @@ class _Log:
 
 
 def _accelerator(settings: TrainingSettings) -> Accelerator:
+    if settings.deterministic:
+        # Read when cuBLAS starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision, launched = settings.mixed_precision or "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise ValueError(f"accelerate launch asks for {launched}, the settings for mixed_precision={precision}; let them agree")

@@ -46,6 +46,8 @@ class TrainingSettings:
     """Compute in bfloat16 under autocast; weights and optimizer states are float32 either way."""
     seed: int = 0
     """Seeds the order of the samples and all random numbers."""
+    deterministic: bool = False
+    """Algorithms that give the same bits in every run on the same machine; on a GPU some are slower. A CPU needs no such wish."""
     eval_every: int = 0
     """Measure the held-out losses before the first step, every so many steps and after the last; 0: never."""
     checkpoint_every: int = 0
