@@ -1,4 +1,4 @@
-"""python -m qat_patch verify FOLDER"""
+"""python -m qat_patch COMMAND"""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from .verify import verify_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 1 if the export is not as it should be."""
-    parser = argparse.ArgumentParser(prog="python -m qat_patch", description="4-bit attention: tools for exported checkpoints.")
+    """Run a command; returns the exit status: 1 if it could not be done, or found what it looks for to be wrong."""
+    parser = argparse.ArgumentParser(prog="python -m qat_patch", description="4-bit attention: tools for models and exports.")
     commands = parser.add_subparsers(dest="command", required=True)
-    verify = commands.add_parser("verify", help="check an export from end to end", description=verify_checkpoint.__doc__)
-    verify.formatter_class = argparse.RawDescriptionHelpFormatter
+    verify = commands.add_parser("verify", help="check an export from end to end: hashes, weights and what it computes")
     verify.add_argument("folder", help="what export_checkpoint wrote")
-    folder = parser.parse_args(arguments).folder
+    options = parser.parse_args(arguments)
     try:
-        print("\n".join(verify_checkpoint(folder)), "verified", sep="\n")
+        print("\n".join([*verify_checkpoint(options.folder), "verified"]))
     except ValueError as error:
         print(f"not verified: {error}", file=sys.stderr)
         return 1

@@ -95,7 +95,7 @@ class AttentionBlock:
 
     def to_json(self) -> str:
         """`to_dict` on one line, for a safetensors header."""
-        return json.dumps(self.to_dict(), sort_keys=True)
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, values: Any) -> AttentionBlock:

@@ -139,7 +139,8 @@ def _add_block(folder: Path, part: torch.nn.Module, training: dict[str, Any] | N
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config[CONFIG_KEYS[host]] = block.to_dict()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # In its order: of the patterns in a config the first one counts.
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return block
 
 
