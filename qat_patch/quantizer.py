@@ -58,5 +58,7 @@ class QATPatchQuantizer(HfQuantizer):
 def _beside_the_weights(model: torch.nn.Module, name: str) -> Path:
     """A file of the folder, or of the repository on the Hub, that a model was loaded from."""
     config = model.config
-    found = cached_file(config._name_or_path, name, revision=config._commit_hash, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(
+        config._name_or_path, name, revision=getattr(config, "_commit_hash", None), _raise_exceptions_for_missing_entries=False
+    )
     return Path(found or Path(config._name_or_path) / name)

@@ -53,7 +53,7 @@ def test_language_model(tmp_path, monkeypatch, shard_size):
     monkeypatch.setattr(export, "_SHARD_SIZE", shard_size)
     model = patched()
     export_checkpoint(model, tmp_path / "out")
-    assert {name for name in load_file(tmp_path / "out" / FILE)} == set(NAMES)
+    assert set(load_file(tmp_path / "out" / FILE)) == set(NAMES)
     loaded = load_checkpoint(tmp_path / "out")
     assert_same(loaded, model)
     assert torch.equal(logits(loaded), logits(model))
