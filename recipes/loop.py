@@ -25,7 +25,9 @@ from transformers import get_scheduler
 import checkpoints
 import faults
 from adapters import has_adapters, save_adapters_only
+from diagnostics import FlopCount, gradient_norms
 from objective import Teacher, evaluate, losses, make_teacher
+from optimization import WeightAverage, compile_blocks, make_optimizer
 from settings import flatten, to_dict, to_yaml
 from task import Task
 from training_settings import TrainingSettings
@@ -58,13 +60,12 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
     if has_adapters(task.model):
         save_adapters_only(accelerator)
+    if state["data"] is not None:
+        task.restore_data(state["data"])
     loader, eval_loader = _loaders(settings, task, accelerator.num_processes, done)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in task.model.parameters() if parameter.requires_grad],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = make_optimizer(settings, task.model)
+    if settings.compile:
+        compile_blocks(task.model, task.handle, settings.compile)
     model, optimizer, loader, eval_loader = accelerator.prepare(task.model, optimizer, loader, eval_loader)
     if accelerator.is_fsdp2:
         # Accelerate does so for other models: sharding casts weights, but not what is computed between the layers.
@@ -73,19 +74,26 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
     accelerator.register_for_checkpointing(scheduler)
+    average = WeightAverage(task.model, settings.ema_decay, accelerator) if settings.ema_decay else None
+    flops = FlopCount(task.objective, task.handle, task.model, accelerator.device)
 
     accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
     log = _Log(settings, accelerator, checkpoint)
 
-    def measure() -> dict[str, float]:
-        return evaluate(task.objective, model, task.handle, eval_loader, accelerator, teacher=teacher, seed=settings.seed)
+    def measure(step: int) -> dict[str, float]:
+        values = {}
+        with average.in_place() if average else contextlib.nullcontext():
+            if eval_loader is not None and (step == 0 or settings.is_due(settings.eval_every, step)):
+                values |= evaluate(
+                    task.objective, model, task.handle, eval_loader, accelerator, teacher=teacher, seed=settings.seed
+                )
+            return values | task.after_step(step)
 
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint), strict=not has_adapters(task.model))
     else:
-        if eval_loader is not None:
-            log.write(0, measure())
-        task.after_step(0)
+        if before := measure(0):
+            log.write(0, before)
     model.train()
     batches = iter(loader)
     steps = range(done + 1, settings.steps + 1)
@@ -94,8 +102,12 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         began = time.perf_counter()
         values = {"learning_rate": scheduler.get_last_lr()[0]}
         seen = [next(batches) for _ in range(settings.accumulation_steps)]
-        values |= _step(settings, task, teacher, accelerator, model, optimizer, seen)
+        operations = sum(flops.of(model, batch) for batch in seen)
+        is_detailed = settings.layers_every > 0 and step % settings.layers_every == 0
+        values |= _step(settings, task, teacher, accelerator, model, optimizer, seen, is_detailed)
         scheduler.step()
+        if average and _is_finite(values):
+            average.step()
         if not _is_finite(values):
             skipped += 1
             where = faults.save_batches(Path(settings.output_dir), step, seen, values, accelerator.process_index)
@@ -104,25 +116,25 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
                     faults.advice(Path(settings.output_dir), step, values, where, settings.max_skipped_steps)
                 )
             values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped_steps": skipped}
-        values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        values |= {"tokens_per_second": values["tokens"] / seconds} | flops.speed(operations, seconds)
         values["peak_memory_gib"] = _peak_memory(accelerator.device)
         values["tokens"] = tokens = tokens + values["tokens"]
         bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {values['tokens_per_second']:.0f} tokens/s")
-        if eval_loader is not None and settings.is_due(settings.eval_every, step):
-            values |= measure()
-        log.write(step, values)
-        task.after_step(step)
+        log.write(step, values | measure(step))
         if settings.is_due(settings.checkpoint_every, step):
             state = {"step": step, "tokens": tokens, "skipped_steps": skipped, "processes": accelerator.num_processes}
-            state["settings"] = to_dict(settings)
-            checkpoints.save(accelerator, log.file.parent, step, state, attach=[log.file], keep=settings.keep_checkpoints)
+            batches_done = step * settings.accumulation_steps * accelerator.num_processes
+            state |= {"settings": to_dict(settings), "data": task.data_state(batches_done)}
+            checkpoints.save(accelerator, log.file.parent, step, state, attach=log.files, keep=settings.keep_checkpoints)
 
     accelerator.wait_for_everyone()
     summary = log.summary()
     weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None  # all processes take part
     if accelerator.is_main_process:
         chosen = {name: x for name, x in flatten(to_dict(settings)).items() if x is not None and name not in _BOOKKEEPING}
-        task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary, weights)
+        with average.in_place() if average else contextlib.nullcontext():
+            task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary, weights)
     accelerator.end_training()
     return summary
 
@@ -132,6 +144,8 @@ class _Log:
 
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator, checkpoint: Path | None) -> None:
         self.accelerator, self.file = accelerator, Path(settings.output_dir) / "metrics.jsonl"
+        self.files = [self.file, self.file.with_name("settings.yaml")]
+        """What a checkpoint takes along."""
         accelerator.wait_for_everyone()  # until all have found output_dir free
         if accelerator.is_main_process:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +213,7 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
     if settings.resume is None:
         if (output_dir / "metrics.jsonl").exists() or checkpoints.steps_in(output_dir):
             raise ValueError(f"output_dir: {output_dir} holds a run; resume=latest goes on with it; else choose another folder")
-        return None, {"step": 0, "tokens": 0, "skipped_steps": 0}
+        return None, {"step": 0, "tokens": 0, "skipped_steps": 0, "data": None}
     checkpoint = checkpoints.find(output_dir, settings.resume)
     state = checkpoints.check(checkpoint)
     if state["processes"] != accelerator.num_processes:
@@ -236,8 +250,11 @@ def _step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[Any],
+    is_detailed: bool,
 ) -> dict[str, float]:
     """One optimizer step: losses, averaged over batches and processes, gradient norm before clipping, and tokens.
+
+    If it is to be detailed, gradient norms of the layers too.
 
     The weights stay as they are if any of it is not finite; all processes agree on that.
     """
@@ -253,12 +270,13 @@ def _step(
             for name, value in values.items():
                 value = value.detach().to(accelerator.device, torch.float32)
                 sums[name] = sums[name] + value if name in sums else value
+    layers = gradient_norms(model) if is_detailed else {}
     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist(), strict=True))
     tokens = int(totals.pop("tokens"))
     batches_a_step = settings.accumulation_steps * accelerator.num_processes
     means = {name: total / batches_a_step for name, total in totals.items()}
-    values = {**means, "grad_norm": float(norm), "tokens": tokens}
+    values = {**means, "grad_norm": float(norm), "tokens": tokens, **layers}
     if _is_finite(values):
         optimizer.step()
     optimizer.zero_grad()

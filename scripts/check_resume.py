@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
-_TIMED = ("tokens_per_second", "peak_memory_gib")
+_TIMED = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gib")
 _POLL = 0.002
 
 

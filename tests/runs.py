@@ -15,6 +15,7 @@ from qat_patch import files
 from qat_patch.folder import MANIFEST, weight_files
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+TIMED = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gib")
 # SIGKILL in the middle of writing a checkpoint, when everything is written but its name.
 KILL = """
 import importlib, os, signal, sys
@@ -90,7 +91,7 @@ def run_in_two_processes(program):
 def log(output_dir):
     """metrics.jsonl without what differs from machine to machine."""
     records = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "peak_memory_gib")} for record in records]
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in records]
 
 
 def weights(folder):
