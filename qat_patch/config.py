@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,49 +17,83 @@ from qat_kernels.spec import GROUP_SIZE, MAX_HEAD_DIM
 class AttnQATConfig:
     """Which attention modules run 4-bit attention, and what it quantizes.
 
+    Patterns are shell patterns of module names, as `model.named_modules()` spells them: `*.attn1`, `blocks.[0-3].*`.
+
     Raises:
         ValueError: a field has a wrong type.
     """
 
     spec: QuantSpec = NVFP4
     """What is quantized; docs/NUMERICS.md."""
+    overrides: dict[str, QuantSpec] = dataclasses.field(default_factory=dict)
+    """Another QuantSpec for some modules, by pattern; the first pattern that matches counts."""
     include: tuple[str, ...] = ("*",)
-    """Shell patterns of module names, as `model.named_modules()` spells them; a module needs to match one."""
+    """Patterns; a module needs to match one."""
     exclude: tuple[str, ...] = ()
-    """Shell patterns of module names that keep their original attention."""
+    """Patterns of modules that keep their original attention."""
+    exclude_first_blocks: int = 0
+    """How many blocks at the beginning of the model keep their original attention. A block is what its number names, such as
+    `blocks.7` or `model.layers.7`; those with attention that can be patched count, in the order of `model.named_modules()`."""
+    exclude_last_blocks: int = 0
+    """The same at the end of the model."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.spec, QuantSpec):
             raise ValueError(f"AttnQATConfig.spec: expected a QuantSpec, got {self.spec!r}")
+        if not isinstance(self.overrides, Mapping) or not all(
+            isinstance(pattern, str) and isinstance(spec, QuantSpec) for pattern, spec in self.overrides.items()
+        ):
+            raise ValueError(f"AttnQATConfig.overrides: expected a mapping of patterns to QuantSpecs, got {self.overrides!r}")
+        object.__setattr__(self, "overrides", dict(self.overrides))
+        for name in ("exclude_first_blocks", "exclude_last_blocks"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise ValueError(f"AttnQATConfig.{name}: expected a number of blocks from 0 up, got {number!r}")
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
                 raise ValueError(f"AttnQATConfig.{name}: expected a sequence of module name patterns, got {patterns!r}")
             object.__setattr__(self, name, tuple(patterns))
 
-    def reason_to_skip(self, name: str) -> str | None:
-        """Why the module of this name keeps its original attention, or None if it is to be patched."""
-        for pattern in self.exclude:
-            if fnmatchcase(name, pattern):
-                return f"excluded by {pattern!r}"
-        if not any(fnmatchcase(name, pattern) for pattern in self.include):
-            return "matches no include pattern"
-        return None
+    def reasons_to_skip(self, names: Iterable[str]) -> dict[str, str]:
+        """Which of a model's attention modules keep their original attention, and why; `names` in the model's order."""
+        names = list(names)
+        blocks = list(dict.fromkeys(block for name in names if (block := _block(name)) is not None))
+        first, last = blocks[: self.exclude_first_blocks], blocks[max(0, len(blocks) - self.exclude_last_blocks) :]
+        reasons = {}
+        for name in names:
+            excluded = next((pattern for pattern in self.exclude if fnmatchcase(name, pattern)), None)
+            if excluded is not None:
+                reasons[name] = f"excluded by {excluded!r}"
+            elif not any(fnmatchcase(name, pattern) for pattern in self.include):
+                reasons[name] = "matches no include pattern"
+            elif _block(name) in first:
+                reasons[name] = f"in one of the first {self.exclude_first_blocks} blocks"
+            elif _block(name) in last:
+                reasons[name] = f"in one of the last {self.exclude_last_blocks} blocks"
+        return reasons
+
+    def spec_of(self, name: str) -> QuantSpec:
+        """What the module of this name quantizes, if it is patched."""
+        return next((spec for pattern, spec in self.overrides.items() if fnmatchcase(name, pattern)), self.spec)
 
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise a ValueError if a pattern matches none of these modules: a setting without effect is a mistake."""
+        """Raise a ValueError if a setting fits none of these modules: a setting without effect is a mistake."""
         names = list(names)
-        for field in ("include", "exclude"):
+        some = f"there are {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for field in ("include", "exclude", "overrides"):
             for pattern in getattr(self, field):
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(
-                        f"AttnQATConfig.{field}: the pattern {pattern!r} matches no attention module; "
-                        f"there are {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-                    )
+                    raise ValueError(f"AttnQATConfig.{field}: the pattern {pattern!r} matches no attention module; {some}")
+        if (self.exclude_first_blocks or self.exclude_last_blocks) and not any(_block(name) for name in names):
+            raise ValueError(
+                "AttnQATConfig.exclude_first_blocks and exclude_last_blocks: expected attention modules in numbered blocks; "
+                f"{some}; use exclude"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars; `from_dict` is the inverse."""
-        return {"spec": dataclasses.asdict(self.spec), "include": list(self.include), "exclude": list(self.exclude)}
+        return dataclasses.asdict(self) | {"include": list(self.include), "exclude": list(self.exclude)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AttnQATConfig:
@@ -71,8 +105,12 @@ class AttnQATConfig:
         check_keys("AttnQATConfig", values, [field.name for field in dataclasses.fields(cls)])
         values = dict(values)
         if isinstance(values.get("spec"), dict):
-            check_keys("AttnQATConfig.spec", values["spec"], [field.name for field in dataclasses.fields(QuantSpec)])
-            values["spec"] = QuantSpec(**values["spec"])
+            values["spec"] = _read_spec("spec", values["spec"])
+        if isinstance(overrides := values.get("overrides"), dict):
+            values["overrides"] = {
+                pattern: _read_spec(f"overrides[{pattern!r}]", spec) if isinstance(spec, dict) else spec
+                for pattern, spec in overrides.items()
+            }
         return cls(**values)
 
     def to_json(self) -> str:
@@ -85,19 +123,28 @@ class AttnQATConfig:
         return cls.from_dict(json.loads(text))
 
 
-def check_head_dim(name: str, head_dim: int | None, spec: QuantSpec) -> None:
-    """Raise a ValueError if a module's head dim, as far as the module tells it, is none that `spec` can quantize."""
+def _read_spec(field: str, values: dict[str, Any]) -> QuantSpec:
+    check_keys(f"AttnQATConfig.{field}", values, [field.name for field in dataclasses.fields(QuantSpec)])
+    return QuantSpec(**values)
+
+
+def _block(name: str) -> str | None:
+    """The numbered block that a module is in: `blocks.7` of `blocks.7.attn1`."""
+    parts = name.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
+
+
+def head_dim_problem(head_dim: int | None, spec: QuantSpec) -> str | None:
+    """Why `spec` cannot quantize a module's head dim, as far as the module tells it."""
     if head_dim is None:
-        return
+        return None
     expected = None
     if head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM:
         expected = f"a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}"
     elif spec.rotate and head_dim & (head_dim - 1):
         expected = "a power of two, for QuantSpec(rotate=True)"
-    if expected is not None:
-        raise ValueError(
-            f"patch_model: {name} has head_dim {head_dim}; expected {expected}; exclude it with AttnQATConfig(exclude=[...])"
-        )
+    return expected and f"head_dim {head_dim}; expected {expected}"
 
 
 def check_keys(what: str, values: Any, known: list[str]) -> None:

@@ -1,38 +1,39 @@
-"""Diffusers: 4-bit attention as backends of the attention dispatcher, chosen module by module.
+"""Diffusers: 4-bit attention behind the attention dispatcher, chosen module by module.
 
-Each patched module gets a copy of its stock processor whose `_attention_backend` is ours; the stock object comes back on
-restore. No processor code is repeated, and other models of the process keep their attention, for the process-wide default
-is never touched. A backend function receives tensors only, so there is one backend per QuantSpec, named after it; it holds
-no state.
+A processor ends in `dispatch_attention_fn(..., backend=self._attention_backend)`. Each patched module gets a copy of its stock
+processor whose `_attention_backend` is the module's `AttentionLayer`; the stock object comes back on restore. The name
+`dispatch_attention_fn` in the module of that processor is wrapped once: what comes with a layer runs 4-bit attention, all else
+goes on as before. So no processor code is repeated, other models of the process keep their attention, and no state is kept.
+The layer travels as an argument, since torch.compile takes no side effects inside a checkpointed block, and blocks that differ
+only in the values of a layer share one compiled graph.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import dataclasses
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qat_kernels import NVFP4, QuantSpec, attention
+from qat_kernels import QuantSpec, attention
 
+from . import context_parallel
 from .block import CONFIG_KEYS, AttentionBlock
-from .config import AttnQATConfig, check_head_dim
+from .config import AttnQATConfig, head_dim_problem
+from .layer import AttentionCall, AttentionLayer, under_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    from .patch import AttentionLayer
-
 MECHANISM = "diffusers' attention dispatcher"
-NAME = "qat_fp4"
-"""How the names of our backends begin."""
 SUPPORTED_VERSIONS = ("0.42",)
 """Minor versions of diffusers whose dispatcher is known; setup.cfg admits the same."""
 _TRANSFORMERS = ("transformer", "transformer_2")
+_DISPATCH = "dispatch_attention_fn"
+_EXCLUDED = -9000.0
+"""What an additive mask must at most hold where it excludes a key; the usual values are -10000 (-9984 in bfloat16) and -inf."""
 
 
 def owns(model: object) -> bool:
@@ -63,32 +64,31 @@ def original(model: torch.nn.Module, module: torch.nn.Module) -> Any:
     """The stock processor object.
 
     Raises:
-        ValueError: it runs 4-bit attention already, but not by a patch.
+        ValueError: it is one of ours, although the model is not patched.
     """
-    backend = getattr(module.processor, "_attention_backend", None)
-    if isinstance(backend, str) and backend.startswith(NAME):
+    if isinstance(module.processor, _Patched):
         raise ValueError(
-            f"patch_model: a processor of this {type(model).__name__} has the attention backend {NAME} already, set by hand; "
-            "call model.reset_attention_backend() first"
+            f"patch_model: a processor of this {type(model).__name__} belongs to a patched model (set by hand, or the model is "
+            "part of a patched one); set a stock processor, or patch the outer model"
         )
     return module.processor
 
 
 def reason_to_skip(module: torch.nn.Module) -> str | None:
     """Why a module cannot have 4-bit attention although that is no mistake of the user's."""
-    if hasattr(module.processor, "_attention_backend"):
+    if hasattr(module.processor, "_attention_backend") and _DISPATCH in _namespace(module.processor):
         return None
     return f"its {type(module.processor).__name__} does not go through {MECHANISM}"
 
 
-def check(name: str, module: torch.nn.Module, spec: QuantSpec) -> None:
-    """Raise a ValueError if 4-bit attention cannot compute what this module asks for."""
-    if getattr(module.processor, "_parallel_config", None) is not None:
-        raise ValueError(
-            f"patch_model: {name} runs under context parallelism, which 4-bit attention cannot do; "
-            "load the model without enable_parallelism"
-        )
-    check_head_dim(name, _head_dim(module), spec)
+def problem(module: torch.nn.Module, spec: QuantSpec) -> str | None:
+    """Why 4-bit attention cannot compute what this module asks for.
+
+    Raises:
+        ValueError: this version of diffusers is not known.
+    """
+    _check_version()
+    return head_dim_problem(_head_dim(module), spec)
 
 
 def apply(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
@@ -100,9 +100,8 @@ def switch(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
     """Give each module the processor that its layer asks for now."""
     for layer in layers:
         processor = layer.original
-        if layer.quantizes:
-            processor = copy.copy(processor)
-            processor._attention_backend = register_backend(layer.spec)
+        if layer.quantizes or layer.observer is not None:
+            processor = _patched(processor, layer)
         model.get_submodule(layer.name).processor = processor
 
 
@@ -112,42 +111,80 @@ def restore(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
         model.get_submodule(layer.name).processor = layer.original
 
 
-def backend_name(spec: QuantSpec) -> str:
-    """The name of the backend that computes this spec: `qat_fp4` and what differs from the default."""
-    parts = [NAME]
-    for field in dataclasses.fields(spec):
-        value = getattr(spec, field.name)
-        if value != getattr(NVFP4, field.name):
-            parts.append(field.name if value is True else f"{value}{field.name}".lower())
-    return "_".join(parts)
+def replaced(model: torch.nn.Module, layer: AttentionLayer) -> str | None:
+    """What somebody put in the place of the processor that `switch` chose, or None."""
+    processor = model.get_submodule(layer.name).processor
+    ours = isinstance(processor, _Patched) and processor._attention_backend is layer
+    return None if ours or processor is layer.original else type(processor).__name__
 
 
-def register_backend(spec: QuantSpec) -> AttentionBackendName:
-    """The dispatcher's name for 4-bit attention with this spec; registers it when it is new.
-
-    Diffusers has no public way to add a backend: the dispatcher knows them by the members of a closed enum. So this makes
-    a member and enters it where `Enum` keeps its own (as an attribute too, which Python 3.12 and later do not look up in
-    `_member_map_`). It comes last, so that a failure leaves nothing behind.
-
-    Raises:
-        ValueError: this version of diffusers is not known to have such a dispatcher.
-    """
-    names, registry = _dispatcher()
-    value = backend_name(spec)
-    if value in names._value2member_map_:
-        return names(value)
-    member = str.__new__(names, value)
-    member._name_, member._value_ = value.upper(), value
-    registry.register(member)(_backend(spec))
-    names._member_map_[member._name_] = names._value2member_map_[value] = member
-    names._member_names_.append(member._name_)
-    type.__setattr__(names, member._name_, member)
-    return member
+class _Patched:
+    """What the classes of patched processors have in common."""
 
 
-def _backend(spec: QuantSpec) -> Callable[..., torch.Tensor]:
-    # The dispatcher drops, without a word, whatever is not declared here. So everything is, and what cannot be done raises.
-    def qat_attention(
+@functools.cache
+def _patched_class(stock: type) -> type:
+    """The class of a stock processor with a layer for a backend."""
+
+    class Patched(stock, _Patched):
+        @functools.wraps(stock.__call__)  # attention modules look at the signature
+        def __call__(self, attn: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if getattr(attn, "fused_projections", False) and torch.is_grad_enabled():
+                _refuse_fused(self._qat_layer.name, attn)
+            return stock.__call__(self, attn, *args, **kwargs)
+
+        @property
+        def _attention_backend(self) -> AttentionLayer:
+            return self._qat_layer
+
+        @_attention_backend.setter
+        def _attention_backend(self, backend: Any) -> None:
+            raise ValueError(
+                f"{self._qat_layer.name} runs the 4-bit attention of patch_model: expected no other attention backend, got "
+                f"{backend!r}; call unpatch_model first, or exclude this module from the patch"
+            )
+
+        def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+            return _rebuild, (stock, dict(self.__dict__))
+
+    Patched.__name__ = Patched.__qualname__ = f"Patched{stock.__name__}"
+    return Patched
+
+
+def _rebuild(stock: type, state: dict[str, Any]) -> Any:
+    """A patched processor that was pickled or copied."""
+    processor = object.__new__(_patched_class(stock))
+    processor.__dict__.update(state)
+    _install(processor)
+    return processor
+
+
+def _patched(processor: Any, layer: AttentionLayer) -> Any:
+    """A copy of a stock processor that asks for this layer's attention."""
+    _install(processor)
+    processor = copy.copy(processor)
+    processor.__dict__["_qat_layer"] = layer
+    processor.__class__ = _patched_class(type(processor))
+    return processor
+
+
+def _namespace(processor: Any) -> dict[str, Any]:
+    """The globals of the function in which a processor computes attention."""
+    kind = type(processor)
+    call = inspect.unwrap(kind.forward if isinstance(processor, torch.nn.Module) else kind.__call__)
+    return getattr(call, "__globals__", {})
+
+
+def _install(processor: Any) -> None:
+    """Let the dispatcher that this kind of processor calls know layers."""
+    namespace = _namespace(processor)
+    if not hasattr(namespace[_DISPATCH], "_knows_layers"):
+        namespace[_DISPATCH] = _knowing_layers(namespace[_DISPATCH])
+
+
+def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(dispatch)
+    def dispatch_attention_fn(
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -156,61 +193,116 @@ def _backend(spec: QuantSpec) -> Callable[..., torch.Tensor]:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,  # told by the shapes
-        return_lse: bool = False,
-        _parallel_config: Any = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        backend: Any = None,
+        parallel_config: Any = None,
     ) -> torch.Tensor:
-        """diffusers' backend interface: query [B, Lq, H, D], key and value [B, Lk, Hk, D] -> [B, Lq, H, D]."""
+        """diffusers' dispatcher: query [B, Lq, H, D], key and value [B, Lk, Hk, D] -> [B, Lq, H, D]."""
+        original = functools.partial(
+            dispatch, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs
+        )
+        if not isinstance(backend, AttentionLayer):
+            return original(backend=backend, parallel_config=parallel_config)
         if dropout_p:
-            _refuse("dropout_p", "0", dropout_p, "set the model's attention dropout to 0")
+            _refuse(backend, "dropout_p", "0", dropout_p, "set the model's attention dropout to 0")
         if is_causal and query.shape[1] != key.shape[1]:
             got = f"{query.shape[1]} queries and {key.shape[1]} keys"
-            _refuse("is_causal", "as many queries as keys", got, "exclude this module from the patch")
-        if return_lse:
-            _refuse("return_lse", "False", return_lse, "call qat_kernels.attention, which returns it")
-        if _parallel_config is not None:
-            _refuse("parallel_config", "no context parallelism", "one", "load the model without enable_parallelism")
-        key_mask = _key_mask(attn_mask, query.shape[0], key.shape[1])
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        if torch.is_autocast_enabled(query.device.type):
-            # On CUDA autocast runs RMSNorm in float32, so that queries and keys come in float32 and values in bfloat16.
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        return attention(query, key, value, spec=spec, causal=is_causal, scale=scale, key_mask=key_mask).transpose(1, 2)
+            _refuse(backend, "is_causal", "as many queries as keys", got, "exclude this module from the patch")
+        if attention_kwargs:
+            _refuse(backend, "attention_kwargs", "none", attention_kwargs, "exclude this module from the patch")
+        context = getattr(parallel_config, "context_parallel_config", None)
+        if context is not None and (attn_mask is not None or is_causal or backend.observer is not None):
+            got = "a mask, or a measurement such as calibrate"
+            _refuse(backend, "context parallelism", "plain self-attention", got, "run this on a model without enable_parallelism")
+        key_mask, query_mask = _masks(backend, attn_mask, query.shape[0], query.shape[1], key.shape[1])
+        if backend.observer is not None:
+            out = original(backend=getattr(backend.original, "_attention_backend", None))
+            query, key, value, shown = (x.transpose(1, 2) for x in (query, key, value, out))
+            call = AttentionCall(query=query, key=key, value=value, out=shown, causal=is_causal, scale=scale, key_mask=key_mask)
+            backend.observer(backend, call)
+            return out
+        query, key, value = under_autocast(query, key, value)
+        attend = functools.partial(attention, spec=backend.spec, causal=is_causal, scale=scale, key_mask=key_mask)
+        k_shift = backend.shift_on(key.device)
+        if context is not None:
+            return context_parallel.attend(attend, query, key, value, k_shift, context)
+        out = attend(*(x.transpose(1, 2) for x in (query, key, value)), k_shift=k_shift).transpose(1, 2)
+        return out if query_mask is None else torch.where(query_mask[..., None, None], out, 0.0)
 
-    return qat_attention
+    dispatch_attention_fn._knows_layers = True
+    return dispatch_attention_fn
 
 
-def _key_mask(mask: torch.Tensor | None, batch: int, keys: int) -> torch.Tensor | None:
-    """The mask as bool [batch, keys], if it is one."""
+def _masks(
+    layer: AttentionLayer, mask: torch.Tensor | None, batch: int, queries: int, keys: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mask as a key mask, bool [batch, keys], if it is one.
+
+    It may be boolean, or additive with 0 where a key may be seen and -10000 or less where not, in any shape that is the same
+    for all heads and queries. Queries that may see nothing at all (padding, in a mask that is the outer product of what is
+    none) come as a second mask, bool [batch, queries]: their output is zero.
+    """
     if mask is None:
-        return None
-    if mask.dtype != torch.bool or tuple(mask.shape) not in {(batch, keys), (batch, 1, 1, keys), (1, 1, 1, keys)}:
+        return None, None
+
+    def refuse(got: str) -> None:
         _refuse(
+            layer,
             "attn_mask",
-            f"a key mask, bool [{batch}, 1, 1, {keys}] or [{batch}, {keys}], True where a key may be seen",
-            f"{mask.dtype} {tuple(mask.shape)}",
+            f"a key mask [{batch}, 1, 1, {keys}] or [{batch}, {keys}]: bool, True where a key may be seen, or float, 0 there and "
+            "at most -10000 elsewhere",
+            got,
             "exclude the modules that receive such masks from the patch",
         )
-    return mask.reshape(-1, keys).expand(batch, keys)
+
+    def require(holds: torch.Tensor, got: str) -> None:
+        """A condition on values: an error now, or, inside torch.compile, one of PyTorch's own when the graph runs."""
+        if torch.compiler.is_compiling():
+            torch._assert_async(holds, f"4-bit attention: attn_mask: expected a key mask, got {got}")
+        elif not holds:
+            refuse(got)
+
+    rows = mask[:, None, None] if mask.ndim == 2 else mask
+    if rows.ndim != 4 or rows.shape[0] not in (1, batch) or rows.shape[2] not in (1, queries) or rows.shape[3] != keys:
+        refuse(f"{mask.dtype} {tuple(mask.shape)}")
+    if rows.dtype != torch.bool:
+        allowed = rows == 0
+        require((allowed | (rows <= _EXCLUDED)).all(), "an additive mask with other values")
+        rows = allowed
+    if rows.shape[1] > 1 and rows.stride(1):
+        require((rows == rows[:, :1]).all(), "another mask for each head")
+    rows = rows[:, 0]
+    if rows.shape[1] == 1:
+        return rows[:, 0].expand(batch, keys), None
+    key_mask, query_mask = rows.any(1), rows.any(2)
+    require((rows == key_mask[:, None] & query_mask[:, :, None]).all(), "another mask for each query")
+    return key_mask.expand(batch, keys), query_mask.expand(batch, queries)
 
 
-def _refuse(what: str, expected: str, got: object, remedy: str) -> None:
-    raise ValueError(f"4-bit attention: {what}: expected {expected}, got {got}; {remedy}")
+def _refuse_fused(name: str, attn: torch.nn.Module) -> None:
+    """Fused projections are copies: training would move them, and leave the projections that are saved beside them behind."""
+    if any(parameter.requires_grad for parameter in attn.parameters()):
+        raise ValueError(
+            f"4-bit attention ({name}): expected separate projections for training, got those of fuse_qkv_projections, which "
+            "adapters do not reach and which leave to_q, to_k and to_v untrained; call model.unfuse_qkv_projections(), or use "
+            "torch.no_grad() if this is no training"
+        )
 
 
-def _dispatcher() -> tuple[Any, Any]:
-    """The dispatcher's enum of names and its registry."""
+def _refuse(layer: AttentionLayer, what: str, expected: str, got: object, remedy: str) -> None:
+    raise ValueError(f"4-bit attention ({layer.name}): {what}: expected {expected}, got {got}; {remedy}")
+
+
+def _check_version() -> None:
+    """Raise a ValueError if this version of diffusers is not known to have the dispatcher that we wrap."""
     from diffusers import __version__
 
-    if ".".join(__version__.split(".")[:2]) in SUPPORTED_VERSIONS:
-        with contextlib.suppress(ImportError):
-            from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-            return AttentionBackendName, _AttentionBackendRegistry
-    raise ValueError(
-        f"patch_model: expected diffusers {' or '.join(SUPPORTED_VERSIONS)}, whose attention dispatcher is known, "
-        f"got {__version__}; install one of those"
-    )
+    if ".".join(__version__.split(".")[:2]) not in SUPPORTED_VERSIONS:
+        raise ValueError(
+            f"patch_model: expected diffusers {' or '.join(SUPPORTED_VERSIONS)}, whose attention dispatcher is known, "
+            f"got {__version__}; install one of those"
+        )
 
 
 def _head_dim(module: torch.nn.Module) -> int | None:

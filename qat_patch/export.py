@@ -151,7 +151,7 @@ def _block(folder: Path, part: torch.nn.Module, training: dict[str, Any] | None)
     return AttentionBlock(
         config=handle.config,
         specs={name: layer.spec for name, layer in handle.patched.items()},
-        k_shift=write_k_shift(folder, getattr(handle, "k_shift", {})),
+        k_shift=write_k_shift(folder, handle.k_shift),
         package_version=__version__,
         training=training,
     )

@@ -107,8 +107,7 @@ def _adapters(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torc
 
 
 def _patch(export: ExportFolder, part: str, model: torch.nn.Module) -> None:
-    shifts = export.k_shift(part)
-    patch_model(model, export.blocks[part].config, **({"k_shift": shifts} if shifts else {}))
+    patch_model(model, export.blocks[part].config, k_shift=export.k_shift(part))
 
 
 def _finished(export: ExportFolder, part: str, model: torch.nn.Module) -> torch.nn.Module:

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from qat_kernels import QuantSpec
-
 from . import diffusers_adapter, transformers_adapter
 from .config import AttnQATConfig
+from .layer import AttentionCall, AttentionLayer
 
 _ADAPTERS = {"transformers": transformers_adapter, "diffusers": diffusers_adapter}
 _HANDLE = "_qat_handle"
-
-
-@dataclasses.dataclass(eq=False)
-class AttentionLayer:
-    """What an attention module of a patched model looks up at every call. The handle owns it."""
-
-    name: str
-    """The module's name in its model."""
-    spec: QuantSpec | None
-    """What is quantized; None if the module keeps its original attention."""
-    original: Any
-    """What ran here before, as the adapter restores it: an implementation's name, or a processor object."""
-    enabled: bool = True
-    """False inside `handle.disabled()`."""
-
-    @property
-    def quantizes(self) -> bool:
-        return self.enabled and self.spec is not None
 
 
 class PatchHandle:
@@ -73,6 +54,14 @@ class PatchHandle:
         """The attention modules that keep their original attention, and why."""
         return {prefix + name: reason for prefix, plan in self._plans.items() for name, reason in plan.skipped.items()}
 
+    @property
+    def k_shift(self) -> dict[str, torch.Tensor]:
+        """The shifts in force: of each patched module that has one, by name, float32 [key heads, head_dim].
+
+        They outlive the patch: `patch_model(model, handle.config, k_shift=handle.k_shift)` brings all of it back.
+        """
+        return {name: layer.k_shift for name, layer in self.patched.items() if layer.k_shift is not None}
+
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside, every module runs its original attention. May be nested.
@@ -85,6 +74,21 @@ class PatchHandle:
             yield
         finally:
             self._switch(before)
+
+    @contextlib.contextmanager
+    def observed(self, observer: Callable[[AttentionLayer, AttentionCall], None]) -> Iterator[None]:
+        """Inside, every patched module runs its original attention, eagerly, and shows each call to `observer`."""
+        layers = list(self.patched.values())
+        try:
+            for layer in layers:
+                layer.observer = observer
+            self._switch(self._enabled())
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for layer in layers:
+                layer.observer = None
+            self._switch(self._enabled())
 
     @contextlib.contextmanager
     def original_steps(self, *, first: int = 0, last: int = 0) -> Iterator[Callable[..., dict[str, Any]]]:
@@ -150,13 +154,17 @@ class PatchHandle:
         patched, skipped = self.patched, self.skipped
         models = ", ".join(type(model).__name__ for model in self.models)
         lines = [f"{models}: 4-bit attention in {len(patched)} of {len(patched) + len(skipped)} attention modules"]
-        for name, layer in patched.items():
-            lines.append(f"  patched  {name}: {_describe(layer.spec)}")
+        for prefix, plan in self._plans.items():
+            lines += [
+                f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.layers if layer.spec is not None
+            ]
         lines += [f"  skipped  {name}: {reason}" for name, reason in skipped.items()]
         return "\n".join(lines)
 
 
-def patch_model(model: Any, config: AttnQATConfig | None = None) -> PatchHandle:
+def patch_model(
+    model: Any, config: AttnQATConfig | None = None, *, k_shift: Mapping[str, torch.Tensor] | None = None
+) -> PatchHandle:
     """Switch a model to 4-bit attention, in place. Parameters and state_dict keys stay as they are.
 
     Args:
@@ -165,6 +173,8 @@ def patch_model(model: Any, config: AttnQATConfig | None = None) -> PatchHandle:
             modules start in each model, without `transformer.`.
         config: which modules, and what is quantized. Default: what an export of this package stored in the model's
             config, else `AttnQATConfig()`, every attention module in NVFP4.
+        k_shift: vectors that are subtracted from keys before these are quantized, float32 [key heads, head_dim], by the names
+            of patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them.
 
     Returns:
         The handle; the model keeps it too (see `get_handle`).
@@ -182,6 +192,7 @@ def patch_model(model: Any, config: AttnQATConfig | None = None) -> PatchHandle:
     if not any(layer.spec is not None for plan in plans.values() for layer in plan.layers):
         reasons = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         raise ValueError(f"patch_model: nothing to patch in {type(model).__name__} ({reasons})")
+    _set_shifts(plans, k_shift or {})
     try:
         for plan in plans.values():
             setattr(plan.model, _HANDLE, PatchHandle({"": plan}))
@@ -234,6 +245,14 @@ class _Plan:
         handle = self.model.__dict__.get(_HANDLE)
         return handle is not None and self in handle._plans.values()
 
+    def describe(self, layer: AttentionLayer) -> str:
+        """What the receipt says about a patched module."""
+        options = [name for name in ("rotate", "four_over_six") if getattr(layer.spec, name)]
+        options += ["k_shift"] if layer.k_shift is not None else []
+        found = _ADAPTERS[self.host].replaced(self.model, layer) if self.in_force else None
+        lost = f" - LOST: {found} was put in its place after the patch" if found else ""
+        return ", ".join([f"QK nvfp4, PV {layer.spec.pv}", *options]) + lost
+
 
 def _plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None) -> _Plan:
     adapter = _ADAPTERS[host]
@@ -245,17 +264,47 @@ def _plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None) -> _P
             "only such attention can be patched"
         )
     config.check_patterns(names)
-    layers, skipped = [], {}
+    skipped = {name: reason for name, module in names.items() if (reason := adapter.reason_to_skip(module)) is not None}
+    skipped |= config.reasons_to_skip(name for name in names if name not in skipped)
+    layers, refused = [], {}
     for name, module in names.items():
-        reason = config.reason_to_skip(name) or adapter.reason_to_skip(module)
-        if reason is None:
-            adapter.check(name, module, config.spec)
-        else:
-            skipped[name] = reason
-        layers.append(
-            AttentionLayer(name=name, spec=config.spec if reason is None else None, original=adapter.original(model, module))
-        )
-    return _Plan(host=host, model=model, config=config, layers=layers, skipped=skipped)
+        spec = None if name in skipped else config.spec_of(name)
+        if spec is not None and (problem := adapter.problem(module, spec)) is not None:
+            refused[name] = problem
+        layers.append(AttentionLayer(name=name, spec=spec, original=adapter.original(model, module)))
+    if refused:
+        raise ValueError(_refusal(model, config, refused))
+    return _Plan(
+        host=host, model=model, config=config, layers=layers, skipped={name: skipped[name] for name in names if name in skipped}
+    )
+
+
+def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, str]) -> str:
+    """What cannot be patched, and the call that leaves it out."""
+    by_problem: dict[str, list[str]] = {}
+    for name, problem in refused.items():
+        by_problem.setdefault(problem, []).append(name)
+    problems = "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {problem}" for problem, names in by_problem.items()
+    )
+    exclude = [*config.exclude, *refused]
+    return (
+        f"patch_model: {type(model).__name__} has {len(refused)} modules that 4-bit attention cannot do: {problems}; "
+        f"or leave them out: AttnQATConfig(exclude={exclude!r})"
+    )
+
+
+def _set_shifts(plans: dict[str, _Plan], shifts: Mapping[str, torch.Tensor]) -> None:
+    layers = {prefix + layer.name: layer for prefix, plan in plans.items() for layer in plan.layers if layer.spec is not None}
+    for name, shift in shifts.items():
+        if name not in layers:
+            raise ValueError(
+                f"patch_model: k_shift: expected names of modules that are patched, such as {next(iter(layers))}, got {name!r}"
+            )
+        if not isinstance(shift, torch.Tensor) or shift.dtype != torch.float32 or shift.ndim != 2:
+            got = f"{shift.dtype} {list(shift.shape)}" if isinstance(shift, torch.Tensor) else repr(shift)
+            raise ValueError(f"patch_model: k_shift[{name!r}]: expected float32 [key heads, head_dim], got {got}")
+        layers[name].k_shift = shift.detach()
 
 
 def _restore(plans: Iterable[_Plan]) -> None:
@@ -285,8 +334,3 @@ def _parts(model: Any) -> list[tuple[str, str, torch.nn.Module]]:
             f"got {type(model).__module__}.{type(model).__name__}"
         )
     return parts
-
-
-def _describe(spec: QuantSpec) -> str:
-    options = [name for name in ("rotate", "four_over_six") if getattr(spec, name)]
-    return ", ".join([f"QK nvfp4, PV {spec.pv}", *options])

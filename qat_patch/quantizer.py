@@ -41,7 +41,7 @@ class QATPatchQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         block = AttentionBlock.from_dict(self.quantization_config.to_dict())
         shifts = {} if block.k_shift is None else read_k_shift(_beside_the_weights(model, K_SHIFT), block)
-        block.check_handle(patch_model(model, block.config, **({"k_shift": shifts} if shifts else {})))
+        block.check_handle(patch_model(model, block.config, k_shift=shifts))
         model.is_quantized = False  # the weights are not: .half() and .float() are fine
         return model
 

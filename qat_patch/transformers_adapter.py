@@ -11,10 +11,13 @@ understands.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -22,10 +25,8 @@ from qat_kernels import QuantSpec, attention
 
 from . import packed_samples
 from .block import CONFIG_KEYS, METHOD, AttentionBlock
-from .config import AttnQATConfig, check_head_dim
-
-if TYPE_CHECKING:
-    from .patch import AttentionLayer
+from .config import AttnQATConfig, head_dim_problem
+from .layer import AttentionCall, AttentionLayer, under_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -75,23 +76,41 @@ def original(model: torch.nn.Module, module: torch.nn.Module) -> str:
 
 def reason_to_skip(module: torch.nn.Module) -> str | None:
     """Why a module cannot have 4-bit attention although that is no mistake of the user's."""
+    if not _asks_the_interface(type(module)):
+        return f"its {type(module).__name__} never calls {MECHANISM}"
     return None if module.is_causal else "not causal: only decoder self-attention is supported"
 
 
-def check(name: str, module: torch.nn.Module, spec: QuantSpec) -> None:
-    """Raise a ValueError if 4-bit attention cannot compute what this module asks for."""
+@lru_cache
+def _asks_the_interface(kind: type) -> bool:
+    """Whether the code of a class of attention modules mentions the interface; some accept any name and go their own way."""
+    return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in _functions(kind))
+
+
+def _functions(kind: type) -> Iterator[FunctionType]:
+    """The methods of a class, and those of its bases that are in use: not overridden, or called through `super`."""
+    for name, _ in inspect.getmembers(kind, inspect.isfunction):
+        for base in kind.__mro__:
+            if inspect.isfunction(method := vars(base).get(name)):
+                yield (function := inspect.unwrap(method))
+                if "super" not in function.__code__.co_names:
+                    break
+
+
+def problem(module: torch.nn.Module, spec: QuantSpec) -> str | None:
+    """Why 4-bit attention cannot compute what this module asks for."""
     config = module.config
     found = {
         "a sliding window": getattr(module, "sliding_window", None) or _config_window(module),
         "a soft cap of the scores": getattr(config, "attn_logit_softcapping", None),
-        "attention sinks": "sinks" if getattr(module, "sinks", None) is not None else None,
+        "attention sinks": "s_aux" if getattr(module, "sinks", None) is not None else None,
+        "a position bias": "position_bias" if getattr(module, "has_relative_attention_bias", None) is not None else None,
         "dropout": getattr(module, "attention_dropout", 0.0) or None,
     }
     for what, value in found.items():
         if value is not None:
-            remedy = "set it to 0 in the config" if what == "dropout" else "exclude it with AttnQATConfig(exclude=[...])"
-            raise ValueError(f"patch_model: {name} uses {what} ({value}), which 4-bit attention cannot do; {remedy}")
-    check_head_dim(name, getattr(module, "head_dim", None), spec)
+            return f"{what} ({value})" + ("; set it to 0 in the config" if what == "dropout" else "")
+    return head_dim_problem(getattr(module, "head_dim", None), spec)
 
 
 def apply(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
@@ -107,6 +126,12 @@ def apply(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
 
 def switch(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
     """Nothing to do: `attention_forward` asks the layer at every call."""
+
+
+def replaced(model: torch.nn.Module, layer: AttentionLayer) -> str | None:
+    """The attention implementation that somebody set after the patch, or None."""
+    name = model.config._attn_implementation
+    return None if name == NAME else name
 
 
 def restore(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
@@ -167,11 +192,10 @@ def attention_forward(
     layer: AttentionLayer | None = getattr(module, _LAYER, None)
     if layer is not None and layer.enabled and module.layer_idx == 0:
         packed_samples.check(query, attention_mask, kwargs)
-    if layer is None or not layer.quantizes:
-        implementation = layer.original if layer is not None else "sdpa"
-        return _original_attention(
-            implementation, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+    original = layer.original if layer is not None else "sdpa"
+    arguments = {"scaling": scaling, "dropout": dropout} | kwargs
+    if layer is None or not (layer.quantizes or layer.observer is not None):
+        return _original_attention(original, module, query, key, value, attention_mask, **arguments)
     packing = packed_samples.packing(query, attention_mask, kwargs)
     if packing is not None:
         attention_mask = None
@@ -181,15 +205,20 @@ def attention_forward(
         filled, key_mask = key.shape[2] if query.shape[2] == 1 else query.shape[2], None
     else:
         filled, key_mask = attention_mask.shape[3], attention_mask[:, 0, 0]
-    key, value = key[:, :, :filled], value[:, :, :filled]
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if layer.observer is not None:
+        if packing is not None:
+            raise ValueError("calibrate and sensitivity: expected one sample a row, got packed samples; pad them instead")
+        out, weights = _original_attention(original, module, query, key, value, attention_mask, **arguments)
+        key, value, shown = key[:, :, :filled], value[:, :, :filled], out.transpose(1, 2)
+        call = AttentionCall(query=query, key=key, value=value, out=shown, causal=True, scale=scaling, key_mask=key_mask)
+        layer.observer(layer, call)
+        return out, weights
+    query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
+    attend = partial(attention, spec=layer.spec, causal=True, scale=scaling, k_shift=layer.shift_on(key.device))
     if packing is not None:
-        flat = (packed_samples.flatten(x) for x in (query, key, value))
-        out = attention(*flat, spec=layer.spec, causal=True, scale=scaling, **packing)
+        out = attend(*(packed_samples.flatten(x) for x in (query, key, value)), **packing)
         return out.unflatten(0, (query.shape[0], query.shape[2])), None
-    out = attention(query, key, value, spec=layer.spec, causal=True, scale=scaling, key_mask=key_mask)
+    out = attend(query, key, value, key_mask=key_mask)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import has_adapters
 from objective import Objective
-from qat_patch import PatchHandle
+from qat_patch import PatchHandle, sensitivity
 
 PEAK_TFLOPS = {
     "H100 PCIe": 756,
@@ -39,6 +39,27 @@ def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     norms = {f"grad_norm/{name}": torch.nn.utils.get_total_norm(gradients) for name, gradients in blocks.items()}
     # Sharded gradients give a sharded norm.
     return {name: getattr(x, "full_tensor", lambda x=x: x)().item() for name, x in norms.items()}
+
+
+def quantization_errors(objective: Objective, model: torch.nn.Module, batch: Any, device: torch.device) -> dict[str, float]:
+    """Relative L2 error of 4-bit attention in each patched module on a batch, such as `quantization_error/blocks.3.attn1`.
+
+    Each on the inputs that original attention gives it, so that errors of one module do not reach the next. Of this process.
+    """
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        report = sensitivity(_Outputs(objective, model), [batch])
+    return {f"quantization_error/{layer.name}": layer.error for layer in report.layers}
+
+
+class _Outputs(torch.nn.Module):
+    """A model that is called with a batch."""
+
+    def __init__(self, objective: Objective, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, *items: Any, **named: Any) -> torch.Tensor:
+        return self.objective.outputs(self.model, self.objective.inputs(named or list(items)))
 
 
 class FlopCount:

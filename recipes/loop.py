@@ -25,7 +25,7 @@ from transformers import get_scheduler
 import checkpoints
 import faults
 from adapters import has_adapters, save_adapters_only
-from diagnostics import FlopCount, gradient_norms
+from diagnostics import FlopCount, gradient_norms, quantization_errors
 from objective import Teacher, evaluate, losses, make_teacher
 from optimization import WeightAverage, compile_blocks, make_optimizer
 from settings import flatten, to_dict, to_yaml
@@ -104,6 +104,7 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         seen = [next(batches) for _ in range(settings.accumulation_steps)]
         operations = sum(flops.of(model, batch) for batch in seen)
         is_detailed = settings.layers_every > 0 and step % settings.layers_every == 0
+        errors = quantization_errors(task.objective, model, seen[0], accelerator.device) if is_detailed else {}
         values |= _step(settings, task, teacher, accelerator, model, optimizer, seen, is_detailed)
         scheduler.step()
         if average and _is_finite(values):
@@ -121,7 +122,7 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         values["peak_memory_gib"] = _peak_memory(accelerator.device)
         values["tokens"] = tokens = tokens + values["tokens"]
         bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {values['tokens_per_second']:.0f} tokens/s")
-        log.write(step, values | measure(step))
+        log.write(step, values | errors | measure(step))
         if settings.is_due(settings.checkpoint_every, step):
             state = {"step": step, "tokens": tokens, "skipped_steps": skipped, "processes": accelerator.num_processes}
             batches_done = step * settings.accumulation_steps * accelerator.num_processes

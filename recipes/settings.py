@@ -136,7 +136,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             parsed = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{where}: {str(value)!r} is no YAML value: {error}") from error
-        value = str(value) if text is str and origin is not tuple and parsed is not None else parsed
+        value = str(value) if text is str and origin not in (tuple, dict) and parsed is not None else parsed
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
@@ -148,6 +148,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, list | tuple) or (args[-1] is not ... and len(value) != len(args)):
             raise ValueError(f"{where}: expected a list of {_spell(hint)}, got {value!r}")
         return tuple(_convert(item, args[0], f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected {_spell(hint)}, got {value!r}")
+        return {key: _convert(item, args[1], f"{where}[{key!r}]") for key, item in value.items()}
     if origin is typing.Literal:
         if value in args and isinstance(value, str):
             return value
@@ -168,6 +172,8 @@ def _spell(hint: Any) -> str:
         return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return ", ".join("..." if arg is ... else _spell(arg) for arg in typing.get_args(hint))
+    if typing.get_origin(hint) is dict:
+        return f"a mapping to {_spell(typing.get_args(hint)[1])}"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join("null" if arg is types.NoneType else _spell(arg) for arg in typing.get_args(hint))
     return hint.__name__
@@ -188,6 +194,7 @@ def _describe(cls: type, prefix: str = "") -> list[str]:
             lines += _describe(hint, f"{prefix}{field.name}.")
             continue
         default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
+        default = default if field.default_factory is dataclasses.MISSING else f"default {field.default_factory()}"
         lines.append(f"  {prefix}{field.name} ({_spell(hints[field.name])}; {default})")
         lines += textwrap.wrap(documentation[field.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines

@@ -63,7 +63,7 @@ class TrainingSettings:
     resume: str | None = None
     """Go on from a checkpoint: `latest` of output_dir, or its path."""
     layers_every: int = 0
-    """Log the gradient norm of every layer every so many steps; 0: never."""
+    """Log the gradient norm of every layer and the error of 4-bit attention in it every so many steps; 0: never."""
     report_to: tuple[str, ...] = ()
     """Trackers of Accelerate that get the metrics too, such as tensorboard or wandb."""
 

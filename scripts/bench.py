@@ -66,14 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
 
-    machine = (
-        torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
-    )
-    about = {"device": machine, "torch": torch.__version__, "dtype": options.dtype}
-    if device == "cuda":
-        import triton
-
-        about["triton"] = triton.__version__
+    about = machine(device, options.dtype)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     results = []
     for shape in options.shape or [Shape.parse(text) for text in defaults]:
@@ -94,6 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
+
+
+def machine(device: str, dtype: str) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+    about = {"device": name, "torch": torch.__version__, "dtype": dtype}
+    if device == "cuda":
+        import triton
+
+        about["triton"] = triton.__version__
+    return about
 
 
 def implementations(shape: Shape, device: str) -> tuple[dict[str, Attention], dict[str, Attention]]:

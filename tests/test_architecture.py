@@ -20,11 +20,14 @@ LIBRARY = (
     ("kernels/qat_kernels/**/*.py", KERNELS, set()),
     ("qat_patch/transformers_adapter.py", PATCH, {"transformers"}),
     ("qat_patch/diffusers_adapter.py", PATCH, {"diffusers"}),
+    ("qat_patch/context_parallel.py", PATCH, {"diffusers"}),
     # Imported only once transformers is: the last test below makes sure.
     ("qat_patch/quantizer.py", PATCH | {"transformers"}, set()),
     ("qat_patch/card.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/hub.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/load.py", PATCH, {"diffusers", "peft", "transformers"}),
+    ("qat_patch/sensitivity.py", PATCH, {"matplotlib"}),
+    ("qat_patch/sensitivity_command.py", PATCH, {"diffusers", "transformers"}),
     ("qat_patch/**/*.py", PATCH, set()),
 )
 # Folders of programs and tests; and the folders whose modules theirs may import.

@@ -12,7 +12,14 @@ from qat_patch.block import FORMAT_VERSION
 from qat_patch.folder import weight_files
 
 CURRENT = make_golden.GOLDEN / f"format-{FORMAT_VERSION}"
-NAMES = ["adapters", "language-model", "language-model-bfloat16", "language-model-sharded", "video-model"]
+NAMES = [
+    "adapters",
+    "language-model",
+    "language-model-bfloat16",
+    "language-model-sharded",
+    "language-model-shifted",
+    "video-model",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import configparser
 import copy
+import inspect
 import itertools
 import pickle
 from pathlib import Path
@@ -10,14 +11,15 @@ import diffusers
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
-from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.transformers import transformer_wan
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from packaging.requirements import Requirement
 
 from qat_kernels import attention
-from qat_patch import AttnQATConfig, QuantSpec, diffusers_adapter, get_handle, patch_model, unpatch_model
+from qat_patch import AttnQATConfig, QuantSpec, calibrate, diffusers_adapter, get_handle, patch_model, unpatch_model
 from qat_patch.block import AttentionBlock
+from qat_patch.layer import AttentionLayer
 from tiny_wan import CHANNELS, IMAGE_DIM, TEXT_DIM, tiny_pipeline, tiny_transformer
 
 SPECS = [
@@ -337,16 +339,16 @@ def test_a_failure_half_way_undoes_everything(two_transformers, monkeypatch):
     pipe = tiny_wan_pipeline(two_transformers=two_transformers)
     models = [pipe.transformer, *([pipe.transformer_2] if two_transformers else [])]
     stock = [processors(model) for model in models]
-    fine = [AttentionBackendName.NATIVE] * (LAYERS * 2 * len(models) - 1)
+    fine = [diffusers_adapter._patched] * (LAYERS * 2 * len(models) - 1)
 
-    def fail(spec):
+    def fail(processor, layer):
         if not fine:
             assert not any(same_objects(processors(model), before) for model, before in zip(models, stock, strict=True))
             raise RuntimeError("half-way")
-        return fine.pop()
+        return fine.pop()(processor, layer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(diffusers_adapter, "register_backend", fail)
+        patch.setattr(diffusers_adapter, "_patched", fail)
         with pytest.raises(RuntimeError, match="half-way"):
             patch_model(pipe)
     assert get_handle(pipe) is None
@@ -398,23 +400,47 @@ def qkv(batch=2, queries=40, keys=53, heads=4, key_heads=4, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def dispatch(q, k, v, mask=None, spec=SPECS[0], **kwargs):
-    return dispatch_attention_fn(q, k, v, mask, backend=diffusers_adapter.register_backend(spec), **kwargs)
+def dispatch(q, k, v, mask=None, spec=SPECS[0], k_shift=None, **kwargs):
+    layer = AttentionLayer(name="blocks.0.attn1", spec=spec, original=None, k_shift=k_shift)
+    return diffusers_adapter._knowing_layers(dispatch_attention_fn)(q, k, v, mask, backend=layer, **kwargs)
 
 
 def direct(q, k, v, **kwargs):
     return attention(*(x.transpose(1, 2) for x in (q, k, v)), **kwargs).transpose(1, 2)
 
 
-@pytest.mark.parametrize("shape", [(2, 53), (2, 1, 1, 53), (1, 1, 1, 53)])
-def test_key_mask(shape):
+@pytest.mark.parametrize("shape", [(2, 53), (1, 53), (2, 1, 1, 53), (1, 1, 1, 53), (2, 4, 1, 53)])
+@pytest.mark.parametrize("excluded", [False, -10000.0, -torch.inf])
+def test_key_mask(shape, excluded):
     q, k, v = qkv()
     allowed = torch.rand(shape[0], 53, generator=torch.Generator().manual_seed(1)) < 0.7
-    out = dispatch(q, k, v, allowed.view(shape))
+    mask = allowed.view(shape[0], *[1] * (len(shape) - 2), 53).expand(shape).contiguous()
+    if excluded is not False:
+        mask = torch.zeros(shape, dtype=torch.bfloat16).masked_fill(~mask, excluded)
+    out = dispatch(q, k, v, mask)
     assert torch.equal(out, direct(q, k, v, key_mask=allowed.expand(2, 53)))
     assert not torch.equal(out, dispatch(q, k, v))
     k[~allowed.expand(2, 53)] = torch.nan
-    assert torch.equal(dispatch(q, k, v, allowed.view(shape)), out)
+    assert torch.equal(dispatch(q, k, v, mask), out)
+
+
+def test_outer_product_of_what_is_no_padding():
+    """As HunyuanVideo 1.5 masks: padding sees nothing and is not seen."""
+    q, k, v = qkv(queries=53)
+    allowed = torch.rand(2, 53, generator=torch.Generator().manual_seed(1)) < 0.7
+    outer = (allowed[:, :, None] & allowed[:, None])[:, None]
+    out = dispatch(q, k, v, outer)
+    assert torch.equal(out[allowed], direct(q, k, v, key_mask=allowed)[allowed])
+    assert not out[~allowed].any()
+
+
+def test_masks_are_checked_inside_a_graph():
+    run = torch.compile(dispatch, fullgraph=True, backend="aot_eager")
+    q, k, v = qkv()
+    mask = torch.zeros(2, 1, 1, 53).masked_fill(torch.arange(53) > 40, -10000.0)
+    assert torch.equal(run(q, k, v, mask), dispatch(q, k, v, mask))
+    with pytest.raises(RuntimeError, match="expected a key mask, got an additive mask with other values"):
+        run(q, k, v, mask / 100)
 
 
 def test_causal_scale_groups_of_heads_and_contiguity():
@@ -442,10 +468,14 @@ def test_autocast_casts_what_arrives_in_other_dtypes():
         (None, {"dropout_p": 0.1}, "dropout_p: expected 0, got 0.1"),
         (None, {"is_causal": True}, "as many queries as keys, got 40 queries and 53 keys"),
         (None, {"attention_kwargs": {"return_lse": True}}, "return_lse"),
-        (None, {"parallel_config": object()}, "context parallelism"),
-        (torch.zeros(2, 1, 1, 53), {}, r"expected a key mask, bool \[2, 1, 1, 53\] or \[2, 53\].* got torch.float32"),
-        (torch.ones(2, 4, 1, 53, dtype=torch.bool), {}, r"got torch.bool \(2, 4, 1, 53\)"),
-        (torch.ones(2, 1, 40, 53, dtype=torch.bool), {}, r"got torch.bool \(2, 1, 40, 53\)"),
+        (
+            torch.full((2, 1, 1, 53), -1.0),
+            {},
+            r"a key mask \[2, 1, 1, 53\] or \[2, 53\].* got an additive mask with other",
+        ),
+        (torch.eye(4, 53, dtype=torch.bool).expand(2, 1, 4, 53).mT.mT.transpose(1, 2), {}, "got another mask for each head"),
+        (torch.ones(2, 1, 40, 53, dtype=torch.bool).tril(), {}, "got another mask for each query"),
+        (torch.ones(2, 1, 39, 53, dtype=torch.bool), {}, r"got torch.bool \(2, 1, 39, 53\)"),
         (torch.ones(40, 53, dtype=torch.bool), {}, r"got torch.bool \(40, 53\)"),
     ],
 )
@@ -454,34 +484,60 @@ def test_refused_arguments(mask, kwargs, message):
         dispatch(*qkv(), mask, **kwargs)
 
 
-def test_every_argument_of_the_dispatcher_is_declared(monkeypatch):
-    backend = diffusers_adapter.register_backend(SPECS[0])
-    declared = _AttentionBackendRegistry._supported_arg_names
-    assert declared[backend] >= declared[AttentionBackendName.NATIVE]
-    warnings = []
-    monkeypatch.setattr(_AttentionBackendRegistry, "_checks_enabled", True)
-    monkeypatch.setattr(attention_dispatch.logger, "warning", warnings.append)
-    dispatch(*qkv())
-    assert not warnings
+def test_every_argument_of_the_dispatcher_is_declared():
+    ours = inspect.signature(diffusers_adapter._knowing_layers(dispatch_attention_fn), follow_wrapped=False).parameters
+    assert list(ours) == list(inspect.signature(dispatch_attention_fn).parameters)
 
 
-def test_one_backend_for_each_spec():
-    members = {spec: diffusers_adapter.register_backend(spec) for spec in SPECS}
-    names = [member.value for member in members.values()]
-    assert names[0] == "qat_fp4"
-    assert names[-1] == "qat_fp4_bf16pv_rotate_four_over_six"
-    assert len(set(names)) == len(SPECS)
-    functions = dict(_AttentionBackendRegistry._backends)
+def test_what_comes_without_a_layer_goes_to_the_stock_dispatcher():
+    wrapped = diffusers_adapter._knowing_layers(dispatch_attention_fn)
+    q, k, v = qkv()
+    mask = torch.ones(2, 1, 1, 53, dtype=torch.bool)
+    for backend in (None, "native", AttentionBackendName._NATIVE_MATH):
+        stock = dispatch_attention_fn(q, k, v, mask, scale=0.3, backend=backend)
+        assert torch.equal(wrapped(q, k, v, mask, scale=0.3, backend=backend), stock)
+    patch_model(tiny_wan())
+    first = vars(transformer_wan)["dispatch_attention_fn"]
+    patch_model(tiny_wan())
+    assert vars(transformer_wan)["dispatch_attention_fn"] is first  # wrapped once
+
+
+def test_each_spec_and_shift_reaches_attention():
+    shift = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
     outputs = []
-    for spec, member in members.items():
-        assert diffusers_adapter.register_backend(spec) is member is AttentionBackendName(member.value)
-        assert member is AttentionBackendName[member.name] is getattr(AttentionBackendName, member.name)
-        assert member is pickle.loads(pickle.dumps(member)) is copy.deepcopy(member)
-        assert list(AttentionBackendName).count(member) == 1
-        outputs.append(dispatch(*qkv(), spec=spec))
-        assert torch.equal(outputs[-1], direct(*qkv(), spec=spec))
-    assert dict(_AttentionBackendRegistry._backends) == functions
+    for spec in SPECS:
+        outputs.append(dispatch(*qkv(), spec=spec, k_shift=shift))
+        assert torch.equal(outputs[-1], direct(*qkv(), spec=spec, k_shift=shift))
+        assert not torch.equal(outputs[-1], direct(*qkv(), spec=spec))
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
+
+
+def test_another_backend_set_after_the_patch_is_no_silent_override():
+    model = tiny_wan()
+    stock = processors(model)
+    handle = patch_model(model, AttnQATConfig(include=["*.attn1"]))
+    patched = velocity(model)
+    for override in (lambda: model.set_attention_backend("_native_math"), model.reset_attention_backend):
+        with pytest.raises(ValueError, match="blocks.0.attn1 runs the 4-bit attention of patch_model.*call unpatch_model first"):
+            override()
+    assert torch.equal(velocity(model), patched)
+    assert "LOST" not in str(handle)
+    model.blocks[1].attn1.set_processor(WanAttnProcessor())
+    assert "blocks.1.attn1: QK nvfp4, PV nvfp4 - LOST: WanAttnProcessor was put in its place" in str(handle)
+    unpatch_model(model)
+    assert same_objects(processors(model), stock)
+    model.set_attention_backend("_native_math")
+    model.reset_attention_backend()
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def test_copied_and_pickled_processors_keep_their_layer():
+    model = tiny_wan()
+    patch_model(model)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layers = get_handle(clone).patched
+        assert all(clone.get_submodule(name).processor._attention_backend is layer for name, layer in layers.items())
+        assert torch.equal(velocity(clone), velocity(model))
 
 
 def test_unknown_versions_of_diffusers_are_refused(monkeypatch):
@@ -490,10 +546,6 @@ def test_unknown_versions_of_diffusers_are_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(diffusers, "__version__", "0.43.0")
         with pytest.raises(ValueError, match="expected diffusers 0.42.*got 0.43.0; install"):
-            patch_model(model)
-    with monkeypatch.context() as patch:
-        patch.delattr(attention_dispatch, "_AttentionBackendRegistry")
-        with pytest.raises(ValueError, match="whose attention dispatcher is known"):
             patch_model(model)
     assert get_handle(model) is None
     assert same_objects(processors(model), stock)
@@ -584,17 +636,13 @@ def test_refused_models():
         patch_model(model)
     with pytest.raises(ValueError, match="the pattern 'transformer.*' matches no attention module"):
         patch_model(tiny_wan_pipeline(), AttnQATConfig(include=["transformer.*"]))
-    with pytest.raises(ValueError, match="blocks.0.attn1 has head_dim 24; expected a multiple of 16"):
+    with pytest.raises(ValueError, match="blocks.0.attn1 and 3 more: head_dim 24; expected a multiple of 16"):
         patch_model(tiny_transformer(head_dim=24))
 
     by_hand = tiny_wan()
-    by_hand.blocks[0].attn1.set_attention_backend("qat_fp4")
-    with pytest.raises(ValueError, match="has the attention backend qat_fp4 already"):
+    by_hand.blocks[0].attn1.set_processor(model.blocks[0].attn1.processor)
+    with pytest.raises(ValueError, match="belongs to a patched model"):
         patch_model(by_hand)
-    parallel = tiny_wan()
-    parallel.blocks[0].attn1.processor._parallel_config = object()
-    with pytest.raises(ValueError, match="blocks.0.attn1 runs under context parallelism"):
-        patch_model(parallel)
 
 
 @pytest.fixture
@@ -676,3 +724,29 @@ def test_original_steps_leave_the_state_as_it_was(steps_in_4_bits):
     for numbers in ({"first": -1}, {"last": -2}, {"first": 1.5}):
         with pytest.raises(ValueError, match="expected numbers of steps from 0 up"), handle.original_steps(**numbers):
             raise AssertionError("must not get here")
+
+
+@pytest.mark.gpu
+def test_model_cpu_offload():
+    pipe = tiny_wan_pipeline()
+    handle = patch_model(pipe)
+    calibrate(pipe.transformer, [wan_inputs(i2v=False)])
+    expected = sample(pipe)
+    pipe.enable_model_cpu_offload()
+    assert relative(sample(pipe).cpu(), expected) < 0.05
+    assert {shift.device.type for shift in handle.k_shift.values()} == {"cuda"}
+    pipe.remove_all_hooks()
+    pipe.to("cpu")
+    assert torch.equal(sample(pipe), expected)
+
+
+@pytest.mark.gpu
+def test_cuda_autocast_leaves_no_float32_query(calls):
+    """There RMSNorm runs in float32: queries and keys arrive in float32, values in bfloat16."""
+    model = tiny_wan().cuda().train()
+    patch_model(model)
+    inputs = {name: x.cuda() for name, x in wan_inputs(i2v=False).items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        model(**inputs).sample.square().mean().backward()
+    assert {call[name].dtype for call in calls for name in "qkv"} == {torch.bfloat16}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -142,6 +142,12 @@ def arguments(**changes):
 def test_the_qat_block_is_an_attn_qat_config():
     read = read_settings(Settings, [*arguments(), "qat.spec.pv=bf16", "qat.exclude=['*.0.*']"])
     assert read.qat == AttnQATConfig(spec=QuantSpec(pv="bf16"), exclude=("*.0.*",))
+    overrides = "qat.overrides={'*.attn2': {rotate: true}}"
+    read = read_settings(Settings, [*arguments(), overrides, "qat.exclude_first_blocks=2"])
+    assert read.qat == AttnQATConfig(overrides={"*.attn2": QuantSpec(rotate=True)}, exclude_first_blocks=2)
+    assert from_dict(Settings, to_dict(read)) == read
+    with pytest.raises(ValueError, match=r"settings\.qat\.overrides: expected a mapping to QuantSpec, got 3"):
+        read_settings(Settings, [*arguments(), "qat.overrides=3"])
     with pytest.raises(ValueError, match=r"settings\.qat\.spec\.pv: expected nvfp4 or bf16, got 'fp8'"):
         read_settings(Settings, [*arguments(), "qat.spec.pv=fp8"])
 

@@ -1,0 +1,74 @@
+"""What an attention module of a patched model looks up at every call, and what it shows to those who measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from qat_kernels import QuantSpec
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class AttentionLayer:
+    """One attention module of a patched model. The handle owns it."""
+
+    name: str
+    """The module's name in its model."""
+    spec: QuantSpec | None
+    """What is quantized; None if the module keeps its original attention."""
+    original: Any
+    """What ran here before, as the adapter restores it: an implementation's name, or a processor object."""
+    k_shift: torch.Tensor | None = None
+    """float32 [key heads, head_dim], subtracted from the keys before they are quantized (docs/NUMERICS.md, section 6)."""
+    enabled: bool = True
+    """False inside `handle.disabled()`."""
+    observer: Callable[[AttentionLayer, AttentionCall], None] | None = None
+    """Inside `handle.observed(...)`: sees every call. The module runs its original attention then."""
+
+    @property
+    def quantizes(self) -> bool:
+        return self.enabled and self.spec is not None and self.observer is None
+
+    def shift_on(self, device: torch.device) -> torch.Tensor | None:
+        """`k_shift`, which is no buffer (state_dict keys stay as they are) and so does not move with the model."""
+        if self.k_shift is None or self.k_shift.device == device:
+            return self.k_shift
+        moved = self.k_shift.to(device)
+        if not torch.compiler.is_compiling():  # which takes no side effects inside a checkpointed block
+            self.k_shift = moved
+        return moved
+
+    def __repr__(self) -> str:
+        return f"<4-bit attention of {self.name}, by qat_patch: set backends and enable parallelism before patch_model>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """One call of a module's attention, as `qat_kernels.attention` takes it, and what the original attention made of it."""
+
+    query: torch.Tensor
+    """[batch, heads, queries, head_dim]"""
+    key: torch.Tensor
+    """[batch, key heads, keys, head_dim]"""
+    value: torch.Tensor
+    """The shape of `key`."""
+    out: torch.Tensor
+    """The shape of `query`."""
+    causal: bool
+    scale: float | None
+    key_mask: torch.Tensor | None
+    """bool [batch, keys], True where a key may be seen."""
+
+
+def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in autocast's dtype, if it is on.
+
+    Autocast runs RMSNorm in float32 on CUDA, so that queries and keys come in float32 and values in bfloat16.
+    """
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) for x in tensors)
