@@ -165,8 +165,8 @@ def test_hostile_blocks_are_refused(originals, tmp_path, original):
                 header = {"format": "pt", "qat_patch": json.dumps(block, sort_keys=True)}
                 save_file(load_file(weights), weights, metadata=header)
         reseal(folder)
-        # What the package version is, and how it was trained, is for people, and what the config leaves out is its default; the rest
-        # is exact.
+        # What the package version is, and how it was trained, is for people, and what the config leaves out is its default; the
+        # rest is exact.
         free = path[0] in ("training", "package_version") or (path[0] == "attention" and len(path) > 1)
         free |= json.dumps(block, sort_keys=True) == before
         found = outcome(folder, originals / original)
