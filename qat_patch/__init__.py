@@ -10,6 +10,7 @@ from .hub import push_to_hub
 from .load import load_checkpoint
 from .patch import PatchHandle, get_handle, patch_model, unpatch_model
 from .sensitivity import SensitivityReport, sensitivity
+from .verify import verify_checkpoint
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "push_to_hub",
     "sensitivity",
     "unpatch_model",
+    "verify_checkpoint",
 ]
 
 register_when_imported()

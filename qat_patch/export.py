@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import dataclasses
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .block import ADAPTER_FILE, CONFIG_KEYS, METHOD, AttentionBlock
+from .block import CONFIG_KEYS, METHOD, AttentionBlock
 from .card import model_card
+from .files import written_aside
+from .folder import ExportFolder, weight_files, write_manifest
+from .k_shift import write_k_shift
+from .load import load_part
 from .patch import get_handle
+from .reference import example_inputs as default_inputs
+from .reference import write_reference
 
 _SHARD_SIZE = "5GB"
 
@@ -32,12 +35,14 @@ def export_checkpoint(
     base_model: str | None = None,
     dtype: torch.dtype | None = None,
     merge_adapters: bool = True,
+    example_inputs: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a patched model as a folder that its host library loads, with or without this package.
 
     Weights and their names are those of the model. The config and the headers of the safetensors files carry the attention
-    block; without this package the folder loads as a model with ordinary attention. The folder is written aside and renamed
-    when it is complete.
+    block; without this package the folder loads as a model with ordinary attention. K shifts stand in a file beside them. The
+    folder is written aside, loaded once on the CPU to record what it makes of a reference input (`python -m qat_patch verify`
+    repeats that), and renamed when it is complete.
 
     Args:
         model: a patched Transformers model, Diffusers transformer or Diffusers pipeline (which is saved whole), or a wrapper
@@ -50,6 +55,8 @@ def export_checkpoint(
         dtype: cast floating-point weights to it; default: as they are.
         merge_adapters: add PEFT adapters to the exported weights (the model itself keeps them). False: export the adapters
             alone, in PEFT's format; `load_checkpoint` then loads `base_model` too.
+        example_inputs: the reference input, as tensors by argument name of the model's forward. Default: made from the
+            config of a language model or a Wan transformer; other models have no reference without it.
 
     Returns:
         The folder.
@@ -76,25 +83,36 @@ def export_checkpoint(
             "export_checkpoint: merge_adapters=False needs a model with adapters and base_model, and takes no dtype; got "
             f"{len(adapters)} models with adapters, base_model={base_model!r}, dtype={dtype}"
         )
-    part = handle.models[0]
-    block = _block(part, training)
-    with _written_aside(folder) as partial:
+    with written_aside(folder) as partial:
         if is_pipeline:
             model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
             names = {id(component): name for name, component in model.components.items()}
-            for part in handle.models:
-                _add_block(partial / names[id(part)], handle.host, _block(part, training))
+            parts = {names[id(part)]: part for part in handle.models}
+            blocks = {name: _add_block(partial / name, part, training) for name, part in parts.items()}
         elif merge_adapters:
-            _plain(part, dtype).save_pretrained(partial, max_shard_size=_SHARD_SIZE)
-            _add_block(partial, handle.host, block)
+            parts = {"": handle.models[0]}
+            _save(_plain(parts[""], dtype), partial)
+            blocks = {"": _add_block(partial, parts[""], training)}
         else:
-            _save_adapters(model, part, partial, base_model, block)
+            parts = {"": model}
+            blocks = {"": _save_adapters(model, handle.models[0], partial, training)}
+        kind = "pipeline" if is_pipeline else "model" if merge_adapters else "adapters"
+        export = ExportFolder(folder=partial, kind=kind, blocks=blocks, base_model=None if merge_adapters else base_model)
+        references = {}
+        for name, part in parts.items():
+            inputs = example_inputs or default_inputs(handle.models[0], handle.host)
+            if inputs is not None:
+                # Read back what was written. Adapters alone would need the base model a second time.
+                written = load_part(export, name) if merge_adapters else part
+                references[name] = write_reference(written, inputs, partial / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        first = next(iter(blocks.values()))
+        write_manifest(dataclasses.replace(export, references=references))
         card = model_card(
-            block,
+            first,
             library=handle.host,
-            class_name=type(model if is_pipeline else part).__name__,
+            class_name=type(model if is_pipeline else handle.models[0]).__name__,
             metrics=metrics or {},
             base_model=base_model,
             is_adapter=not merge_adapters,
@@ -103,25 +121,63 @@ def export_checkpoint(
     return folder
 
 
-@contextlib.contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name at the end, or disappears after an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def _save(model: torch.nn.Module, folder: Path) -> None:
+    """`save_pretrained` without our quantizer, which writes blocks of its own and refuses to leave K shifts behind."""
+    quantizer = model.__dict__.pop("hf_quantizer", None)
     try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
+    finally:
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
 
 
-def _block(model: torch.nn.Module, training: dict[str, Any] | None) -> AttentionBlock:
+def _add_block(folder: Path, part: torch.nn.Module, training: dict[str, Any] | None) -> AttentionBlock:
+    """Put the block of a saved model into its config and weights, and K shifts beside them."""
+    block, host = _block(folder, part, training), get_handle(part).host
+    for file in weight_files(folder):
+        _add_header(file, block)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config[CONFIG_KEYS[host]] = block.to_dict()
+    # In its order: of the patterns in a config the first one counts.
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return block
+
+
+def _block(folder: Path, part: torch.nn.Module, training: dict[str, Any] | None) -> AttentionBlock:
     from . import __version__
 
-    handle = get_handle(model)
-    return AttentionBlock(config=handle.config, modules=tuple(handle.patched), package_version=__version__, training=training)
+    handle = get_handle(part)
+    return AttentionBlock(
+        config=handle.config,
+        specs={name: layer.spec for name, layer in handle.patched.items()},
+        k_shift=write_k_shift(folder, handle.k_shift),
+        package_version=__version__,
+        training=training,
+    )
+
+
+def _add_header(file: Path, block: AttentionBlock) -> None:
+    with safe_open(file, framework="pt") as weights:
+        metadata = weights.metadata() or {}
+    save_file(load_file(file), file, metadata={"format": "pt", **metadata, METHOD: block.to_json()})
+
+
+def _save_adapters(
+    model: torch.nn.Module, part: torch.nn.Module, folder: Path, training: dict[str, Any] | None
+) -> AttentionBlock:
+    """PEFT's files, with the block in their headers."""
+    if hasattr(part, "save_lora_adapter"):
+        part.save_lora_adapter(folder)
+    elif hasattr(model, "peft_config"):
+        model.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+    else:
+        raise ValueError("export_checkpoint: pass the PEFT model itself, not the model inside or a wrapper around it")
+    block = _block(folder, part, training)
+    for file in weight_files(folder):
+        _add_header(file, block)
+    return block
 
 
 def _adapter_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -159,34 +215,3 @@ def _build(model: torch.nn.Module) -> torch.nn.Module:
     if get_handle(model).host == "diffusers":
         return type(model).from_config(model.config)
     return type(model)(copy.deepcopy(model.config))
-
-
-def _add_block(folder: Path, host: str, block: AttentionBlock) -> None:
-    """Put the block into the config and the weights of a saved model."""
-    for file in sorted(folder.glob("*.safetensors")):
-        _add_header(file, block)
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    config[CONFIG_KEYS[host]] = block.to_dict()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _add_header(file: Path, block: AttentionBlock) -> None:
-    with safe_open(file, framework="pt") as weights:
-        metadata = weights.metadata() or {}
-    save_file(load_file(file), file, metadata={"format": "pt", **metadata, METHOD: block.to_json()})
-
-
-def _save_adapters(model: torch.nn.Module, part: torch.nn.Module, folder: Path, base_model: str, block: AttentionBlock) -> None:
-    """PEFT's files, and a file of ours that names the base model and holds the block."""
-    if hasattr(part, "save_lora_adapter"):
-        part.save_lora_adapter(folder)
-    elif hasattr(model, "peft_config"):
-        model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)
-    else:
-        raise ValueError("export_checkpoint: pass the PEFT model itself, not the model inside or a wrapper around it")
-    for file in folder.glob("*.safetensors"):
-        _add_header(file, block)
-    content = {"base_model": base_model, "attention": block.to_dict()}
-    (folder / ADAPTER_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

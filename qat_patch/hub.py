@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .load import read_blocks
+from .folder import read_folder
 
 
 def push_to_hub(
@@ -37,7 +37,7 @@ def push_to_hub(
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     folder = Path(folder)
-    read_blocks(folder)
+    read_folder(folder)
     api = HfApi(token=token)
     try:
         api.whoami()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from .block import ADAPTER_FILE, CONFIG_KEYS, METHOD, AttentionBlock
+from .folder import ExportFolder, read_folder, weight_files
 from .patch import get_handle, patch_model
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""As safetensors spells them."""
 
 
 def load_checkpoint(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device | None = None) -> Any:
     """Load an export and patch it as it was.
+
+    All files are compared with their hashes first. Nothing is unpickled, and no code in the folder is run.
 
     Args:
         folder: what `export_checkpoint` wrote.
@@ -26,127 +30,131 @@ def load_checkpoint(folder: str | Path, *, dtype: torch.dtype | str = "auto", de
         mode; of an export of adapters alone the base model with these adapters. `get_handle` has the receipt.
 
     Raises:
-        ValueError: the folder is no export of this package, or its config and weights do not belong together.
+        ValueError: the folder is no export of this package, of another format version, incomplete, changed or damaged, or
+            the host library cannot load what is in it.
     """
-    folder = Path(folder)
-    blocks = read_blocks(folder)
-    if (folder / "model_index.json").is_file():
-        model = _load_pipeline(folder, blocks, dtype)
-    elif (folder / ADAPTER_FILE).is_file():
-        model = _load_adapters(folder, blocks[""], dtype)
-    else:
-        model = _load_model(folder, blocks[""], dtype)
-    for name, block in blocks.items():
-        part = getattr(model, name) if name else model
-        block.check_modules(list(get_handle(part).patched))
-        if torch.device(device or "cpu").type == "cpu":
-            _align(part)
+    export = read_folder(folder)
+    model = _load_pipeline(export, dtype) if export.kind == "pipeline" else load_part(export, "", dtype)
     return model if device is None else model.to(device)
 
 
-def read_blocks(folder: Path) -> dict[str, AttentionBlock]:
-    """The attention blocks of an export by subfolder: one under "" for a model or adapters, one a transformer for a pipeline.
-
-    Raises:
-        ValueError: the folder is no export of this package, or its config and weights do not belong together.
-    """
-    if (folder / "model_index.json").is_file():
-        configs = {file.parent.name: _read_json(file) for file in sorted(folder.glob("*/config.json"))}
-        stored = {name: config.get(CONFIG_KEYS["diffusers"]) for name, config in configs.items()}
-        blocks = {name: block for name, block in stored.items() if AttentionBlock.is_ours(block)}
-        if not blocks:
-            raise ValueError(
-                f"load_checkpoint: no model in {folder} has an attention block of qat_patch; load it with diffusers and call "
-                "patch_model"
-            )
-    elif (folder / ADAPTER_FILE).is_file():
-        blocks = {"": _read_json(folder / ADAPTER_FILE).get("attention")}
-    else:
-        config = _read_json(folder / "config.json")
-        blocks = {"": config.get(CONFIG_KEYS["diffusers" if "_class_name" in config else "transformers"])}
-    return {name: _checked_block(folder / name, block) for name, block in blocks.items()}
+def load_part(export: ExportFolder, part: str, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
+    """One patched model of an export, by subfolder, on the CPU."""
+    host = export.host(part)
+    load = _adapters if export.kind == "adapters" else {"transformers": _causal_lm, "diffusers": _transformer}[host]
+    return _finished(export, part, _hosted(host, export.folder / part, lambda: load(export, part, dtype)))
 
 
-def _load_model(folder: Path, block: AttentionBlock, dtype: torch.dtype | str) -> torch.nn.Module:
-    if "_class_name" in _read_json(folder / "config.json"):
-        from diffusers import AutoModel
-
-        model = AutoModel.from_pretrained(str(folder), local_files_only=True, **_dtype(dtype))
-        patch_model(model, block.config)
-    else:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)  # our quantizer patches it
-    return model.eval()
-
-
-def _load_pipeline(folder: Path, blocks: dict[str, AttentionBlock], dtype: torch.dtype | str) -> Any:
+def _load_pipeline(export: ExportFolder, dtype: torch.dtype | str) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **_dtype(dtype))
-    for name, block in blocks.items():
-        patch_model(getattr(pipeline, name), block.config)
+    if dtype == "auto":
+        folders = {file.parent for file in export.folder.glob("*/*.safetensors")}
+        dtype = {"default": torch.float32} | {folder.name: _stored_dtype(folder) for folder in sorted(folders)}
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    load = DiffusionPipeline.from_pretrained
+    pipeline = _hosted("diffusers", export.folder, lambda: load(export.folder, dtype=dtype, **options))
+    for part in export.blocks:
+        model = getattr(pipeline, part)
+        _check_names(export.folder / part, model)
+        _patch(export, part, model)
+        _finished(export, part, model)
     return pipeline
 
 
-def _load_adapters(folder: Path, block: AttentionBlock, dtype: torch.dtype | str) -> torch.nn.Module:
-    base = _read_json(folder / ADAPTER_FILE)["base_model"]
-    if (folder / "adapter_config.json").is_file():
+def _causal_lm(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    # Our quantizer patches it.
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(export.folder / part, dtype=dtype, **options)
+    # Transformers makes up what is missing.
+    if wrong := {what: sorted(map(str, names)) for what, names in info.items() if names}:
+        raise ValueError(f"the weights are not those of the config: {wrong}")
+    return model.eval()
+
+
+def _transformer(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
+    from diffusers import AutoModel
+
+    folder = export.folder / part
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    # Diffusers has no "auto"; without the argument it loads float32.
+    model = AutoModel.from_pretrained(str(folder), dtype=_stored_dtype(folder) if dtype == "auto" else dtype, **options)
+    _check_names(folder, model)
+    _patch(export, part, model)
+    return model.eval()
+
+
+def _adapters(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
+    base = export.base_model
+    if export.host(part) == "transformers":
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        patch_model(model, block.config)
-        model = PeftModel.from_pretrained(model, folder)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        _patch(export, part, model)
+        model = PeftModel.from_pretrained(model, export.folder)
     else:
         from diffusers import AutoModel
 
         subfolder = {} if (Path(base) / "config.json").is_file() else {"subfolder": "transformer"}
-        model = AutoModel.from_pretrained(base, **subfolder, **_dtype(dtype))
-        patch_model(model, block.config)
-        model.load_lora_adapter(str(folder), prefix=None, weight_name="pytorch_lora_weights.safetensors")
+        options = {"use_safetensors": True, "trust_remote_code": False} | ({} if dtype == "auto" else {"dtype": dtype})
+        model = AutoModel.from_pretrained(base, **subfolder, **options)
+        _patch(export, part, model)
+        model.load_lora_adapter(str(export.folder), prefix=None, weight_name="pytorch_lora_weights.safetensors")
     return model.eval()
 
 
-def _align(model: torch.nn.Module) -> None:
-    """Move weights out of the mapped file: there they start at any address, and CPU matrix products round by address."""
+def _patch(export: ExportFolder, part: str, model: torch.nn.Module) -> None:
+    patch_model(model, export.blocks[part].config, k_shift=export.k_shift(part))
+
+
+def _finished(export: ExportFolder, part: str, model: torch.nn.Module) -> torch.nn.Module:
+    """Check that it was patched as the block says, and move weights out of the mapped file.
+
+    There they start at any address, and CPU matrix products round by address.
+    """
+    export.blocks[part].check_handle(get_handle(model))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.device.type == "cpu":
                 parameter.data = parameter.data.clone()
+    return model
 
 
-def _dtype(dtype: torch.dtype | str) -> dict[str, Any]:
-    """diffusers has no "auto"; without the argument it loads float32."""
-    return {} if dtype == "auto" else {"dtype": dtype}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(f"load_checkpoint: {file} does not exist; expected a folder that export_checkpoint wrote")
+def _hosted(host: str, folder: Path, load: Any) -> Any:
+    """Whatever goes wrong inside a host library names the folder."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"load_checkpoint: {file} is not JSON ({error}); the export is damaged") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"load_checkpoint: {file}: expected a JSON object, got {type(content).__name__}; the export is damaged")
-    return content
-
-
-def _checked_block(folder: Path, stored: Any) -> AttentionBlock:
-    """The block of a model's config, which must be that of its weights too."""
-    if not AttentionBlock.is_ours(stored):
+        return load()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
         raise ValueError(
-            f"load_checkpoint: the config in {folder} has no attention block of qat_patch (got {stored!r}); load it with its own "
-            "library and call patch_model"
-        )
-    block = AttentionBlock.from_dict(stored)
-    for file in sorted(folder.glob("*.safetensors")):
+            f"load_checkpoint: {host} cannot load {folder}: {error or type(error).__name__}; config and weights do not belong "
+            f"together, or this version of {host} does not know the model"
+        ) from error
+
+
+def _check_names(folder: Path, model: torch.nn.Module) -> None:
+    """Raise a ValueError unless the weights have the names of the model's."""
+    names: set[str] = set()
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
-            header = (weights.metadata() or {}).get(METHOD)
-        if header != block.to_json():
-            raise ValueError(
-                f"load_checkpoint: the attention block in {file.name} differs from the one in the config of {folder}; the files "
-                "come from different exports, or one was edited"
-            )
-    return block
+            names |= set(weights.keys())
+    expected = model.state_dict().keys()
+    if names != expected:
+        missing, extra = sorted(expected - names), sorted(names - expected)
+        raise ValueError(
+            f"load_checkpoint: the weights in {folder} are not those of its config; missing: {missing[:3]}, extra: {extra[:3]}"
+        )
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The type of the weights in a folder, where a model may keep some of them in float32."""
+    types: set[torch.dtype] = set()
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            types |= {_FLOATS.get(weights.get_slice(name).get_dtype(), torch.float32) for name in set(weights.keys())}
+    narrow = types - {torch.float32}
+    return narrow.pop() if len(narrow) == 1 else torch.float32

@@ -5,14 +5,17 @@ Importing this module imports transformers; `register_when_imported` is how the 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .block import METHOD, AttentionBlock
+from .k_shift import K_SHIFT, read_k_shift
 from .patch import patch_model
 
 
@@ -37,7 +40,8 @@ class QATPatchQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         block = AttentionBlock.from_dict(self.quantization_config.to_dict())
-        block.check_modules(list(patch_model(model, block.config).patched))
+        shifts = {} if block.k_shift is None else read_k_shift(_beside_the_weights(model, K_SHIFT), block)
+        block.check_handle(patch_model(model, block.config, k_shift=shifts))
         model.is_quantized = False  # the weights are not: .half() and .float() are fine
         return model
 
@@ -45,4 +49,16 @@ class QATPatchQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: torch.nn.Module) -> tuple[None, dict[str, str]]:
-        return None, {METHOD: AttentionBlock.from_dict(self.quantization_config.to_dict()).to_json()}
+        block = AttentionBlock.from_dict(self.quantization_config.to_dict())
+        if block.k_shift is not None:
+            raise ValueError("save_pretrained: it would leave the K shifts of this model behind; use qat_patch.export_checkpoint")
+        return None, {METHOD: block.to_json()}
+
+
+def _beside_the_weights(model: torch.nn.Module, name: str) -> Path:
+    """A file of the folder, or of the repository on the Hub, that a model was loaded from."""
+    config = model.config
+    found = cached_file(
+        config._name_or_path, name, revision=getattr(config, "_commit_hash", None), _raise_exceptions_for_missing_entries=False
+    )
+    return Path(found or Path(config._name_or_path) / name)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .block import ADAPTER_FILE, CONFIG_KEYS, AttentionBlock
 from .calibrate import calibrate
 from .config import AttnQATConfig
+from .folder import MANIFEST
 from .load import load_checkpoint
 from .patch import get_handle, patch_model
 from .sensitivity import sensitivity
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _patched(options: argparse.Namespace) -> Any:
     folder, dtype = options.model, "auto" if options.dtype is None else getattr(torch, options.dtype)
-    if _is_export(folder):
+    if (folder / MANIFEST).is_file():
         if options.config is not None:
             raise ValueError(f"sensitivity: {folder} is an export, which says what is quantized: expected no --config")
         return load_checkpoint(folder, dtype=dtype, device=options.device)
@@ -80,12 +80,6 @@ def _patched(options: argparse.Namespace) -> Any:
     model = model.to(options.device)
     patch_model(model, config)
     return model
-
-
-def _is_export(folder: Path) -> bool:
-    configs = [_json(file) for file in (folder / "config.json", *folder.glob("*/config.json")) if file.is_file()]
-    blocks = [config.get(key) for config in configs for key in CONFIG_KEYS.values()]
-    return (folder / ADAPTER_FILE).is_file() or any(AttentionBlock.is_ours(block) for block in blocks)
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-FORMAT_VERSION = 1
+from qat_patch import files
+
+FORMAT_VERSION = 2
 MANIFEST = "checkpoint.json"
-"""Written last: the state that the recipe gave, and size and SHA-256 of every other file."""
+"""Written last: the state that the recipe gave, and size and SHA-256 of every other file, sealed by a hash of its own."""
 
 
 def steps_in(output_dir: Path) -> dict[int, Path]:
@@ -46,34 +44,20 @@ def check(folder: Path) -> dict[str, Any]:
     """Read the state stored in a checkpoint, after checking that every file is there and unchanged.
 
     Raises:
-        ValueError: the checkpoint is missing, incomplete or damaged, or of another format version.
+        ValueError: the checkpoint is missing, incomplete or damaged, or of another format version; the message names the
+            newest one beside it that is not. Which one to go on from is for people to decide.
     """
-
-    def damaged(what: str) -> ValueError:
-        others = ", ".join(str(other) for other in reversed(steps_in(folder.parent).values()) if other != folder)
-        return ValueError(f"resume: {folder} {what}; resume from another checkpoint ({others or 'there is none beside it'})")
-
-    if not folder.is_dir():
-        raise damaged("does not exist")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version, files, state = manifest["format_version"], manifest["files"], manifest["state"]
-    except FileNotFoundError:
-        raise damaged(f"is incomplete: it has no {MANIFEST}") from None
-    except (ValueError, LookupError, TypeError) as error:
-        raise damaged(f"is damaged: {MANIFEST} cannot be read ({error})") from error
-    if version != FORMAT_VERSION:
-        raise damaged(f"has format_version {version}, and this program reads {FORMAT_VERSION}")
-    for name, recorded in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise damaged(f"is incomplete: {name} is missing")
-        if file.stat().st_size != recorded["bytes"]:
-            raise damaged(f"is damaged: {name} has {file.stat().st_size} bytes and was written with {recorded['bytes']}")
-    for name, digest in _sha256(folder, files).items():
-        if digest != files[name]["sha256"]:
-            raise damaged(f"is damaged: the content of {name} has changed since it was written")
+    state, problem = _read(folder)
+    if problem is not None:
+        good = newest_complete(folder.parent)
+        advice = f"resume={good} is complete; remove what is newer first" if good else "there is no other beside it"
+        raise ValueError(f"resume: {folder} {problem}; {advice}")
     return state
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is complete and unchanged."""
+    return next((folder for folder in reversed(steps_in(output_dir).values()) if _read(folder)[1] is None), None)
 
 
 def save(
@@ -88,49 +72,62 @@ def save(
         state: plain values that `check` returns.
         attach: files to copy into the checkpoint.
         keep: remove all but the newest so many checkpoints; None keeps all.
+
+    Raises:
+        RuntimeError: it could not be written, the disk being full for one. The older checkpoints are as they were.
     """
     folder = output_dir / f"checkpoint-{step}"
     aside = output_dir / f"{folder.name}.incomplete"
-    if accelerator.is_main_process:
-        for leftover in output_dir.glob("checkpoint-*.incomplete"):
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for file in attach:
-            shutil.copyfile(file, aside / file.name)
-        names = sorted(file.relative_to(aside).as_posix() for file in aside.rglob("*") if file.is_file())
-        digests = _sha256(aside, names)
-        files = {name: {"bytes": (aside / name).stat().st_size, "sha256": digests[name]} for name in names}
-        manifest = {"format_version": FORMAT_VERSION, "state": state, "files": files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        for path in (*aside.rglob("*"), aside):
-            _sync(path)
-        aside.rename(folder)
-        _sync(output_dir)
-        if keep is not None:
-            for old in list(steps_in(output_dir).values())[:-keep]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def _sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    def digest(name: str) -> str:
-        sha256 = hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(1 << 22):
-                sha256.update(chunk)
-        return sha256.hexdigest()
-
-    # Hashing lets other threads run, and the checkpoints of large models are many large files.
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if accelerator.is_main_process:
+            _remove_leftovers(output_dir)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for file in attach:
+                shutil.copyfile(file, aside / file.name)
+            manifest = {"format_version": FORMAT_VERSION, "state": state, "files": files.fingerprints(aside)}
+            (aside / MANIFEST).write_text(json.dumps(files.sealed(manifest), indent=2), encoding="utf-8")
+            files.sync(aside)
+            aside.rename(folder)
+            files.sync(output_dir, recursive=False)
+    # torch and safetensors have exceptions of their own for a full disk.
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        good = newest_complete(output_dir)
+        raise RuntimeError(
+            f"checkpoint: writing {folder} failed: {error}\nThe run stops; "
+            + (
+                f"its newest complete checkpoint is {good}. Make room, and go on with resume=latest"
+                if good
+                else "it has no checkpoint"
+            )
+        ) from error
+    if accelerator.is_main_process and keep is not None:
+        for old in list(steps_in(output_dir).values())[:-keep]:
+            # First the name: what is half removed must not look like a checkpoint.
+            old.rename(old.with_name(f"{old.name}.incomplete"))
+        _remove_leftovers(output_dir)
+    accelerator.wait_for_everyone()
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    for leftover in output_dir.glob("checkpoint-*.incomplete"):
+        shutil.rmtree(leftover)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The state, and what is wrong with the checkpoint."""
+    if not folder.is_dir():
+        return {}, "does not exist"
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if (version := content["format_version"]) != FORMAT_VERSION:
+            return {}, f"has format_version {version!r}, and this program reads {FORMAT_VERSION}"
+        manifest = files.unsealed(content)
+    except FileNotFoundError:
+        return {}, f"is incomplete: it has no {MANIFEST}"
+    except (ValueError, LookupError, TypeError) as error:
+        return {}, f"is damaged: {MANIFEST} cannot be read ({error})"
+    return manifest["state"], files.what_changed(folder, manifest["files"])

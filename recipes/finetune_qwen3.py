@@ -13,15 +13,17 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Dataset, Sampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from chat_data import IGNORED, load_chat
 from loop import train
 from settings import read_settings
+from streaming import StreamedBlocks, WindowBatches
 from task import FineTuning, FineTuningSettings
-from text_data import ShuffledBatches, TextSettings, load_blocks
+from text_data import ShuffledBatches, TextSettings, load_blocks, load_source
 
 _TOKENS_AT_ONCE = 1024
-_IGNORED = -100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class Settings(FineTuningSettings):
 class NextToken:
     """Next-token prediction in packed documents, none of which attends to another.
 
-    A batch holds `input_ids` and `position_ids`, both int64 [batch, length]; a document starts where a position is 0. Outputs are
-    logits [batch, length, vocabulary].
+    A batch holds `input_ids` and `position_ids`, both int64 [batch, length]; a document starts where a position is 0. With
+    `labels`, also int64 [batch, length], these are what is to be predicted. Outputs are logits [batch, length, vocabulary].
     """
 
     distance_name = "kl"
@@ -53,16 +55,17 @@ class NextToken:
         return batch | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
     def outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        # With a cache transformers would let documents attend to those before them.
-        return model(**inputs, use_cache=False).logits
+        # With a cache transformers would let documents attend to those before them. With labels it would compute a loss too.
+        return model(**{name: x for name, x in inputs.items() if name != "labels"}, use_cache=False).logits
 
     def loss(self, outputs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         """Mean cross-entropy of the tokens that have another of their document before them.
 
-        Batches with fewer of them, because more documents start in them, weigh as much as others.
+        Of conversations only of those that have labels. Batches with fewer of them, because more documents start in them, weigh
+        as much as others.
         """
-        targets = inputs["input_ids"].masked_fill(inputs["position_ids"] == 0, _IGNORED)
-        return functional.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=_IGNORED)
+        targets = inputs.get("labels", inputs["input_ids"]).masked_fill(inputs["position_ids"] == 0, IGNORED)
+        return functional.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
 
     def distance(self, outputs: torch.Tensor, teacher_outputs: torch.Tensor) -> torch.Tensor:
         """Mean KL(teacher || student) over tokens, computed in float32."""
@@ -88,7 +91,7 @@ class LanguageModeling(FineTuning):
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         # Files that have to be downloaded or cached are so once.
         with accelerator.main_process_first():
-            self.train_data, self.eval_data = load_blocks(settings.data, self.tokenizer)
+            self.train_data, self.eval_data = self._data(settings.data)
         super().__init__(settings)
         self.objective, self.eval_batch_size = NextToken(), settings.batch_size
 
@@ -98,8 +101,25 @@ class LanguageModeling(FineTuning):
             model.activation_checkpointing_enable()
         return model
 
-    def batches(self, start: int, stop: int) -> ShuffledBatches:
-        return ShuffledBatches(len(self.train_data), self.settings.batch_size, self.settings.seed, start, stop)
+    def _data(self, data: TextSettings) -> tuple[Dataset, Dataset | None]:
+        if data.streaming is None:
+            return load_blocks(data, self.tokenizer, load_chat if data.chat else load_source)
+        train = StreamedBlocks(data.train, self.tokenizer, data.sequence_length, data.streaming)
+        return train, data.eval and load_source(data.eval, self.tokenizer, data.sequence_length)
+
+    def batches(self, start: int, stop: int) -> Sampler[list[int]]:
+        settings = self.settings
+        if settings.data.streaming is not None:
+            return WindowBatches(settings.data.streaming, settings.batch_size, settings.seed, start, stop)
+        return ShuffledBatches(len(self.train_data), settings.batch_size, settings.seed, start, stop)
+
+    def data_state(self, batches: int) -> dict[str, Any] | None:
+        if self.settings.data.streaming is None:
+            return None
+        return self.train_data.state_dict(batches * self.settings.batch_size)
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        self.train_data.load_state_dict(state)
 
     @staticmethod
     def tokens(batch: dict[str, torch.Tensor]) -> int:

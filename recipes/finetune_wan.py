@@ -102,11 +102,12 @@ class VideoDiffusion(FineTuning):
         latents = batch["latents"]
         return latents.numel() // (latents.shape[1] * math.prod(self.handle.models[0].config.patch_size))
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> dict[str, float]:
         settings = self.settings
-        if self.samples is not None and settings.is_due(settings.samples.every, step):
-            folder = Path(settings.output_dir) / "samples" / f"step-{step}"
-            self.samples.write(folder, self.accelerator.device, is_writer=self.accelerator.is_main_process)
+        if self.samples is None or not (step == 0 or settings.is_due(settings.samples.every, step)):
+            return {}
+        folder = Path(settings.output_dir) / "samples" / f"step-{step}"
+        return self.samples.write(folder, self.accelerator.device, is_writer=self.accelerator.is_main_process)
 
     @staticmethod
     def _pipeline(settings: Settings) -> dict[str, Any] | None:

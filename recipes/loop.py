@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 import checkpoints
+import faults
 from adapters import has_adapters, save_adapters_only
+from diagnostics import FlopCount, gradient_norms, quantization_errors
 from objective import Teacher, evaluate, losses, make_teacher
+from optimization import WeightAverage, compile_blocks, make_optimizer
 from settings import flatten, to_dict, to_yaml
 from task import Task
 from training_settings import TrainingSettings
 
-# Where and how often a run is saved changes nothing about what it learns: free to differ when it goes on.
-_BOOKKEEPING = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to"}
+# Where and how often a run is saved, and when it gives up: free to differ when it goes on.
+_BOOKKEEPING = {"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to", "max_skipped_steps"}
 
 
 def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) -> dict[str, float]:
@@ -45,22 +49,23 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     Raises:
         ValueError: output_dir holds another run, a checkpoint that does not fit or is damaged, or too little data.
             Nothing has been written to output_dir then.
-        FloatingPointError: loss or gradients are no longer finite.
+        FloatingPointError: loss or gradients of too many steps are not finite.
+        RuntimeError: a checkpoint cannot be written. Older ones are as they were.
     """
     accelerator = _accelerator(settings)
-    checkpoint, done, tokens = _starting_point(settings, accelerator)
-    set_seed(settings.seed, device_specific=True)
+    checkpoint, state = _starting_point(settings, accelerator)
+    done, tokens, skipped = state["step"], state["tokens"], state["skipped_steps"]
+    set_seed(settings.seed, device_specific=True, deterministic=settings.deterministic)
     task = make_task(accelerator)
     teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
     if has_adapters(task.model):
         save_adapters_only(accelerator)
+    if state["data"] is not None:
+        task.restore_data(state["data"])
     loader, eval_loader = _loaders(settings, task, accelerator.num_processes, done)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in task.model.parameters() if parameter.requires_grad],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = make_optimizer(settings, task.model)
+    if settings.compile:
+        compile_blocks(task.model, task.handle, settings.compile)
     model, optimizer, loader, eval_loader = accelerator.prepare(task.model, optimizer, loader, eval_loader)
     if accelerator.is_fsdp2:
         # Accelerate does so for other models: sharding casts weights, but not what is computed between the layers.
@@ -69,19 +74,26 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
     scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
     accelerator.register_for_checkpointing(scheduler)
+    average = WeightAverage(task.model, settings.ema_decay, accelerator) if settings.ema_decay else None
+    flops = FlopCount(task.objective, task.handle, task.model, accelerator.device)
 
     accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
     log = _Log(settings, accelerator, checkpoint)
 
-    def measure() -> dict[str, float]:
-        return evaluate(task.objective, model, task.handle, eval_loader, accelerator, teacher=teacher, seed=settings.seed)
+    def measure(step: int) -> dict[str, float]:
+        values = {}
+        with average.in_place() if average else contextlib.nullcontext():
+            if eval_loader is not None and (step == 0 or settings.is_due(settings.eval_every, step)):
+                values |= evaluate(
+                    task.objective, model, task.handle, eval_loader, accelerator, teacher=teacher, seed=settings.seed
+                )
+            return values | task.after_step(step)
 
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint), strict=not has_adapters(task.model))
     else:
-        if eval_loader is not None:
-            log.write(0, measure())
-        task.after_step(0)
+        if before := measure(0):
+            log.write(0, before)
     model.train()
     batches = iter(loader)
     steps = range(done + 1, settings.steps + 1)
@@ -89,28 +101,41 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     for step in bar:
         began = time.perf_counter()
         values = {"learning_rate": scheduler.get_last_lr()[0]}
-        values |= _step(settings, task, teacher, accelerator, model, optimizer, batches)
-        if not torch.tensor([values["loss"], values["grad_norm"]]).isfinite().all():
-            raise FloatingPointError(f"step {step}: {values}; lower learning_rate, or raise warmup_steps")
+        seen = [next(batches) for _ in range(settings.accumulation_steps)]
+        operations = sum(flops.of(model, batch) for batch in seen)
+        is_detailed = settings.layers_every > 0 and step % settings.layers_every == 0
+        errors = quantization_errors(task.objective, model, seen[0], accelerator.device) if is_detailed else {}
+        values |= _step(settings, task, teacher, accelerator, model, optimizer, seen, is_detailed)
         scheduler.step()
-        values["tokens_per_second"] = values["tokens"] / (time.perf_counter() - began)
+        if average and _is_finite(values):
+            average.step()
+        if not _is_finite(values):
+            skipped += 1
+            where = faults.save_batches(Path(settings.output_dir), step, seen, values, accelerator.process_index)
+            if skipped > settings.max_skipped_steps:
+                raise FloatingPointError(
+                    faults.advice(Path(settings.output_dir), step, values, where, settings.max_skipped_steps)
+                )
+            values = {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped_steps": skipped}
+        seconds = time.perf_counter() - began
+        values |= {"tokens_per_second": values["tokens"] / seconds} | flops.speed(operations, seconds)
         values["peak_memory_gib"] = _peak_memory(accelerator.device)
         values["tokens"] = tokens = tokens + values["tokens"]
-        bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens_per_second']:.0f} tokens/s")
-        if eval_loader is not None and settings.is_due(settings.eval_every, step):
-            values |= measure()
-        log.write(step, values)
-        task.after_step(step)
+        bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {values['tokens_per_second']:.0f} tokens/s")
+        log.write(step, values | errors | measure(step))
         if settings.is_due(settings.checkpoint_every, step):
-            state = {"step": step, "tokens": tokens, "processes": accelerator.num_processes, "settings": to_dict(settings)}
-            checkpoints.save(accelerator, log.file.parent, step, state, attach=[log.file], keep=settings.keep_checkpoints)
+            state = {"step": step, "tokens": tokens, "skipped_steps": skipped, "processes": accelerator.num_processes}
+            batches_done = step * settings.accumulation_steps * accelerator.num_processes
+            state |= {"settings": to_dict(settings), "data": task.data_state(batches_done)}
+            checkpoints.save(accelerator, log.file.parent, step, state, attach=log.files, keep=settings.keep_checkpoints)
 
     accelerator.wait_for_everyone()
     summary = log.summary()
     weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None  # all processes take part
     if accelerator.is_main_process:
         chosen = {name: x for name, x in flatten(to_dict(settings)).items() if x is not None and name not in _BOOKKEEPING}
-        task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary, weights)
+        with average.in_place() if average else contextlib.nullcontext():
+            task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary, weights)
     accelerator.end_training()
     return summary
 
@@ -120,6 +145,8 @@ class _Log:
 
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator, checkpoint: Path | None) -> None:
         self.accelerator, self.file = accelerator, Path(settings.output_dir) / "metrics.jsonl"
+        self.files = [self.file, self.file.with_name("settings.yaml")]
+        """What a checkpoint takes along."""
         accelerator.wait_for_everyone()  # until all have found output_dir free
         if accelerator.is_main_process:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -142,13 +169,16 @@ class _Log:
 
     def summary(self) -> dict[str, float]:
         records = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
-        summary = {"train_loss": records[-1]["loss"]}
+        summary = {"train_loss": next(record["loss"] for record in reversed(records) if "loss" in record)}
         for when, record in (("before", records[0]), ("after", records[-1])):
             summary |= {f"{name}_{when}": value for name, value in record.items() if name.startswith("eval_")}
         return summary
 
 
 def _accelerator(settings: TrainingSettings) -> Accelerator:
+    if settings.deterministic:
+        # Read when cuBLAS starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision, launched = settings.mixed_precision or "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise ValueError(f"accelerate launch asks for {launched}, the settings for mixed_precision={precision}; let them agree")
@@ -176,15 +206,15 @@ def _accelerator(settings: TrainingSettings) -> Accelerator:
     return accelerator
 
 
-def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, int, int]:
-    """The checkpoint to go on from, and the steps and tokens behind it; refuses what does not fit. Only reads."""
+def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from, and the state stored in it; refuses what does not fit. Only reads."""
     output_dir = Path(settings.output_dir)
     if (output_dir / "export").exists():
         raise ValueError(f"output_dir: the run in {output_dir} is finished; choose another folder, or remove this one")
     if settings.resume is None:
         if (output_dir / "metrics.jsonl").exists() or checkpoints.steps_in(output_dir):
             raise ValueError(f"output_dir: {output_dir} holds a run; resume=latest goes on with it; else choose another folder")
-        return None, 0, 0
+        return None, {"step": 0, "tokens": 0, "skipped_steps": 0, "data": None}
     checkpoint = checkpoints.find(output_dir, settings.resume)
     state = checkpoints.check(checkpoint)
     if state["processes"] != accelerator.num_processes:
@@ -200,7 +230,7 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
         raise ValueError(f"resume: {output_dir} holds newer checkpoints than {checkpoint}; remove them first: {', '.join(newer)}")
     if state["step"] > settings.steps:
         raise ValueError(f"settings.steps: {checkpoint} has seen {state['step']} steps already, got {settings.steps}")
-    return checkpoint, state["step"], state["tokens"]
+    return checkpoint, state
 
 
 def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, DataLoader | None]:
@@ -220,31 +250,42 @@ def _step(
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[Any],
+    batches: list[Any],
+    is_detailed: bool,
 ) -> dict[str, float]:
-    """One optimizer step: losses, averaged over batches and processes, gradient norm before clipping, and tokens."""
+    """One optimizer step: losses, averaged over batches and processes, gradient norm before clipping, and tokens.
+
+    If it is to be detailed, gradient norms of the layers too.
+
+    The weights stay as they are if any of it is not finite; all processes agree on that.
+    """
     sums: dict[str, torch.Tensor] = {}
     limit = float("inf") if settings.max_grad_norm is None else settings.max_grad_norm
     # Around the backward pass too, where gradient checkpointing runs the forward pass again.
     with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
-        for _ in range(settings.accumulation_steps):
-            batch = next(batches)
+        for batch in batches:
             with accelerator.accumulate(model):
                 values = losses(task.objective, model, batch, teacher, settings.distillation)
                 accelerator.backward(values["loss"])
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
-                optimizer.step()
-                optimizer.zero_grad()
             values["tokens"] = torch.tensor(task.tokens(batch))
             for name, value in values.items():
                 value = value.detach().to(accelerator.device, torch.float32)
                 sums[name] = sums[name] + value if name in sums else value
+    layers = gradient_norms(model) if is_detailed else {}
+    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist(), strict=True))
     tokens = int(totals.pop("tokens"))
     batches_a_step = settings.accumulation_steps * accelerator.num_processes
     means = {name: total / batches_a_step for name, total in totals.items()}
-    return {**means, "grad_norm": float(norm), "tokens": tokens}
+    values = {**means, "grad_norm": float(norm), "tokens": tokens, **layers}
+    if _is_finite(values):
+        optimizer.step()
+    optimizer.zero_grad()
+    return values
+
+
+def _is_finite(values: dict[str, float]) -> bool:
+    return math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -98,7 +98,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over held-out data: `eval_loss_original` with original and `eval_loss_fp4` with 4-bit attention.
 
-    With a teacher also the distances to it, such as `eval_kl_original` and `eval_kl_fp4`. Both kinds of attention see the
+    Also the distance between the two, such as `eval_kl_between`, which is what quantization changes; with a teacher the distances
+    to it, such as `eval_kl_original` and `eval_kl_fp4`. Both kinds of attention see the
     same inputs, and the random numbers of the training are left alone. With several processes the last batch is filled up
     with samples from the front.
     """
@@ -111,15 +112,17 @@ def evaluate(
         for batch in loader:
             inputs = objective.inputs(batch)
             target = None if teacher is None else teacher(model, inputs)
+            outputs, measured = {}, {}
             for name, attention in (("original", handle.disabled), ("fp4", contextlib.nullcontext)):
                 with attention():
-                    outputs = objective.outputs(model, inputs)
-                measured = {f"eval_loss_{name}": objective.loss(outputs, inputs)}
+                    outputs[name] = objective.outputs(model, inputs)
+                measured[f"eval_loss_{name}"] = objective.loss(outputs[name], inputs)
                 if target is not None:
-                    measured[f"eval_{objective.distance_name}_{name}"] = objective.distance(outputs, target)
-                for key, value in measured.items():
-                    value = value.float().repeat(find_batch_size(batch))
-                    samples.setdefault(key, []).append(accelerator.gather_for_metrics(value))
+                    measured[f"eval_{objective.distance_name}_{name}"] = objective.distance(outputs[name], target)
+            measured[f"eval_{objective.distance_name}_between"] = objective.distance(outputs["fp4"], outputs["original"])
+            for key, value in measured.items():
+                value = value.float().repeat(find_batch_size(batch))
+                samples.setdefault(key, []).append(accelerator.gather_for_metrics(value))
     model.train(was_training)
     # The losses of both kinds first, then the distances.
     return {key: torch.cat(samples[key]).double().mean().item() for key in sorted(samples, key=lambda key: "loss" not in key)}

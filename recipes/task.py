@@ -38,11 +38,21 @@ class Task(Protocol):
             ValueError: there are too few samples.
         """
 
+    def data_state(self, batches: int) -> dict[str, Any] | None:
+        """What has to be remembered of the data, besides the seed, to go on after so many batches: plain values, or None."""
+        return None
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        """Go on from what `data_state` gave; called before the first batch of a resumed run, if it gave anything."""
+
     def tokens(self, batch: Any) -> int:
         """Number of tokens in a batch."""
 
-    def after_step(self, step: int) -> None:
-        """Called by all processes after every step, and with 0 before the first. Must leave model and generators alone."""
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called by all processes after every step, and with 0 before the first; what it measures goes into the log.
+
+        Must leave model and generators alone.
+        """
 
     def export(
         self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
@@ -111,8 +121,9 @@ class FineTuning(Task):
         """The model to start from, with float32 weights: autocast makes the copies that mixed precision computes with."""
         raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> dict[str, float]:
         """Nothing, unless a recipe says so."""
+        return {}
 
     def export(
         self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import torch
 from torch.utils.data import Sampler
+
+from json_lines import read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +79,17 @@ class TextSettings:
     """Tokens in a block. Documents, each with an end-of-text token, are packed one after the other and never see each other; the
     end of a block cuts a document, and the rest of it starts anew in the next block."""
 
+    streaming: int | None = None
+    """Read the training text as it comes, and shuffle within windows of so many blocks; null: read all of it first."""
+    chat: bool = False
+    """Supervised fine-tuning: rows are conversations (a column `messages`), and the last answer is what is learned."""
+
     def __post_init__(self) -> None:
+        if self.streaming is not None and (self.streaming < 1 or self.chat or self.eval_fraction is not None):
+            raise ValueError(
+                "data.streaming: expected a number of blocks from 1 up, without chat and eval_fraction, got "
+                f"{self.streaming}, chat={self.chat}, eval_fraction={self.eval_fraction}"
+            )
         if self.sequence_length < 2:
             raise ValueError(f"data.sequence_length: expected at least 2, got {self.sequence_length}")
         if self.eval is not None and self.eval_fraction is not None:
@@ -121,15 +134,17 @@ class ShuffledBatches(Sampler[list[int]]):
             yield order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
-def load_blocks(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Blocks to train on and held-out blocks (None if nothing is held out), as `load_source` makes them.
+def load_blocks(
+    settings: TextSettings, tokenizer: PreTrainedTokenizerBase, load: Callable[..., datasets.Dataset]
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Blocks to train on and held-out blocks (None if nothing is held out), as `load` makes them: `load_source` or the like.
 
     Raises:
         ValueError: a text that cannot be read, or not enough text for one block.
     """
-    train = load_source(settings.train, tokenizer, settings.sequence_length)
+    train = load(settings.train, tokenizer, settings.sequence_length)
     if settings.eval is not None:
-        return train, load_source(settings.eval, tokenizer, settings.sequence_length)
+        return train, load(settings.eval, tokenizer, settings.sequence_length)
     if settings.eval_fraction is None:
         return train, None
     held_out = max(1, round(len(train) * settings.eval_fraction))
@@ -201,6 +216,8 @@ def load_documents(source: TextSource) -> datasets.Dataset:
             documents = datasets.Dataset.from_json(source.path)
         # An empty file ends in a bare StopIteration, blank lines in a ValueError.
         except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError) as error:
+            # Read again to say which line it is.
+            deque(read_json_lines(Path(source.path), {}), maxlen=0)
             raise ValueError(f"{source.path}: expected JSON lines, got: {error.__cause__ or str(error) or 'nothing'}") from error
     else:
         documents = datasets.Dataset.from_dict({"text": _read_texts(Path(source.path))})
@@ -213,7 +230,11 @@ def load_documents(source: TextSource) -> datasets.Dataset:
     documents = documents.select_columns(column).rename_columns({column: "text"})
     if source.documents is not None:
         documents = documents.select(range(min(source.documents, len(documents))))
-    documents = documents.filter(_not_blank, input_columns="text")
+    try:
+        documents = documents.filter(_not_blank, input_columns="text")
+    except UnicodeDecodeError:
+        deque(read_json_lines(Path(source.path), {}), maxlen=0)
+        raise
     if len(documents) == 0:
         raise ValueError(f"{source.path}: there is no text in it")
     return documents

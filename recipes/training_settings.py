@@ -33,8 +33,17 @@ class TrainingSettings:
     """Decay rates of AdamW's moments."""
     weight_decay: float = 0.01
     """Decoupled weight decay, of all parameters."""
+    fused_optimizer: bool = False
+    """AdamW as one kernel for all parameters: faster on a GPU."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of what is trained, with this decay, and measure and export it; null: none."""
+    compile: str | None = None
+    """Backend of torch.compile for the repeated blocks of the model, such as inductor; null: nothing is compiled."""
     max_grad_norm: float | None = 1.0
     """Clip the gradients of a step to this norm; null: never."""
+    max_skipped_steps: int = 0
+    """Steps whose loss or gradients are not finite leave the weights as they are. So many of them may be in a run; one more
+    stops it. The batches of each are saved in output_dir/nonfinite."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: as it is, or falling to zero at the last step."""
     warmup_steps: int = 0
@@ -43,6 +52,8 @@ class TrainingSettings:
     """Compute in bfloat16 under autocast; weights and optimizer states are float32 either way."""
     seed: int = 0
     """Seeds the order of the samples and all random numbers."""
+    deterministic: bool = False
+    """Algorithms that give the same bits in every run on the same machine; on a GPU some are slower. A CPU needs no such wish."""
     eval_every: int = 0
     """Measure the held-out losses before the first step, every so many steps and after the last; 0: never."""
     checkpoint_every: int = 0
@@ -51,6 +62,8 @@ class TrainingSettings:
     """Keep only the newest so many checkpoints; null: all."""
     resume: str | None = None
     """Go on from a checkpoint: `latest` of output_dir, or its path."""
+    layers_every: int = 0
+    """Log the gradient norm of every layer and the error of 4-bit attention in it every so many steps; 0: never."""
     report_to: tuple[str, ...] = ()
     """Trackers of Accelerate that get the metrics too, such as tensorboard or wandb."""
 
@@ -61,7 +74,7 @@ class TrainingSettings:
 
         for name in ("steps", "batch_size", "accumulation_steps"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("weight_decay", "seed", "eval_every", "checkpoint_every"):
+        for name in ("weight_decay", "seed", "eval_every", "checkpoint_every", "max_skipped_steps", "layers_every"):
             need(getattr(self, name) >= 0, name, "0 or more")
         need(0 <= self.distillation <= 1, "distillation", "a number in [0, 1]")
         need(
@@ -73,7 +86,8 @@ class TrainingSettings:
         need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
         need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a positive number or null")
         need(0 <= self.warmup_steps < self.steps, "warmup_steps", f"0 or more, and less than steps ({self.steps})")
-        for name in ("eval_every", "checkpoint_every"):
+        need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "a number between 0 and 1, or null")
+        for name in ("eval_every", "checkpoint_every", "layers_every"):
             need(getattr(self, name) <= self.steps, name, f"at most steps ({self.steps})")
         need(self.keep_checkpoints is None or self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1, or null")
         need(self.keep_checkpoints is None or self.checkpoint_every > 0, "keep_checkpoints", "null without checkpoint_every")

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, Sampler
 
@@ -87,7 +88,11 @@ class EncodedClips(Dataset):
         return len(self.clips)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        tensors = load_file(self.folder / self.clips[index]["file"])
+        file = self.folder / self.clips[index]["file"]
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"data: {file} is damaged ({error}); run scripts/prepare_wan_data.py again") from error
         embeds = tensors["prompt_embeds"]
         tensors["prompt_embeds"] = torch.nn.functional.pad(embeds, (0, 0, 0, self.settings["text_length"] - len(embeds)))
         return tensors

@@ -69,7 +69,7 @@ def _video(options: argparse.Namespace, device: str) -> PatchHandle:
     if options.output is None or (options.prompt is None) == (options.prompt_embeds is None):
         raise ValueError("a video needs --output FILE.mp4 and one of --prompt and --prompt-embeds")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    pipe = _pipeline(options, dtype).to(device)
+    pipe = make_pipeline(options.folder, options.pipeline, dtype, needs_text=options.prompt_embeds is None).to(device)
     handle = get_handle(pipe)
     names = {"steps": "num_inference_steps"}
     call: dict[str, Any] = {
@@ -91,23 +91,28 @@ def _video(options: argparse.Namespace, device: str) -> PatchHandle:
     return handle
 
 
-def _pipeline(options: argparse.Namespace, dtype: torch.dtype) -> Any:
+def make_pipeline(folder: Path, pipeline: str | None, dtype: torch.dtype, *, needs_text: bool = True) -> Any:
+    """A pipeline with patched transformer: of an export of one, or of a transformer alone within the pipeline that is named.
+
+    Raises:
+        ValueError: `pipeline` is missing, or has no effect.
+    """
     import diffusers
 
-    model = load_checkpoint(options.folder, dtype=dtype)
+    model = load_checkpoint(folder, dtype=dtype)
     if not isinstance(model, torch.nn.Module):
-        if options.pipeline is not None:
-            raise ValueError(f"--pipeline: has no effect, for {options.folder} is a whole pipeline; leave it out")
+        if pipeline is not None:
+            raise ValueError(f"--pipeline: has no effect, for {folder} is a whole pipeline; leave it out")
         return model
-    if options.pipeline is None:
+    if pipeline is None:
         raise ValueError(
-            f"--pipeline: {options.folder} is a transformer alone; name the pipeline that it was fine-tuned from, for its VAE, "
+            f"--pipeline: {folder} is a transformer alone; name the pipeline that it was fine-tuned from, for its VAE, "
             "text encoder and scheduler"
         )
-    text_encoder = {"text_encoder": None, "tokenizer": None} if options.prompt_embeds is not None else {}
+    text_encoder = {} if needs_text else {"text_encoder": None, "tokenizer": None}
     # By its own class: DiffusionPipeline.from_pretrained drops a transformer that it is given, and loads the stored one.
-    pipeline_class = getattr(diffusers, diffusers.DiffusionPipeline.load_config(options.pipeline)["_class_name"])
-    return pipeline_class.from_pretrained(options.pipeline, transformer=model, dtype=dtype, **text_encoder)
+    pipeline_class = getattr(diffusers, diffusers.DiffusionPipeline.load_config(pipeline)["_class_name"])
+    return pipeline_class.from_pretrained(pipeline, transformer=model, dtype=dtype, **text_encoder)
 
 
 def _embeds(file: Path, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -11,15 +11,19 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
+from qat_patch import files
+from qat_patch.folder import MANIFEST, weight_files
+
 RECIPES = Path(__file__).parents[1] / "recipes"
+TIMED = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gib")
 # SIGKILL in the middle of writing a checkpoint, when everything is written but its name.
 KILL = """
 import importlib, os, signal, sys
 recipes, recipe, checkpoint = (sys.argv.pop(1) for _ in range(3))
 sys.path.insert(0, recipes)
-import checkpoints
-sync = checkpoints._sync
-checkpoints._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if checkpoint in str(path) else sync(path)
+from qat_patch import files
+sync = files.sync
+files.sync = lambda path, **kw: os.kill(os.getpid(), signal.SIGKILL) if checkpoint in str(path) else sync(path, **kw)
 importlib.import_module(recipe).main()
 """
 # Accelerate shards over GPUs only. Told that these CPUs are such, it does the same over gloo.
@@ -87,11 +91,11 @@ def run_in_two_processes(program):
 def log(output_dir):
     """metrics.jsonl without what differs from machine to machine."""
     records = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("tokens_per_second", "peak_memory_gib")} for record in records]
+    return [{k: v for k, v in record.items() if k not in TIMED} for record in records]
 
 
 def weights(folder):
-    (file,) = folder.glob("*.safetensors")
+    (file,) = weight_files(folder)
     return load_file(file)
 
 
@@ -99,3 +103,12 @@ def assert_same_run(one, other):
     assert log(one) == log(other)
     a, b = weights(one / "export"), weights(other / "export")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reseal(folder, **changes):
+    """Make an export that was changed look as if it had been exported so. `changes` are of its manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
+    if "files" not in changes:
+        manifest["files"] = {name: x for name, x in files.fingerprints(folder).items() if name not in (MANIFEST, "README.md")}
+    manifest.pop("sha256", None)
+    (folder / MANIFEST).write_text(json.dumps(files.sealed(manifest)))

@@ -158,5 +158,5 @@ def test_adapters_alone_are_exported(inputs, tmp_path):
     assert len(get_handle(model).patched) == 2
     text = ["text.path=" + str(inputs / "eval.txt"), "sequence_length=64", "batch_size=2"]
     assert evaluate_qwen3.main([f"model={export}", *text]) == {
-        name: last[name] for name in ("eval_loss_original", "eval_loss_fp4")
+        name: last[name] for name in ("eval_loss_original", "eval_loss_fp4", "eval_kl_between")
     }

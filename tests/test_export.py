@@ -1,6 +1,7 @@
 """export_checkpoint and load_checkpoint: round trips, loading without the package, and damaged folders."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import qat_patch
 from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, get_handle, load_checkpoint, patch_model, unpatch_model
+from runs import reseal
 from tiny_qwen3 import tiny_qwen3, token_ids
 
 CONFIG = AttnQATConfig(spec=QuantSpec(rotate=True), exclude=["model.layers.0.*"])
@@ -31,11 +33,13 @@ def exported(tmp_path):
     return model, tmp_path / "out"
 
 
-def edit_config(folder, edit):
+def edit_block(folder, edit):
+    """As if it had been exported so: in the config, and in the manifest's hashes."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    edit(config)
+    edit(config["quantization_config"])
     file.write_text(json.dumps(config))
+    reseal(folder)
 
 
 def test_round_trip_is_bit_equal(exported):
@@ -53,7 +57,7 @@ def test_what_the_folder_says(exported):
     _, folder = exported
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert block["quant_method"] == "qat_patch"
-    assert block["format_version"] == 1
+    assert block["format_version"] == 2
     assert block["package_version"] == qat_patch.__version__
     assert AttnQATConfig.from_dict(block["attention"]) == CONFIG
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -97,7 +101,9 @@ def test_save_pretrained_of_a_loaded_export_keeps_the_patch(exported, tmp_path):
     model, folder = exported
     loaded = load_checkpoint(folder)
     loaded.save_pretrained(tmp_path / "again")
-    assert torch.equal(logits(load_checkpoint(tmp_path / "again")), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+    with pytest.raises(ValueError, match=r"not written by this version's export_checkpoint"):
+        load_checkpoint(tmp_path / "again")
     unpatch_model(loaded)
     loaded.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -154,22 +160,34 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 
 def test_load_refuses_what_is_no_export(tmp_path, exported):
     model, _ = exported
-    with pytest.raises(ValueError, match=r"config.json does not exist; expected a folder"):
+    with pytest.raises(ValueError, match=r"qat_patch.json does not exist; expected a folder"):
         load_checkpoint(tmp_path / "nowhere")
     unpatch_model(model)
     model.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="no attention block of qat_patch"):
+    with pytest.raises(ValueError, match="load it with its own library and call patch_model"):
         load_checkpoint(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda block: block.update(format_version=2), "reads format_version 1, got 2"),
-        (lambda block: block.pop("format_version"), "reads format_version 1, got None"),
-        (lambda block: block.update(moduls=[]), "unknown key 'moduls'.*did you mean 'modules'"),
-        (lambda block: block.pop("modules"), "the key 'modules' is missing"),
-        (lambda block: block.update(modules="all"), "modules: expected a list"),
+        (lambda block: block.update(format_version=3), "reads format_version 2, got 3; it is newer: upgrade"),
+        (lambda block: block.update(format_version=1), "reads format_version 2, got 1; it is older: export again"),
+        (lambda block: block.pop("format_version"), "reads format_version 2, got None; it is damaged"),
+        (lambda block: block.update(quant_method="other"), "has no attention block of qat_patch"),
+        (lambda block: block.update(group=[]), "unknown key 'group'.*did you mean 'groups'"),
+        (lambda block: block.pop("groups"), "the key 'groups' is missing"),
+        (lambda block: block.update(groups="all"), "groups: expected a list of groups"),
+        (lambda block: block.update(training=3), "training: expected a mapping or null, got 3"),
+        (lambda block: block.update(k_shift="../shift"), "k_shift: expected a SHA-256 or null"),
+        (lambda block: block["groups"][0].update(modules="all"), "modules: expected a list of module names"),
+        (lambda block: block["groups"].append(block["groups"][0]), "model.layers.1.self_attn occurs twice"),
+        (lambda block: block["groups"][0]["spec"].pop("rotate"), "spec: the key 'rotate' is missing"),
+        (
+            lambda block: block["groups"][0]["numerics"]["value"].update(axis="head_dim"),
+            "computes value as .*'axis': 'key_tokens'",
+        ),
+        (lambda block: block["groups"][0]["numerics"].update(rotation=None), "computes rotation as .*the export expects None"),
         (lambda block: block["attention"].update(exlude=[]), "unknown key 'exlude'.*did you mean 'exclude'"),
         (lambda block: block["attention"]["spec"].update(pv="fp8"), "QuantSpec.pv: expected one of nvfp4, bf16, got 'fp8'"),
         (lambda block: block["attention"].update(exclude=[]), "attention block in model.safetensors differs"),
@@ -177,20 +195,49 @@ def test_load_refuses_what_is_no_export(tmp_path, exported):
 )
 def test_a_damaged_block_is_refused(exported, edit, message):
     _, folder = exported
-    edit_config(folder, lambda config: edit(config["quantization_config"]))
+    edit_block(folder, edit)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
 
 
-def test_a_block_that_names_other_modules_is_refused(exported):
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda block: block["groups"][0].update(modules=["model.layers.1.self_attn", "model.layers.7.self_attn"]),
+            r"missing: \['model.layers.7.self_attn'\], not in the export: \['model.layers.2.self_attn'\]",
+        ),
+        (
+            lambda block: block["attention"]["spec"].update(rotate=False),
+            r"`groups` says .*rotate=True.* its config .*rotate=False",
+        ),
+    ],
+)
+def test_a_block_that_contradicts_itself_is_refused(exported, edit, message):
     _, folder = exported
-
-    def edit(block):
-        block["modules"] = ["model.layers.1.self_attn", "model.layers.7.self_attn"]
-
-    edit_config(folder, lambda config: edit(config["quantization_config"]))
+    edit_block(folder, edit)
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     file = folder / "model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt", "qat_patch": json.dumps(block, sort_keys=True)})
-    with pytest.raises(ValueError, match=r"missing: \['model.layers.7.self_attn'\], not in the export"):
+    reseal(folder)
+    with pytest.raises(ValueError, match=message):
         load_checkpoint(folder)
+
+
+def test_the_block_says_in_full_what_inference_has_to_do(exported):
+    _, folder = exported
+    block = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (group,) = block["groups"]
+    assert group["modules"] == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
+    assert group["spec"] == {"pv": "nvfp4", "rotate": True, "four_over_six": False}
+    assert {name: group["numerics"][name]["axis"] for name in ("query", "key", "value", "probabilities")} == {
+        "query": "head_dim",
+        "key": "head_dim",
+        "value": "key_tokens",
+        "probabilities": "key_tokens",
+    }
+    assert [group["numerics"][name]["global_scale"] for name in ("query", "key", "value", "probabilities")] == [1, 1, 1, 2688]
+    assert group["numerics"]["kept_groups"] == {"causal": ["sink", "open"], "not_causal": []}
+    assert group["numerics"]["rotation"]["entry"] == 0.125
+    assert block["training"] == {"steps": 3, "optimizer": {"lr": 1e-5}}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", block["package_version"])

@@ -101,6 +101,6 @@ def test_a_failure_half_way_says_how_to_go_on(hub, folder):
 
 def test_only_exports_are_uploaded(hub, tmp_path):
     (tmp_path / "other").mkdir()
-    with pytest.raises(ValueError, match=r"config.json does not exist"):
+    with pytest.raises(ValueError, match=r"qat_patch.json does not exist"):
         push_to_hub(tmp_path / "other", "me/model")
     assert not hub.root.exists()

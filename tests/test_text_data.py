@@ -92,21 +92,21 @@ def test_held_out_blocks(tmp_path, tokenizer):
     train = write(tmp_path / "train.txt", words(400, seed=1))
     held_out = write(tmp_path / "eval.txt", words(100, seed=2))
     both = TextSettings(train=TextSource(path=train), eval=TextSource(path=held_out, blocks=3), sequence_length=32)
-    everything, evaluation = load_blocks(both, tokenizer)
+    everything, evaluation = load_blocks(both, tokenizer, load_source)
     assert len(evaluation) == 3
     assert tokenizer.decode(evaluation[0]["input_ids"]) == words(100, seed=2)[:32]
 
     split = TextSettings(train=TextSource(path=train), eval_fraction=0.2, sequence_length=32)
-    first, last = load_blocks(split, tokenizer)
+    first, last = load_blocks(split, tokenizer, load_source)
     assert len(last) == round(len(everything) * 0.2)
     joined = [block["input_ids"].tolist() for part in (first, last) for block in part]
     assert joined == [block["input_ids"].tolist() for block in everything]
 
     only = TextSettings(train=TextSource(path=train), sequence_length=32)
-    assert load_blocks(only, tokenizer)[1] is None
+    assert load_blocks(only, tokenizer, load_source)[1] is None
     few = TextSettings(train=TextSource(path=train, blocks=1), eval_fraction=0.5, sequence_length=32)
     with pytest.raises(ValueError, match="0.5 of 1 blocks of 32 tokens leaves none to train on"):
-        load_blocks(few, tokenizer)
+        load_blocks(few, tokenizer, load_source)
 
 
 def test_text_that_cannot_be_used_is_refused(tmp_path, tokenizer):
@@ -120,9 +120,14 @@ def test_text_that_cannot_be_used_is_refused(tmp_path, tokenizer):
     refused("there is no .txt file in this folder", path=str(tmp_path / "folder"))
     refused("empty.jsonl: expected JSON lines, got: nothing", path=write(tmp_path / "empty.jsonl"))
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    refused("blank.jsonl: expected JSON lines", path=str(tmp_path / "blank.jsonl"))
+    refused("blank.jsonl, line 1: expected a JSON object, got ''", path=str(tmp_path / "blank.jsonl"))
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": "b')
-    refused("torn.jsonl: expected JSON lines, got: JSON parse error", path=str(tmp_path / "torn.jsonl"))
+    refused(
+        r"torn.jsonl, line 2: expected a JSON object, got '{\"text\": \"b'.*mend or remove the line",
+        path=str(tmp_path / "torn.jsonl"),
+    )
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n' * 1000 + b'{"text": "\xff"}\n' + b'{"text": "c"}\n' * 1000)
+    refused(r"bad.jsonl, line 1001: ", path=str(tmp_path / "bad.jsonl"))
     refused("no column 'text'; set text_column to one of body", path=write(tmp_path / "other.jsonl", {"body": "x"}))
     refused("column 'text' is not text", path=write(tmp_path / "numbers.jsonl", {"text": 1}))
     mixed = write(tmp_path / "mixed.jsonl", {"text": "a"}, {"text": 1})

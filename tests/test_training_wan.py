@@ -179,6 +179,8 @@ def test_two_processes_share_model_and_teacher(inputs, tmp_path):
     assert before["eval_velocity_error_original"] == 0 < before["eval_velocity_error_fp4"] and after["velocity_error"] > 0
     assert len(list((tmp_path / "run" / "samples").rglob("*.mp4"))) == 4
     again = measured(load_checkpoint(tmp_path / "run" / "export"), inputs, Accelerator(mixed_precision="bf16"))
+    # A small difference of large numbers, in which codes flip.
+    assert again.pop("eval_velocity_error_between") == pytest.approx(after["eval_velocity_error_between"], rel=0.5)
     assert again == pytest.approx({name: after[name] for name in again}, rel=2e-2)
 
 

@@ -1,0 +1,98 @@
+"""Folders that are there whole or not at all, and files that say when they have changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its name when all of it is on disk, or disappears after an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        sync(partial)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    sync(folder.parent, recursive=False)
+
+
+def sync(folder: Path, *, recursive: bool = True) -> None:
+    """Return when a folder, with all that is in it or only the names in it, has reached the disk."""
+    for path in (*(folder.rglob("*") if recursive else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in a folder, by its name in there."""
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in _sha256(folder, names).items()}
+
+
+def what_changed(folder: Path, recorded: dict[str, dict[str, Any]]) -> str | None:
+    """What is wrong with the files whose fingerprints were recorded, or None if all are there and unchanged."""
+    for name, record in recorded.items():
+        file = folder / name
+        if not file.is_file():
+            return f"is incomplete: {name} is missing"
+        if file.stat().st_size != record["bytes"]:
+            return f"is damaged: {name} has {file.stat().st_size} bytes and was written with {record['bytes']}"
+    for name, digest in _sha256(folder, recorded).items():
+        if digest != recorded[name]["sha256"]:
+            return f"is damaged: the content of {name} has changed since it was written"
+    return None
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with a hash of itself, so that it too says when it has changed."""
+    return content | {"sha256": _digest(content)}
+
+
+def unsealed(content: Any) -> dict[str, Any]:
+    """The manifest inside.
+
+    Raises:
+        ValueError: it has changed since it was sealed.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a mapping, got {type(content).__name__}")
+    inside = {key: value for key, value in content.items() if key != "sha256"}
+    if content.get("sha256") != _digest(inside):
+        raise ValueError("its content has changed since it was written")
+    return inside
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    # Hashing lets other threads run, and large models are many large files.
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

@@ -1,0 +1,119 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on a language model, with original and with 4-bit attention side by side.
+
+python recipes/evaluate_harness.py model=outputs/run/export tasks=[hellaswag,arc_easy] batch_size=8
+python recipes/evaluate_harness.py model=Qwen/Qwen3-0.6B tasks=[hellaswag] qat.exclude=['*.0.*']
+
+Needs `pip install lm-eval`. The tasks it comes with download their data from the Hub; tasks of your own (include_path) need not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qat_patch import AttnQATConfig, get_handle, load_checkpoint, patch_model
+from qat_patch.folder import MANIFEST
+from settings import read_settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Evaluate a language model with lm-evaluation-harness, in both kinds of attention."""
+
+    model: str
+    """Folder that export_checkpoint wrote, or any model that qat_patch can patch: a folder, or a name on the Hub."""
+    qat: AttnQATConfig | None = None
+    """What is patched and what is quantized, of a model that is no export; null: all in NVFP4."""
+    tasks: tuple[str, ...]
+    """Names of tasks."""
+    include_path: str | None = None
+    """A folder with tasks of your own."""
+    attention: tuple[Literal["original", "fp4"], ...] = ("original", "fp4")
+    """What to measure."""
+    num_fewshot: int | None = None
+    """Examples in the prompt; null: as the task says."""
+    limit: int | None = None
+    """Only the first so many documents of a task, for a quick look; null: all."""
+    batch_size: int = 1
+    """Sequences in a forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights; auto: as stored."""
+    seed: int = 0
+    """Of all that is drawn."""
+    output: str | None = None
+    """A new file for the results as JSON; they are printed either way."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("settings.tasks: expected names of tasks, got none")
+        if not self.attention or len(set(self.attention)) < len(self.attention):
+            raise ValueError(f"settings.attention: expected original, fp4 or both, got {list(self.attention)}")
+        for name in ("limit", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"settings.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.output is not None and Path(self.output).exists():
+            raise ValueError(f"settings.output: {self.output} exists; choose another file")
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Evaluate as the command line says; prints and returns the results by kind of attention and task.
+
+    Raises:
+        ValueError: settings that do not fit, lm-eval is not installed, or it does not know a task.
+    """
+    settings = read_settings(Settings, arguments)
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"lm-evaluation-harness cannot be imported ({error}); pip install lm-eval") from error
+    manager = TaskManager(include_path=settings.include_path)
+    if unknown := sorted(set(settings.tasks) - set(manager.match_tasks(list(settings.tasks)))):
+        raise ValueError(f"settings.tasks: lm-eval has no {', '.join(unknown)}; `lm_eval ls tasks` lists what it has")
+    model = _load(settings)
+    lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(settings.model), batch_size=settings.batch_size)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    results = {}
+    for name in settings.attention:
+        with get_handle(model).disabled() if name == "original" else contextlib.nullcontext():
+            found = simple_evaluate(
+                lm,
+                tasks=list(settings.tasks),
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                task_manager=manager,
+                **dict.fromkeys(seeds, settings.seed),
+            )
+        results[name] = {
+            task: {metric: value for metric, value in values.items() if isinstance(value, int | float)}
+            for task, values in found["results"].items()
+        }
+    text = json.dumps(results, indent=1)
+    if settings.output is not None:
+        Path(settings.output).write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return results
+
+
+def _load(settings: Settings) -> torch.nn.Module:
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (Path(settings.model) / MANIFEST).is_file():
+        if settings.qat is not None:
+            raise ValueError(f"settings.qat: {settings.model} is an export and says itself what is patched; leave it out")
+        return load_checkpoint(settings.model, dtype=dtype, device=device)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).eval().to(device)
+    patch_model(model, settings.qat or AttnQATConfig())
+    return model
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Videos of a list of prompts by a Wan export, several of each, with original or 4-bit attention: what VBench scores.
+
+python scripts/sample_prompts.py outputs/wan/export --prompts VBench_full_info.json --output videos/fp4 --attention fp4
+
+The list is VBench's `VBench_full_info.json`, which is part of its repository and has to be downloaded, or a text file with a
+prompt a line. Files are named as VBench wants them, PROMPT-NUMBER.mp4. What is there already is not made again, so a run that
+was interrupted goes on. Scoring is VBench's own (`pip install vbench`), and downloads its models:
+
+    vbench evaluate --videos_path videos/fp4 --dimension subject_consistency
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from generate import make_pipeline
+from qat_patch import get_handle
+
+_LONGEST = 180
+"""Characters of a prompt in a file name; VBench cuts there too."""
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Path]:
+    """Sample as the command line says; returns the files, in the order of the prompts.
+
+    Raises:
+        ValueError: a list that cannot be read, or prompts that would overwrite each other.
+    """
+    from diffusers.utils import encode_video
+
+    options = _parse(arguments)
+    prompts = read_prompts(options.prompts, options.dimension)[: options.limit]
+    names = [prompt[:_LONGEST].replace("/", "_") for prompt in prompts]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--prompts: {len(twice)} prompts would have the same file, {twice[0]!r} for one; remove one of them")
+    wanted = [
+        (options.output / f"{name}-{number}.mp4", prompt, number)
+        for prompt, name in zip(prompts, names, strict=True)
+        for number in range(options.samples)
+    ]
+    missing = [entry for entry in wanted if not entry[0].exists()]
+    print(f"{len(prompts)} prompts, {len(missing)} of {len(wanted)} videos to make")
+    if not missing:
+        return [file for file, _, _ in wanted]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = make_pipeline(options.folder, options.pipeline, torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    names = {"steps": "num_inference_steps"}
+    size: dict[str, Any] = {
+        names.get(name, name): getattr(options, name)
+        for name in ("height", "width", "num_frames", "steps", "guidance_scale")
+        if getattr(options, name) is not None
+    }
+    with get_handle(pipe).disabled() if options.attention == "original" else contextlib.nullcontext():
+        for count, (file, prompt, number) in enumerate(missing, 1):
+            # On the CPU, and by number alone: the same noise on every machine and for both kinds of attention.
+            noise = torch.Generator().manual_seed(options.seed + number)
+            frames = pipe(prompt, **size, generator=noise, output_type="np").frames[0]
+            # A video that is half written must not count as there.
+            aside = file.with_name(f".{file.name}.partial.mp4")
+            encode_video(frames, options.fps, str(aside))
+            os.replace(aside, file)
+            print(f"{count}/{len(missing)} {file.name}", flush=True)
+    return [file for file, _, _ in wanted]
+
+
+def read_prompts(file: Path, dimension: str | None) -> list[str]:
+    """The prompts of a list, each once, in its order; of VBench's list those of one dimension, or all.
+
+    Raises:
+        ValueError: no such file, no such dimension, or not a list of prompts.
+    """
+    if not file.is_file():
+        raise ValueError(
+            f"--prompts: there is no {file}; expected a text file, or VBench_full_info.json from the repository Vchitect/VBench"
+        )
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".json":
+        if dimension is not None:
+            raise ValueError(f"--dimension: only VBench's list has dimensions, and {file} is a text file; leave it out")
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    else:
+        try:
+            entries = [(entry["prompt_en"], entry["dimension"]) for entry in json.loads(text)]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"--prompts: {file}: expected VBench's list of prompt_en and dimension: {error!r}") from error
+        known = sorted({name for _, dimensions in entries for name in dimensions})
+        if dimension is not None and dimension not in known:
+            raise ValueError(f"--dimension: expected one of {', '.join(known)}, got {dimension!r}")
+        prompts = [prompt for prompt, dimensions in entries if dimension is None or dimension in dimensions]
+    if not prompts:
+        raise ValueError(f"--prompts: there are none in {file}")
+    return list(dict.fromkeys(prompts))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what export_checkpoint wrote: a pipeline, or a transformer alone")
+    parser.add_argument("--prompts", type=Path, required=True, help="VBench_full_info.json, or a text file with a prompt a line")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the videos")
+    parser.add_argument("--attention", choices=["original", "fp4"], default="fp4", help="(default: fp4)")
+    parser.add_argument("--dimension", help="only the prompts of one of VBench's dimensions")
+    parser.add_argument("--samples", type=int, default=5, help="videos of each prompt (default: 5, VBench's number)")
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    for name, what in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4n + 1"), ("steps", "denoising steps")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the pipeline's)")
+    parser.add_argument("--guidance-scale", type=float, help="(default: the pipeline's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first video's noise, of each prompt; the others' follow")
+    parser.add_argument("--fps", type=int, default=16, help="of the files (default: 16, Wan 2.1's)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
