@@ -13,11 +13,11 @@ from __future__ import annotations
 import logging
 import sys
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from qat_kernels import QuantSpec, attention
+from qat_kernels import KVCache, QuantSpec, attention
 
 from .block import CONFIG_KEYS, METHOD, AttentionBlock
 from .config import AttnQATConfig, check_head_dim
@@ -31,6 +31,14 @@ MECHANISM = "transformers' AttentionInterface"
 NAME = "qat_fp4"
 """The name of 4-bit attention among transformers' attention implementations."""
 _LAYER = "_qat_layer"
+
+
+class Incoming(NamedTuple):
+    """What a layer of an FP4 cache passes on in place of keys, and of values: itself, and what is to be added to it."""
+
+    cache: KVCache
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 def owns(model: object) -> bool:
@@ -118,6 +126,21 @@ def restore(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
         quantizer.remove_quantization_config(model)  # what is saved from now on is an ordinary model
 
 
+def new_cache(model: torch.nn.Module, layers: list[AttentionLayer]) -> Any:
+    """A transformers cache that keeps K and V of the patched layers in NVFP4.
+
+    Raises:
+        ValueError: V is not quantized, so there is nothing to pack.
+    """
+    from . import cache
+
+    if any(layer.spec is not None and layer.spec.pv != "nvfp4" for layer in layers):
+        raise ValueError(
+            "cache: V stays in BF16 with QuantSpec(pv='bf16'), which an FP4 cache cannot hold; generate with the default cache"
+        )
+    return cache.new_cache(model, {model.get_submodule(layer.name).layer_idx for layer in layers if layer.spec is not None})
+
+
 def compact_mask(
     batch_size: int,
     q_length: int,
@@ -163,11 +186,22 @@ def attention_forward(
     if layer is not None and layer.enabled and module.layer_idx == 0:
         _refuse_packed_positions(query, attention_mask, kwargs.get("position_ids"))
     if layer is None or not layer.quantizes:
+        if isinstance(key, Incoming):
+            raise ValueError(
+                f"{layer.name if layer else type(module).__name__}: its keys and values are in an FP4 cache, which original "
+                "attention cannot read; inside handle.disabled() generate with the default cache"
+            )
         implementation = layer.original if layer is not None else "sdpa"
         return _original_attention(
             implementation, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     _refuse_unsupported(layer.name, query, attention_mask, dropout, kwargs)
+    if isinstance(key, Incoming):
+        dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
+        key_mask = None if attention_mask is None else attention_mask[:, 0, 0]
+        query, new_key, new_value = (x.to(dtype) for x in (query, key.key, key.value))
+        out = key.cache.attention(query, new_key, new_value, spec=layer.spec, scale=scaling, key_mask=key_mask)
+        return out.transpose(1, 2).contiguous(), None
     if attention_mask is None:
         # A prefill sees None and a static cache whose slots behind the tokens are still empty.
         filled, key_mask = key.shape[2] if query.shape[2] == 1 else query.shape[2], None

@@ -22,6 +22,7 @@ LIBRARY = (
     ("qat_patch/diffusers_adapter.py", PATCH, {"diffusers"}),
     # Imported only once transformers is: the last test below makes sure.
     ("qat_patch/quantizer.py", PATCH | {"transformers"}, set()),
+    ("qat_patch/cache.py", PATCH | {"transformers"}, set()),
     ("qat_patch/card.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/hub.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/load.py", PATCH, {"diffusers", "peft", "transformers"}),
