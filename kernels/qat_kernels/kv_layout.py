@@ -30,7 +30,7 @@ def pack_rows(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, 
     """Codes uint8 [..., n] and scales uint8 [..., n / 16] -> bytes [..., 16 I] and scales [..., 2 I]."""
     words = row_words(codes.shape[-1])
     codes = F.pad(codes, (0, words * ROW_MULTIPLE - codes.shape[-1]))
-    scales = F.pad(scales, (0, 2 * words - scales.shape[-1]))
+    scales = F.pad(scales, (0, 2 * words - scales.shape[-1]), value=1)  # the byte of 2^-9, the scale of a group of zeros
     axes = codes.unflatten(-1, (words, 4, 4, 2))  # i, t, pair, element of the pair
     axes = axes.movedim(-4, -3).movedim(-1, -2)  # t, i, element, pair
     return (axes[..., 0::2] | axes[..., 1::2] << 4).flatten(-4), scales.unflatten(-1, (words, 2)).mT.flatten(-2)
