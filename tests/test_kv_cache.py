@@ -106,7 +106,7 @@ def test_select_reorders_drops_and_repeats_sequences():
 def test_bytes_are_at_most_30_percent_of_bfloat16(length, head_dim):
     cache = KVCache()
     k = torch.randn(1, 1, length - 5, head_dim, dtype=torch.bfloat16)
-    cache._append(k, k, key_mask=None, k_shift=None, spec=QuantSpec(), impl="eager")
+    cache.append(k, k)
     cache.attention(*[k[:, :, :5]] * 3)
     assert cache.length == length
     assert cache.nbytes <= 0.30 * 2 * 2 * length * head_dim

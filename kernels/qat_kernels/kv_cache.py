@@ -89,14 +89,28 @@ class KVCache:
         if self.length == 0:
             # The same numbers as over the cache, computed in one piece.
             result = attention(q, k, v, causal=True, scale=scale, return_lse=True, impl=impl, **options)
-            self._append(k, v, impl=_resolve(impl, q), **options)
+            self._extend(k, v, impl=_resolve(impl, q), **options)
         else:
             impl = _resolve(impl, q)
-            self._append(k, v, impl=impl, **options)
+            self._extend(k, v, impl=impl, **options)
             result = self._attend(q, scale=scale, impl=impl, **options)
-        if self._recent.shape[2] > RECENT_TOKENS:
-            self._recent = self._recent[:, :, -RECENT_TOKENS:].clone()
+        self._trim()
         return result if return_lse else result[0]
+
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        spec: QuantSpec = NVFP4,
+        key_mask: torch.Tensor | None = None,
+        k_shift: torch.Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        """Add k and v without attending: what `attention` does first, with its arguments and errors."""
+        self._check(k, k, v, spec, key_mask, k_shift, impl)
+        self._extend(k, v, key_mask=key_mask, k_shift=k_shift, spec=spec, impl=_resolve(impl, k))
+        self._trim()
 
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens` slots.
@@ -162,7 +176,7 @@ class KVCache:
         if problem is not None:
             raise ValueError(f"KVCache.attention: {problem}")
 
-    def _append(self, k, v, *, key_mask, k_shift, spec: QuantSpec, impl: str) -> None:
+    def _extend(self, k, v, *, key_mask, k_shift, spec: QuantSpec, impl: str) -> None:
         """K and V of the next slots; afterwards `_recent` reaches back far enough for `_attend` with as many queries."""
         new = k.shape[2]
         start, self.length, self.spec = self.length, self.length + new, spec
@@ -181,6 +195,10 @@ class KVCache:
             _triton().append(self, k, key_mask, k_shift, new)
         else:
             self._append_eager(k, None if key_mask is None else key_mask[:, start:], k_shift, start)
+
+    def _trim(self) -> None:
+        if self._recent.shape[2] > RECENT_TOKENS:
+            self._recent = self._recent[:, :, -RECENT_TOKENS:].clone()
 
     def _grow(self, k: torch.Tensor) -> None:
         batch, heads, _, head_dim = k.shape
