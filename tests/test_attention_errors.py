@@ -110,7 +110,7 @@ WRONG_CALLS = {
             "max_seqlen_k": 7,
         }.items()
     },
-    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, triton, got 'cuda'"),
+    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, triton, fp4, got 'cuda'"),
     "a spec by name": ({"spec": "nvfp4"}, r"spec: expected a QuantSpec, got 'nvfp4'"),
     "no spec": ({"spec": None}, r"spec: expected a QuantSpec, got None"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import lru_cache
 from types import ModuleType
@@ -14,7 +15,9 @@ from .spec import GROUP_SIZE, MAX_HEAD_DIM, NVFP4, QuantSpec
 
 logger = logging.getLogger(__name__)
 
-Impl = Literal["auto", "eager", "triton"]
+Impl = Literal["auto", "eager", "triton", "fp4"]
+AUTO = "eager"
+"""What `auto` takes, on every device: the kernels have not been measured on a GPU yet."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -52,8 +55,9 @@ def attention(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: packed sequences; not supported yet.
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
         impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
-            float64 (float32 is multiplied as TF32). `auto` takes `eager` on every device for now: the kernels have only run
-            under Triton's interpreter and been compiled ahead of time, not yet measured on a GPU.
+            float64 (float32 is multiplied as TF32); `fp4` is the kernel for FP4 units, without a gradient, which other GPUs from
+            sm_80 on emulate. `auto` takes `eager` on every device for now: the kernels have only run under Triton's interpreter
+            and been compiled ahead of time, not yet measured on a GPU. `explain` says what runs, and why nothing faster does.
 
     Returns:
         The output [B, H, Lq, D] in the dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64
@@ -67,11 +71,13 @@ def attention(
             "attention: packed sequences (cu_seqlens_*, max_seqlen_*) are not supported yet; pass a batch with key_mask"
         )
     _validate(q, k, v, spec, key_mask, k_shift, impl)
+    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if impl == "auto":
-        impl = "eager"
+        impl = AUTO
         if q.device.type != "cpu":
             _log_eager(q.device.type)
-    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    elif impl == "fp4" and needs_gradient:
+        raise ValueError("attention: impl='fp4' has no gradient; call it under torch.no_grad(), or use impl='triton'")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, _, lse, _ = _attention_forward(q, k, v, key_mask, k_shift, spec.to_json(), causal, scale, needs_gradient, impl)
     return (out, lse.detach()) if return_lse else out
@@ -94,7 +100,10 @@ def _attention_forward(
     spec_ = QuantSpec.from_json(spec)
     options = {"spec": spec_, "causal": causal, "scale": scale, "with_twin": _has_twin(spec_, needs_gradient)}
     if impl == "triton":
-        return _triton().forward(q, k, v, key_mask, k_shift, with_stats=needs_gradient, **options)
+        return _triton("triton_attention").forward(q, k, v, key_mask, k_shift, with_stats=needs_gradient, **options)
+    if impl == "fp4":
+        out, lse = _triton("triton_inference").forward(q, k, v, key_mask, k_shift, spec=spec_, causal=causal, scale=scale)
+        return out, q.new_empty(0), lse, lse.new_empty(0)
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
         out, twin, lse = reference.forward(q, k, v, key_mask, k_shift, **options)
     return out, twin, lse, lse.new_empty(0)
@@ -126,7 +135,7 @@ def _attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     options = {"spec": QuantSpec.from_json(spec), "causal": causal, "scale": scale}
     if impl == "triton":
-        return _triton().backward(grad_out, q, k, v, twin, stats, key_mask, k_shift, **options)
+        return _triton("triton_attention").backward(grad_out, q, k, v, twin, stats, key_mask, k_shift, **options)
     with torch.autocast(q.device.type, enabled=False):
         return reference.backward(grad_out, q, k, v, twin, key_mask, k_shift, **options)
 
@@ -156,15 +165,12 @@ def _has_twin(spec: QuantSpec, needs_gradient: bool) -> bool:
     return needs_gradient and spec.pv == "nvfp4"
 
 
-def _triton() -> ModuleType:
-    """The module of the kernels, imported when they are first asked for: this package works without triton."""
+def _triton(name: str) -> ModuleType:
+    """A module of kernels, imported when they are first asked for: this package works without triton."""
     try:
-        from . import triton_attention
+        return importlib.import_module(f".{name}", __package__)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"attention: impl='triton' needs the package triton ({error}); install it, or use impl='eager'"
-        ) from error
-    return triton_attention
+        raise ValueError(f"attention: the kernels need the package triton ({error}); install it, or use impl='eager'") from error
 
 
 @lru_cache
@@ -193,8 +199,8 @@ def _validate(q, k, v, spec, key_mask, k_shift, impl) -> None:
             "one of float32, float16, bfloat16 (float64 for tests) for all three; cast them first",
             f"{q.dtype}, {k.dtype}, {v.dtype}",
         )
-    if impl == "triton" and q.dtype == torch.float64:
-        refuse("dtype with impl='triton'", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
+    if impl in ("triton", "fp4") and q.dtype == torch.float64:
+        refuse(f"dtype with impl={impl!r}", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
     if not q.device == k.device == v.device:
         refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
     batch, heads, _, head_dim = q.shape

@@ -7,12 +7,11 @@ over all of its tokens, computed once or again.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from . import nvfp4, reference
-from .attention import Impl, _validate, attention
+from .attention import Impl, _triton, _validate, attention
+from .explain import why_not
 from .kv_layout import BLOCK_BYTES, BLOCK_SCALES, BLOCK_TOKENS, group_places, pack_rows, row_words, unpack_rows
 from .spec import GROUP_SIZE, NVFP4, QuantSpec
 
@@ -84,14 +83,15 @@ class KVCache:
                 (`pv="bf16"`); or a gradient is asked for. The cache is as it was then.
         """
         self._check(q, k, v, spec, key_mask, k_shift, impl)
+        impl = _resolve(impl, q)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         options = {"key_mask": key_mask, "k_shift": k_shift, "spec": spec}
         if self.length == 0:
             # The same numbers as over the cache, computed in one piece.
-            result = attention(q, k, v, causal=True, scale=scale, return_lse=True, impl=impl, **options)
-            self._extend(k, v, impl=_resolve(impl, q), **options)
+            with torch.no_grad():
+                result = attention(q, k, v, causal=True, scale=scale, return_lse=True, impl=impl, **options)
+            self._extend(k, v, impl=impl, **options)
         else:
-            impl = _resolve(impl, q)
             self._extend(k, v, impl=impl, **options)
             result = self._attend(q, scale=scale, impl=impl, **options)
         self._trim()
@@ -191,8 +191,8 @@ class KVCache:
         if start:  # what the new queries' own groups need, and more while it fits
             recent = torch.cat((self._recent[:, :, -max(RECENT_TOKENS - new, GROUP_SIZE) :], v), 2)
         self._recent = recent
-        if impl == "triton":
-            _triton().append(self, k, key_mask, k_shift, new)
+        if impl != "eager":
+            _triton("triton_decode").append(self, k, key_mask, k_shift, new)
         else:
             self._append_eager(k, None if key_mask is None else key_mask[:, start:], k_shift, start)
 
@@ -260,8 +260,8 @@ class KVCache:
                 scale_places[rows][:, :, block, :, h, i] = group_scales[..., 0].movedim(2, 0)
 
     def _attend(self, q, *, scale: float, key_mask, k_shift, spec: QuantSpec, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if impl == "triton":
-            return _triton().attend(self, q, key_mask, k_shift, scale)
+        if impl != "eager":
+            return _triton("triton_decode").attend(self, q, key_mask, k_shift, scale)
         with torch.autocast(q.device.type, enabled=False):
             return self._attend_eager(q, scale, key_mask, k_shift)
 
@@ -304,10 +304,4 @@ def _resolve(impl: str, q: torch.Tensor) -> str:
     """`auto`: the kernels on every GPU that can run them."""
     if impl != "auto":
         return impl
-    return "triton" if q.device.type == "cuda" and q.dtype != torch.float64 else "eager"
-
-
-def _triton() -> ModuleType:
-    from . import triton_decode
-
-    return triton_decode
+    return "triton" if q.device.type == "cuda" and why_not("triton", q.device, q.dtype, False) is None else "eager"
