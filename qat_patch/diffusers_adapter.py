@@ -105,6 +105,11 @@ def switch(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
         model.get_submodule(layer.name).processor = processor
 
 
+def new_cache(model: torch.nn.Module, layers: list[AttentionLayer]) -> Any:
+    """Denoising keeps no keys and values from step to step."""
+    raise ValueError("cache: a diffusers model generates without a cache of keys and values; this is for language models")
+
+
 def restore(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
     """Undo `apply`, also a half-finished one."""
     for layer in layers:

@@ -134,6 +134,20 @@ class PatchHandle:
         if not called:
             raise ValueError("original_steps: the callback was not called; pass it to the pipeline as callback_on_step_end")
 
+    def cache(self) -> Any:
+        """An empty cache for a language model that keeps the keys and values of patched modules in NVFP4, 4.5 bits a value:
+
+            model.generate(**inputs, past_key_values=handle.cache())
+
+        It generates what the same model does without a cache. A transformers `Cache`: batches with left padding, beam search and
+        assisted generation work. (From transformers 5.24 on, `generate` prefers the name `cache` for the argument.)
+
+        Raises:
+            ValueError: the models are not language models, or leave V unquantized (`pv="bf16"`).
+        """
+        plan = next(iter(self._plans.values()))
+        return _ADAPTERS[plan.host].new_cache(plan.model, plan.layers)
+
     def _enabled(self) -> dict[AttentionLayer, bool]:
         return {layer: layer.enabled for plan in self._plans.values() for layer in plan.layers}
 

@@ -17,11 +17,11 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from qat_kernels import QuantSpec, attention
+from qat_kernels import KVCache, QuantSpec, attention
 
 from . import packed_samples
 from .block import CONFIG_KEYS, METHOD, AttentionBlock
@@ -34,6 +34,14 @@ MECHANISM = "transformers' AttentionInterface"
 NAME = "qat_fp4"
 """The name of 4-bit attention among transformers' attention implementations."""
 _LAYER = "_qat_layer"
+
+
+class Incoming(NamedTuple):
+    """What a layer of an FP4 cache passes on in place of keys, and of values: itself, and what is to be added to it."""
+
+    cache: KVCache
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 def owns(model: object) -> bool:
@@ -145,6 +153,21 @@ def restore(model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
         quantizer.remove_quantization_config(model)  # what is saved from now on is an ordinary model
 
 
+def new_cache(model: torch.nn.Module, layers: list[AttentionLayer]) -> Any:
+    """A transformers cache that keeps K and V of the patched layers in NVFP4.
+
+    Raises:
+        ValueError: V is not quantized, so there is nothing to pack.
+    """
+    from . import cache
+
+    if any(layer.spec is not None and layer.spec.pv != "nvfp4" for layer in layers):
+        raise ValueError(
+            "cache: V stays in BF16 with QuantSpec(pv='bf16'), which an FP4 cache cannot hold; generate with the default cache"
+        )
+    return cache.new_cache(model, {model.get_submodule(layer.name).layer_idx for layer in layers if layer.spec is not None})
+
+
 def compact_mask(
     batch_size: int,
     q_length: int,
@@ -194,12 +217,24 @@ def attention_forward(
         packed_samples.check(query, attention_mask, kwargs)
     original = layer.original if layer is not None else "sdpa"
     arguments = {"scaling": scaling, "dropout": dropout} | kwargs
+    if isinstance(key, Incoming) and (layer is None or not layer.quantizes):
+        raise ValueError(
+            f"{layer.name if layer else type(module).__name__}: its keys and values are in an FP4 cache, which original "
+            "attention cannot read; inside handle.disabled() generate with the default cache"
+        )
     if layer is None or not (layer.quantizes or layer.observer is not None):
         return _original_attention(original, module, query, key, value, attention_mask, **arguments)
     packing = packed_samples.packing(query, attention_mask, kwargs)
     if packing is not None:
         attention_mask = None
     _refuse_unsupported(layer.name, query, attention_mask, dropout, kwargs)
+    if isinstance(key, Incoming):
+        if packing is not None:
+            raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")
+        key_mask = None if attention_mask is None else attention_mask[:, 0, 0]
+        options = {"spec": layer.spec, "scale": scaling, "key_mask": key_mask, "k_shift": layer.shift_on(query.device)}
+        out = key.cache.attention(*under_autocast(query, key.key, key.value), **options)
+        return out.transpose(1, 2).contiguous(), None
     if attention_mask is None:
         # A prefill sees None and a static cache whose slots behind the tokens are still empty.
         filled, key_mask = key.shape[2] if query.shape[2] == 1 else query.shape[2], None

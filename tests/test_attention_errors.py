@@ -98,7 +98,7 @@ WRONG_CALLS = {
         {"q": tensor(2, 4, 5, 48), "k": tensor(2, 2, 7, 48), "v": tensor(2, 2, 7, 48), "spec": QuantSpec(rotate=True)},
         r"head_dim with QuantSpec\(rotate=True\): expected a power of two, got 48",
     ),
-    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, triton, got 'cuda'"),
+    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, triton, fp4, got 'cuda'"),
     "a spec by name": ({"spec": "nvfp4"}, r"spec: expected a QuantSpec, got 'nvfp4'"),
     "no spec": ({"spec": None}, r"spec: expected a QuantSpec, got None"),
 }
@@ -133,6 +133,7 @@ WRONG_PACKED_CALLS = {
         r"key_mask with packed sequences: expected None; pack the allowed tokens alone, got a mask",
     ),
     "a shift per query head": ({"k_shift": tensor(4, 32)}, r"k_shift: expected torch.float32 \[2, 32\] on cpu, got .*\[4, 32\]"),
+    "the kernel for FP4 units": ({"impl": "fp4"}, r"impl with packed sequences: expected auto, eager or triton, got 'fp4'"),
     **{
         f"no {name}": (
             {name: None},

@@ -34,9 +34,7 @@ def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, keys: bool = 
     codes = _quantize.Codes(*(torch.full(shape, 99, dtype=torch.uint8, device=device) for shape in shapes))
     options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     if (mask := options.pop("mask", None)) is not None:
-        from qat_kernels import triton_attention
-
-        options["allowed"] = triton_attention._allowed(mask, sequences)
+        options["allowed"] = _quantize.allowed_keys(mask, sequences)
     if tokens:
         (operand,) = _quantize.quantize_tokens(x.to(device), sequences, order=order, codes=codes, **options)
     else:

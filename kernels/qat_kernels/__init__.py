@@ -1,15 +1,19 @@
 """NVFP4 attention that can be trained. Knows tensors only; imports torch and nothing of any model library."""
 
 from .attention import attention
+from .explain import explain
+from .kv_cache import KVCache
 from .nvfp4 import Quantized, dequantize, fake_quantize, pack, quantize, unpack
 from .spec import NVFP4, QuantSpec
 
 __all__ = [
     "NVFP4",
+    "KVCache",
     "QuantSpec",
     "Quantized",
     "attention",
     "dequantize",
+    "explain",
     "fake_quantize",
     "pack",
     "quantize",

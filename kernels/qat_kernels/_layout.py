@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._nvfp4 import GROUP
 
@@ -111,3 +112,8 @@ class Sequences(NamedTuple):
     def blocks(self, size: int) -> int:
         """Blocks of `size` rows in the longest sequence."""
         return -(-(self.lead + self.length) // PAD) * PAD // size
+
+
+def descriptors(operands, rows) -> list[TensorDescriptor | None]:
+    """Tiles of `rows` rows of each operand, which the hardware can copy by itself."""
+    return [x if x is None else TensorDescriptor.from_tensor(x, [n, x.shape[1]]) for x, n in zip(operands, rows, strict=True)]

@@ -70,7 +70,7 @@ def _quantize_rows_kernel(
     heads, length, blocks, rows, heads_per_shift, sign,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, ORDER: tl.constexpr,
     KEYS: tl.constexpr, SHIFTED: tl.constexpr, MASKED: tl.constexpr, VARLEN: tl.constexpr,
-    ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, CODES: tl.constexpr,
+    ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, OPERAND: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """K (KEYS) minus its shift, or Q times `sign`, quantized along the head dim. For Q, dots takes the product with the shift."""
     columns = tl.arange(0, BLOCK_D)
@@ -100,9 +100,10 @@ def _quantize_rows_kernel(
         _store_rows(codes_ptr, row + slots, pairs, (low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, bounded)
         bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L, BLOCK_D // GROUP))
         _store_rows(scales_ptr, row + slots, group, bits, HEAD_DIM // GROUP, bounded)
-    values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
-    where = row + (row_of(slots, ORDER) if ORDER else slots)
-    _store_rows(operand_ptr, where, columns, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
+    if OPERAND:
+        values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
+        where = row + (row_of(slots, ORDER) if ORDER else slots)
+        _store_rows(operand_ptr, where, columns, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
 
 
 @triton.jit
@@ -185,6 +186,11 @@ class Codes(NamedTuple):
             return (rows // 2, head_dim), (rows // GROUP_SIZE, head_dim)
         return (rows, head_dim // 2), (rows, head_dim // GROUP_SIZE)
 
+    @classmethod
+    def empty(cls, sequences: Sequences, head_dim: int, *, tokens: bool, device: torch.device) -> Codes:
+        shapes = cls.shapes(sequences, head_dim, tokens=tokens)
+        return cls(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
+
 
 class Keys(NamedTuple):
     """The keys that a key mask allows."""
@@ -193,6 +199,17 @@ class Keys(NamedTuple):
     """uint8 [B, rows], by slot."""
     first: torch.Tensor
     """int32 [B]: the first allowed token of each sequence."""
+
+
+def allowed_keys(key_mask: torch.Tensor | None, keys: Sequences) -> Keys | None:
+    """A mask bool [B, Lk] by slot, counted from each sequence's first allowed key."""
+    if key_mask is None:
+        return None
+    first = key_mask.to(torch.uint8).argmax(1)
+    token = first[:, None] + torch.arange(keys.rows, device=key_mask.device) - keys.lead
+    inside = (token >= first[:, None]) & (token < keys.length)
+    mask = key_mask.gather(1, token.clamp(0, keys.length - 1)) & inside
+    return Keys(mask.view(torch.uint8), first.to(torch.int32))
 
 
 def block_of(head_dim: int) -> int:
@@ -232,9 +249,13 @@ def quantize_rows(
     negate: bool = False,
     rotate: bool = False,
     four_over_six: bool = False,
+    operand: bool = True,
     codes: Codes | None = None,
-) -> torch.Tensor:
-    """Q or K, [B, H, L, D] or [total, H, D] of any strides, quantized along the head dim: the operand, and `codes` if given.
+) -> torch.Tensor | None:
+    """Q or K, [B, H, L, D] or [total, H, D] of any strides, quantized along the head dim.
+
+    Returns:
+        The operand unless it is not wanted; `codes` are written where they are given.
 
     Args:
         keys: K, minus `shift`. Otherwise Q, with the opposite sign if `negate`.
@@ -245,18 +266,18 @@ def quantize_rows(
     head_dim, block_d = x.shape[-1], block_of(x.shape[-1])
     block_l = _block_l(block_d)
     blocks = sequences.blocks(block_l)
-    operand = x.new_empty((sequences.all_rows, block_d), dtype=operand_dtype(x.dtype))
+    result = x.new_empty((sequences.all_rows, block_d), dtype=operand_dtype(x.dtype)) if operand else None
     dots_stride = (0, 0) if dots is None else (dots.stride(0), dots.stride(1)) if dots.ndim == 3 else (0, dots.stride(0))
     _quantize_rows_kernel[(sequences.count * sequences.heads * blocks,)](
-        x, shift, *(allowed or (None, None)), sequences.cu, operand, *(codes or (None, None)), dots,
+        x, shift, *(allowed or (None, None)), sequences.cu, result, *(codes or (None, None)), dots,
         *strides_of(x), 0 if allowed is None else allowed.mask.stride(0), *dots_stride,
         sequences.heads, sequences.length, blocks, sequences.rows, 1 if shift is None else sequences.heads // shift.shape[0],
         -1.0 if negate else 1.0,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead, ORDER=order, KEYS=keys,
         SHIFTED=shift is not None, MASKED=allowed is not None, VARLEN=sequences.cu is not None,
-        ROTATE=rotate, FOUR_OVER_SIX=four_over_six, CODES=codes is not None, num_warps=4, enable_fp_fusion=True,
+        ROTATE=rotate, FOUR_OVER_SIX=four_over_six, OPERAND=operand, CODES=codes is not None, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return operand
+    return result
 
 
 def quantize_tokens(

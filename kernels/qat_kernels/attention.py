@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import lru_cache
 from types import ModuleType
@@ -15,7 +16,7 @@ from .spec import GROUP_SIZE, MAX_HEAD_DIM, NVFP4, QuantSpec
 
 logger = logging.getLogger(__name__)
 
-Impl = Literal["auto", "eager", "triton"]
+Impl = Literal["auto", "eager", "triton", "fp4"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -59,7 +60,8 @@ def attention(
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
         impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
             float64; their matrix products take bfloat16 operands, which is exact for what is quantized, and sum in float32.
-            `auto` takes `triton` where it can run, and `eager` elsewhere.
+            `fp4` is the kernel for FP4 units, without a gradient and not for packed sequences, which other GPUs from sm_80 on
+            emulate. `auto` takes `triton` where it can run, and `eager` elsewhere. `explain` says what runs, and why.
 
     Returns:
         The output in the shape, dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64 for
@@ -75,9 +77,11 @@ def attention(
     if all(x is None for x in packing):
         packing = None
     _validate(q, k, v, spec, key_mask, k_shift, packing, impl)
-    if impl == "auto":
-        impl = _resolve(q.device, q.dtype)
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if impl == "auto":
+        impl = resolve(q.device, q.dtype)
+    elif impl == "fp4" and needs_gradient:
+        raise ValueError("attention: impl='fp4' has no gradient; call it under torch.no_grad(), or use impl='triton'")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = (spec.to_json(), causal, scale, needs_gradient, impl)
     out, _, lse, *_ = _attention_forward(q, k, v, key_mask, k_shift, *options, *(packing or ()))
@@ -106,7 +110,11 @@ def _attention_forward(
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = {"spec": spec_, "causal": causal, "scale": scale}
     if impl == "triton":
-        return tuple(_triton().forward(q, k, v, key_mask, k_shift, packing, with_gradient=needs_gradient, **options))
+        kernels = _triton("triton_attention")
+        return tuple(kernels.forward(q, k, v, key_mask, k_shift, packing, with_gradient=needs_gradient, **options))
+    if impl == "fp4":
+        out, lse = _triton("triton_inference").forward(q, k, v, key_mask, k_shift, **options)
+        return out, q.new_empty(0), lse, lse.new_empty(0), q.new_empty(0, dtype=torch.uint8)
     options["with_twin"] = _has_twin(spec_, needs_gradient)
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
         if packing is None:
@@ -124,7 +132,7 @@ def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient, impl, *pa
     stats_shape = codes_shape = (0,)
     if impl == "triton":
         options = {"spec": spec_, "causal": causal, "with_gradient": needs_gradient}
-        stats_shape, codes_shape = _triton().output_shapes(q.shape, k.shape, packing, **options)
+        stats_shape, codes_shape = _triton("triton_attention").output_shapes(q.shape, k.shape, packing, **options)
     return torch.empty_like(q), twin, lse, lse.new_empty(stats_shape), q.new_empty(codes_shape, dtype=torch.uint8)
 
 
@@ -152,7 +160,8 @@ def _attention_backward(
     if impl == "triton":
         codes, *value = operands
         saved = (value[0] if value else None, twin, stats, codes)
-        return _triton().backward(grad_out, *saved, key_mask, packing, key_shape=torch.Size(key_shape), **options)
+        kernels, shape = _triton("triton_attention"), torch.Size(key_shape)
+        return kernels.backward(grad_out, *saved, key_mask, packing, key_shape=shape, **options)
     with torch.autocast(grad_out.device.type, enabled=False):
         if packing is None:
             return reference.backward(grad_out, *operands, twin, key_mask, k_shift, **options)
@@ -175,7 +184,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
     operands = [q, k, v]
     if ctx.impl == "triton":
-        operands = [codes, v] if _triton().reads_value(spec, ctx.causal) else [codes]
+        operands = [codes, v] if _triton("triton_attention").reads_value(spec, ctx.causal) else [codes]
     ctx.save_for_backward(twin, stats, key_mask, k_shift, *cu_seqlens, *operands)
 
 
@@ -198,27 +207,24 @@ def _has_twin(spec: QuantSpec, needs_gradient: bool) -> bool:
     return needs_gradient and spec.pv == "nvfp4"
 
 
-def _triton() -> ModuleType:
-    """The module of the kernels, imported when they are first asked for: this package works without triton."""
+def _triton(name: str) -> ModuleType:
+    """A module of kernels, imported when they are first asked for: this package works without triton."""
     try:
-        from . import triton_attention
+        return importlib.import_module(f".{name}", __package__)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"attention: impl='triton' needs the package triton ({error}); install it, or use impl='eager'"
-        ) from error
-    return triton_attention
+        raise ValueError(f"attention: the kernels need the package triton ({error}); install it, or use impl='eager'") from error
 
 
 @torch.compiler.assume_constant_result
 @lru_cache
-def _resolve(device: torch.device, dtype: torch.dtype) -> Impl:
+def resolve(device: torch.device, dtype: torch.dtype) -> Impl:
     """What `auto` takes. Says once for each device and dtype why a GPU runs the slow one."""
     if device.type == "cpu":
         return "eager"
     try:
         if dtype == torch.float64:
             raise ValueError("float64")
-        _triton().check_device(device)
+        _triton("triton_attention").check_device(device)
     except ValueError as reason:
         logger.warning("qat_kernels: attention runs the eager implementation: same numbers, but slow (%s).", reason)
         return "eager"
@@ -247,8 +253,8 @@ def _validate(q, k, v, spec, key_mask, k_shift, packing: Packing | None, impl) -
             "one of float32, float16, bfloat16 (float64 for tests) for all three; cast them first",
             f"{q.dtype}, {k.dtype}, {v.dtype}",
         )
-    if impl == "triton" and q.dtype == torch.float64:
-        refuse("dtype with impl='triton'", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
+    if impl in ("triton", "fp4") and q.dtype == torch.float64:
+        refuse(f"dtype with impl={impl!r}", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
     if not q.device == k.device == v.device:
         refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
     heads, key_heads, head_dim = q.shape[1], k.shape[1], q.shape[-1]
@@ -261,6 +267,8 @@ def _validate(q, k, v, spec, key_mask, k_shift, packing: Packing | None, impl) -
         packing.check_arguments(len(q), len(k), q.device)
         if key_mask is not None:
             refuse("key_mask with packed sequences", "None; pack the allowed tokens alone", "a mask")
+        if impl == "fp4":
+            refuse("impl with packed sequences", "auto, eager or triton", "'fp4'")
     elif (k.shape[0], k.shape[-1]) != (q.shape[0], head_dim):
         refuse("shape of k", f"[{q.shape[0]}, Hk, Lk, {head_dim}], batch and head_dim as in q", tuple(k.shape))
     if key_heads == 0 or heads % key_heads:

@@ -44,7 +44,44 @@ def forward(
 
     O and O' have the shape, strides and dtype of `query`; LSE is [B, H, Lq] in the dtype of the arithmetic.
     """
-    ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
+    return _forward(_prepare(query, key, value, key_mask, k_shift, spec, causal, scale), query, k_shift, scale, with_twin)
+
+
+def forward_cached(
+    query: torch.Tensor,
+    key_fq: torch.Tensor,
+    value_fq: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor,
+    positions: torch.Tensor,
+    k_shift: torch.Tensor | None,
+    *,
+    spec: QuantSpec,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and LSE of the last tokens of sequences whose keys and values were quantized before: causal `forward`, of which `key_fq`
+    and `value_fq` [B, K, n, D] are the quantized operands, `value` what the kept groups take (elsewhere it may hold anything
+    finite), all of them counted from each sequence's first allowed key, as `key_mask` [B, n] and `positions` [B, Lq] are.
+    """
+    dtype = accumulator(query.dtype)
+    queries = scaled_codes(rotated(query.float().contiguous(), spec), four_over_six=spec.four_over_six).to(dtype)
+    ops = _Operands(
+        query=queries.unflatten(1, (key_fq.shape[1], -1)),
+        key_fq=key_fq,
+        value=value,
+        value_fq=value_fq,
+        key_mask=key_mask,
+        positions=positions,
+        scale=scale_of_quantized(scale, query.shape[-1], spec),
+        spec=spec,
+    )
+    out, _, lse = _forward(ops, query, k_shift, scale, with_twin=False)
+    return out, lse
+
+
+def _forward(
+    ops: _Operands, query: torch.Tensor, k_shift: torch.Tensor | None, scale: float, with_twin: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = torch.empty_like(query).zero_()
     twin = torch.empty_like(query).zero_() if with_twin else query.new_empty(0)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=ops.query.dtype, device=query.device)
@@ -161,7 +198,7 @@ class _Chunk:
 
 def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool, scale: float) -> _Operands:
     dtype = accumulator(query.dtype)
-    head_dim, positions = query.shape[-1], None
+    positions = None
     if causal:
         positions = torch.arange(query.shape[2], device=query.device)[None] + (key.shape[2] - query.shape[2])
     if key_mask is not None:
@@ -173,11 +210,7 @@ def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool
     query, key, value = query.float().contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
     if k_shift is not None:
         key = key - k_shift[:, None]
-    if spec.rotate:
-        rotation = _hadamard(head_dim, query.device)
-        query, key = query @ rotation, key @ rotation
-        scale = scale / (HADAMARD_ENTRY**2 * head_dim)
-    query, key = (scaled_codes(x, four_over_six=spec.four_over_six).to(dtype) for x in (query, key))
+    query, key = (scaled_codes(rotated(x, spec), four_over_six=spec.four_over_six).to(dtype) for x in (query, key))
     value_fq = value
     if spec.pv == "nvfp4":
         value_fq = scaled_codes(value, axis=-2, four_over_six=spec.four_over_six).to(dtype)
@@ -188,9 +221,19 @@ def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool
         value_fq=value_fq,
         key_mask=key_mask,
         positions=positions,
-        scale=scale,
+        scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
     )
+
+
+def rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Queries or keys as they are quantized: float32, rotated if `spec` says so."""
+    return x @ _hadamard(x.shape[-1], x.device) if spec.rotate else x
+
+
+def scale_of_quantized(scale: float, head_dim: int, spec: QuantSpec) -> float:
+    """The factor of the scores of quantized Q and K."""
+    return scale / (HADAMARD_ENTRY**2 * head_dim) if spec.rotate else scale
 
 
 def _chunks(ops: _Operands) -> Iterator[_Chunk]:

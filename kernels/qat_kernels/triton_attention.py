@@ -11,14 +11,13 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
 from ._backward import grad_key_value_kernel, grad_query_kernel, prepare_kernel
 from ._forward import attention_forward_kernel
-from ._layout import PAD, Sequences, order_of
+from ._layout import PAD, Sequences, descriptors, order_of
 from ._nvfp4 import INTERPRET
-from ._quantize import Codes, Keys, block_of, operand_dtype, quantize_rows, quantize_tokens, strides_of, unpack
+from ._quantize import Codes, Keys, allowed_keys, block_of, operand_dtype, quantize_rows, quantize_tokens, strides_of, unpack
 from .packed import Packing
 from .spec import GROUP_SIZE, HADAMARD_ENTRY, QuantSpec
 
@@ -173,7 +172,7 @@ def forward(
         result.out.zero_(), result.twin.zero_(), result.lse.fill_(-torch.inf)
         return result
     with _on(query.device):
-        allowed = _allowed(key_mask, problem.key)
+        allowed = allowed_keys(key_mask, problem.key)
         tile = _tiles(query.device, problem).forward
         order = order_of(tile.keys)
         codes = problem.codes_in(result.codes) if with_gradient else []
@@ -192,7 +191,7 @@ def forward(
         blocks = problem.query.blocks(tile.queries)
         lse_strides = result.lse.stride()[:2] if packing is None else (0, result.lse.stride(0))
         attention_forward_kernel[(problem.query.count * problem.query.heads * blocks,)](
-            *_descriptors(operands, (tile.queries, tile.keys, tile.keys, tile.keys)),
+            *descriptors(operands, (tile.queries, tile.keys, tile.keys, tile.keys)),
             *_key_pointers(allowed), shift_dot, problem.query.cu, problem.key.cu,
             result.out, result.twin, result.lse, result.stats,
             *strides_of(result.out), *lse_strides, _mask_stride(allowed),
@@ -243,7 +242,7 @@ def backward(
     )
     delta = torch.empty_like(stats)
     with _on(device):
-        allowed = _allowed(key_mask, problem.key)
+        allowed = allowed_keys(key_mask, problem.key)
         query_codes, key_codes, *value_codes = problem.codes_in(codes)
         operands = [unpack(query_codes, operand, tokens=False), unpack(key_codes, operand, tokens=False)]
         if reads_value(spec, causal):
@@ -269,7 +268,7 @@ def backward(
         tile = chosen.grad_query
         blocks = side.blocks(tile.queries)
         grad_query_kernel[(side.count * side.heads * blocks,)](
-            *_descriptors(operands, (tile.queries, tile.keys, tile.keys, tile.keys)), *pointers,
+            *descriptors(operands, (tile.queries, tile.keys, tile.keys, tile.keys)), *pointers,
             grad_out, delta, stats, grad_query,
             *strides_of(grad_out), *numbers(grad_query, blocks, math.copysign(problem.score_scale, scale)),
             **constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
@@ -281,7 +280,7 @@ def backward(
         operands = (query, key, value, normed, kept_value, grad_operand)
         shapes = (tile.queries, tile.keys, tile.keys, tile.queries, tile.keys, tile.queries)
         grad_key_value_kernel[(problem.key.count * problem.key.heads * blocks,)](
-            *_descriptors(operands, shapes), *pointers, delta, stats, grad_key, grad_value,
+            *descriptors(operands, shapes), *pointers, delta, stats, grad_key, grad_value,
             *numbers(grad_key, blocks, problem.score_scale), **constants, QUANTIZE=spec.pv == "nvfp4",
             BLOCK_M=tile.queries, BLOCK_N=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -298,28 +297,12 @@ def _value_operands(
     return value, kept[0] if kept else None
 
 
-def _allowed(key_mask: torch.Tensor | None, keys: Sequences) -> Keys | None:
-    """The mask by slot, counted from the first allowed key."""
-    if key_mask is None:
-        return None
-    first = key_mask.to(torch.uint8).argmax(1)
-    token = first[:, None] + torch.arange(keys.rows, device=key_mask.device) - keys.lead
-    inside = (token >= first[:, None]) & (token < keys.length)
-    mask = key_mask.gather(1, token.clamp(0, keys.length - 1)) & inside
-    return Keys(mask.view(torch.uint8), first.to(torch.int32))
-
-
 def _key_pointers(allowed: Keys | None) -> tuple:
     return (None, None) if allowed is None else allowed
 
 
 def _mask_stride(allowed: Keys | None) -> int:
     return 0 if allowed is None else allowed.mask.stride(0)
-
-
-def _descriptors(operands, rows) -> list[TensorDescriptor | None]:
-    """Tiles of `rows` rows of each operand, which the hardware can copy by itself."""
-    return [x if x is None else TensorDescriptor.from_tensor(x, [n, x.shape[1]]) for x, n in zip(operands, rows, strict=True)]
 
 
 def _tiles(device: torch.device, problem: Problem) -> tiles.Tiles:

@@ -1,0 +1,268 @@
+"""Attention over the packed cache of kv_cache.py in Triton: split over keys, then combined in a fixed order.
+
+A program takes the query heads that share a key head as the rows of one tile, so that the cache is read once for all of them.
+The reference is `KVCache.attention` in eager PyTorch; the layout of the cache is that of kv_layout.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._nvfp4 import GROUP, INTERPRET, P_GAIN, dot, narrow, round_weights
+from .kv_layout import BLOCK_TOKENS
+
+LN_2 = tl.constexpr(0.6931471805599453)
+BLOCK = tl.constexpr(BLOCK_TOKENS)
+"""Keys of a tile, and tokens of a block of packed values."""
+UNIT = tl.constexpr(2.0**-14)
+"""What `_unpack` returns is code * scale * UNIT. A code's three magnitude bits at bits 9 to 11 of a float16 are the code times
+2^-14, subnormals included, and its product with an E4M3 scale is a multiple of 2^-24: exact in float16."""
+
+# $4: eight codes, $5: their scale, four times. Two codes at a time are shifted to where a float16 has its sign and magnitude.
+_SCALE = "mov.b32 {h, u}, $5; cvt.rn.f16x2.e4m3x2 f, h;"
+# Before sm_89: shifted to bits 7 to 13, the scale is 2^-8 times too small; the scale NaN (0x7F) carries into bit 7.
+_SCALE_BEFORE_SM_89 = """
+    and.b32 m, $5, 0x00FF00FF; shl.b32 f, m, 7; mul.f16x2 f, f, c;
+    add.u32 m, m, 0x00010001; and.b32 m, m, 0x00800080; mul.lo.u32 m, m, 0xF8; or.b32 f, f, m;
+"""
+_DECODE = """
+    shl.b32 m, $4, 9; shl.b32 s, $4, 12; and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $0, m, f;
+    shl.b32 m, $4, 5; shl.b32 s, $4, 8;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $1, m, f;
+    shl.b32 m, $4, 1; shl.b32 s, $4, 4;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $2, m, f;
+    shr.b32 m, $4, 3; and.b32 s, $4, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $3, m, f;
+"""
+_REGISTERS = ".reg .b32 m, s, f, c; .reg .b16 h, u; mov.b32 c, 0x5C005C00;"
+_ASM = tl.constexpr("{" + _REGISTERS + _SCALE + _DECODE + "}")
+_ASM_BEFORE_SM_89 = tl.constexpr("{" + _REGISTERS + _SCALE_BEFORE_SM_89 + _DECODE + "}")
+
+
+@triton.jit
+def _value(code, scale):
+    """The float16 of codes and E4M3 bytes, times UNIT, for the interpreter; it would round a conversion from E4M3 wrongly."""
+    code, byte = code.to(tl.int32), scale.to(tl.int32)
+    magnitude = ((code & 7) << 9).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    scale = (byte << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    scale = tl.where(byte == 0x7F, float("nan"), scale)
+    return (tl.where(code > 7, -magnitude, magnitude) * scale).to(tl.float16)
+
+
+@triton.jit
+def _decode(codes, scale, BEFORE_SM_89: tl.constexpr):
+    """uint8 [R, C] each -> float16 [R, C] twice: elements 0 to 3, and 4 to 7, of every word of four bytes."""
+    if INTERPRET:
+        rows: tl.constexpr = codes.shape[0]
+        words: tl.constexpr = codes.shape[1] // 4
+        x = tl.reshape(codes, (rows, words, 2, 2))  # element of the pair, byte of two pairs
+        both = tl.reshape(scale, (rows, words, 2, 2))  # four times the same
+        pairs = tl.join(_value(x & 15, both), _value(x >> 4, both))  # ..., pair of the byte
+        first, second = tl.split(tl.permute(pairs, (0, 1, 4, 2, 3)))
+        return tl.reshape(first, (rows, words * 4)), tl.reshape(second, (rows, words * 4))
+    else:
+        asm: tl.constexpr = _ASM_BEFORE_SM_89 if BEFORE_SM_89 else _ASM
+        return tl.inline_asm_elementwise(
+            asm, "=&r,=&r,=&r,=&r,r,r", [codes, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def unpack(codes, scales, BEFORE_SM_89: tl.constexpr):
+    """Rows of the cache, uint8 [R, 16 I] and E4M3 bytes [R, 2 I] -> float16 [32 I, R], times UNIT.
+
+    The lane that loads a byte is the one that feeds its elements to the tensor cores: no data moves between lanes.
+    """
+    rows: tl.constexpr = codes.shape[0]
+    words: tl.constexpr = codes.shape[1] // 16
+    scale = tl.broadcast_to(tl.reshape(scales, (rows, 2, 1, words, 1)), (rows, 2, 2, words, 4))
+    first, second = _decode(codes, tl.reshape(scale, (rows, 16 * words)), BEFORE_SM_89)
+    x = tl.reshape(tl.join(first, second), (rows, 4, words, 4, 2))
+    return tl.reshape(tl.permute(x, (2, 1, 4, 3, 0)), (32 * words, rows))
+
+
+@triton.jit
+def load_rows(
+    codes_ptr, scales_ptr, rows, present, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BEFORE_SM_89: tl.constexpr
+):  # fmt: skip
+    """`unpack` of rows in memory, padded with zeros to 32 BLOCK_WORDS elements; rows not `present` (None: all) are zeros."""
+    byte = tl.arange(0, 16 * BLOCK_WORDS)
+    group = tl.arange(0, 2 * BLOCK_WORDS)
+    byte_mask = rows[:, None] >= 0
+    group_mask = byte_mask
+    if WORDS != BLOCK_WORDS:
+        byte_mask = byte_mask & ((byte % (4 * BLOCK_WORDS)) < 4 * WORDS)[None, :]
+        group_mask = group_mask & ((group % BLOCK_WORDS) < WORDS)[None, :]
+        byte = byte // (4 * BLOCK_WORDS) * (4 * WORDS) + byte % (4 * BLOCK_WORDS)
+        group = group // BLOCK_WORDS * WORDS + group % BLOCK_WORDS
+    byte_ptrs = codes_ptr + rows[:, None] * (16 * WORDS) + byte[None, :]
+    group_ptrs = scales_ptr + rows[:, None] * (2 * WORDS) + group[None, :]
+    if present is not None:
+        codes = tl.load(byte_ptrs, mask=byte_mask & present[:, None], other=0)
+        scales = tl.load(group_ptrs, mask=group_mask & present[:, None], other=0)
+    elif WORDS != BLOCK_WORDS:
+        codes = tl.load(byte_ptrs, mask=byte_mask, other=0)
+        scales = tl.load(group_ptrs, mask=group_mask, other=0)
+    else:
+        codes = tl.load(byte_ptrs)
+        scales = tl.load(group_ptrs)
+    return unpack(codes, scales, BEFORE_SM_89)
+
+
+@triton.jit
+def _online(scores, total, row_max):
+    """One step of the online softmax with ceiled maxima: P~, the factor of what came before, and the new state."""
+    new_max = tl.maximum(row_max, tl.ceil(tl.max(scores, 1)))
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - reference[:, None])
+    rescale = tl.exp2(row_max - reference)
+    return weights, rescale, total * rescale + tl.sum(weights, 1), new_max
+
+
+@triton.jit
+def _kept(
+    out, total, row_max, q, own, lower, start, stop, key_codes_ptr, key_scales_ptr, v_ptr, v_offset, mask_ptr, qk_scale,
+    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, MASKED: tl.constexpr, BEFORE_SM_89: tl.constexpr,
+):  # fmt: skip
+    """Unquantized P~ times unquantized V over the keys from `start` to `stop`; a row may see those from `lower` to `own`."""
+    columns = tl.arange(0, 32 * BLOCK_WORDS)
+    for first_key in range(start, stop, GROUP):
+        key = first_key + tl.arange(0, GROUP)
+        present = key < stop
+        if MASKED:
+            present = present & (tl.load(mask_ptr + key, mask=present, other=0) != 0)
+        k = load_rows(key_codes_ptr, key_scales_ptr, key, present, WORDS, BLOCK_WORDS, BEFORE_SM_89)
+        scores = dot(q, k, tl.zeros((q.shape[0], GROUP), tl.float32)) * qk_scale
+        allowed = present[None, :] & (key[None, :] <= own[:, None]) & (key[None, :] >= lower[:, None])
+        weights, rescale, total, row_max = _online(tl.where(allowed, scores, float("-inf")), total, row_max)
+        v_mask = present[:, None] & (columns < HEAD_DIM)[None, :]
+        v = tl.load(v_ptr + (key + v_offset)[:, None] * HEAD_DIM + columns[None, :], mask=v_mask, other=0.0)
+        out = dot(narrow(weights, v.dtype), v, out * rescale[:, None])
+    return out, total, row_max
+
+
+@triton.jit
+def split_kernel(
+    q_ptr, key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr, first_ptr, mask_ptr,
+    out_ptr, stats_ptr,
+    key_heads, rows_of_head, new, length, capacity, recent, splits, q_rows, qk_scale,
+    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_M: tl.constexpr,
+    Q_WIDTH: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, BEFORE_SM_89: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows (query heads of one key head, times new tokens) against one part of the keys; the last part: the kept groups.
+
+    q: an operand (_layout.py) of q_rows rows of Q_WIDTH a key head; the cache as in `KVCache`, keys and values counted from
+    `first` int32 [B] (not ALIGNED: 0),
+    with `capacity` keys of room and V of the last `recent` slots; mask uint8 [B, length] over slots. Of every part of every
+    head out float32 [B, Hk, splits + 1, rows, D], not yet divided, and stats [B, Hk, splits + 1, 2, rows]: m and the sum of P~.
+    ONE: there is one new token, so every row sees the same keys.
+    """
+    head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    batch = head // key_heads
+    first = 0
+    if ALIGNED:
+        first = tl.load(first_ptr + batch)
+    if MASKED:
+        mask_ptr += batch * length + first
+    count = length - first
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < rows_of_head
+    columns = tl.arange(0, 32 * BLOCK_WORDS)
+    valid = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    offsets = rows[:, None] * HEAD_DIM + columns[None, :]
+    q_ptr += head * q_rows * Q_WIDTH
+    q = tl.load(q_ptr + rows[:, None] * Q_WIDTH + columns[None, :], mask=valid, other=0.0).to(tl.float16)
+    own = count - new + rows % new
+    lower = own & -GROUP
+    key_codes_ptr += head * capacity * (16 * WORDS)
+    key_scales_ptr += head * capacity * (2 * WORDS)
+    value_codes_ptr += head * capacity * (HEAD_DIM // 2)
+    value_scales_ptr += head * capacity * (HEAD_DIM // GROUP)
+
+    out = tl.zeros((BLOCK_M, 32 * BLOCK_WORDS), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    qk_scale = qk_scale / UNIT
+    if split < splits:
+        stop = tl.maximum((count - 1) & -GROUP, 0)  # of the complete groups
+        tiles = tl.cdiv(stop, BLOCK)
+        part = tl.cdiv(tiles, splits)
+        for tile in range(split * part, tl.minimum((split + 1) * part, tiles)):
+            key = tile * BLOCK + tl.arange(0, BLOCK)
+            k = load_rows(key_codes_ptr, key_scales_ptr, key, None, WORDS, BLOCK_WORDS, BEFORE_SM_89)
+            scores = dot(q, k, tl.zeros((BLOCK_M, BLOCK), tl.float32)) * qk_scale
+            seen = (key >= GROUP) & (key < stop)
+            if MASKED:
+                seen = seen & (tl.load(mask_ptr + key, mask=seen, other=0) != 0)
+            if ONE:
+                scores = tl.where(seen[None, :], scores, float("-inf"))
+            else:
+                scores = tl.where(seen[None, :] & (key[None, :] < lower[:, None]), scores, float("-inf"))
+            weights, rescale, total, row_max = _online(scores, total, row_max)
+            groups = tl.reshape(weights, (BLOCK_M, BLOCK // GROUP, GROUP))
+            groups = round_weights(groups, tl.max(groups, 2, keep_dims=True))
+            weights = tl.reshape(groups, (BLOCK_M, BLOCK)).to(tl.float16)
+            present = None if HEAD_DIM == 32 * BLOCK_WORDS else columns < HEAD_DIM
+            row = tile * HEAD_DIM + columns
+            v = load_rows(value_codes_ptr, value_scales_ptr, row, present, BLOCK // 32, BLOCK // 32, BEFORE_SM_89)
+            out = dot(weights, v, out * rescale[:, None])
+        out = out * (1.0 / (P_GAIN * UNIT))
+    else:
+        sink_stop = tl.minimum(count, GROUP)
+        out, total, row_max = _kept(
+            out, total, row_max, q, own, tl.zeros_like(own), 0, sink_stop, key_codes_ptr, key_scales_ptr,
+            sink_ptr + head * GROUP * HEAD_DIM, 0, mask_ptr, qk_scale, HEAD_DIM, WORDS, BLOCK_WORDS, MASKED, BEFORE_SM_89,
+        )  # fmt: skip
+        open_start = tl.maximum((count - new) & -GROUP, GROUP)
+        out, total, row_max = _kept(
+            out, total, row_max, q, own, lower, open_start, count, key_codes_ptr, key_scales_ptr,
+            recent_ptr + head * recent * HEAD_DIM, first - (length - recent), mask_ptr, qk_scale,
+            HEAD_DIM, WORDS, BLOCK_WORDS, MASKED, BEFORE_SM_89,
+        )  # fmt: skip
+    part_of_all = head * (splits + 1) + split
+    tl.store(out_ptr + part_of_all * rows_of_head * HEAD_DIM + offsets, out, mask=valid)
+    stats_ptr += part_of_all * 2 * rows_of_head + rows
+    tl.store(stats_ptr, row_max, mask=inside)
+    tl.store(stats_ptr + rows_of_head, total, mask=inside)
+
+
+@triton.jit
+def combine_kernel(
+    parts_ptr, stats_ptr, shift_dot_ptr, out_ptr, lse_ptr,
+    out_stride_b, out_stride_h, out_stride_l, out_stride_d,
+    key_heads, group, new, parts, shift_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, SHIFTED: tl.constexpr,
+):  # fmt: skip
+    """One row of `split_kernel`: its parts, in order. out [B, H, n, D] of any strides, lse and shift_dot float32 [B, H, n]."""
+    rows_of_head = group * new
+    row = tl.program_id(0) % rows_of_head
+    head = (tl.program_id(0) // rows_of_head).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    valid = columns < HEAD_DIM
+    stats_ptr += head * parts * 2 * rows_of_head + row
+    parts_ptr += (head * parts * rows_of_head + row) * HEAD_DIM
+    out = tl.zeros((BLOCK_D,), tl.float32)
+    total, row_max = 0.0, float("-inf")
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        there = part < parts
+        maxima = tl.load(stats_ptr + part * (2 * rows_of_head), mask=there, other=float("-inf"))
+        sums = tl.load(stats_ptr + part * (2 * rows_of_head) + rows_of_head, mask=there, other=0.0)
+        new_max = tl.maximum(row_max, tl.max(maxima, 0))
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(maxima - reference)  # powers of two: exact
+        rescale = tl.exp2(row_max - reference)
+        offsets = (part * rows_of_head)[:, None] * HEAD_DIM + columns[None, :]
+        pieces = tl.load(parts_ptr + offsets, mask=there[:, None] & valid[None, :], other=0.0)
+        out = out * rescale + tl.sum(pieces * weights[:, None], 0)
+        total = total * rescale + tl.sum(sums * weights, 0)
+        row_max = new_max
+    empty = total == 0.0
+    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
+    token, query_head = row % new, (head % key_heads) * group + row // new
+    batch = head // key_heads
+    row_of_all = (batch * key_heads * group + query_head) * new + token
+    if SHIFTED:
+        lse += shift_scale * tl.load(shift_dot_ptr + row_of_all)
+    tl.store(lse_ptr + row_of_all, lse)
+    out = narrow(out / tl.where(empty, 1.0, total), out_ptr.dtype.element_ty)
+    out_ptr += batch * out_stride_b + query_head * out_stride_h + token.to(tl.int64) * out_stride_l
+    tl.store(out_ptr + columns * out_stride_d, out, mask=valid)

@@ -1,0 +1,300 @@
+"""The keys and values of one attention layer in NVFP4, for generation: docs/NUMERICS.md, section 4, token by token.
+
+K is quantized as it arrives, V as soon as a group of 16 tokens is complete. The values of the kept groups stay as they are:
+those of the sink group, and of the last tokens, among them the open group. So attention over the cache is causal attention
+over all of its tokens, computed once or again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import nvfp4, reference
+from .attention import Impl, _triton, _validate, attention, resolve
+from .kv_layout import BLOCK_BYTES, BLOCK_SCALES, BLOCK_TOKENS, group_places, pack_rows, row_words, unpack_rows
+from .spec import GROUP_SIZE, NVFP4, QuantSpec
+
+RECENT_TOKENS = 48
+"""The last tokens, whose values are also kept as they are: the open group, and enough that `crop` can go back some steps."""
+_GROW = 64
+"""Room for new tokens is made for 1/64 of the tokens at a time, in whole blocks: a copy now and then, little memory unused."""
+
+
+class KVCache:
+    """Packed keys and values of one layer, which `attention` extends and attends to.
+
+    Slots are the columns of a batch, padding included. Inside, tokens are counted from each sequence's first allowed slot, as
+    groups along tokens are. 4.5 bits a value, and 64 tokens of V in the dtype of the inputs.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        """Slots filled so far."""
+        self.spec: QuantSpec | None = None
+        self._packed: dict[str, torch.Tensor] = {}
+        """Codes and scales of K [B, Hk, capacity, bytes] and V [B, Hk, blocks, D, bytes]; V of the sink group [B, Hk, 16, D]."""
+        self._recent: torch.Tensor | None = None
+        """V of the last slots [B, Hk, n, D], 0 where excluded."""
+        self._first: torch.Tensor | None = None
+        """int32 [B]: the first allowed slot of each sequence, `length` where there is none yet; None while no mask was given."""
+
+    @property
+    def batch(self) -> int:
+        """Sequences in the batch; 0 before the first call."""
+        return 0 if self._recent is None else self._recent.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return sum(
+            x.numel() * x.element_size() for x in (*self._packed.values(), *(() if self._recent is None else (self._recent,)))
+        )
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        spec: QuantSpec = NVFP4,
+        scale: float | None = None,
+        key_mask: torch.Tensor | None = None,
+        k_shift: torch.Tensor | None = None,
+        return_lse: bool = False,
+        impl: Impl = "auto",
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Add k and v to the cache; causal `qat_kernels.attention` from q to all that it holds then.
+
+        Args:
+            q, k, v: [B, H, n, D] and [B, Hk, n, D]: the next n slots of each sequence.
+            key_mask: bool [B, length + n], over all slots; it may not change where it was given before.
+            Others: as for `qat_kernels.attention`, the same at every call.
+
+        Returns:
+            As `qat_kernels.attention`, with no gradient.
+
+        Raises:
+            ValueError: as `qat_kernels.attention`; the inputs do not continue what the cache holds; V is not quantized
+                (`pv="bf16"`); or a gradient is asked for. The cache is as it was then.
+        """
+        self._check(q, k, v, spec, key_mask, k_shift, impl)
+        impl = resolve(q.device, q.dtype) if impl == "auto" else impl
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        options = {"key_mask": key_mask, "k_shift": k_shift, "spec": spec}
+        if self.length == 0:
+            # The same numbers as over the cache, computed in one piece.
+            with torch.no_grad():
+                result = attention(q, k, v, causal=True, scale=scale, return_lse=True, impl=impl, **options)
+            self._extend(k, v, impl=impl, **options)
+        else:
+            self._extend(k, v, impl=impl, **options)
+            result = self._attend(q, scale=scale, impl=impl, **options)
+        self._trim()
+        return result if return_lse else result[0]
+
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        spec: QuantSpec = NVFP4,
+        key_mask: torch.Tensor | None = None,
+        k_shift: torch.Tensor | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        """Add k and v without attending: what `attention` does first, with its arguments and errors."""
+        self._check(k, k, v, spec, key_mask, k_shift, impl)
+        impl = resolve(k.device, k.dtype) if impl == "auto" else impl
+        self._extend(k, v, key_mask=key_mask, k_shift=k_shift, spec=spec, impl=impl)
+        self._trim()
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last `tokens` slots.
+
+        Raises:
+            ValueError: this would reopen a group whose values are only left in NVFP4, or there are not so many slots. The cache
+                is as it was then.
+        """
+        if not 0 <= tokens <= self.length:
+            raise ValueError(f"KVCache.crop: expected a number of slots from 0 to {self.length}, got {tokens}")
+        if tokens in (0, self.length):
+            return self.reset() if tokens else None
+        length = self.length - tokens
+        first = torch.zeros(1, dtype=torch.int32) if self._first is None else self._first.cpu()
+        opened = (length - first).clamp(min=0) // GROUP_SIZE * GROUP_SIZE
+        needed = (opened + first)[(opened > 0) & (first + opened < length)].tolist()
+        if needed and min(needed) < self.length - self._recent.shape[2]:
+            raise ValueError(
+                f"KVCache.crop: {tokens} slots reach into a group of {GROUP_SIZE} whose values are only left in NVFP4: of the "
+                f"last {self._recent.shape[2]} slots the values are at hand; crop fewer, or start again from an empty cache"
+            )
+        self._recent = self._recent[:, :, : max(self._recent.shape[2] - tokens, 0)]
+        if self._first is not None:
+            self._first = self._first.clamp(max=length)
+        self.length = length
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Make the batch consist of these rows (int64 indices, repeated or left out as you like)."""
+        if self.length:
+            self._packed = {name: x.index_select(0, rows.to(x.device)) for name, x in self._packed.items()}
+            self._recent = self._recent.index_select(0, rows.to(self._recent.device))
+            if self._first is not None:
+                self._first = self._first.index_select(0, rows.to(self._first.device))
+
+    def _check(self, q, k, v, spec, key_mask, k_shift, impl) -> None:
+        _validate(q, k, v, spec, None, k_shift, None, impl)
+        problem = None
+        slots = self.length + k.shape[2]
+        if spec.pv != "nvfp4":
+            problem = (
+                f"expected a spec with pv='nvfp4', which the cache stores V in, got {spec}; keep K and V in an ordinary cache"
+            )
+        elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            problem = "it has no gradient; expected a call under torch.no_grad(), or tensors that require no gradient"
+        elif q.shape[2] != k.shape[2] or not q.shape[2]:
+            problem = f"expected as many queries as new keys, and at least one, got {q.shape[2]} and {k.shape[2]}"
+        elif self.length and spec != self.spec:
+            problem = f"expected {self.spec}, with which it was filled, got {spec}"
+        elif self.length and (k.dtype, k.device, *k.shape[:2], k.shape[3]) != (
+            self._recent.dtype, self._recent.device, *self._recent.shape[:2], self._recent.shape[3]
+        ):  # fmt: skip
+            problem = (
+                f"expected k that continues {self._recent.dtype} [batch, key_heads, *, head_dim] of {list(self._recent.shape)} "
+                f"on {self._recent.device}, got {k.dtype} {list(k.shape)} on {k.device}"
+            )
+        elif key_mask is not None and (key_mask.dtype, tuple(key_mask.shape), key_mask.device) != (
+            torch.bool, (k.shape[0], slots), k.device
+        ):  # fmt: skip
+            problem = (
+                f"expected key_mask bool {[k.shape[0], slots]} over all slots on {k.device}, "
+                f"got {key_mask.dtype} {list(key_mask.shape)} on {key_mask.device}"
+            )
+        if problem is not None:
+            raise ValueError(f"KVCache.attention: {problem}")
+
+    def _extend(self, k, v, *, key_mask, k_shift, spec: QuantSpec, impl: str) -> None:
+        """K and V of the next slots; afterwards `_recent` reaches back far enough for `_attend` with as many queries."""
+        new = k.shape[2]
+        start, self.length, self.spec = self.length, self.length + new, spec
+        self._grow(k)
+        if key_mask is not None:
+            fresh = key_mask[:, start:]
+            v = torch.where(fresh[:, None, :, None], v, 0.0)
+            begin = torch.where(fresh.any(1), fresh.int().argmax(1), new).int() + start
+            before = torch.zeros_like(begin) if self._first is None else self._first
+            self._first = torch.where(before >= start, begin, before)
+        recent = v.contiguous()
+        if start:  # what the new queries' own groups need, and more while it fits
+            recent = torch.cat((self._recent[:, :, -max(RECENT_TOKENS - new, GROUP_SIZE) :], v), 2)
+        self._recent = recent
+        if impl != "eager":
+            _triton("triton_decode").append(self, k, key_mask, k_shift, new)
+        else:
+            self._append_eager(k, None if key_mask is None else key_mask[:, start:], k_shift, start)
+
+    def _trim(self) -> None:
+        if self._recent.shape[2] > RECENT_TOKENS:
+            self._recent = self._recent[:, :, -RECENT_TOKENS:].clone()
+
+    def _grow(self, k: torch.Tensor) -> None:
+        batch, heads, _, head_dim = k.shape
+        blocks = self._packed["value_codes"].shape[2] if self._packed else 0
+        if self.length <= blocks * BLOCK_TOKENS:
+            return
+        blocks = -(-max(self.length, self.length * (_GROW + 1) // _GROW if blocks else 0) // BLOCK_TOKENS)
+        words = row_words(head_dim)
+        shapes = {
+            "key_codes": (blocks * BLOCK_TOKENS, 16 * words),
+            "key_scales": (blocks * BLOCK_TOKENS, 2 * words),
+            "value_codes": (blocks, head_dim, BLOCK_BYTES),
+            "value_scales": (blocks, head_dim, BLOCK_SCALES),
+        }
+        for name, shape in shapes.items():
+            grown = k.new_zeros(batch, heads, *shape, dtype=torch.uint8)
+            if name in self._packed:
+                grown[:, :, : self._packed[name].shape[2]] = self._packed[name]
+            self._packed[name] = grown
+        if "sink" not in self._packed:
+            self._packed["sink"] = k.new_zeros(batch, heads, GROUP_SIZE, head_dim)
+
+    def _rows(self) -> list[tuple[slice, int]]:
+        """Parts of the batch with the same first allowed slot."""
+        if self._first is None:
+            return [(slice(None), 0)]
+        return [(slice(row, row + 1), first) for row, first in enumerate(self._first.tolist())]
+
+    def _append_eager(self, k: torch.Tensor, fresh: torch.Tensor | None, k_shift: torch.Tensor | None, start: int) -> None:
+        k = k.float()
+        if fresh is not None:
+            k = torch.where(fresh[:, None, :, None], k, 0.0)
+        k = reference.rotated(k if k_shift is None else k - k_shift[:, None], self.spec)
+        options = {"four_over_six": self.spec.four_over_six}
+        codes, scales = pack_rows(*_bytes(nvfp4.quantize(k, **options)))
+        packed, recent_start = self._packed, self.length - self._recent.shape[2]
+        places = packed["value_codes"].unflatten(-1, (2, 2, BLOCK_SCALES // 2, 4))  # h, lane of a group, i, bytes of a word
+        scale_places = packed["value_scales"].unflatten(-1, (2, BLOCK_SCALES // 2))
+        for rows, first in self._rows():
+            count, old = self.length - first, max(start - first, 0)
+            if count <= 0:
+                continue
+            packed["key_codes"][rows, :, old:count] = codes[rows, :, first + old - start :]
+            packed["key_scales"][rows, :, old:count] = scales[rows, :, first + old - start :]
+            values = self._recent[rows]
+            if old < GROUP_SIZE:
+                packed["sink"][rows, :, old:count] = values[:, :, first + old - recent_start :][:, :, : GROUP_SIZE - old]
+            opened, closed = max(old // GROUP_SIZE, 1), count // GROUP_SIZE  # the sink group is never read
+            if opened < closed:
+                complete = torch.arange(opened, closed, device=k.device)
+                begin = first - recent_start
+                groups = values[:, :, begin + opened * GROUP_SIZE : begin + closed * GROUP_SIZE].unflatten(2, (-1, GROUP_SIZE))
+                groups, group_scales = _bytes(nvfp4.quantize(groups.mT, **options))  # [B, Hk, groups, D, 16] and [..., 1]
+                # A group is half of a row of 32: its two lanes' words stand apart in a row of 128.
+                words, _ = pack_rows(groups, group_scales)
+                words = words.unflatten(-1, (4, 4))[..., :2, :]
+                block, h, i = group_places(complete)
+                places[rows][:, :, block, :, h, :, i] = words.movedim(2, 0)
+                scale_places[rows][:, :, block, :, h, i] = group_scales[..., 0].movedim(2, 0)
+
+    def _attend(self, q, *, scale: float, key_mask, k_shift, spec: QuantSpec, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if impl != "eager":
+            return _triton("triton_decode").attend(self, q, key_mask, k_shift, scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return self._attend_eager(q, scale, key_mask, k_shift)
+
+    def _attend_eager(self, q, scale: float, key_mask, k_shift) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        first = torch.zeros(1, dtype=torch.int32, device=q.device) if self._first is None else self._first
+        count = self.length - int(first.min())
+        head_dim = q.shape[-1]
+        key = _values(*unpack_rows(*(self._packed[name][:, :, :count] for name in ("key_codes", "key_scales")), head_dim))
+        value = _values(*unpack_rows(*(self._packed[name] for name in ("value_codes", "value_scales")), BLOCK_TOKENS))
+        complete = (self.length - first)[:, None] // GROUP_SIZE * GROUP_SIZE
+        column = torch.arange(count, device=q.device)
+        # Behind the last complete group may be what was cropped.
+        value_fq = torch.where((column < complete)[:, None, :, None], value.mT.flatten(2, 3)[:, :, :count], 0.0).to(dtype)
+        value = value_fq.clone()
+        value[:, :, :GROUP_SIZE] = self._packed["sink"][:, :, :count]
+        recent_start = self.length - self._recent.shape[2]
+        for rows, begin in self._rows():
+            at = max(recent_start - begin, 0)
+            value[rows, :, at : self.length - begin] = self._recent[rows, :, at + begin - recent_start :].to(dtype)
+        slots = column + first[:, None]
+        allowed = slots < self.length
+        if key_mask is not None:
+            allowed &= key_mask.gather(1, slots.clamp(max=self.length - 1))
+        allowed = allowed.expand(q.shape[0], -1)
+        positions = torch.arange(self.length - q.shape[2], self.length, device=q.device) - first[:, None]
+        options = {"spec": self.spec, "scale": scale}
+        return reference.forward_cached(q, key.to(dtype), value_fq, value, allowed, positions, k_shift, **options)
+
+
+def _bytes(quantized: nvfp4.Quantized) -> tuple[torch.Tensor, torch.Tensor]:
+    return quantized.codes, quantized.scales.view(torch.uint8)
+
+
+def _values(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return nvfp4.dequantize(codes, scales.contiguous().view(torch.float8_e4m3fn))

@@ -1,0 +1,136 @@
+"""The machine code of the decode kernels, compiled ahead of time: what it may not do, and how much it does for each value."""
+
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from aot import SHARED_MEMORY, _usage
+
+KERNELS = ["append_kernel", "_quantize_rows_kernel", "split_kernel", "combine_kernel"]
+LENGTH, TILE_KEYS = 32768, 128
+
+
+class Code(NamedTuple):
+    name: str
+    registers: int
+    spilled: int
+    """Bytes of local memory of a thread."""
+    shared: int
+    threads: int
+    loop: Counter
+    """Instructions of the longest loop, each with its modifiers."""
+
+
+def compile_decode(arch: int, head_dim: int, new: int, masked: bool) -> list[Code]:
+    """What `KVCache.attention` on a filled cache launches, for Qwen3-14B's heads. Belongs into a process of its own."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from qat_kernels import NVFP4, KVCache, triton_decode
+
+    driver = mock.Mock()
+    driver.get_current_device.return_value = arch
+    driver.get_current_stream.return_value = 0
+    driver.get_current_target.return_value = GPUTarget("cuda", arch, 32)
+    triton.runtime.driver.set_active(driver)
+    run, compiled = JITFunction.run, []
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        cubin, threads = kernel.asm["cubin"], 32 * kernel.metadata.num_warps
+        compiled.append(Code(self.__name__, *_usage(cubin), kernel.metadata.shared, threads, longest_loop(cubin)))
+
+    q, k, recent = (
+        torch.empty(8, h, n, head_dim, dtype=torch.bfloat16, device="meta") for h, n in ((40, new), (8, new), (8, 48))
+    )
+    cache, mask = KVCache(), None
+    cache.length, cache.spec = LENGTH, NVFP4
+    cache._grow(k)
+    cache._recent = recent
+    if masked:
+        mask, cache._first = (
+            torch.empty(8, LENGTH, dtype=torch.bool, device="meta"),
+            torch.empty(8, dtype=torch.int32, device="meta"),
+        )
+    with (
+        mock.patch.object(JITFunction, "run", only_compile),
+        mock.patch.object(triton_decode, "_arch", lambda _: arch),
+        mock.patch.object(triton_decode, "check_device", lambda _: None),
+        mock.patch.object(triton_decode, "_processors", lambda _: 132),
+    ):
+        triton_decode.append(cache, k, mask, None, new)
+        triton_decode.attend(cache, q, mask, None, 0.1)
+    return compiled
+
+
+def longest_loop(cubin: bytes) -> Counter:
+    """The instructions between the ends of the widest backward jump."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)([^;]*);", sass)
+    branches = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in code if name.startswith("BRA")]
+    jumps = [(int(target[1], 16), int(at, 16)) for at, target in branches if target]
+    begin, end = max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0], default=(0, 0))
+    return Counter(name for at, name, _ in code if begin <= int(at, 16) <= end)
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def assert_fits(arch: int, compiled: list[Code]) -> None:
+    assert [kernel.name for kernel in compiled] == KERNELS
+    for kernel in compiled:
+        assert kernel.spilled == 0, (arch, kernel)
+        assert kernel.registers > 16 and kernel.shared <= SHARED_MEMORY[arch] * 1024, (arch, kernel)
+
+
+def test_one_token_is_decoded_with_few_instructions(compiler):
+    """Qwen3-14B. What a value takes: 15/8 instructions to bring its code into place, 1/2 to scale it, 1/4 for the tensor cores
+    (16 rows, of which 5 are query heads); softmax and the quantization of P, on each score, are the rest. With 128 registers
+    four programs share a processor.
+    """
+    futures = {arch: compiler.submit(compile_decode, arch, 128, 1, False) for arch in SHARED_MEMORY}
+    for arch, future in futures.items():
+        compiled = future.result()
+        assert_fits(arch, compiled)
+        loop, values = compiled[2].loop, 2 * TILE_KEYS * 128 / compiled[2].threads
+        assert sum(n for name, n in loop.items() if name.startswith("HMMA.16816")) == values / 4
+        assert sum(n for name, n in loop.items() if name.startswith("HMUL2")) <= values / 2 + values / 8 * (arch < 89)
+        assert loop.total() < (6.2 if arch >= 89 else 7.2) * values, (arch, loop)
+        # Codes come 16 bytes at a time, and what is unpacked stays in the registers of its lane: only P is stored there.
+        assert loop["LDGSTS.E.BYPASS.128"] >= 8 and not any(name.startswith(("LDL", "STL", "LDG.E.U8")) for name in loop)
+        assert sum(n for name, n in loop.items() if name.startswith("STSM")) <= 2
+        assert arch < 89 or compiled[2].registers <= 128
+
+
+def test_other_calls_fit_one_architecture_each(compiler):
+    """The rest is `slow`."""
+    calls = [(90, 64, 1, True), (120, 128, 5, True), (80, 128, 1, True), (90, 80, 1, False)]
+    for call, future in [(call, compiler.submit(compile_decode, *call)) for call in calls]:
+        assert_fits(call[0], future.result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize("new", [1, 5])
+def test_all_calls_fit(head_dim, new, compiler):
+    calls = [(arch, head_dim, new, masked) for arch in SHARED_MEMORY for masked in (False, True)]
+    for call, future in [(call, compiler.submit(compile_decode, *call)) for call in calls]:
+        assert_fits(call[0], future.result())

@@ -1,0 +1,31 @@
+"""The inference kernel's emulation against the eager forward: the option grid, under Triton's interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from cases import Case, assert_same_bits, error, lse_error
+from interpreter import on
+from qat_kernels import attention
+from test_triton_attention import CASES, run_reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def run_inference(case: Case, tensors, *, device: str):
+    """Twice output and log-sum-exp."""
+    q, k, v = (x.to(device) for x in tensors[:3])
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.options().items()}
+    results = [attention(q, k, v, **options, return_lse=True, impl="fp4") for _ in range(2)]
+    return [(out.cpu(), lse.cpu()) for out, lse in results]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_within_the_bounds_of_the_forward_and_bit_equal_twice(case, device):
+    tensors = case.tensors(torch.bfloat16)
+    (out, lse), again = on(device, run_inference, case, tensors)
+    assert_same_bits(again, (out, lse))
+    expected, _, expected_lse, _ = run_reference(case, tensors)
+    assert out.dtype == torch.bfloat16
+    assert error(out, expected) < 3e-3
+    assert lse_error(lse, expected_lse) < 1e-4
