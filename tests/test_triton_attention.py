@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from cases import SPECS, Case, assert_same_bits, error, lse_error, run
 from interpreter import interpreted, on
@@ -388,6 +389,24 @@ def test_every_head_dim_stays_within_the_bounds(head_dim, causal):
     tensors = bf16_values.tensors(torch.bfloat16)
     expected = run_reference(bf16_values, tensors)
     assert_within_bounds(run_kernels(bf16_values, tensors, device="cuda"), expected, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+def test_checkpointing_and_autocast_change_nothing():
+    case = Case(lq=300, lk=300, causal=True)
+    q, k, v, grad_out = (x.cuda() for x in case.tensors(torch.bfloat16))
+
+    def gradients(function):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(function(*leaves), leaves, grad_out)
+
+    def call(q, k, v):
+        return attention(q, k, v, causal=True)
+
+    expected = gradients(call)
+    assert_same_bits(gradients(lambda *x: checkpoint(call, *x, use_reentrant=False)), expected)
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert_same_bits(gradients(call), expected)
 
 
 @pytest.mark.gpu
