@@ -8,10 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._layout import first_row, sequence, slot_of, to_groups, to_tile
+from ._layout import PAD, first_row, sequence, slot_of, to_groups, to_tile
 from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
+_PAD = tl.constexpr(PAD)
 
 
 @triton.jit
@@ -131,8 +132,8 @@ def attention_forward_kernel(
     row_stats = stats_ptr
     if STATS:
         row_stats += q_row.to(tl.int64) + tl.arange(0, BLOCK_M)
-    if block * BLOCK_M >= queries:  # only padding
-        if STATS:
+    if block * BLOCK_M >= queries:  # only padding; behind it, rows of the next sequence
+        if STATS and block * BLOCK_M < tl.cdiv(queries, _PAD) * _PAD:
             tl.store(row_stats, float("inf"))
             tl.store(row_stats + all_q_rows, float("inf"))
         return

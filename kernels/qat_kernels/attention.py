@@ -125,8 +125,11 @@ def _attention_forward(
 
 
 @_attention_forward.register_fake
-def _(q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient, impl, *packing):
-    spec_, packing = QuantSpec.from_json(spec), _packing(*packing)
+def _(
+    q, k, v, key_mask, k_shift, spec, causal, scale, needs_gradient, impl,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0,
+):  # fmt: skip
+    spec_, packing = QuantSpec.from_json(spec), _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     twin = torch.empty_like(q) if _has_twin(spec_, needs_gradient) else q.new_empty(0)
     lse = q.new_empty(q.shape[:3] if packing is None else (q.shape[1], q.shape[0]), dtype=reference.accumulator(q.dtype))
     stats_shape = codes_shape = (0,)
