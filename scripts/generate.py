@@ -58,9 +58,11 @@ def _text(options: argparse.Namespace, device: str) -> PatchHandle:
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
     limits = {name: getattr(options, name) for name in _TEXT_ONLY if getattr(options, name) is not None}
-    tokens = model.generate(**inputs, **{"max_new_tokens": 64} | limits, do_sample=False)
+    handle = get_handle(model)
+    cache = {"past_key_values": handle.cache()} if handle.config.spec.pv == "nvfp4" else {}
+    tokens = model.generate(**inputs, **cache, **{"max_new_tokens": 64} | limits, do_sample=False)
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
-    return get_handle(model)
+    return handle
 
 
 def _video(options: argparse.Namespace, device: str) -> PatchHandle:

@@ -6,7 +6,12 @@ import torch
 from cases import Case, error
 from qat_kernels import KVCache, QuantSpec, attention
 
-STEPS = {"one by one": [1] * 75, "prompt, then tokens": [40, *[1] * 35], "chunks": [3, 20, 17, 1, 1, 30, 3]}
+STEPS = {
+    "one by one": [1] * 75,
+    "prompt, then tokens": [40, *[1] * 35],
+    "chunks": [3, 20, 17, 1, 1, 30, 3],
+    "a long chunk": [30, 45],
+}
 
 
 def run_cache(case: Case, steps: list[int], tensors, *, impl: str = "eager", prompt_impl: str | None = None, device: str = "cpu"):
@@ -79,11 +84,15 @@ def test_crop_beyond_the_values_at_hand_is_refused():
     cache.attention(*(x[:, :, :129] for x in (q, k, v)))
     with pytest.raises(ValueError, match="60 slots reach into a group of 16 whose values are only left in NVFP4"):
         cache.crop(60)
+    with pytest.raises(ValueError, match="34 slots reach into a group"):
+        cache.crop(34)  # to 95, and the values of 80 are gone
     with pytest.raises(ValueError, match="from 0 to 129, got 130"):
         cache.crop(130)
     out = cache.attention(*(x[:, :, 129:] for x in (q, k, v)))
     assert error(out, attention(q, k, v, causal=True)[:, :, 129:]) < 1e-12
-    cache.crop(114)  # into the sink group, whose values are always at hand
+    cache.crop(34)  # to 96: no group is open
+    assert cache.length == 96
+    cache.crop(80)  # into the sink group, whose values are always at hand
     out = cache.attention(*(x[:, :, 16:] for x in (q, k, v)))
     assert error(out, attention(q, k, v, causal=True)[:, :, 16:]) < 1e-12
     cache.crop(130)

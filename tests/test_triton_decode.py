@@ -59,3 +59,26 @@ def test_same_bytes_and_output_as_eager(index, device):
         bound = 1e-3 if dtype == torch.float32 and device == "cuda" else BOUNDS[dtype]
         assert error(out[:, :, decoded], expected[:, :, decoded]) < bound
         assert lse_error(lse[:, :, decoded], expected_lse[:, :, decoded]) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"mask": "left"}, {"head_dim": 64, "heads": (9, 3)}], ids=str)
+def test_long_caches_stay_within_the_bounds(options):
+    """Many splits, and rows of different lengths; a prompt of thousands of tokens, then one, then several."""
+    from qat_kernels import KVCache
+
+    case = Case(**({"lq": 5013, "lk": 5013, "batch": 3, "heads": (40, 8), "head_dim": 128, "causal": True, "seed": 5} | options))
+    q, k, v = (x.cuda() for x in case.tensors(torch.bfloat16)[:3])
+    mask = None if case.mask is None else case.key_mask().cuda()
+    caches, prompt = (KVCache(), KVCache()), 5000
+    for cache, impl in zip(caches, ("triton", "eager"), strict=True):
+        cache.append(k[:, :, :prompt], v[:, :, :prompt], key_mask=None if mask is None else mask[:, :prompt], impl=impl)
+    for start, stop in ((prompt, prompt + 1), (prompt + 1, 5013)):
+        options = {"key_mask": None if mask is None else mask[:, :stop], "return_lse": True}
+        inputs = [x[:, :, start:stop] for x in (q, k, v)]
+        out, lse = caches[0].attention(*inputs, impl="triton", **options)
+        expected, expected_lse = caches[1].attention(*inputs, impl="eager", **options)
+        assert error(out, expected.float()) < 5e-3  # both are rounded to bfloat16
+        assert lse_error(lse, expected_lse) < 1e-4
+    for name, packed in caches[1]._packed.items():
+        assert torch.equal(caches[0]._packed[name], packed), name

@@ -1,5 +1,7 @@
 """The inference kernel's emulation against the eager forward: the option grid, under Triton's interpreter or on a GPU."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -29,3 +31,21 @@ def test_within_the_bounds_of_the_forward_and_bit_equal_twice(case, device):
     assert out.dtype == torch.bfloat16
     assert error(out, expected) < 3e-3
     assert lse_error(lse, expected_lse) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "mask": "left"}, {"pv": "bf16"}], ids=str)
+def test_products_with_scales_agree_with_their_emulation(options):
+    """`tl.dot_scaled` itself, which Triton takes apart where there are no FP4 units; from 3.8 on it can do so on sm_90."""
+    from qat_kernels import triton_inference
+
+    if triton_inference.TRITON < (3, 8):
+        pytest.skip("this Triton compiles tl.dot_scaled for GPUs with FP4 units only")
+    case = Case(lq=700, lk=700, head_dim=128, heads=(4, 2), **options)
+    tensors = case.tensors(torch.bfloat16)
+    (emulated, emulated_lse), _ = run_inference(case, tensors, device="cuda")
+    with mock.patch.object(triton_inference, "why_not_native", lambda arch, head_dim: None):
+        (out, lse), again = run_inference(case, tensors, device="cuda")
+    assert_same_bits(again, (out, lse))
+    assert error(out, emulated) < 3e-3
+    assert lse_error(lse, emulated_lse) < 1e-4

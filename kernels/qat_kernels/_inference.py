@@ -76,15 +76,15 @@ def _scaled_dot(a, a_scale, b, b_scale, acc, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _pack_weights(weights, NATIVE: tl.constexpr):
-    """phi of P~ [M, N] with g = 2688, packed: uint8 [M, N / 2] and E4M3 bytes [M, N / 16]."""
+def _pack_weights(weights, CONVERT: tl.constexpr):
+    """phi of P~ [M, N] with g = 2688, packed: uint8 [M, N / 2] and E4M3 bytes [M, N / 16]. CONVERT: by hardware."""
     rows: tl.constexpr = weights.shape[0]
     keys: tl.constexpr = weights.shape[1]
     groups = tl.reshape(weights, (rows, keys // GROUP, GROUP))
     scale = round_to_e4m3(tl.max(groups, 2, keep_dims=True) * (P_GAIN / _TOP))
     scaled = tl.reshape(groups * (P_GAIN / scale), (rows, keys // 2, 2))
     even, odd = tl.split(scaled)
-    if NATIVE:
+    if CONVERT:
         codes = tl.inline_asm_elementwise(_PACK, "=r,f,f,f,f,f,f,f,f", [even, odd], dtype=tl.uint8, is_pure=True, pack=4)
     else:
         codes = _magnitude_bits(round_to_e2m1(even)) | (_magnitude_bits(round_to_e2m1(odd)) << 4)
@@ -102,7 +102,8 @@ def _attend(
     k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_stride_l, v_stride_d, mask_ptr,
     lower, upper, keys, start, stop, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDED: tl.constexpr, KEPT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NATIVE: tl.constexpr,
+    BOUNDED: tl.constexpr, KEPT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    NATIVE: tl.constexpr, CONVERT: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the keys from `start` to `stop` in tiles of BLOCK_N: as in _forward.py, on packed operands.
 
@@ -142,7 +143,7 @@ def _attend(
         total = total * rescale + tl.sum(weights, 1)
         out = out * rescale[:, None]
         if PACKED:
-            p, p_scale = _pack_weights(weights, NATIVE)
+            p, p_scale = _pack_weights(weights, CONVERT)
             pairs = (first_key // 2 + pair).to(tl.int64)
             groups = ((first_key + token_group * GROUP) // GROUP).to(tl.int64)
             v_ptrs = v_ptr + pairs[:, None] * HEAD_DIM + columns[None, :]
@@ -168,12 +169,14 @@ def inference_kernel(
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     heads, key_heads, queries, all_keys, q_rows, k_rows, qk_scale, shift_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, SHIFTED: tl.constexpr, NATIVE: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr, SHIFTED: tl.constexpr,
+    NATIVE: tl.constexpr, CONVERT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head.
 
     q, k, vf: codes and E4M3 bytes as `_quantize.Codes` has them, by slot; v and out in any layout; mask uint8 [B, k_rows] by
-    slot; the rest as in `attention_forward_kernel`.
+    slot; the rest as in `attention_forward_kernel`. NATIVE: multiply by `tl.dot_scaled`. CONVERT: P~ is packed by the instruction
+    that sm_100 and later have.
     """
     blocks = tl.cdiv(queries, BLOCK_M)
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -235,12 +238,12 @@ def inference_kernel(
         out, total, row_max = _attend(
             out, total, row_max, q, q_scale, k_ptr, k_scale_ptr, values_ptr, vf_scale_ptr, v_stride_l, v_stride_d, mask_ptr,
             lower, upper, keys, begin, full, qk_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, False, False, QUANTIZE, NATIVE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, False, False, QUANTIZE, NATIVE, CONVERT,
         )  # fmt: skip
     out, total, row_max = _attend(
         out, total, row_max, q, q_scale, k_ptr, k_scale_ptr, values_ptr, vf_scale_ptr, v_stride_l, v_stride_d, mask_ptr,
         lower, upper, keys, full, stop, qk_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, True, False, MASKED, QUANTIZE, NATIVE,
+        HEAD_DIM, BLOCK_D, BLOCK_N, True, False, MASKED, QUANTIZE, NATIVE, CONVERT,
     )  # fmt: skip
     if QUANTIZE:
         out = out * (1.0 / P_GAIN)
@@ -250,13 +253,13 @@ def inference_kernel(
         out, total, row_max = _attend(
             out, total, row_max, q, q_scale, k_ptr, k_scale_ptr, v_ptr, vf_scale_ptr, v_stride_l, v_stride_d, mask_ptr,
             lower, own + 1, keys, 0, sink_stop, qk_scale,
-            HEAD_DIM, BLOCK_D, GROUP, True, False, MASKED, False, False,
+            HEAD_DIM, BLOCK_D, GROUP, True, False, MASKED, False, False, False,
         )  # fmt: skip
         open_start = tl.maximum(own_first & -GROUP, GROUP)
         out, total, row_max = _attend(
             out, total, row_max, q, q_scale, k_ptr, k_scale_ptr, v_ptr, vf_scale_ptr, v_stride_l, v_stride_d, mask_ptr,
             lower, own + 1, keys, open_start, own_last + 1, qk_scale,
-            HEAD_DIM, BLOCK_D, GROUP, True, True, MASKED, False, False,
+            HEAD_DIM, BLOCK_D, GROUP, True, True, MASKED, False, False, False,
         )  # fmt: skip
 
     empty = total == 0.0

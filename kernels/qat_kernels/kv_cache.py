@@ -40,7 +40,7 @@ class KVCache:
         self._recent: torch.Tensor | None = None
         """V of the last slots [B, Hk, n, D], 0 where excluded."""
         self._first: torch.Tensor | None = None
-        """int32 [B]: the first allowed slot of each sequence, `length` where there is none yet; None while no mask was given."""
+        """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
 
     @property
     def batch(self) -> int:
@@ -133,8 +133,6 @@ class KVCache:
                 f"last {self._recent.shape[2]} slots the values are at hand; crop fewer, or start again from an empty cache"
             )
         self._recent = self._recent[:, :, : max(self._recent.shape[2] - tokens, 0)]
-        if self._first is not None:
-            self._first = self._first.clamp(max=length)
         self.length = length
 
     def select(self, rows: torch.Tensor) -> None:

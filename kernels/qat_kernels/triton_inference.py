@@ -103,6 +103,7 @@ def forward(
             reference.scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E, scale,
             HEAD_DIM=head_dim, BLOCK_D=max(_MIN_BLOCK_D, block_of(head_dim)), BLOCK_M=tile.queries, BLOCK_N=tile.keys,
             CAUSAL=causal, MASKED=key_mask is not None, QUANTIZE=quantize, SHIFTED=k_shift is not None,
-            NATIVE=why_not_native(arch, head_dim) is None, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            NATIVE=why_not_native(arch, head_dim) is None, CONVERT=arch >= 100,
+            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
