@@ -147,6 +147,11 @@ def test_merged_adapters(tmp_path, build):
     with get_handle(loaded).disabled(), get_handle(with_adapters).disabled():
         assert (output(loaded) - output(with_adapters)).norm() / expected.norm() < 1e-5
     assert all(torch.equal(x, state[name]) for name, x in with_adapters.state_dict().items())
+    # From there on nothing is rounded any more.
+    export_checkpoint(loaded, tmp_path / "again")
+    again = load_checkpoint(tmp_path / "again")
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in again.state_dict().items())
+    assert torch.equal(output(again), output(loaded))
 
 
 @pytest.mark.parametrize("build", [tiny_transformer, tiny_qwen3])

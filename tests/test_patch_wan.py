@@ -569,7 +569,9 @@ def test_supported_versions_are_those_of_the_package():
 def test_config_of_an_export_is_found(tmp_path):
     config = AttnQATConfig(spec=QuantSpec(rotate=True), include=["*.attn1"])
     model = tiny_wan()
-    block = AttentionBlock(config=config, modules=("blocks.0.attn1", "blocks.1.attn1"), package_version="0.1.0")
+    block = AttentionBlock(
+        config=config, specs=dict.fromkeys(("blocks.0.attn1", "blocks.1.attn1"), config.spec), package_version="0.1.0"
+    )
     model.register_to_config(attention_quantization=block.to_dict())
     model.save_pretrained(tmp_path)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path)
