@@ -123,9 +123,7 @@ def train(model: str, how: str, seed: int, steps: int, learning_rate: float, tin
     rank, ranks = dist.get_rank(), dist.get_world_size()
     splits_tokens, splits_samples = how in ("ulysses", "ring"), how in ("ddp", "fsdp2")
     if ranks != (1 if how == "one" else 2) or (splits_tokens and model != "wan"):
-        raise SystemExit(
-            f"scale_out: {how} of {model}: expected one process for one, two otherwise, and wan for ulysses and ring"
-        )
+        raise SystemExit(f"scale_out: {how} of {model}: expected one process for one, else two; ulysses and ring are for wan")
     torch.manual_seed(seed)
     run = RUNS[model](tiny)
     run.model.to(device).train()
