@@ -52,11 +52,11 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, dict[str, Limits]
         ValueError: the model is not patched, there are no batches, or a patched module was never called.
     """
     means: dict[str, _Mean] = {}
-    counts: dict[str, dict[str, _Counts]] = {}
+    counts: dict[str, dict[str, LimitCounts]] = {}
 
     def observe(name: str, layer: AttentionLayer, call: AttentionCall) -> None:
         means.setdefault(name, _Mean()).add(call)
-        counts.setdefault(name, {}).update(_counted(counts.get(name, {}), layer, call))
+        counts[name] = count_limits(counts.get(name), layer, call)
 
     handle = run_observed("calibrate", model, batches, observe)
     for name, layer in handle.patched.items():
@@ -133,7 +133,7 @@ class _Mean:
 
 
 @dataclasses.dataclass
-class _Counts:
+class LimitCounts:
     """Running counts behind `Limits`."""
 
     flushed: torch.Tensor | int = 0
@@ -153,9 +153,9 @@ class _Counts:
         return Limits(flushed=int(self.flushed) / values, saturated=int(self.saturated) / values)
 
 
-def _counted(counts: dict[str, _Counts], layer: AttentionLayer, call: AttentionCall) -> dict[str, _Counts]:
-    """The counts with one more call: Q, K and V as the quantization meets them (docs/NUMERICS.md, sections 2 and 6)."""
-    counts = counts or {"query": _Counts(), "key": _Counts(), "value": _Counts()}
+def count_limits(counts: dict[str, LimitCounts] | None, layer: AttentionLayer, call: AttentionCall) -> dict[str, LimitCounts]:
+    """The counts by tensor with one more call, Q, K and V as the quantization meets them (docs/NUMERICS.md, section 6)."""
+    counts = counts or {"query": LimitCounts(), "key": LimitCounts(), "value": LimitCounts()}
     query, key, value, mask = call.query.float(), call.key.float(), call.value.float(), call.key_mask
     if layer.k_shift is not None:
         key = key - layer.shift_on(key.device)[:, None]

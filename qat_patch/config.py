@@ -75,7 +75,21 @@ class AttnQATConfig:
 
     def spec_of(self, name: str) -> QuantSpec:
         """What the module of this name quantizes, if it is patched."""
-        return next((spec for pattern, spec in self.overrides.items() if fnmatchcase(name, pattern)), self.spec)
+        pattern = self._override_of(name)
+        return self.spec if pattern is None else self.overrides[pattern]
+
+    def _override_of(self, name: str) -> str | None:
+        return next((pattern for pattern in self.overrides if fnmatchcase(name, pattern)), None)
+
+    def check_overrides(self, patched: Iterable[str]) -> None:
+        """Raise a ValueError if an override decides for none of the patched modules."""
+        used = {self._override_of(name) for name in patched}
+        for pattern in self.overrides:
+            if pattern not in used:
+                raise ValueError(
+                    f"AttnQATConfig.overrides: the pattern {pattern!r} decides for no module that is patched: what it matches "
+                    "is left out, or matched by a pattern before it; remove it, or put it first"
+                )
 
     def check_patterns(self, names: Iterable[str]) -> None:
         """Raise a ValueError if a setting fits none of these modules: a setting without effect is a mistake."""

@@ -30,7 +30,7 @@ class AttentionLayer:
 
     @property
     def quantizes(self) -> bool:
-        return self.enabled and self.spec is not None and self.observer is None
+        return self.enabled and self.spec is not None
 
     def shift_on(self, device: torch.device) -> torch.Tensor | None:
         """`k_shift`, which is no buffer (state_dict keys stay as they are) and so does not move with the model."""

@@ -288,6 +288,7 @@ def _plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None) -> _P
         layers.append(AttentionLayer(name=name, spec=spec, original=adapter.original(model, module)))
     if refused:
         raise ValueError(_refusal(model, config, refused))
+    config.check_overrides(layer.name for layer in layers if layer.spec is not None)
     return _Plan(
         host=host, model=model, config=config, layers=layers, skipped={name: skipped[name] for name in names if name in skipped}
     )

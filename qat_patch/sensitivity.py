@@ -11,7 +11,7 @@ import torch
 
 from qat_kernels import attention
 
-from .calibrate import Limits, _counted, _Counts, run_observed
+from .calibrate import LimitCounts, Limits, count_limits, run_observed
 from .layer import AttentionCall, AttentionLayer
 
 _TENSORS = ("query", "key", "value")
@@ -90,11 +90,11 @@ def sensitivity(model: Any, batches: Iterable[Any]) -> SensitivityReport:
         ValueError: the model is not patched, there are no batches, or a patched module was never called.
     """
     errors: dict[str, list[torch.Tensor]] = {}
-    counts: dict[str, dict[str, _Counts]] = {}
+    counts: dict[str, dict[str, LimitCounts]] = {}
 
     def observe(name: str, layer: AttentionLayer, call: AttentionCall) -> None:
         errors[name] = [a + b for a, b in zip(errors.get(name, [0.0, 0.0]), _squares(layer, call), strict=True)]
-        counts[name] = _counted(counts.get(name, {}), layer, call)
+        counts[name] = count_limits(counts.get(name), layer, call)
 
     handle = run_observed("sensitivity", model, batches, observe)
     return SensitivityReport(

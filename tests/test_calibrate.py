@@ -174,6 +174,18 @@ def test_flushed_and_saturated_shares():
     assert counts["key"].saturated > 0.9  # rotation spreads what is large
 
 
+def test_keys_are_counted_as_they_are_quantized_with_their_shift():
+    model = tiny_qwen3(num_hidden_layers=1)
+    common = torch.zeros(32)
+    common[[15, 31]] = 1e4  # the dimensions that hardly rotate
+    model.model.layers[0].self_attn.k_norm.register_forward_hook(lambda module, arguments, output: output + common)
+    patch_model(model)
+    before = calibrate(model, [token_ids()])[NAMES[0]]["key"]
+    assert before.saturated == 2 / 32
+    assert calibrate(model, [token_ids()])[NAMES[0]]["key"].saturated == 0.0
+    assert sensitivity(model, [token_ids()]).layers[0].key.saturated == 0.0
+
+
 def test_diffusers_models_and_pipelines():
     model = tiny_wan(i2v=True)
     before = velocity(model)

@@ -70,5 +70,8 @@ def test_overrides():
     config = AttnQATConfig(overrides={"*.attn2": rotate, "blocks.0.*": bf16})
     specs = [config.spec_of(name) for name in ("blocks.0.attn2", "blocks.0.attn1", "blocks.1.attn1")]
     assert specs == [rotate, bf16, QuantSpec()]
+    config.check_overrides(["blocks.0.attn2", "blocks.0.attn1"])
+    with pytest.raises(ValueError, match=r"'blocks.0.\*' decides for no module that is patched"):
+        config.check_overrides(["blocks.0.attn2", "blocks.1.attn1"])
     with pytest.raises(ValueError, match="overrides: the pattern 'blocks.0.*' matches no attention module"):
         config.check_patterns(["blocks.1.attn2"])

@@ -90,6 +90,8 @@ def test_every_layer_has_its_own_spec(calls):
     patch_model(model, AttnQATConfig(overrides={"*.0.self_attn": QuantSpec(pv="bf16"), "*.[12].*": QuantSpec(rotate=True)}))
     logits(model, token_ids())
     assert [call["spec"] for call in calls] == [QuantSpec(pv="bf16"), QuantSpec(rotate=True), QuantSpec(rotate=True)]
+    with pytest.raises(ValueError, match="decides for no module that is patched"):
+        patch_model(tiny_qwen3(), AttnQATConfig(exclude_first_blocks=1, overrides={"*.0.*": QuantSpec(pv="bf16")}))
 
 
 def test_excluded_layers_run_the_original_attention(calls):
