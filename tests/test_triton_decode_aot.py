@@ -48,7 +48,7 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool) -> list[Cod
     def only_compile(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         cubin, threads = kernel.asm["cubin"], 32 * kernel.metadata.num_warps
-        compiled.append(Code(self.__name__, *_usage(cubin), kernel.metadata.shared, threads, longest_loop(cubin)))
+        compiled.append(Code(self.__name__, *_usage(cubin)[:2], kernel.metadata.shared, threads, longest_loop(cubin)))
 
     q, k, recent = (
         torch.empty(8, h, n, head_dim, dtype=torch.bfloat16, device="meta") for h, n in ((40, new), (8, new), (8, 48))

@@ -19,64 +19,72 @@ UNIT = tl.constexpr(2.0**-14)
 """What `_unpack` returns is code * scale * UNIT. A code's three magnitude bits at bits 9 to 11 of a float16 are the code times
 2^-14, subnormals included, and its product with an E4M3 scale is a multiple of 2^-24: exact in float16."""
 
-# $4: eight codes, $5: their scale, four times. Two codes at a time are shifted to where a float16 has its sign and magnitude.
-_SCALE = "mov.b32 {h, u}, $5; cvt.rn.f16x2.e4m3x2 f, h;"
+# $8: a word of eight codes, $9: the byte of their scale. Two codes at a time are shifted to where a float16 has its sign and
+# magnitude; elements 2 p and 2 p + 1 of the word leave as one register cut in two.
+_SCALE = "mul.lo.u32 m, $9, 0x0101; cvt.u16.u32 h, m; cvt.rn.f16x2.e4m3x2 f, h;"
 # Before sm_89: shifted to bits 7 to 13, the scale is 2^-8 times too small; the scale NaN (0x7F) carries into bit 7.
 _SCALE_BEFORE_SM_89 = """
-    and.b32 m, $5, 0x00FF00FF; shl.b32 f, m, 7; mul.f16x2 f, f, c;
+    mul.lo.u32 m, $9, 0x00010001; shl.b32 f, m, 7; mul.f16x2 f, f, c;
     add.u32 m, m, 0x00010001; and.b32 m, m, 0x00800080; mul.lo.u32 m, m, 0xF8; or.b32 f, f, m;
 """
 _DECODE = """
-    shl.b32 m, $4, 9; shl.b32 s, $4, 12; and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $0, m, f;
-    shl.b32 m, $4, 5; shl.b32 s, $4, 8;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $1, m, f;
-    shl.b32 m, $4, 1; shl.b32 s, $4, 4;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $2, m, f;
-    shr.b32 m, $4, 3; and.b32 s, $4, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA; mul.f16x2 $3, m, f;
+    shl.b32 m, $8, 9; shl.b32 s, $8, 12; and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
+    mul.f16x2 m, m, f; mov.b32 {$0, $1}, m;
+    shl.b32 m, $8, 5; shl.b32 s, $8, 8;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
+    mul.f16x2 m, m, f; mov.b32 {$2, $3}, m;
+    shl.b32 m, $8, 1; shl.b32 s, $8, 4;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
+    mul.f16x2 m, m, f; mov.b32 {$4, $5}, m;
+    shr.b32 m, $8, 3; and.b32 s, $8, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
+    mul.f16x2 m, m, f; mov.b32 {$6, $7}, m;
 """
-_REGISTERS = ".reg .b32 m, s, f, c; .reg .b16 h, u; mov.b32 c, 0x5C005C00;"
+_REGISTERS = ".reg .b32 m, s, f, c; .reg .b16 h; mov.b32 c, 0x5C005C00;"
 _ASM = tl.constexpr("{" + _REGISTERS + _SCALE + _DECODE + "}")
 _ASM_BEFORE_SM_89 = tl.constexpr("{" + _REGISTERS + _SCALE_BEFORE_SM_89 + _DECODE + "}")
+_CONSTRAINTS = tl.constexpr(",".join(["=&h"] * 8 + ["r", "r"]))
 
 
 @triton.jit
-def _value(code, scale):
-    """The float16 of codes and E4M3 bytes, times UNIT, for the interpreter; it would round a conversion from E4M3 wrongly."""
-    code, byte = code.to(tl.int32), scale.to(tl.int32)
+def _value(word, scale, SHIFT: tl.constexpr):
+    """The float16 of the code at a bit of a word and an E4M3 byte, times UNIT, for the interpreter; it would round a conversion
+    from E4M3 wrongly."""
+    code = (word >> SHIFT) & 15
     magnitude = ((code & 7) << 9).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    scale = (byte << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    scale = tl.where(byte == 0x7F, float("nan"), scale)
-    return (tl.where(code > 7, -magnitude, magnitude) * scale).to(tl.float16)
+    factor = (scale << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    factor = tl.where(scale == 0x7F, float("nan"), factor)
+    return (tl.where(code > 7, -magnitude, magnitude) * factor).to(tl.float16)
 
 
 @triton.jit
-def _decode(codes, scale, BEFORE_SM_89: tl.constexpr):
-    """uint8 [R, C] each -> float16 [R, C] twice: elements 0 to 3, and 4 to 7, of every word of four bytes."""
+def _decode(words, scale, BEFORE_SM_89: tl.constexpr):
+    """int32 [R, C] each -> float16 [R, C, 8]: the elements of every word."""
     if INTERPRET:
-        rows: tl.constexpr = codes.shape[0]
-        words: tl.constexpr = codes.shape[1] // 4
-        x = tl.reshape(codes, (rows, words, 2, 2))  # element of the pair, byte of two pairs
-        both = tl.reshape(scale, (rows, words, 2, 2))  # four times the same
-        pairs = tl.join(_value(x & 15, both), _value(x >> 4, both))  # ..., pair of the byte
-        first, second = tl.split(tl.permute(pairs, (0, 1, 4, 2, 3)))
-        return tl.reshape(first, (rows, words * 4)), tl.reshape(second, (rows, words * 4))
+        x0, x1 = _value(words, scale, 0), _value(words, scale, 16)
+        x2, x3 = _value(words, scale, 4), _value(words, scale, 20)
+        x4, x5 = _value(words, scale, 8), _value(words, scale, 24)
+        x6, x7 = _value(words, scale, 12), _value(words, scale, 28)
     else:
         asm: tl.constexpr = _ASM_BEFORE_SM_89 if BEFORE_SM_89 else _ASM
-        return tl.inline_asm_elementwise(
-            asm, "=&r,=&r,=&r,=&r,r,r", [codes, scale], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-        )
+        x0, x1, x2, x3, x4, x5, x6, x7 = tl.inline_asm_elementwise(
+            asm, _CONSTRAINTS, [words, scale], is_pure=True, pack=1,
+            dtype=(tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16),
+        )  # fmt: skip
+    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+    x = tl.reshape(tl.join(even, odd), (words.shape[0], words.shape[1], 8))
+    return x if INTERPRET else x.to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def unpack(codes, scales, BEFORE_SM_89: tl.constexpr):
-    """Rows of the cache, uint8 [R, 16 I] and E4M3 bytes [R, 2 I] -> float16 [32 I, R], times UNIT.
+def unpack(words, scales, BEFORE_SM_89: tl.constexpr):
+    """Rows of the cache, int32 [R, 4 I] and E4M3 bytes [R, 2 I] -> float16 [32 I, R], times UNIT.
 
-    The lane that loads a byte is the one that feeds its elements to the tensor cores: no data moves between lanes.
+    The lane that loads a word is the one that feeds its elements to the tensor cores: no data moves between lanes.
     """
-    rows: tl.constexpr = codes.shape[0]
-    words: tl.constexpr = codes.shape[1] // 16
-    scale = tl.broadcast_to(tl.reshape(scales, (rows, 2, 1, words, 1)), (rows, 2, 2, words, 4))
-    first, second = _decode(codes, tl.reshape(scale, (rows, 16 * words)), BEFORE_SM_89)
-    x = tl.reshape(tl.join(first, second), (rows, 4, words, 4, 2))
-    return tl.reshape(tl.permute(x, (2, 1, 4, 3, 0)), (32 * words, rows))
+    rows: tl.constexpr = words.shape[0]
+    count: tl.constexpr = words.shape[1] // 4
+    scale = tl.broadcast_to(tl.reshape(scales.to(tl.int32), (rows, 2, 1, count)), (rows, 2, 2, count))
+    x = tl.reshape(_decode(words, tl.reshape(scale, (rows, 4 * count)), BEFORE_SM_89), (rows, 4, count, 8))
+    return tl.reshape(tl.permute(x, (2, 1, 3, 0)), (32 * count, rows))
 
 
 @triton.jit
@@ -84,27 +92,26 @@ def load_rows(
     codes_ptr, scales_ptr, rows, present, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BEFORE_SM_89: tl.constexpr
 ):  # fmt: skip
     """`unpack` of rows in memory, padded with zeros to 32 BLOCK_WORDS elements; rows not `present` (None: all) are zeros."""
-    byte = tl.arange(0, 16 * BLOCK_WORDS)
-    group = tl.arange(0, 2 * BLOCK_WORDS)
-    byte_mask = rows[:, None] >= 0
-    group_mask = byte_mask
+    word, group = tl.arange(0, 4 * BLOCK_WORDS), tl.arange(0, 2 * BLOCK_WORDS)
+    word_mask = rows[:, None] >= 0
+    group_mask = word_mask
     if WORDS != BLOCK_WORDS:
-        byte_mask = byte_mask & ((byte % (4 * BLOCK_WORDS)) < 4 * WORDS)[None, :]
+        word_mask = word_mask & ((word % BLOCK_WORDS) < WORDS)[None, :]
         group_mask = group_mask & ((group % BLOCK_WORDS) < WORDS)[None, :]
-        byte = byte // (4 * BLOCK_WORDS) * (4 * WORDS) + byte % (4 * BLOCK_WORDS)
+        word = word // BLOCK_WORDS * WORDS + word % BLOCK_WORDS
         group = group // BLOCK_WORDS * WORDS + group % BLOCK_WORDS
-    byte_ptrs = codes_ptr + rows[:, None] * (16 * WORDS) + byte[None, :]
+    word_ptrs = codes_ptr.to(tl.pointer_type(tl.int32)) + rows[:, None] * (4 * WORDS) + word[None, :]
     group_ptrs = scales_ptr + rows[:, None] * (2 * WORDS) + group[None, :]
     if present is not None:
-        codes = tl.load(byte_ptrs, mask=byte_mask & present[:, None], other=0)
+        words = tl.load(word_ptrs, mask=word_mask & present[:, None], other=0)
         scales = tl.load(group_ptrs, mask=group_mask & present[:, None], other=0)
     elif WORDS != BLOCK_WORDS:
-        codes = tl.load(byte_ptrs, mask=byte_mask, other=0)
+        words = tl.load(word_ptrs, mask=word_mask, other=0)
         scales = tl.load(group_ptrs, mask=group_mask, other=0)
     else:
-        codes = tl.load(byte_ptrs)
+        words = tl.load(word_ptrs)
         scales = tl.load(group_ptrs)
-    return unpack(codes, scales, BEFORE_SM_89)
+    return unpack(words, scales, BEFORE_SM_89)
 
 
 @triton.jit

@@ -43,30 +43,29 @@ _TILES = {
     (90, 128, False): ((64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2)),
     # Measured. B 2, H 40/8, L 4096: 1.34, 0.95 and 2.49 ms (next best: 1.58, 0.97, 2.64).
     (90, 128, True): ((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-    (90, 256, False): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    (90, 256, True): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+    (90, 256, False): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    (90, 256, True): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
     (100, 64, False): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
     (100, 64, True): ((128, 64, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2)),
     (100, 128, False): ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
     (100, 128, True): ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
-    (100, 256, False): ((32, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    (100, 256, True): ((32, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
-    (120, 64, False): ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
-    (120, 64, True): ((128, 64, 8, 2), (128, 64, 8, 2), (32, 128, 8, 2)),
-    (120, 128, False): ((128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)),
-    (120, 128, True): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2)),
-    (120, 256, False): ((32, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-    (120, 256, True): ((32, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+    (100, 256, False): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    (100, 256, True): ((64, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    (120, 64, False): ((128, 64, 8, 2), (128, 32, 8, 2), (16, 128, 8, 2)),
+    (120, 64, True): ((128, 64, 8, 2), (128, 32, 8, 2), (16, 128, 8, 2)),
+    (120, 128, False): ((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+    (120, 128, True): ((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+    (120, 256, False): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    (120, 256, True): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 
 ARCHITECTURES = (80, 90, 100, 120)
-"""The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below."""
-_SMALL_SHARED_MEMORY = (86, 89)
-"""These have 99 KiB of shared memory, as sm_120 has and sm_80 has not, and its matrix instructions: they take its tiles."""
+"""The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the 99 KiB of
+shared memory that sm_86 and sm_89 have."""
 
 
 def choose(arch: int, head_dim: int, causal: bool) -> Tiles:
     """The tiles for an architecture (80 for sm_80), a head dim and causality."""
-    entry = 120 if arch in _SMALL_SHARED_MEMORY else max(each for each in ARCHITECTURES if each <= arch)
+    entry = max(each for each in ARCHITECTURES if each <= arch)
     chosen = _TILES[entry, next(size for size in (64, 128, 256) if head_dim <= size), causal]
     return Tiles(*(Tile(*each) for each in chosen))
