@@ -35,7 +35,9 @@ import qat_kernels
 
 OUTPUT_BOUND, GRADIENT_BOUND = 3e-3, 1e-2
 REPEATS = 10
-"""Of a quantization, which is so short that its launch would be measured."""
+"""Of a quantization, which is so short that its events would be measured."""
+_CYCLES = 4_000_000
+"""About 2 ms, in which a GPU waits."""
 GPU_SHAPES = (
     "1,12,12,32760,32760,128",  # Wan 2.1 1.3B self-attention at 480p
     "1,40,40,32760,512,128",  # 14B cross-attention
@@ -345,8 +347,8 @@ def measure(
 def interleave(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of every round, the calls taking turns; the first two rounds warm up and do not count.
 
-    On a GPU the time between two events around each call; before it the L2 cache is emptied, which also gives the first
-    launches time to be queued.
+    On a GPU the time between two events around each call. Before it the L2 cache is emptied and the GPU kept waiting until all
+    launches are queued, as they are in training; what the CPU needs for them is not in these times.
     """
     cache = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -359,6 +361,7 @@ def interleave(calls: dict[str, Callable[[], Any]], device: str, rounds: int) ->
             else:
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 cache.zero_()
+                torch.cuda._sleep(_CYCLES)
                 start.record()
                 call()
                 stop.record()

@@ -60,8 +60,8 @@ _TILES = {
 }
 
 ARCHITECTURES = (80, 90, 100, 120)
-"""The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the 99 KiB of
-shared memory that sm_86 and sm_89 have."""
+"""The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the
+99 KiB of shared memory that sm_86 and sm_89 have."""
 
 
 def choose(arch: int, head_dim: int, causal: bool) -> Tiles:
