@@ -136,6 +136,7 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         chosen = {name: x for name, x in flatten(to_dict(settings)).items() if x is not None and name not in _BOOKKEEPING}
         with average.in_place() if average else contextlib.nullcontext():
             task.export(log.file.parent / "export", {"tokens": tokens} | chosen, summary, weights)
+    accelerator.wait_for_everyone()  # a process that ends while another still exports takes that one down
     accelerator.end_training()
     return summary
 

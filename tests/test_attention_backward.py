@@ -108,9 +108,10 @@ def test_opcheck(case, dtype, transposed):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "eager"))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "eager"))
-    out, twin, _, stats = op.attention_forward(q, k, v, *rest, True, "eager")
+    out, twin, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "eager")
     twin = out if case.pv == "bf16" else twin
-    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, twin, stats, *rest, "eager"))
+    rest = (*rest[:2], k.shape[2], k.shape[1], *rest[2:])
+    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, twin, stats, codes, *rest, "eager"))
 
 
 def without_compiler() -> bool:

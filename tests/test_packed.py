@@ -155,7 +155,11 @@ def test_neither_strides_nor_what_new_memory_holds_show_in_the_bits(monkeypatch,
         assert all(grad.is_contiguous() for grad in result[2])
 
     def poisoned(new):
-        return lambda *args, **kwargs: new(*args, **kwargs).fill_(torch.nan)
+        def call(*args, **kwargs):
+            x = new(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else 99)
+
+        return call
 
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
@@ -192,9 +196,10 @@ def test_opcheck(options, dtype, transposed):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "eager", *packing))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "eager", *packing))
-    out, twin, _, stats = op.attention_forward(q, k, v, *rest, True, "eager", *packing)
+    out, twin, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "eager", *packing)
     twin = out if case.pv == "bf16" else twin
-    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, twin, stats, *rest, "eager", *packing))
+    rest = (*rest[:2], k.shape[0], k.shape[1], *rest[2:])
+    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, twin, stats, codes, *rest, "eager", *packing))
 
 
 def test_compiled_equals_eager():

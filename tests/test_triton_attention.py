@@ -318,8 +318,8 @@ def run_opcheck(case: Case, *, device: str) -> None:
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "triton"))
     out, twin, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "triton")
     twin = out if case.pv == "bf16" else twin
-    rest = (*masks, list(k.shape), case.spec().to_json(), case.causal, 0.2)
-    torch.library.opcheck(op.attention_backward.default, (grad_out, [codes, v], twin, stats, *rest, "triton"))
+    rest = (*masks, k.shape[2], k.shape[1], case.spec().to_json(), case.causal, 0.2)
+    torch.library.opcheck(op.attention_backward.default, (grad_out, None, None, v, twin, stats, codes, *rest, "triton"))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -53,7 +53,7 @@ def compile_inference(
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", sass))
-    return *_usage(kernel.asm["cubin"]), kernel.metadata.shared, kernel.metadata.tmem_size, names
+    return *_usage(kernel.asm["cubin"])[:2], kernel.metadata.shared, kernel.metadata.tmem_size, names
 
 
 @pytest.fixture(scope="module")

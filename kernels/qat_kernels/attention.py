@@ -142,12 +142,16 @@ def _(
 @torch.library.custom_op("qat_kernels::attention_backward", mutates_args=())
 def _attention_backward(
     grad_out: torch.Tensor,
-    operands: list[torch.Tensor],
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     twin: torch.Tensor,
     stats: torch.Tensor,
+    codes: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
-    key_shape: list[int],
+    keys: int,
+    key_heads: int,
     spec: str,
     causal: bool,
     scale: float,
@@ -157,23 +161,29 @@ def _attention_backward(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`operands` are Q, K and V; for `triton` the codes of all three, and V itself where it is read again."""
+    """dQ, dK, dV. `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again."""
     options = {"spec": QuantSpec.from_json(spec), "causal": causal, "scale": scale}
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
-        codes, *value = operands
-        saved = (value[0] if value else None, twin, stats, codes)
-        kernels, shape = _triton("triton_attention"), torch.Size(key_shape)
-        return kernels.backward(grad_out, *saved, key_mask, packing, key_shape=shape, **options)
+        shape = _key_shape(grad_out, keys, key_heads)
+        backward = _triton("triton_attention").backward
+        return backward(grad_out, v, twin, stats, codes, key_mask, packing, key_shape=shape, **options)
     with torch.autocast(grad_out.device.type, enabled=False):
         if packing is None:
-            return reference.backward(grad_out, *operands, twin, key_mask, k_shift, **options)
-        return packed.backward(grad_out, *operands, twin, k_shift, packing, **options)
+            return reference.backward(grad_out, q, k, v, twin, key_mask, k_shift, **options)
+        return packed.backward(grad_out, q, k, v, twin, k_shift, packing, **options)
 
 
 @_attention_backward.register_fake
-def _(grad_out, operands, twin, stats, key_mask, k_shift, key_shape, *_):
-    return tuple(grad_out.new_empty(shape) for shape in (grad_out.shape, key_shape, key_shape))
+def _(grad_out, q, k, v, twin, stats, codes, key_mask, k_shift, keys, key_heads, *_, **__):
+    shape = _key_shape(grad_out, keys, key_heads)
+    return grad_out.new_empty(grad_out.shape), grad_out.new_empty(shape), grad_out.new_empty(shape)
+
+
+def _key_shape(grad_out: torch.Tensor, keys: int, key_heads: int) -> torch.Size:
+    """Of K and V: [B, Hk, Lk, D], or [total, Hk, D] of packed sequences."""
+    head_dim = grad_out.shape[-1]
+    return torch.Size((grad_out.shape[0], key_heads, keys, head_dim) if grad_out.ndim == 4 else (keys, key_heads, head_dim))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -183,18 +193,16 @@ def _setup_context(ctx, inputs, output) -> None:
     spec = QuantSpec.from_json(ctx.spec)
     if not _has_twin(spec, needs_gradient):
         twin = out  # nothing of P or V was rounded, so O is its own twin
-    ctx.key_shape = list(k.shape)
+    ctx.keys, ctx.key_heads = k.shape[-2 if k.ndim == 4 else 0], k.shape[1]
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
-    operands = [q, k, v]
     if ctx.impl == "triton":
-        operands = [codes, v] if _triton("triton_attention").reads_value(spec, ctx.causal) else [codes]
-    ctx.save_for_backward(twin, stats, key_mask, k_shift, *cu_seqlens, *operands)
+        q, k, v = None, None, v if _triton("triton_attention").reads_value(spec, ctx.causal) else None
+    ctx.save_for_backward(q, k, v, twin, stats, codes, key_mask, k_shift, *cu_seqlens)
 
 
 def _backward(ctx, grad_out, *_):
-    twin, stats, key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, *operands = ctx.saved_tensors
-    tensors = (operands, twin, stats, key_mask, k_shift)
-    options = (ctx.key_shape, ctx.spec, ctx.causal, ctx.scale, ctx.impl)
+    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    options = (ctx.keys, ctx.key_heads, ctx.spec, ctx.causal, ctx.scale, ctx.impl)
     grads = _attention_backward(grad_out, *tensors, *options, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
     return *grads, *(None,) * 11
 
@@ -219,14 +227,17 @@ def _triton(name: str) -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-@lru_cache
 def resolve(device: torch.device, dtype: torch.dtype) -> Impl:
-    """What `auto` takes. Says once for each device and dtype why a GPU runs the slow one."""
-    if device.type == "cpu":
-        return "eager"
+    """What `auto` takes."""
+    return "eager" if device.type == "cpu" else _resolve(device, dtype)
+
+
+@lru_cache
+def _resolve(device: torch.device, dtype: torch.dtype) -> Impl:
+    """Says once for each device and dtype why a GPU runs the slow one."""
     try:
         if dtype == torch.float64:
-            raise ValueError("float64")
+            raise ValueError("float64 is for eager only")
         _triton("triton_attention").check_device(device)
     except ValueError as reason:
         logger.warning("qat_kernels: attention runs the eager implementation: same numbers, but slow (%s).", reason)
