@@ -30,9 +30,9 @@ def prepare_kernel(
     heads, queries, blocks, q_rows, all_q_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """norm dO as an operand and with PLAIN dO too; D of dO and of norm dO: delta float32 [2, all_q_rows].
+    """norm dO as an operand, and with PLAIN dO too; delta float32 [2, all_q_rows]: D, from dO and from norm dO.
 
-    grad, twin: dO and O' in any layout.
+    grad, twin: dO and O' in any layout; stats as `_forward.attention_forward_kernel` leaves them.
     """
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     index, head = row_of_heads // heads, row_of_heads % heads
@@ -85,7 +85,7 @@ def _sum_grad_query_kept(
     grad_query, q, grad, delta, log_sum, k_desc, v_desc, k_row, mask_ptr, own, slots, start, blocks, qk_scale,
     BLOCK_N: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The kept groups, where dP = dO V^T: the same tiles as in `_forward._attend_kept`."""
+    """The kept groups, where dP = dO V^T: the same steps as in `_forward._attend_kept`."""
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
     for block in range(blocks + 1):
         first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)

@@ -43,7 +43,7 @@ def _attend(
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
-    With BOUNDED a row may see the slots below `upper`, otherwise all of these. With QUANTIZE `out` is 2688 times too large
+    With BOUNDED a row may see those below `upper`, otherwise all of them. With QUANTIZE `out` is 2688 times too large
     and takes PF~ VF, while `twin` takes P~ VF; otherwise `out` takes the unquantized P~.
     """
     for first_slot in range(start, stop, BLOCK_N):
@@ -114,11 +114,10 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
 
-    q, k, v, kept: operands (_layout.py), v quantized with QUANTIZE and kept, for the kept groups, not. out, twin: any strides,
-    packed ones with batch stride 0;
-    mask uint8, a row of k_rows for each sequence, by slot; first int32 [B]; shift_dot, lse float32. stats float32
-    [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the quantized Q and K, +inf for rows without a
-    (quantized) key, which makes their probabilities zero.
+    q, k, v, kept: operands (_layout.py); v is quantized with QUANTIZE, kept, for the kept groups, never. out, twin: any strides,
+    for packed sequences with batch stride 0. mask uint8, a row of k_rows for each sequence, by slot; first int32 [B]; cu int32
+    [B + 1]; shift_dot, lse float32. stats float32 [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the
+    quantized Q and K, +inf for rows without a (quantized) key, which makes their probabilities zero.
     """
     KEPT: tl.constexpr = LEAD > 0
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
