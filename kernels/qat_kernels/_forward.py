@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._layout import PAD, first_row, sequence, slot_of, to_groups, to_tile
+from ._layout import PAD, first_row, ranges, sequence, slot_of, to_groups, to_tile
 from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -152,25 +152,9 @@ def attention_forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
-    # A query's own slot, the first and the last of this block, and the slots of [begin, stop) that are quantized (or, with
-    # BF16 PV, just allowed): every row sees those before `full`, and its own `upper`.
-    own = rows + (keys - queries + LEAD)
-    own_first = block * BLOCK_M + (keys - queries + LEAD)
-    own_last = tl.minimum(own_first + BLOCK_M, slots) - 1
-    begin = 0
-    if KEPT:
-        begin = LEAD + GROUP
-        upper = own & -GROUP
-        stop = tl.maximum(own_last & -GROUP, begin)
-        full = begin + tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N
-    elif CAUSAL:
-        upper = own + 1
-        stop = tl.maximum(own_last + 1, 0)
-        full = tl.maximum(own_first + 1, 0) // BLOCK_N * BLOCK_N
-    else:
-        upper = rows * 0 + slots
-        stop = slots
-        full = slots // BLOCK_N * BLOCK_N
+    own, upper, begin, full, stop, open_start, open_blocks = ranges(
+        rows, block * BLOCK_M, keys - queries + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
+    )  # fmt: skip
     if MASKED:
         full = begin
     else:
@@ -188,11 +172,9 @@ def attention_forward_kernel(
     if QUANTIZE:
         out = out * (1.0 / P_GAIN)
     if KEPT:
-        open_start = tl.maximum(own_first & -GROUP, begin)
-        open_start -= (open_start - begin) % BLOCK_N
         out, twin, total, row_max = _attend_kept(
             out, twin, total, row_max, q, k_desc, kept_desc, k_row, mask_ptr, own, slots,
-            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale,
+            open_start, open_blocks, qk_scale,
             BLOCK_N, ORDER, LEAD, MASKED, TWIN,
         )  # fmt: skip
 
