@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qat_kernels.reference import _hadamard
+from qat_kernels.reference import rotated
 from qat_kernels.spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE
 
 from .layer import AttentionCall, AttentionLayer
@@ -159,9 +159,7 @@ def count_limits(counts: dict[str, LimitCounts] | None, layer: AttentionLayer, c
     query, key, value, mask = call.query.float(), call.key.float(), call.value.float(), call.key_mask
     if layer.k_shift is not None:
         key = key - layer.shift_on(key.device)[:, None]
-    if layer.spec.rotate:
-        rotation = _hadamard(query.shape[-1], query.device)
-        query, key = query @ rotation, key @ rotation
+    query, key = rotated(query, layer.spec), rotated(key, layer.spec)
     counts["query"].add(query.unflatten(-1, (-1, GROUP_SIZE)), query.numel())
     seen = key.numel()
     if mask is not None:

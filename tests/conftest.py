@@ -8,6 +8,9 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Test tensors are tiny: more threads wait for each other, and their number would change sums from machine to machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 
@@ -28,3 +31,10 @@ def fresh_accelerate(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     reset_accelerate()
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Processes in which Triton believes in the GPU that it is told of (aot.py); two, for compilation takes most of the time."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool

@@ -1,5 +1,7 @@
 """explain and `python -m qat_patch doctor`: what runs, and why nothing faster does."""
 
+import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,6 +20,7 @@ def on_gpu(capability):
     return (
         mock.patch("qat_kernels.triton_attention.check_device", lambda device: None),
         mock.patch("qat_kernels.triton_inference._arch", lambda device: arch),
+        mock.patch.object(sys.modules["qat_kernels.explain"], "resolve", lambda device, dtype: "triton"),
     )
 
 
@@ -33,12 +36,13 @@ def test_on_a_cpu_eager_runs_and_the_rest_says_why_not():
 
 def test_words_for_gpus_with_and_without_fp4_units():
     for capability, words in (((9, 0), "emulated in BF16, since sm_90 has no FP4 units"), ((12, 0), "could run, on FP4 units")):
-        device, arch = on_gpu(capability)
-        with device, arch:
+        with ExitStack() as stack:
+            for patch in on_gpu(capability):
+                stack.enter_context(patch)
             fp4, triton, eager = explain(HALF, HALF, HALF).splitlines()
-            assert words in fp4 and "pass impl='fp4'" in fp4
-            assert "triton: could run" in triton and "not been measured" in triton
-            assert eager == "eager: runs, in PyTorch"
+            assert words in fp4 and "pass impl='fp4'" in fp4 and "not been measured" in fp4
+            assert triton.startswith("triton: runs, as fused kernels")
+            assert eager == "eager: could run, in PyTorch: pass impl='eager'"
             assert "it has no gradient" in explain(HALF, HALF, HALF, needs_gradient=True).splitlines()[0]
             assert "float64 is for eager only" in explain(*[HALF.double()] * 3).splitlines()[1]
             wide = torch.zeros(1, 2, 16, 256, dtype=torch.bfloat16)

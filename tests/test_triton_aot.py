@@ -1,8 +1,5 @@
 """The Triton kernels compile for every architecture of the tile table, without spilling, without a GPU."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
 import pytest
 
 from aot import SHARED_MEMORY, Compiled, compile_kernels
@@ -16,13 +13,6 @@ KERNELS = {
     "grad_query_kernel",
     "grad_key_value_kernel",
 }
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    """Processes in which Triton believes in the GPU that it is told of; two, for compilation takes most of the time."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
 
 
 def assert_all_fit(compiler, problems: list[tuple[int, int, bool]], **options) -> None:

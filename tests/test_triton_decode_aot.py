@@ -1,19 +1,13 @@
 """The machine code of the decode kernels, compiled ahead of time: what it may not do, and how much it does for each value."""
 
-import multiprocessing
-import re
-import subprocess
-import tempfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 
-from aot import SHARED_MEMORY, _usage
+from aot import SHARED_MEMORY, believe_in, instructions, loops, usage
 
 KERNELS = ["append_kernel", "_quantize_rows_kernel", "split_kernel", "combine_kernel"]
 LENGTH, TILE_KEYS = 32768, 128
@@ -32,23 +26,19 @@ class Code(NamedTuple):
 
 def compile_decode(arch: int, head_dim: int, new: int, masked: bool) -> list[Code]:
     """What `KVCache.attention` on a filled cache launches, for Qwen3-14B's heads. Belongs into a process of its own."""
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import NVFP4, KVCache, triton_decode
 
-    driver = mock.Mock()
-    driver.get_current_device.return_value = arch
-    driver.get_current_stream.return_value = 0
-    driver.get_current_target.return_value = GPUTarget("cuda", arch, 32)
-    triton.runtime.driver.set_active(driver)
+    believe_in(arch)
     run, compiled = JITFunction.run, []
 
     def only_compile(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         cubin, threads = kernel.asm["cubin"], 32 * kernel.metadata.num_warps
-        compiled.append(Code(self.__name__, *_usage(cubin)[:2], kernel.metadata.shared, threads, longest_loop(cubin)))
+        longest = max(loops(instructions(cubin)), key=lambda loop: loop[-1].address - loop[0].address, default=[])
+        loop = Counter(each.name for each in longest)
+        compiled.append(Code(self.__name__, *usage(cubin)[:2], kernel.metadata.shared, threads, loop))
 
     q, k, recent = (
         torch.empty(8, h, n, head_dim, dtype=torch.bfloat16, device="meta") for h, n in ((40, new), (8, new), (8, 48))
@@ -71,27 +61,6 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool) -> list[Cod
         triton_decode.append(cache, k, mask, None, new)
         triton_decode.attend(cache, q, mask, None, 0.1)
     return compiled
-
-
-def longest_loop(cubin: bytes) -> Counter:
-    """The instructions between the ends of the widest backward jump."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)([^;]*);", sass)
-    branches = [(at, re.search(r"0x([0-9a-f]+)", rest)) for at, name, rest in code if name.startswith("BRA")]
-    jumps = [(int(target[1], 16), int(at, 16)) for at, target in branches if target]
-    begin, end = max((jump for jump in jumps if jump[0] < jump[1]), key=lambda jump: jump[1] - jump[0], default=(0, 0))
-    return Counter(name for at, name, _ in code if begin <= int(at, 16) <= end)
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
 
 
 def assert_fits(arch: int, compiled: list[Code]) -> None:

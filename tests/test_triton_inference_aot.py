@@ -1,18 +1,12 @@
 """The inference kernel compiled ahead of time for sm_100 and sm_120: FP4 units, conversions by hardware, no spills."""
 
-import multiprocessing
-import re
-import subprocess
-import tempfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from aot import SHARED_MEMORY, _usage
+from aot import SHARED_MEMORY, believe_in, instructions, usage
 
 FP4_PRODUCTS = {100: "UTCOMMA", 120: "OMMA"}
 """The instructions with NVFP4 operands: of tensor memory, and of registers."""
@@ -22,17 +16,11 @@ def compile_inference(
     arch: int, head_dim: int, causal: bool, pv: str, masked: bool = False
 ) -> tuple[int, int, int, int, Counter]:
     """Registers, spilled bytes, shared memory, columns of tensor memory, and all instructions. For a process of its own."""
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import QuantSpec, triton_inference
 
-    driver = mock.Mock()
-    driver.get_current_device.return_value = arch
-    driver.get_current_stream.return_value = 0
-    driver.get_current_target.return_value = GPUTarget("cuda", arch, 32)
-    triton.runtime.driver.set_active(driver)
+    believe_in(arch)
     run, compiled = JITFunction.run, []
 
     def only_compile(self, *args, grid, warmup, **kwargs):
@@ -48,18 +36,8 @@ def compile_inference(
     ):
         triton_inference.forward(q, k, k, mask, None, spec=QuantSpec(pv=pv), causal=causal, scale=0.1)
     (kernel,) = compiled
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(kernel.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    names = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)", sass))
-    return *_usage(kernel.asm["cubin"])[:2], kernel.metadata.shared, kernel.metadata.tmem_size, names
-
-
-@pytest.fixture(scope="module")
-def compiler():
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
+    names = Counter(each.name for each in instructions(kernel.asm["cubin"]))
+    return *usage(kernel.asm["cubin"])[:2], kernel.metadata.shared, kernel.metadata.tmem_size, names
 
 
 def assert_on_fp4_units(arch: int, pv: str, compiled: tuple) -> None:

@@ -5,7 +5,7 @@ import torch
 
 import oracle
 from interpreter import on
-from qat_kernels import nvfp4, pack, quantize, reference
+from qat_kernels import QuantSpec, nvfp4, pack, quantize, reference
 from qat_kernels.nvfp4 import scaled_codes
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -136,8 +136,7 @@ def test_shift_and_rotation(head_dim, dtype, device):
     shift = (torch.randn(2, head_dim, generator=generator) * 8).round() / 8
     repeated = shift.repeat_interleave(2, 0)[:, None]
     actual = on(device, quantize_on_device, -1, x, shift=shift, rotate=True)
-    rotated = (x.float() - repeated) @ reference._hadamard(head_dim, x.device)
-    expected = quantize_eagerly(-1, rotated)
+    expected = quantize_eagerly(-1, reference.rotated(x.float() - repeated, QuantSpec(rotate=True)))
     assert_same_bits(actual, expected)
     assert torch.equal(on(device, dot_with_shift, x, shift), (x.float() * repeated).sum(-1))
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._layout import PAD, first_row, sequence
+from ._layout import PAD, first_row, ranges, sequence
 from ._nvfp4 import GROUP, P_GAIN, dot, hadamard, narrow, round_weights
 
 _PAD = tl.constexpr(PAD)
@@ -30,9 +30,9 @@ def prepare_kernel(
     heads, queries, blocks, q_rows, all_q_rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """norm dO as an operand and with PLAIN dO too; D of dO and of norm dO: delta float32 [2, all_q_rows].
+    """norm dO as an operand, and with PLAIN dO too; delta float32 [2, all_q_rows]: D, from dO and from norm dO.
 
-    grad, twin: dO and O' in any layout.
+    grad, twin: dO and O' in any layout; stats as `_forward.attention_forward_kernel` leaves them.
     """
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     index, head = row_of_heads // heads, row_of_heads % heads
@@ -85,7 +85,7 @@ def _sum_grad_query_kept(
     grad_query, q, grad, delta, log_sum, k_desc, v_desc, k_row, mask_ptr, own, slots, start, blocks, qk_scale,
     BLOCK_N: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The kept groups, where dP = dO V^T: the same tiles as in `_forward._attend_kept`."""
+    """The kept groups, where dP = dO V^T: the same steps as in `_forward._attend_kept`."""
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
     for block in range(blocks + 1):
         first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
@@ -142,24 +142,9 @@ def grad_query_kernel(
     row_stats = q_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     delta, log_sum = tl.load(delta_ptr + row_stats), tl.load(stats_ptr + all_q_rows + row_stats)
 
-    # The same ranges of slots as in the forward.
-    own = rows + (keys - queries + LEAD)
-    own_first = block * BLOCK_M + (keys - queries + LEAD)
-    own_last = tl.minimum(own_first + BLOCK_M, slots) - 1
-    begin = 0
-    if KEPT:
-        begin = LEAD + GROUP
-        upper = own & -GROUP
-        stop = tl.maximum(own_last & -GROUP, begin)
-        full = begin + tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N
-    elif CAUSAL:
-        upper = own + 1
-        stop = tl.maximum(own_last + 1, 0)
-        full = tl.maximum(own_first + 1, 0) // BLOCK_N * BLOCK_N
-    else:
-        upper = rows * 0 + slots
-        stop = slots
-        full = slots // BLOCK_N * BLOCK_N
+    own, upper, begin, full, stop, open_start, open_blocks = ranges(
+        rows, block * BLOCK_M, keys - queries + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
+    )  # fmt: skip
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if MASKED:
         full = begin
@@ -173,11 +158,9 @@ def grad_query_kernel(
         BLOCK_N, True, MASKED,
     )  # fmt: skip
     if KEPT:
-        open_start = tl.maximum(own_first & -GROUP, begin)
-        open_start -= (open_start - begin) % BLOCK_N
         grad_query = _sum_grad_query_kept(
             grad_query, q, grad, delta, log_sum, k_desc, kept_desc, k_row, mask_ptr, own, slots,
-            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale, BLOCK_N, LEAD, MASKED,
+            open_start, open_blocks, qk_scale, BLOCK_N, LEAD, MASKED,
         )  # fmt: skip
 
     grad_query *= scale

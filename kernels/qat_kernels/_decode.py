@@ -157,10 +157,9 @@ def split_kernel(
     """BLOCK_M rows (query heads of one key head, times new tokens) against one part of the keys; the last part: the kept groups.
 
     q: an operand (_layout.py) of q_rows rows of Q_WIDTH a key head; the cache as in `KVCache`, keys and values counted from
-    `first` int32 [B] (not ALIGNED: 0),
-    with `capacity` keys of room and V of the last `recent` slots; mask uint8 [B, length] over slots. Of every part of every
-    head out float32 [B, Hk, splits + 1, rows, D], not yet divided, and stats [B, Hk, splits + 1, 2, rows]: m and the sum of P~.
-    ONE: there is one new token, so every row sees the same keys.
+    `first` int32 [B] (not ALIGNED: 0), with `capacity` keys of room and V of the last `recent` slots; mask uint8 [B, length]
+    over slots. Of every part of every head out float32 [B, Hk, splits + 1, rows, D], not yet divided, and stats
+    [B, Hk, splits + 1, 2, rows]: m and the sum of P~. ONE: there is one new token, so every row sees the same keys.
     """
     head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     batch = head // key_heads

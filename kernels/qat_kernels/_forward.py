@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._layout import PAD, first_row, sequence, slot_of, to_groups, to_tile
+from ._layout import PAD, first_row, ranges, sequence, slot_of, to_groups, to_tile
 from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_weights
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -43,7 +43,7 @@ def _attend(
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
-    With BOUNDED a row may see the slots below `upper`, otherwise all of these. With QUANTIZE `out` is 2688 times too large
+    With BOUNDED a row may see those below `upper`, otherwise all of them. With QUANTIZE `out` is 2688 times too large
     and takes PF~ VF, while `twin` takes P~ VF; otherwise `out` takes the unquantized P~.
     """
     for first_slot in range(start, stop, BLOCK_N):
@@ -114,11 +114,10 @@ def attention_forward_kernel(
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
 
-    q, k, v, kept: operands (_layout.py), v quantized with QUANTIZE and kept, for the kept groups, not. out, twin: any strides,
-    packed ones with batch stride 0;
-    mask uint8, a row of k_rows for each sequence, by slot; first int32 [B]; shift_dot, lse float32. stats float32
-    [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the quantized Q and K, +inf for rows without a
-    (quantized) key, which makes their probabilities zero.
+    q, k, v, kept: operands (_layout.py); v is quantized with QUANTIZE, kept, for the kept groups, never. out, twin: any strides,
+    for packed sequences with batch stride 0. mask uint8, a row of k_rows for each sequence, by slot; first int32 [B]; cu int32
+    [B + 1]; shift_dot, lse float32. stats float32 [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the
+    quantized Q and K, +inf for rows without a (quantized) key, which makes their probabilities zero.
     """
     KEPT: tl.constexpr = LEAD > 0
     row_of_heads, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -153,25 +152,9 @@ def attention_forward_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
-    # A query's own slot, the first and the last of this block, and the slots of [begin, stop) that are quantized (or, with
-    # BF16 PV, just allowed): every row sees those before `full`, and its own `upper`.
-    own = rows + (keys - queries + LEAD)
-    own_first = block * BLOCK_M + (keys - queries + LEAD)
-    own_last = tl.minimum(own_first + BLOCK_M, slots) - 1
-    begin = 0
-    if KEPT:
-        begin = LEAD + GROUP
-        upper = own & -GROUP
-        stop = tl.maximum(own_last & -GROUP, begin)
-        full = begin + tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N
-    elif CAUSAL:
-        upper = own + 1
-        stop = tl.maximum(own_last + 1, 0)
-        full = tl.maximum(own_first + 1, 0) // BLOCK_N * BLOCK_N
-    else:
-        upper = rows * 0 + slots
-        stop = slots
-        full = slots // BLOCK_N * BLOCK_N
+    own, upper, begin, full, stop, open_start, open_blocks = ranges(
+        rows, block * BLOCK_M, keys - queries + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
+    )  # fmt: skip
     if MASKED:
         full = begin
     else:
@@ -189,11 +172,9 @@ def attention_forward_kernel(
     if QUANTIZE:
         out = out * (1.0 / P_GAIN)
     if KEPT:
-        open_start = tl.maximum(own_first & -GROUP, begin)
-        open_start -= (open_start - begin) % BLOCK_N
         out, twin, total, row_max = _attend_kept(
             out, twin, total, row_max, q, k_desc, kept_desc, k_row, mask_ptr, own, slots,
-            open_start, tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N), qk_scale,
+            open_start, open_blocks, qk_scale,
             BLOCK_N, ORDER, LEAD, MASKED, TWIN,
         )  # fmt: skip
 

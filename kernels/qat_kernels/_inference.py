@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_to_e2m1, round_to_e4m3, scale_bits
+from ._nvfp4 import GROUP, P_GAIN, dot, magnitude_bits, narrow, round_to_e2m1, round_to_e4m3, scale_bits, scale_of, value_of
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 """Triton's version."""
@@ -41,27 +41,13 @@ def load_tile(ptrs, rows, columns, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.con
 
 
 @triton.jit
-def _scale_values(byte):
-    """E4M3 bytes as float32; 0x7F is NaN."""
-    byte = byte.to(tl.int32)
-    scale = (byte << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120, the difference of the exponents' biases
-    return tl.where(byte == 0x7F, float("nan"), scale)
-
-
-@triton.jit
-def _code_values(code):
-    """E2M1 codes as float32."""
-    magnitude = ((code.to(tl.int32) & 7) << 22).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
-    return tl.where((code & 8) != 0, -magnitude, magnitude)
-
-
-@triton.jit
 def _values(codes, scales):
     """Packed rows, uint8 [R, C / 2] and E4M3 bytes [R, C / 16] -> bfloat16 [R, C], exact."""
     rows: tl.constexpr = codes.shape[0]
     groups: tl.constexpr = scales.shape[1]
-    x = tl.reshape(tl.join(_code_values(codes & 15), _code_values(codes >> 4)), (rows, groups, GROUP))
-    x = x * _scale_values(scales)[:, :, None]
+    codes = codes.to(tl.int32)
+    x = tl.reshape(tl.join(value_of(codes & 15), value_of(codes >> 4)), (rows, groups, GROUP))
+    x = x * scale_of(scales)[:, :, None]
     return narrow(tl.reshape(x, (rows, groups * GROUP)), tl.bfloat16)
 
 
@@ -87,13 +73,8 @@ def _pack_weights(weights, CONVERT: tl.constexpr):
     if CONVERT:
         codes = tl.inline_asm_elementwise(_PACK, "=r,f,f,f,f,f,f,f,f", [even, odd], dtype=tl.uint8, is_pure=True, pack=4)
     else:
-        codes = _magnitude_bits(round_to_e2m1(even)) | (_magnitude_bits(round_to_e2m1(odd)) << 4)
+        codes = (magnitude_bits(round_to_e2m1(even)) | (magnitude_bits(round_to_e2m1(odd)) << 4)).to(tl.uint8)
     return codes, tl.reshape(scale_bits(scale, scale > 0), (rows, keys // GROUP))
-
-
-@triton.jit
-def _magnitude_bits(x):
-    return tl.minimum(tl.minimum(x * 2, x + 2), x / 2 + 4).to(tl.uint8)
 
 
 @triton.jit
@@ -102,12 +83,12 @@ def _attend(
     k_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_stride_l, v_stride_d, mask_ptr,
     lower, upper, keys, start, stop, qk_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BOUNDED: tl.constexpr, KEPT: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    BOUNDED: tl.constexpr, KEPT: tl.constexpr, MASKED: tl.constexpr, QUANTIZE: tl.constexpr,
     NATIVE: tl.constexpr, CONVERT: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the keys from `start` to `stop` in tiles of BLOCK_N: as in _forward.py, on packed operands.
+    """The online softmax over the keys from `start` to `stop` in tiles of BLOCK_N: as in _forward.py, on codes and scales.
 
-    PACKED: v holds codes [L / 2, D] and scales [L / 16, D], and `out` takes PF~ VF, 2688 times too large; else v holds values.
+    QUANTIZE: v holds codes [L / 2, D] and scales [L / 16, D], and `out` takes PF~ VF, 2688 times too large; else v holds values.
     """
     tile = tl.arange(0, BLOCK_N)
     half = tl.arange(0, BLOCK_D // 2)
@@ -142,7 +123,7 @@ def _attend(
         row_max = new_max
         total = total * rescale + tl.sum(weights, 1)
         out = out * rescale[:, None]
-        if PACKED:
+        if QUANTIZE:
             p, p_scale = _pack_weights(weights, CONVERT)
             pairs = (first_key // 2 + pair).to(tl.int64)
             groups = ((first_key + token_group * GROUP) // GROUP).to(tl.int64)

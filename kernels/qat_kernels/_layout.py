@@ -84,6 +84,40 @@ def first_row(index, head, heads, rows, start, LEAD: tl.constexpr, VARLEN: tl.co
     return (index * heads + head) * rows
 
 
+@triton.jit
+def ranges(
+    rows, start, offset, slots, LEAD: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """What BLOCK_M queries from `start` on, `rows`, see of `slots` slots, in tiles of BLOCK_N; query i has slot i + offset.
+
+    Returns each query's own slot. Of the slots [begin, stop), which are quantized (or, with BF16 PV, just allowed): the end of
+    what each query sees (upper), begin, the end of the tiles that all see whole (full), and stop. And where the tiles of open
+    groups start, and how many they are.
+    """
+    own, own_first = rows + offset, start + offset
+    own_last = tl.minimum(own_first + BLOCK_M, slots) - 1
+    begin = 0
+    open_start = 0
+    open_blocks = 0
+    if LEAD > 0:  # groups are kept
+        begin = LEAD + GROUP
+        upper = own & -GROUP
+        stop = tl.maximum(own_last & -GROUP, begin)
+        full = begin + tl.maximum((own_first & -GROUP) - begin, 0) // BLOCK_N * BLOCK_N
+        open_start = tl.maximum(own_first & -GROUP, begin)
+        open_start -= (open_start - begin) % BLOCK_N
+        open_blocks = tl.cdiv(tl.maximum(own_last + 1 - open_start, 0), BLOCK_N)
+    elif CAUSAL:
+        upper = own + 1
+        stop = tl.maximum(own_last + 1, 0)
+        full = tl.maximum(own_first + 1, 0) // BLOCK_N * BLOCK_N
+    else:
+        upper = rows * 0 + slots
+        stop = slots
+        full = slots // BLOCK_N * BLOCK_N
+    return own, upper, begin, full, stop, open_start, open_blocks
+
+
 class Sequences(NamedTuple):
     """The sequences of one side, queries or keys: a batch of equal lengths, or packed ones."""
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from .spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCALE, SCALE_MIN
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether Triton's interpreter runs the kernels; two of its conversions have to be avoided (`dot`, `narrow`)."""
+"""Whether Triton's interpreter runs the kernels: it has no inline assembly, and rounds differently where a branch says so."""
 GROUP = tl.constexpr(GROUP_SIZE)
 P_GAIN = tl.constexpr(P_GLOBAL_SCALE)
 _TOP = tl.constexpr(E2M1_MAX)
@@ -101,6 +101,7 @@ def _reciprocal(x):
 
 @triton.jit
 def _scale_for(amax, TOP: tl.constexpr):
+    """E4M3 of amax / TOP, rounded correctly; the divisor is made a tensor, which is what `div_rn` takes."""
     return round_to_e4m3(tl.div_rn(amax, amax * 0.0 + TOP))
 
 
@@ -147,11 +148,16 @@ def signed_values(groups, magnitude, scale, finite):
 
 
 @triton.jit
+def magnitude_bits(magnitude):
+    """The E2M1 bits of a magnitude: {0, .5, 1, 1.5, 2 | 3, 4 | 6} lie on three lines, the lowest of which counts."""
+    return tl.minimum(tl.minimum(magnitude * 2, magnitude + 2), magnitude / 2 + 4).to(tl.int32)
+
+
+@triton.jit
 def codes_of(groups, magnitude, finite):
-    """sign << 3 | E2M1 bits: {0, .5, 1, 1.5, 2 | 3, 4 | 6} lie on three lines, the lowest of which counts."""
-    bits = tl.minimum(tl.minimum(magnitude * 2, magnitude + 2), magnitude / 2 + 4).to(tl.int32)
+    """int32 codes, sign << 3 | E2M1 bits: `magnitude` with the sign of the input, or zero in groups that are not finite."""
     sign = (groups.to(tl.int32, bitcast=True) >> 31) & 8
-    return (bits & tl.where(finite, 7, 0)) | sign
+    return (magnitude_bits(magnitude) & tl.where(finite, 7, 0)) | sign
 
 
 @triton.jit
@@ -164,7 +170,7 @@ def scale_bits(scale, finite):
 
 @triton.jit
 def value_of(code):
-    """The float32 of an E2M1 code."""
+    """The float32 of an E2M1 code, int32."""
     exponent, mantissa = (code >> 1) & 3, code & 1
     magnitude = tl.where(exponent == 0, mantissa * 0.5, (1 << exponent).to(tl.float32) * (mantissa * 0.25 + 0.5))
     return tl.where(code >= 8, -magnitude, magnitude)

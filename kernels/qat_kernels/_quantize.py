@@ -147,7 +147,7 @@ def _unpack_kernel(
     codes_ptr, scales_ptr, operand_ptr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The operand that codes and scales were stored beside: groups along the tokens (TOKENS) or along the head dim."""
+    """Codes and scales into an operand: groups along the tokens (TOKENS) or along the head dim."""
     first_slot = tl.program_id(0).to(tl.int64) * BLOCK_L
     slots, columns = first_slot + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
     if TOKENS:
@@ -313,9 +313,9 @@ def quantize_tokens(
     return [operand for operand in operands if operand is not None]
 
 
-def unpack(packed: Codes, dtype: torch.dtype, *, tokens: bool) -> torch.Tensor:
-    """The operand that these codes were stored beside: of V with `tokens`, of K with `keys` alone, of Q with neither."""
-    codes, scales = packed
+def unpack(stored: Codes, dtype: torch.dtype, *, tokens: bool) -> torch.Tensor:
+    """The operand of these values, slots in their own order; groups lie along the tokens (V) or along the head dim (Q, K)."""
+    codes, scales = stored
     head_dim = codes.shape[1] if tokens else codes.shape[1] * 2
     rows, block_d = codes.shape[0] * (2 if tokens else 1), block_of(head_dim)
     operand = codes.new_empty((rows, block_d), dtype=dtype)

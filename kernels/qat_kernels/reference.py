@@ -227,7 +227,7 @@ def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool
 
 
 def rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Queries or keys as they are quantized: float32, rotated if `spec` says so."""
+    """Queries or keys in float32 as they are quantized: rotated if `spec` says so."""
     return x @ _hadamard(x.shape[-1], x.device) if spec.rotate else x
 
 

@@ -1,7 +1,7 @@
 """The attention of docs/NUMERICS.md as Triton kernels: prepares the operands, chooses tiles and launches.
 
-Takes what reference.py takes and returns the same, plus what its backward reads. Needs an NVIDIA GPU from sm_80 on (or
-Triton's interpreter); imports triton through the modules whose names begin with an underscore.
+Takes what reference.py and packed.py take and returns the same, plus what its own backward reads. Needs an NVIDIA GPU from sm_80
+on (or Triton's interpreter); imports triton through the modules whose names begin with an underscore.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from . import tiles
+from . import reference, tiles
 from ._backward import grad_key_value_kernel, grad_query_kernel, prepare_kernel
 from ._forward import attention_forward_kernel
 from ._layout import PAD, Sequences, descriptors, order_of
 from ._nvfp4 import INTERPRET
 from ._quantize import Codes, Keys, allowed_keys, block_of, operand_dtype, quantize_rows, quantize_tokens, strides_of, unpack
 from .packed import Packing
-from .spec import GROUP_SIZE, HADAMARD_ENTRY, QuantSpec
+from .spec import GROUP_SIZE, QuantSpec
 
-LOG2_E = math.log2(math.e)
 _MIN_ARCH = 80
 
 
@@ -70,8 +69,7 @@ class Problem(NamedTuple):
     @property
     def score_scale(self) -> float:
         """Of the scores of the quantized Q and K; its sign is in the operand of Q."""
-        scale = abs(self.scale)
-        return scale / (HADAMARD_ENTRY**2 * self.head_dim) if self.spec.rotate else scale
+        return reference.scale_of_quantized(abs(self.scale), self.head_dim, self.spec)
 
     @property
     def constants(self) -> dict:
@@ -196,7 +194,7 @@ def forward(
             result.out, result.twin, result.lse, result.stats,
             *strides_of(result.out), *lse_strides, _mask_stride(allowed),
             *problem.sizes, blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
-            problem.score_scale * LOG2_E, scale,
+            problem.score_scale * reference.LOG2_E, scale,
             **problem.constants, BLOCK_M=tile.queries, BLOCK_N=tile.keys, ORDER=order, MASKED=allowed is not None,
             QUANTIZE=spec.pv == "nvfp4", TWIN=with_twin, STATS=with_gradient, SHIFTED=k_shift is not None,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -263,7 +261,7 @@ def backward(
 
         def numbers(out: torch.Tensor, blocks: int, scale: float) -> tuple:
             sizes = (*problem.sizes, blocks, side.rows, problem.key.rows, side.all_rows)
-            return (*strides_of(out)[:3], _mask_stride(allowed), *sizes, problem.score_scale * LOG2_E, scale)
+            return (*strides_of(out)[:3], _mask_stride(allowed), *sizes, problem.score_scale * reference.LOG2_E, scale)
 
         tile = chosen.grad_query
         blocks = side.blocks(tile.queries)

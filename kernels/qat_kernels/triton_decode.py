@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from .triton_attention import _arch, _on, check_device
 if TYPE_CHECKING:
     from .kv_cache import KVCache
 
-LOG2_E = math.log2(math.e)
 _PROGRAMS_PER_PROCESSOR = 4
 """Programs that split the keys between them fill the GPU once: 128 threads with up to 128 registers each fit four times."""
 
@@ -34,7 +32,7 @@ class Tile(NamedTuple):
     """Of a thread."""
 
 
-# COMPILED ONLY, not measured (tests/test_triton_decode_aot.py): they do not spill with Triton 3.6 and 3.9.
+# Chosen by their machine code (tests/test_triton_decode_aot.py): they do not spill with Triton 3.6 and 3.9. Not tuned on a GPU.
 _ONE_TOKEN = Tile(16, 4, 3, 128)
 _ONE_TOKEN_WIDE = Tile(16, 4, 2, None)
 """For head dims above 128 or with padded rows, and before sm_89, where scales take more instructions: 128 registers spill."""
@@ -95,7 +93,7 @@ def attend(
             quantized, *(cache._packed[name] for name in ("key_codes", "key_scales", "value_codes", "value_scales", "sink")),
             cache._recent, cache._first, _uint8(key_mask), parts, stats,
             key_heads, rows, new, cache.length, capacity, cache._recent.shape[2], splits, side.rows,
-            reference.scale_of_quantized(abs(scale), head_dim, cache.spec) * LOG2_E,
+            reference.scale_of_quantized(abs(scale), head_dim, cache.spec) * reference.LOG2_E,
             HEAD_DIM=head_dim, WORDS=words, BLOCK_WORDS=block_of(words), BLOCK_M=tile.rows,
             Q_WIDTH=quantized.shape[1],
             ALIGNED=cache._first is not None, MASKED=key_mask is not None, ONE=new == 1, BEFORE_SM_89=arch < 89,

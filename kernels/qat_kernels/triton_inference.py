@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from ._quantize import Codes, allowed_keys, block_of, quantize_rows, quantize_to
 from .spec import QuantSpec
 from .triton_attention import _arch, _on, check_device
 
-LOG2_E = math.log2(math.e)
 _MIN_BLOCK_D = 64
 """FP4 units contract 64 elements at a time."""
 
@@ -100,7 +98,7 @@ def forward(
         inference_kernel[(batch * heads * -(-queries // tile.queries),)](
             *q, *k, *(vf or (None, None)), value, *(allowed or (None, None)), shift_dot, out, lse,
             *value.stride(), *out.stride(), heads, key_heads, queries, keys, sides[0].rows, sides[1].rows,
-            reference.scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E, scale,
+            reference.scale_of_quantized(abs(scale), head_dim, spec) * reference.LOG2_E, scale,
             HEAD_DIM=head_dim, BLOCK_D=max(_MIN_BLOCK_D, block_of(head_dim)), BLOCK_M=tile.queries, BLOCK_N=tile.keys,
             CAUSAL=causal, MASKED=key_mask is not None, QUANTIZE=quantize, SHIFTED=k_shift is not None,
             NATIVE=why_not_native(arch, head_dim) is None, CONVERT=arch >= 100,
