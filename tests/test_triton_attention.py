@@ -8,6 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -381,6 +383,30 @@ def test_real_sizes_stay_within_the_bounds(head_dim, causal, length, inputs):
             assert error(x, wanted, size.norm().cpu()) < BOUNDS[torch.bfloat16][1]
         actual_grads, grads = actual_grads[2:], grads[2:]
     assert_within_bounds((*actual, actual_grads), (*expected, grads), torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1.0, 3.0], ids=["gaussian", "peaky"])
+@pytest.mark.parametrize("length", [1024, 16384])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_err_at_most_twice_as_much_as_those_of_flash_attention(causal, length, size):
+    """Ours against the exact gradient of the quantized problem, FlashAttention-2's against that of the unquantized one."""
+    case = Case(lq=length, lk=length, head_dim=128, heads=(2, 2), batch=1, causal=causal)
+    tensors = [x.cuda() for x in case.tensors(torch.bfloat16)]
+    tensors[0] *= size
+    actual, expected = run_kernels(case, tensors, device="cuda")[3], run_reference(case, tensors)[3]
+    ours = [error(a, e.cpu()) for a, e in zip(actual, expected, strict=True)]
+
+    def gradients(dtype, backend):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors[:3]]
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(*leaves, is_causal=causal)
+        return torch.autograd.grad(out, leaves, tensors[3].to(dtype))
+
+    exact = gradients(torch.float32, SDPBackend.EFFICIENT_ATTENTION)
+    theirs = [error(a, e) for a, e in zip(gradients(torch.bfloat16, SDPBackend.FLASH_ATTENTION), exact, strict=True)]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine < 2 * other, (ours, theirs)
 
 
 @pytest.mark.gpu
