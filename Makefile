@@ -25,7 +25,7 @@ test: $(VENV)/installed  ## run the tests, offline; those that need a GPU are sk
 	$(BIN)/pytest -q --numprocesses=auto --durations=10
 
 bench: $(VENV)/installed  ## time attention against PyTorch's own, after checking that it is right
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench.py attention
 
 check: $(VENV)/installed  ## lint and check the format; edits nothing
 	$(BIN)/ruff check
