@@ -82,7 +82,9 @@ def sample(pipe, *, steps=2, callback=None, whole=False):
     else:
         # Wan's processor takes the last 512 keys of image to video for text.
         shape = (1, 512 if "image_encoder" in pipe.components else 20, TEXT_DIM)
-        inputs = {name: torch.randn(shape, generator=generator) for name in ("prompt_embeds", "negative_prompt_embeds")}
+        # Where the pipeline computes, as its own text encoder would leave them: Wan moves time embeddings to them.
+        names, device = ("prompt_embeds", "negative_prompt_embeds"), pipe._execution_device
+        inputs = {name: torch.randn(shape, generator=generator).to(device) for name in names}
         inputs["output_type"] = "latent"
     if "image_encoder" in pipe.components:
         inputs["image"] = torch.rand(1, 3, 32, 32, generator=generator)
