@@ -98,7 +98,8 @@ class LanguageModeling(FineTuning):
     def load(self) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_pretrained(**self.source, dtype=torch.float32)
         if self.settings.model.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+            # Older releases of transformers know it by another name.
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
         return model
 
     def _data(self, data: TextSettings) -> tuple[Dataset, Dataset | None]:

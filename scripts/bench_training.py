@@ -77,7 +77,8 @@ def qwen3_lora(device: str, tiny: bool) -> Problem:
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes), dtype=torch.bfloat16, attn_implementation="sdpa").train()
         ids = torch.randint(sizes["vocab_size"], (1, tokens))
-    model.activation_checkpointing_enable()
+    # Older releases of transformers know it by another name.
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     model.enable_input_require_grads()
     weights = sum(p.numel() for p in model.parameters())
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))

@@ -6,7 +6,7 @@ from transformers import DataCollatorWithFlattening
 
 from qat_kernels import attention
 from qat_patch import AttnQATConfig, patch_model, transformers_adapter
-from tiny_qwen3 import VOCAB, tiny_llama, tiny_qwen3, token_ids
+from tiny_qwen3 import VOCAB, checkpoint_activations, tiny_llama, tiny_qwen3, token_ids
 
 LENGTHS = (20, 1, 33, 16)
 SAMPLES = [token_ids(1, length, seed=length)[0] for length in LENGTHS]
@@ -70,7 +70,7 @@ def test_gradients_of_a_pack_are_the_sum_of_its_samples(checkpointing, cu_seq_le
     model = tiny_qwen3(torch.float64).train()
     patch_model(model)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
 
     def gradients(*inputs):
         model.zero_grad()

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOss
 
 from qat_kernels import attention
 from qat_patch import AttnQATConfig, QuantSpec, get_handle, patch_model, transformers_adapter, unpatch_model
-from tiny_qwen3 import VOCAB, pad, tiny_llama, tiny_qwen3, token_ids
+from tiny_qwen3 import VOCAB, checkpoint_activations, pad, tiny_llama, tiny_qwen3, token_ids
 
 
 def logits(model, ids, **kwargs):
@@ -268,7 +268,7 @@ def test_continuation_of_several_tokens_on_a_cache():
 def test_training_step_reaches_every_parameter():
     model, ids = tiny_qwen3().train(), token_ids()
     patch_model(model)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model(ids, labels=ids, use_cache=False).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.norm() > 0, name

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from families import relative
 from qat_kernels import attention
 from qat_patch import calibrate, get_handle, patch_model, sensitivity, transformers_adapter, unpatch_model
-from tiny_qwen3 import pad, token_ids
+from tiny_qwen3 import checkpoint_activations, pad, token_ids
 from transformers_families import FAMILIES, REFUSED
 
 
@@ -68,7 +68,7 @@ def training_step(family, monkeypatch):
 def gradient_checkpointing(family, monkeypatch):
     model, inputs = family.patched().train(), family.inputs()
     plain = gradients(model, inputs)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     checkpointed = gradients(model, inputs)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 

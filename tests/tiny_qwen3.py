@@ -46,3 +46,8 @@ def pad(ids, amount, side):
     if side == "left":
         parts, masks = parts[::-1], masks[::-1]
     return torch.cat(parts, 1), torch.cat(masks, 1)
+
+
+def checkpoint_activations(model):
+    """By the name that this release of transformers has for it."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
