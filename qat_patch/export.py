@@ -72,6 +72,12 @@ def export_checkpoint(
     if folder.exists():
         raise ValueError(f"export_checkpoint: {folder} exists; choose another folder or remove it")
     is_pipeline = not isinstance(model, torch.nn.Module)
+    modules = (module for part in handle.models for module in part.named_modules())
+    if fused := next((name for name, module in modules if getattr(module, "fused_projections", False)), None):
+        raise ValueError(
+            "export_checkpoint: expected separate projections, which is how models load, got those of fuse_qkv_projections "
+            f"({fused}); call unfuse_qkv_projections() on the model"
+        )
     adapters = [part for part in handle.models if _adapter_layers(part)]
     if is_pipeline and (dtype is not None or adapters):
         raise ValueError(

@@ -119,6 +119,19 @@ def test_pipeline_round_trip(tmp_path):
         load_checkpoint(tmp_path / "out")
 
 
+def test_fused_projections_are_not_exported(tmp_path):
+    model = tiny_transformer()
+    patch_model(model)
+    expected = velocity(model)
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"got those of fuse_qkv_projections \(blocks.0.attn1\); call unfuse_qkv_projections"):
+        export_checkpoint(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    model.unfuse_qkv_projections()
+    export_checkpoint(model, tmp_path / "out")
+    assert torch.equal(velocity(load_checkpoint(tmp_path / "out")), expected)
+
+
 def test_dtype(tmp_path):
     model = tiny_transformer()
     patch_model(model)
