@@ -170,7 +170,7 @@ def machine(device: str, dtype: str) -> dict[str, str]:
 
 def inference(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
     """Attention without gradients, on FP4 units or emulating them."""
-    problem = why_not("fp4", torch.device(device), dtype, False) or ("packed sequences are not for it" if shape.packed else None)
+    problem = why_not("fp4", torch.device(device), dtype, False)
     if problem:
         raise SystemExit(f"bench: inference: {problem}")
     return attention(shape._replace(forward_only=True), device, dtype, rounds, INFERENCE)

@@ -64,8 +64,6 @@ def test_inference_is_checked_and_timed_with_each_recipe(tmp_path, capsys):
 def test_inference_says_what_it_cannot_run(tmp_path):
     with pytest.raises(SystemExit, match="bench: inference: expected tensors on an NVIDIA GPU, got cpu"):
         bench.main([*INFERENCE, str(tmp_path / "bench.json")])
-    with pytest.raises(SystemExit, match="bench: inference: packed sequences"):
-        interpreted(bench.main, ["inference", "--shape", "1,2,2,600,600,16,packed"])
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
