@@ -2,6 +2,7 @@
 
 python scripts/bench.py attention --json attention.json
 python scripts/bench.py attention --shape 1,12,12,32760,32760,128 --shape 2,40,8,4096,4096,128,causal
+python scripts/bench.py inference --json inference.json
 python scripts/bench.py quantize
 python scripts/bench.py report attention.json --png attention.png
 
@@ -10,8 +11,12 @@ is so; `packed` cuts the batch's tokens into documents of uneven lengths. Each o
 float32 reference on a part of the very problem that is timed (docs/NUMERICS.md, section 7); where a bound does not hold nothing
 is timed. Prints device, versions, and for each shape the median and the spread (quartiles) of forward and of forward with
 backward, the bytes that a forward keeps for its backward, and the peak of both. TFLOP/s count 4 B H Lq Lk D for a forward and
-3.5 times that with backward, causal or not. SageAttention and FlashInfer join where they are installed. `report` makes a table in
-Markdown from the JSON, and a picture.
+3.5 times that with backward, causal or not. SageAttention and FlashInfer join where they are installed.
+
+`inference` times what can run without gradients: the kernel for FP4 units, emulated where there are none, with P and V in NVFP4
+and in BF16, and the training kernel; each quantizes its inputs first, in the time that is shown.
+
+The JSON is written after every shape. `report` makes a table in Markdown from it, and a picture; from bench_decode.py's too.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import qat_kernels
+from qat_kernels import QuantSpec
+from qat_kernels.explain import why_not
 
 OUTPUT_BOUND, GRADIENT_BOUND = 3e-3, 1e-2
 REPEATS = 10
@@ -47,11 +54,19 @@ GPU_SHAPES = (
     "1,40,8,16384,16384,128,causal,packed",
     "4,16,16,8192,8192,64",
 )
+INFERENCE_SHAPES = tuple(
+    f"{shape},forward"
+    for shape in ("1,12,12,32760,32760,128", "1,40,40,32760,512,128", "2,40,8,4096,4096,128,causal", "4,16,16,8192,8192,64")
+)
+"""Self-attention of Wan 2.1 1.3B, cross-attention of 14B, Qwen3-14B, and head dim 64."""
 FIGURE_5_SHAPES = tuple(
     f"16,16,16,{length << 10},{length << 10},{dim},forward" for dim in (128, 64) for length in (1, 2, 4, 8, 16, 32)
 )
 """The grid of the paper's figure 5, which it measured on an RTX 5090."""
 CPU_SHAPES = ("1,12,12,512,512,128", "2,9,3,256,256,64,causal")
+TRAINING = {"ours": {"impl": "triton" if torch.cuda.is_available() else "eager"}}
+INFERENCE = {"fp4": {"impl": "fp4"}, "fp4, pv=bf16": {"impl": "fp4", "spec": QuantSpec(pv="bf16")}, "triton": {"impl": "triton"}}
+"""Ours: the options of `qat_kernels.attention`, by name."""
 
 
 class Shape(NamedTuple):
@@ -93,6 +108,7 @@ class Shape(NamedTuple):
 
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Options = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -100,7 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name, text in (("attention", "time attention"), ("quantize", "time the quantization kernels against a copy")):
+    for name, text in (
+        ("attention", "time attention, forward and backward"),
+        ("inference", "time attention without gradients"),
+        ("quantize", "time the quantization kernels against a copy"),
+    ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--shape", action="append", type=Shape.parse, help="default: those of the published models")
         command.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
@@ -121,15 +141,21 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     about = machine(device, options.dtype)
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     defaults = CPU_SHAPES if device == "cpu" else FIGURE_5_SHAPES if getattr(options, "figure_5", False) else GPU_SHAPES
-    measured = attention if options.command == "attention" else quantize
+    if options.command == "inference":
+        defaults = INFERENCE_SHAPES
+    measured = {"attention": attention, "inference": inference, "quantize": quantize}[options.command]
     dtype = getattr(torch, options.dtype)
     results = []
     for shape in options.shape or [Shape.parse(text) for text in defaults]:
         print(f"\n{shape}", flush=True)
         results += [about | shape._asdict() | each for each in measured(shape, device, dtype, options.rounds)]
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write(results, options.json)
     return results
+
+
+def write(results: list[dict[str, Any]], file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def machine(device: str, dtype: str) -> dict[str, str]:
@@ -142,10 +168,21 @@ def machine(device: str, dtype: str) -> dict[str, str]:
     return about
 
 
-def attention(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    ours, peers = implementations(shape, device)
+def inference(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
+    """Attention without gradients, on FP4 units or emulating them."""
+    problem = why_not("fp4", torch.device(device), dtype, False)
+    if problem:
+        raise SystemExit(f"bench: inference: {problem}")
+    return attention(shape._replace(forward_only=True), device, dtype, rounds, INFERENCE)
+
+
+def attention(
+    shape: Shape, device: str, dtype: torch.dtype, rounds: int, variants: dict[str, Options] = TRAINING
+) -> list[dict[str, Any]]:
+    """Ours, by the options of `qat_kernels.attention`, and others'."""
+    ours, peers = implementations(shape, device, variants)
     for name, call in ours.items():
-        check(name, call, shape, device, dtype)
+        check(name, call, shape, device, dtype, variants[name].get("spec", QuantSpec()))
     results = []
     for with_backward in (False,) if shape.forward_only else (False, True):
         timed = measure(ours | peers, shape, device, dtype, rounds, with_backward)
@@ -197,18 +234,19 @@ def repeat(call: Callable[[], Any]) -> None:
         call()
 
 
-def implementations(shape: Shape, device: str) -> tuple[dict[str, Attention], dict[str, Attention]]:
+def implementations(shape: Shape, device: str, variants: dict[str, Options]) -> tuple[dict[str, Attention], dict[str, Attention]]:
     """Ours, and others', by name. What cannot run the shape on this device is left out, and said so."""
     packing = {}
     if shape.packed:
         bounds = torch.tensor([0, *shape.documents()], device=device).cumsum(0, dtype=torch.int32)
         packing = {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": max(shape.documents()) for x in "qk"}
 
-    def ours(impl: str) -> Attention:
-        return lambda q, k, v: qat_kernels.attention(q, k, v, causal=shape.causal, impl=impl, **packing)
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        return qat_kernels.attention(q, k, v, causal=shape.causal, **packing, **options)
 
+    ours: dict[str, Attention] = {name: partial(call, **options) for name, options in variants.items()}
     if device == "cpu":
-        return {"ours": ours("eager")}, {} if shape.packed else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
+        return ours, {} if shape.packed else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
     peers: dict[str, Attention] = {}
     if shape.packed:
         peers["varlen_attn"] = varlen(shape, packing)
@@ -216,13 +254,13 @@ def implementations(shape: Shape, device: str) -> tuple[dict[str, Attention], di
         peers = {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape), "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, shape)}
         peers |= installed(shape)
     small = shape if shape.packed else shape._replace(queries=64, keys=64)
-    for name, call in list(peers.items()):
+    for name, peer in list(peers.items()):
         try:
-            call(*(x.detach() for x in inputs(small, device, torch.bfloat16)[:3]))
+            peer(*(x.detach() for x in inputs(small, device, torch.bfloat16)[:3]))
         except (RuntimeError, ImportError, TypeError, ValueError, AssertionError) as error:
             print(f"  {name}: left out: {(str(error).splitlines() or [type(error).__name__])[0]}")
             del peers[name]
-    return {"ours": ours("triton")}, peers
+    return ours, peers
 
 
 def sdpa(backend: SDPBackend, shape: Shape) -> Attention:
@@ -296,7 +334,7 @@ def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     return [x.requires_grad_(not shape.forward_only) for x in made[:3]] + made[3:]
 
 
-def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dtype) -> None:
+def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dtype, spec: QuantSpec) -> None:
     """End the program unless output and gradients of the first key head are within the bounds of docs/NUMERICS.md, section 7."""
     *qkv, grad = inputs(shape, device, dtype)
     out = call(*qkv)
@@ -312,7 +350,7 @@ def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dt
     else:
         part, packing = [(slice(0, 1), slice(0, n)) for n in (group, 1, 1)], {}
         exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
-    expected = qat_kernels.attention(*exact, causal=shape.causal, impl="eager", **packing)
+    expected = qat_kernels.attention(*exact, spec=spec, causal=shape.causal, impl="eager", **packing)
     pairs = [("output", out[part[0]], expected, OUTPUT_BOUND)]
     if grads:
         expected_grads = torch.autograd.grad(expected, exact, grad[part[0]].float())

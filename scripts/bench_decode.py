@@ -1,18 +1,25 @@
 """Decoding from the FP4 cache against PyTorch's own attention over BF16 keys and values, on a GPU, after a check.
 
 python scripts/bench_decode.py --json decode.json               # a step of attention: 4k, 32k, 128k tokens, batch 1, 8, 32
-python scripts/bench_decode.py --generate --json generate.json  # tokens per second of `generate`, a model of Qwen3-14B's shape
+python scripts/bench_decode.py --generate --json generate.json  # `generate`: prompts of 4k and 32k tokens, batch 1 and 8
+python scripts/bench.py report decode.json --png decode.png     # a table and a picture of either
 
 A step of ours adds the new token to the cache and attends; PyTorch's only attends, with every backend that can. Both are
-captured in CUDA graphs, so that the time is the GPU's, and start with a cold L2 cache. Before anything is timed a sequence of the
-batch is compared with eager float32 (docs/NUMERICS.md, section 7).
+captured in CUDA graphs, so that the time is the GPU's, and start with a cold L2 cache. Before anything is timed the last sequence
+of that very step is compared with eager float32 (docs/NUMERICS.md, section 7).
+
+`--generate` runs a model of Qwen3-14B's shape, with fewer layers and random weights, as its users do: original attention with the
+BF16 cache that `generate` makes by itself, and 4-bit attention with the FP4 cache. What each run generates is not compared:
+random weights say nothing. `--tiny` runs a small model, to see that all of it works.
+
+The JSON is written after every cell.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +30,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import OUTPUT_BOUND
+from bench import OUTPUT_BOUND, machine, write
 from qat_kernels import KVCache
 
 HEADS, KEY_HEADS, HEAD_DIM = 40, 8, 128
@@ -31,39 +38,49 @@ HEADS, KEY_HEADS, HEAD_DIM = 40, 8, 128
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 L2_BYTES = 256 << 20
 """More than any L2 cache holds."""
+NEW_TOKENS = 64
+"""That --generate asks for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Check, time, print; returns what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", action="append", type=int, help="tokens in the cache (default: 4096, 32768 and 131072)")
-    parser.add_argument("--batch", action="append", type=int, help="sequences (default: 1, 8 and 32; with --generate 1 and 8)")
-    parser.add_argument("--rounds", type=int, default=50, help="how often each is timed (default: 50)")
+    parser.add_argument("--length", action="append", type=int, help="tokens in the cache, or in the prompt (see above)")
+    parser.add_argument("--batch", action="append", type=int, help="sequences (see above)")
+    parser.add_argument("--rounds", type=int, default=50, help="how often a step is timed (default: 50)")
     parser.add_argument("--generate", action="store_true", help="time `generate` instead of single steps of attention")
     parser.add_argument("--layers", type=int, default=8, help="of the model of --generate (default: 8; Qwen3-14B has 40)")
+    parser.add_argument("--tiny", action="store_true", help="a small model for --generate, which also runs on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.tiny:
         raise SystemExit("bench_decode: needs an NVIDIA GPU")
-    import triton
-
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if options.tiny and not options.generate:
+        parser.error("--tiny: there is a small model for --generate only; for small steps pass --length and --batch")
+    about = machine(device, "bfloat16")
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    model = language_model(options.layers, options.tiny, device) if options.generate else None
+    lengths, batches = ([4096, 32768], [1, 8]) if options.generate else ([4096, 32768, 131072], [1, 8, 32])
     results = []
-    for length in options.length or ([4096] if options.generate else [4096, 32768, 131072]):
-        for batch in options.batch or ([1, 8] if options.generate else [1, 8, 32]):
-            print(f"\nbatch {batch}, {length} tokens")
-            rows = generation(batch, length, options.layers) if options.generate else step(batch, length, options.rounds)
+    for length in options.length or lengths:
+        for batch in options.batch or batches:
+            print(f"\nbatch {batch}, {length} tokens", flush=True)
+            began = time.perf_counter()
+            rows = step(batch, length, options.rounds) if model is None else generation(model, batch, length)
             for row in rows:
-                print(
-                    "  "
-                    + "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
-                )
+                print("  " + "  ".join(f"{key} {shown(value)}" for key, value in row.items()))
                 results.append(about | {"batch": batch, "length": length} | row)
+            write(results, options.json)
+            print(f"  ({time.perf_counter() - began:.1f} s for this cell)", flush=True)
             torch.cuda.empty_cache()
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(map(shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
@@ -106,14 +123,12 @@ def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def check(cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """End the program unless the last sequence of the batch is what eager float32 makes of the same bytes."""
-    last = torch.tensor([q.shape[0] - 1])
-    actual, expected = copy.copy(cache), copy.copy(cache)
-    outputs = []
-    for each, impl in ((actual, "triton"), (expected, "eager")):
-        each.select(last)
-        outputs.append(each.attention(*(x[-1:] for x in (q, k, v)), impl=impl).float())
-    error = ((outputs[0] - outputs[1]).norm() / outputs[1].norm()).item()
+    """End the program unless the step's last sequence is what eager float32 makes of the same bytes."""
+    expected, actual = copy.copy(cache), copy.copy(cache)
+    expected.select(torch.tensor([q.shape[0] - 1]))
+    expected = expected.attention(*(x[-1:] for x in (q, k, v)), impl="eager").float()
+    actual = actual.attention(q, k, v, impl="triton")[-1:].float()
+    error = ((actual - expected).norm() / expected.norm()).item()
     if not error < OUTPUT_BOUND:
         raise SystemExit(f"bench_decode: relative L2 of the output: expected less than {OUTPUT_BOUND:.0e}, got {error:.2e}")
     print(f"  relative L2 of the output {error:.2e}")
@@ -150,42 +165,71 @@ def measure(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, l
     return milliseconds
 
 
-def generation(batch: int, length: int, layers: int, tokens: int = 64) -> list[dict[str, Any]]:
-    """Tokens per second of `generate` after a prompt, the prompt's own time taken off: original attention, and the FP4 cache."""
+def language_model(layers: int, tiny: bool, device: str) -> torch.nn.Module:
+    """Of Qwen3-14B's shape but for the number of layers, with random weights, in bfloat16."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    sizes = {"hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
+    sizes |= {"head_dim": HEAD_DIM, "vocab_size": 151936, "rope_theta": 1e6}
+    if tiny:
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"head_dim": 32, "vocab_size": 128}
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = Qwen3Config(**sizes, num_hidden_layers=layers, max_position_embeddings=1 << 18, eos_token_id=None)
+        return Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+class Clock:
+    """A streamer: when `generate` has handed over the prompt, and then each new token: it waits for the device to have them."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left."""
+
+
+def generation(model: torch.nn.Module, batch: int, length: int) -> list[dict[str, Any]]:
+    """Seconds to the first of NEW_TOKENS, tokens per second (quartiles) after it and in all, and bytes of the cache.
+
+    Each is run twice, and the first time does not count: it compiles.
+    """
+    from transformers import DynamicCache
+
     import qat_patch
+    from qat_patch.cache import FP4Layer
 
-    config = Qwen3Config(
-        hidden_size=5120, intermediate_size=17408, num_hidden_layers=layers, num_attention_heads=HEADS, vocab_size=151936,
-        num_key_value_heads=KEY_HEADS, head_dim=HEAD_DIM, max_position_embeddings=length + tokens + 1,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = Qwen3ForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
-    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0)).cuda()
+    def size(layer: Any) -> int:
+        return layer.packed.nbytes if isinstance(layer, FP4Layer) else layer.keys.nbytes + layer.values.nbytes
 
-    def seconds(new_tokens: int, new_cache: Callable[[], Any] | None) -> float:
-        cache = {} if new_cache is None else {"past_key_values": new_cache()}
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **cache)
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, model.config.vocab_size, (batch, length), generator=generator).to(model.device)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
 
-    def row(name: str, new_cache: Callable[[], Any] | None) -> dict[str, Any]:
-        seconds(4, new_cache)  # compiles
-        rates = [batch * (tokens - 1) / (seconds(tokens, new_cache) - seconds(1, new_cache)) for _ in range(3)]
+    def row(name: str, new_cache: Callable[[], Any]) -> dict[str, Any]:
+        for _ in range(2):
+            clock, cache = Clock(), new_cache()
+            model.generate(ids, past_key_values=cache, streamer=clock, **options)
+        began, first, *_, last = clock.times
+        assert len(clock.times) == 1 + NEW_TOKENS, len(clock.times)
+        seconds = [after - before for before, after in itertools.pairwise(clock.times[1:])]
+        rates = [batch / x for x in statistics.quantiles(seconds, n=4)][::-1]
         return {
             "name": name,
-            "layers": layers,
-            "tokens_per_second": statistics.median(rates),
-            "low": min(rates),
-            "high": max(rates),
+            "layers": model.config.num_hidden_layers,
+            "first_token_seconds": first - began,
+            "tokens_per_second": rates,
+            "tokens_per_second_in_all": batch * NEW_TOKENS / (last - began),
+            "cache_bytes": sum(map(size, cache.layers)),
         }
 
-    rows = [row("original attention, bf16 cache", None)]
+    rows = [row("bf16 cache", lambda: DynamicCache(config=model.config))]
     with qat_patch.patch_model(model) as handle:
-        rows.append(row("4-bit attention, fp4 cache", handle.cache))
+        rows.append(row("fp4 cache", handle.cache))
     return rows
 
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import bench
+from interpreter import interpreted
+
+INFERENCE = ["inference", "--shape", "1,4,2,33,48,32", "--shape", "1,2,1,40,40,16,causal", "--rounds", "3", "--json"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times other implementations there")
@@ -41,6 +44,26 @@ def test_packed_documents_are_timed_and_counted(capsys):
     shape = bench.Shape.parse("1,4,2,600,600,32,causal,packed")
     assert shape.documents() == [300, 150, 150]
     assert shape.flops(False) == 4 * 4 * (300**2 + 2 * 150**2) * 32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times other implementations there")
+def test_inference_is_checked_and_timed_with_each_recipe(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    interpreted(bench.main, [*INFERENCE, str(file)])
+    results = json.loads(file.read_text())
+    names = ["fp4", "fp4, pv=bf16", "triton", "sdpa flash"]
+    assert [(r["queries"], r["name"]) for r in results] == [(queries, name) for queries in (33, 40) for name in names]
+    assert all(r["what"] == "forward" and r["seconds"][1] > 0 for r in results)
+    bench.main(["report", str(file)])
+    table = capsys.readouterr().out
+    ratio = results[1]["seconds"][1] / results[3]["seconds"][1]
+    assert "fp4 / FlashAttention-2" in table and f"{ratio:.2f}" in table.splitlines()[-2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run there")
+def test_inference_says_what_it_cannot_run(tmp_path):
+    with pytest.raises(SystemExit, match="bench: inference: expected tensors on an NVIDIA GPU, got cpu"):
+        bench.main([*INFERENCE, str(tmp_path / "bench.json")])
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch, capsys):

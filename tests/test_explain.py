@@ -35,7 +35,10 @@ def test_on_a_cpu_eager_runs_and_the_rest_says_why_not():
 
 
 def test_words_for_gpus_with_and_without_fp4_units():
-    for capability, words in (((9, 0), "emulated in BF16, since sm_90 has no FP4 units"), ((12, 0), "could run, on FP4 units")):
+    for capability, words in (
+        ((9, 0), "emulated in BF16, since sm_90 has no FP4 units"),
+        ((12, 0), "could run, on FP4 units (compiled and inspected"),
+    ):
         with ExitStack() as stack:
             for patch in on_gpu(capability):
                 stack.enter_context(patch)

@@ -71,4 +71,6 @@ def how(impl: str, device: torch.device, head_dim: int) -> str:
         return "as fused kernels that multiply the exact FP4 values in 16 bits"
     kernels = _triton("triton_inference")
     reason = kernels.why_not_native(kernels._arch(device), head_dim)
-    return f"emulated in BF16, since {reason}" if reason else "on FP4 units"
+    return (
+        f"emulated in BF16, since {reason}" if reason else "on FP4 units (compiled and inspected by its authors, not run there)"
+    )
