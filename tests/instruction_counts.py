@@ -34,11 +34,11 @@ def needed(arch: int, queries: int, keys: int, head_dim: int) -> Counter:
     scores, outputs = queries * keys // 256, queries * head_dim // 256
     count = Counter()
     if arch >= 120:
-        # A warp has 16 rows. A thread has half of each group in two rows, in registers; quotients are those of its instructions:
-        # 8 columns and 64 contracted values for a product, 512 bytes for a load of a matrix, 8 bytes for one of scales.
+        # A warp has 16 rows. A thread has half of each group in two rows, in registers. A product takes 8 columns and 64
+        # contracted values, a load of a matrix 512 bytes, a load of scales those of 8 columns.
         groups, rows, wide = scores // 8, 2, 1
         count["matrix product"] = 2 * (keys // 8) * (head_dim // 64)
-        codes, scales = 2 * keys * head_dim // 2 // 512, 2 * (keys // 8) * (head_dim // 64) // (2 if head_dim > 64 else 1)
+        codes, scales = 2 * keys * head_dim // 2 // 512, keys // 8 + head_dim // 8
         count["shared memory"] = codes + scales
         count["maximum"] = (scores - groups) + groups  # within a thread, then with the one that has the other half
         count["shuffle"] = groups + rows + 2 * rows  # those; the row's maximum; its sum, between four threads

@@ -36,7 +36,7 @@ _TILES = {
     (120, "nvfp4"): Tile(128, 128, 8, 2, 32),
     (120, "bf16"): Tile(128, 32, 8, 2, 32),
 }
-_EMULATED = Tile(64, 64, 4, 2, 64)
+_EMULATED = Tile(64, 64, 8, 2, 64)
 _TRITON_FOR_SM_100 = (3, 9)
 """Triton 3.6 cannot compile two products with scales for sm_100; the versions between were not tried."""
 NATIVE_HEAD_DIM = 128
