@@ -133,7 +133,6 @@ WRONG_PACKED_CALLS = {
         r"key_mask with packed sequences: expected None; pack the allowed tokens alone, got a mask",
     ),
     "a shift per query head": ({"k_shift": tensor(4, 32)}, r"k_shift: expected torch.float32 \[2, 32\] on cpu, got .*\[4, 32\]"),
-    "the kernel for FP4 units": ({"impl": "fp4"}, r"impl with packed sequences: expected auto, eager or triton, got 'fp4'"),
     **{
         f"no {name}": (
             {name: None},

@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from ._layout import PAD, first_row, ranges, sequence, slot_of, to_groups, to_tile
-from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_weights
+from ._nvfp4 import GROUP, P_GAIN, dot, narrow, round_weights, times_minus
 
 LN_2 = tl.constexpr(0.6931471805599453)
 _PAD = tl.constexpr(PAD)
 
 
 @triton.jit
-def _soften(scores, row_max, total, qk_scale, BOUNDED: tl.constexpr):
+def soften(scores, row_max, total, qk_scale, BOUNDED: tl.constexpr, PAIRS: tl.constexpr = False):
     """One step of the online softmax; scores as `to_groups` returns them.
 
     Returns P~ of these scores, the largest P~ of each group, and the new state of the rows. Maxima are rounded up, so that
@@ -28,7 +28,7 @@ def _soften(scores, row_max, total, qk_scale, BOUNDED: tl.constexpr):
     reference = new_max
     if BOUNDED:  # rows that have seen no key yet: everything is exp2(-inf) = 0
         reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.exp2(scores * qk_scale - reference[:, None, None, None, None, None])
+    weights = tl.exp2(times_minus(scores, qk_scale, reference[:, None, None, None, None, None], PAIRS))
     largest = tl.exp2(largest * qk_scale - reference[:, None, None, None, None, None])
     total = total * tl.exp2(row_max - reference) + tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(weights, 5), 2), 3), 2), 1)
     return weights, largest, reference, new_max, total
@@ -55,7 +55,7 @@ def _attend(
             if MASKED:
                 allowed = allowed & (tl.load(mask_ptr + slot) != 0)[None, :]
             scores = tl.where(allowed, scores, float("-inf"))
-        groups, largest, reference, new_max, total = _soften(to_groups(scores, ORDER), row_max, total, qk_scale, BOUNDED)
+        groups, largest, reference, new_max, total = soften(to_groups(scores, ORDER), row_max, total, qk_scale, BOUNDED)
         # Integer maxima seldom change: most tiles need no rescaling at all.
         if tl.max((new_max > row_max).to(tl.int32), 0) != 0:
             rescale = tl.exp2(row_max - reference)
@@ -90,7 +90,7 @@ def _attend_kept(
             present = present & (tl.load(mask_ptr + slot) != 0)
         allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= own[:, None]) & present[None, :]
         scores = tl.where(allowed, scores, float("-inf"))
-        groups, _, reference, new_max, total = _soften(to_groups(scores, ORDER), row_max, total, qk_scale, True)
+        groups, _, reference, new_max, total = soften(to_groups(scores, ORDER), row_max, total, qk_scale, True)
         rescale = tl.exp2(row_max - reference)
         row_max = new_max
         v = v_desc.load([k_row + first_slot, 0])

@@ -33,33 +33,65 @@ def order_of(keys: int) -> int:
 
 @triton.jit
 def slot_of(row, ORDER: tl.constexpr):
-    """The slot whose row this is: among ORDER rows, row 8 j + 2 t + b belongs to register (j, b) of thread t of four."""
-    THREADS: tl.constexpr = 64 // ORDER  # that share a group
-    place = row % ORDER
-    thread = place // 2 % 4
-    return row - place + thread // THREADS * GROUP + thread % THREADS * (ORDER // 4) + place // 8 * 2 + place % 2
+    """The slot whose row this is: among ORDER rows, row 8 j + 2 t + b belongs to register (j, b) of thread t of four.
+
+    With ORDER = 0 rows are in the order of the slots.
+    """
+    if ORDER == 0:
+        return row
+    else:
+        THREADS: tl.constexpr = 64 // ORDER  # that share a group
+        place = row % ORDER
+        thread = place // 2 % 4
+        return row - place + thread // THREADS * GROUP + thread % THREADS * (ORDER // 4) + place // 8 * 2 + place % 2
 
 
 @triton.jit
 def row_of(slot, ORDER: tl.constexpr):
     """The inverse of `slot_of`."""
-    THREADS: tl.constexpr = 64 // ORDER
-    place = slot % ORDER
-    register = place % (ORDER // 4)
-    thread = place // GROUP * THREADS + place % GROUP // (ORDER // 4)
-    return slot - place + register // 2 * 8 + thread * 2 + register % 2
+    if ORDER == 0:
+        return slot
+    else:
+        THREADS: tl.constexpr = 64 // ORDER
+        place = slot % ORDER
+        register = place % (ORDER // 4)
+        thread = place // GROUP * THREADS + place % GROUP // (ORDER // 4)
+        return slot - place + register // 2 * 8 + thread * 2 + register % 2
 
 
 @triton.jit
 def to_groups(scores, ORDER: tl.constexpr):
-    """A tile [M, N] of permuted columns with its groups along the axes 2, 4 and 5: [M, N / ORDER, j, group, thread, b]."""
-    return tl.reshape(scores, (scores.shape[0], scores.shape[1] // ORDER, ORDER // 8, ORDER // 16, 64 // ORDER, 2))
+    """A tile [M, N] of permuted columns with its groups along the axes 2, 4 and 5: [M, N / ORDER, j, group, thread, b].
+
+    With ORDER = 0, of columns in their order: [M, N / 16, 16, 1, 1, 1].
+    """
+    if ORDER == 0:
+        return tl.reshape(scores, (scores.shape[0], scores.shape[1] // GROUP, GROUP, 1, 1, 1))
+    else:
+        return tl.reshape(scores, (scores.shape[0], scores.shape[1] // ORDER, ORDER // 8, ORDER // 16, 64 // ORDER, 2))
 
 
 @triton.jit
 def to_tile(groups):
     """The inverse of `to_groups`."""
-    return tl.reshape(groups, (groups.shape[0], groups.shape[1] * groups.shape[2] * 8))
+    columns: tl.constexpr = groups.shape[1] * groups.shape[2] * groups.shape[3] * groups.shape[4] * groups.shape[5]
+    return tl.reshape(groups, (groups.shape[0], columns))
+
+
+@triton.jit
+def in_order(groups):
+    """What `to_groups` cut, [M, N], with columns in the order of the slots. No value leaves its register."""
+    return to_tile(tl.permute(groups, (0, 1, 3, 4, 2, 5)))
+
+
+@triton.jit
+def permuted(x, ORDER: tl.constexpr):
+    """A tile [M, N] of columns in the order of the slots, with its columns permuted: the inverse of `in_order`."""
+    if ORDER == 0:
+        return x
+    else:
+        groups = tl.reshape(x, (x.shape[0], x.shape[1] // ORDER, ORDER // 16, 64 // ORDER, ORDER // 8, 2))
+        return to_tile(tl.permute(groups, (0, 1, 4, 2, 3, 5)))
 
 
 @triton.jit

@@ -19,8 +19,13 @@ _TOP = tl.constexpr(E2M1_MAX)
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(E4M3_MAX)
 _SCALE_MIN_NORMAL = tl.constexpr(2.0**-6)
 _HADAMARD = tl.constexpr(HADAMARD_ENTRY)
-_E2M1_ANCHOR, _E4M3_ANCHOR = tl.constexpr(2.0**22), tl.constexpr(2.0**20)
+E2M1_ANCHOR, _E4M3_ANCHOR = tl.constexpr(2.0**22), tl.constexpr(2.0**20)
 """2^23 spacings of the values of the format between 1 and 2."""
+_TIMES = tl.constexpr("{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; mul.rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }")
+_TIMES_PLUS = tl.constexpr(
+    "{ .reg .b64 a, b, c; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; mov.b64 c, {$6, $7}; "
+    "fma.rn.f32x2 a, a, b, c; mov.b64 {$0, $1}, a; }"
+)
 _EXPONENT, _MAGNITUDE, _SIGN = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF), tl.constexpr(-0x80000000)
 
 
@@ -65,7 +70,7 @@ def round_to_e4m3(x):
 def round_to_e2m1(x):
     """The nearest E2M1 value, ties to the even code, of x >= 0, saturating at 6: as above, with half the power of two."""
     x = tl.minimum(x, _TOP)
-    anchor = tl.maximum(_power_of_two_below(x), 1.0) * _E2M1_ANCHOR
+    anchor = tl.maximum(_power_of_two_below(x), 1.0) * E2M1_ANCHOR
     return (x + anchor) - anchor
 
 
@@ -74,29 +79,65 @@ def round_weights(groups, largest):
     """phi of P~, cut into groups along some axes, where `largest` has 1 for their maxima: PF~ * 2688, exact in bfloat16.
 
     Inputs are in [0, 1], so nothing saturates; a NaN among them is not kept, because it reaches the row's sum too.
-    Values are rounded by adding and subtracting x * 2^22 (E2M1) or x * 2^20 (E4M3), whose spacing is that of the format
-    around x: one operation less than with the power of two below x. Ties, whose last bits are zeros, go to the even code all the
-    same; only the one float32 just below a power of two becomes the code below it, once in some 2^23 values.
+    """
+    scale = scale_of_weights(largest)
+    return code_of_weights(groups * gain_of_weights(scale, P_GAIN * E2M1_ANCHOR)) * scale
+
+
+@triton.jit
+def scale_of_weights(largest):
+    """The scale of groups of P~ with these maxima: E4M3 of P~ * 2688 / 6.
+
+    Values are rounded by adding and subtracting x * 2^20, whose spacing is that of E4M3 around x: one operation less than with
+    the power of two below x. Ties, whose last bits are zeros, go to the even code all the same; only the one float32 just
+    below a power of two becomes the code below it, once in some 2^23 values. `code_of_weights` does the same with x * 2^22.
     """
     lifted = largest * (P_GAIN / _TOP * _E4M3_ANCHOR)
     anchor = tl.maximum(lifted, _SCALE_MIN_NORMAL * _E4M3_ANCHOR)
-    scale = tl.maximum((lifted * (1.0 / _E4M3_ANCHOR) + anchor) - anchor, _SCALE_MIN)
-    whole = tl.zeros_like(scale) + P_GAIN * _E2M1_ANCHOR
+    return tl.maximum((lifted * (1.0 / _E4M3_ANCHOR) + anchor) - anchor, _SCALE_MIN)
+
+
+@triton.jit
+def gain_of_weights(scale, GAIN: tl.constexpr):
+    """GAIN / scale, rounded correctly, because that decides ties; GAIN is 2688, or a power of two times that."""
+    whole = tl.zeros_like(scale) + GAIN
     if INTERPRET:
-        gain = whole / scale
-    else:  # rounded correctly, because that decides ties
+        return whole / scale
+    else:
         inverse = _reciprocal(scale)
-        gain = inverse * (P_GAIN * _E2M1_ANCHOR)
-        gain = tl.fma(tl.fma(-scale, gain, whole), inverse, gain)
-    lifted = groups * gain
-    anchor = tl.maximum(lifted, _E2M1_ANCHOR)
-    return ((lifted * (1.0 / _E2M1_ANCHOR) + anchor) - anchor) * scale
+        gain = inverse * GAIN
+        return tl.fma(tl.fma(-scale, gain, whole), inverse, gain)
+
+
+@triton.jit
+def code_of_weights(lifted):
+    """The E2M1 value of P~ * 2688 / scale, given E2M1_ANCHOR times that."""
+    anchor = tl.maximum(lifted, E2M1_ANCHOR)
+    return (lifted * (1.0 / E2M1_ANCHOR) + anchor) - anchor
 
 
 @triton.jit
 def _reciprocal(x):
     """1 / x to an ulp, in one instruction."""
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def times(a, b, PAIRS: tl.constexpr):
+    """a b. PAIRS: two products by one instruction, which sm_100 has."""
+    if PAIRS:
+        return tl.inline_asm_elementwise(_TIMES, "=r,=r,r,r,r,r", [a, b], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        return a * b
+
+
+@triton.jit
+def times_minus(a, b, c, PAIRS: tl.constexpr):
+    """a b - c, likewise; rounded once, as the compiler's fused multiply-add does without PAIRS."""
+    if PAIRS:
+        return tl.inline_asm_elementwise(_TIMES_PLUS, "=r,=r,r,r,r,r,r,r", [a, b, -c], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        return a * b - c
 
 
 @triton.jit

@@ -64,6 +64,16 @@ def _store_rows(ptr, rows, columns, values, WIDTH: tl.constexpr, BOUNDED: tl.con
 
 
 @triton.jit
+def _store_columns(ptr, rows, columns, values, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, BOUNDED: tl.constexpr):
+    """As `_store_rows`, but every HEIGHT rows lie by columns: WIDTH columns of HEIGHT elements."""
+    ptrs = ptr + (rows // HEIGHT * (WIDTH * HEIGHT) + rows % HEIGHT)[:, None] + columns[None, :] * HEIGHT
+    if BOUNDED:
+        tl.store(ptrs, values, mask=(columns < WIDTH)[None, :])
+    else:
+        tl.store(ptrs, values)
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr, shift_ptr, mask_ptr, first_ptr, cu_ptr, operand_ptr, codes_ptr, scales_ptr, dots_ptr,
     stride_b, stride_h, stride_l, stride_d, mask_stride, dots_stride_b, dots_stride_h,
@@ -93,17 +103,18 @@ def _quantize_rows_kernel(
         x = hadamard(x, BLOCK_L, BLOCK_D)
     groups = tl.reshape(x, (BLOCK_L, BLOCK_D // GROUP, GROUP))
     magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
+    ordered = row + row_of(slots, ORDER)
     if CODES:
+        where = row + slots if OPERAND else ordered
         low, high = tl.split(tl.reshape(codes_of(groups, magnitude, finite), (BLOCK_L, BLOCK_D // 2, 2)))
         pairs, group = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D // GROUP)
         bounded: tl.constexpr = HEAD_DIM != BLOCK_D
-        _store_rows(codes_ptr, row + slots, pairs, (low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, bounded)
+        _store_rows(codes_ptr, where, pairs, (low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, bounded)
         bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L, BLOCK_D // GROUP))
-        _store_rows(scales_ptr, row + slots, group, bits, HEAD_DIM // GROUP, bounded)
+        _store_rows(scales_ptr, where, group, bits, HEAD_DIM // GROUP, bounded)
     if OPERAND:
         values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
-        where = row + (row_of(slots, ORDER) if ORDER else slots)
-        _store_rows(operand_ptr, where, columns, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
+        _store_rows(operand_ptr, ordered, columns, narrow(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
 
 
 @triton.jit
@@ -112,7 +123,7 @@ def _quantize_tokens_kernel(
     stride_b, stride_h, stride_l, stride_d, mask_stride, heads, length, blocks, rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
     MASKED: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, ORDER: tl.constexpr,
-    QUANTIZED: tl.constexpr, PLAIN: tl.constexpr, CODES: tl.constexpr,
+    QUANTIZED: tl.constexpr, PLAIN: tl.constexpr, CODES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """V, quantized along the tokens from the first allowed one on, and as it is: BLOCK_C columns of BLOCK_L slots."""
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -122,7 +133,7 @@ def _quantize_tokens_kernel(
     )  # fmt: skip
     if behind:
         return
-    where = row + (row_of(slots, ORDER) if ORDER else slots)
+    where = row + row_of(slots, ORDER)
     if PLAIN:
         _store_rows(plain_ptr, where, columns, narrow(x, plain_ptr.dtype.element_ty), BLOCK_D, False)
     if QUANTIZED or CODES:
@@ -133,13 +144,18 @@ def _quantize_tokens_kernel(
             _store_rows(quantized_ptr, where, columns, narrow(values, quantized_ptr.dtype.element_ty), BLOCK_D, False)
         if CODES:
             first_slot = row + tl.min(slots, 0)
+            pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
+            group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
             codes = tl.reshape(codes_of(groups, magnitude, finite), (BLOCK_L // 2, 2, BLOCK_C))
             low, high = tl.split(tl.permute(codes, (0, 2, 1)))
-            pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
-            _store_rows(codes_ptr, pairs, columns, (low | (high << 4)).to(tl.uint8), HEAD_DIM, HEAD_DIM != BLOCK_D)
+            codes = (low | (high << 4)).to(tl.uint8)
             bits = tl.reshape(scale_bits(scale, finite), (BLOCK_L // GROUP, BLOCK_C))
-            group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
-            _store_rows(scales_ptr, group, columns, bits, HEAD_DIM, HEAD_DIM != BLOCK_D)
+            if COLUMNS:
+                _store_columns(codes_ptr, pairs, columns, codes, HEAD_DIM, _PAD // 2, HEAD_DIM != BLOCK_D)
+                _store_columns(scales_ptr, group, columns, bits, HEAD_DIM, _PAD // GROUP, HEAD_DIM != BLOCK_D)
+            else:
+                _store_rows(codes_ptr, pairs, columns, codes, HEAD_DIM, HEAD_DIM != BLOCK_D)
+                _store_rows(scales_ptr, group, columns, bits, HEAD_DIM, HEAD_DIM != BLOCK_D)
 
 
 @triton.jit
@@ -179,16 +195,23 @@ class Codes(NamedTuple):
     """uint8, the bits of E4M3: a row of D / 16 for each slot; for V a row of D for every 16 of them."""
 
     @staticmethod
-    def shapes(sequences: Sequences, head_dim: int, *, tokens: bool) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of codes and scales, whose groups lie along the tokens (V) or along the head dim (Q, K)."""
+    def shapes(
+        sequences: Sequences, head_dim: int, *, tokens: bool, columns: bool = False
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of codes and scales, whose groups lie along the tokens (V) or along the head dim (Q, K).
+
+        With `columns` those of V have a row for each of the D columns of every PAD slots, as FP4 units read it.
+        """
         rows = sequences.all_rows
+        if columns:
+            return (rows // PAD * head_dim, PAD // 2), (rows // PAD * head_dim, PAD // GROUP_SIZE)
         if tokens:
             return (rows // 2, head_dim), (rows // GROUP_SIZE, head_dim)
         return (rows, head_dim // 2), (rows, head_dim // GROUP_SIZE)
 
     @classmethod
-    def empty(cls, sequences: Sequences, head_dim: int, *, tokens: bool, device: torch.device) -> Codes:
-        shapes = cls.shapes(sequences, head_dim, tokens=tokens)
+    def empty(cls, sequences: Sequences, head_dim: int, *, tokens: bool, columns: bool = False, device: torch.device) -> Codes:
+        shapes = cls.shapes(sequences, head_dim, tokens=tokens, columns=columns)
         return cls(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
 
 
@@ -259,7 +282,7 @@ def quantize_rows(
 
     Args:
         keys: K, minus `shift`. Otherwise Q, with the opposite sign if `negate`.
-        order: ORDER of the operand's rows (_layout.py); 0 for slots in their own order.
+        order: ORDER of the operand's rows (_layout.py); 0 for slots in their own order. Codes have it only without an operand.
         shift: float32 [Hk, D], contiguous.
         dots: for Q, takes the product of each row with its key head's shift; float32 [B, H, L] or [H, total].
     """
@@ -290,10 +313,12 @@ def quantize_tokens(
     order: int = 0,
     four_over_six: bool = False,
     codes: Codes | None = None,
+    columns: bool = False,
 ) -> list[torch.Tensor]:
     """V, [B, H, L, D] or [total, H, D] of any strides: the operand quantized along the tokens, and the one as it is.
 
-    Those that are asked for, and `codes` if given. `order` as in `quantize_rows`.
+    Those that are asked for, and `codes` if given, by rows or `columns` (`Codes.shapes`). `order` as in `quantize_rows`; codes
+    are always in the order of the slots.
     """
     head_dim, block_d = x.shape[-1], block_of(x.shape[-1])
     # One warp holds whole groups of 16 tokens, so that their maxima are found without shared memory.
@@ -308,7 +333,7 @@ def quantize_tokens(
         sequences.heads, sequences.length, blocks, sequences.rows,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_C=block_c, BLOCK_L=block_l, LEAD=sequences.lead,
         MASKED=allowed is not None, VARLEN=sequences.cu is not None, FOUR_OVER_SIX=four_over_six, ORDER=order,
-        QUANTIZED=quantized, PLAIN=plain, CODES=codes is not None, num_warps=1, enable_fp_fusion=True,
+        QUANTIZED=quantized, PLAIN=plain, CODES=codes is not None, COLUMNS=columns, num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return [operand for operand in operands if operand is not None]
 

@@ -60,8 +60,8 @@ def attention(
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
         impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
             float64; their matrix products take bfloat16 operands, which is exact for what is quantized, and sum in float32.
-            `fp4` is the kernel for FP4 units, without a gradient and not for packed sequences, which other GPUs from sm_80 on
-            emulate. `auto` takes `triton` where it can run, and `eager` elsewhere. `explain` says what runs, and why.
+            `fp4` is the kernel for FP4 units, without a gradient, which other GPUs from sm_80 on emulate. `auto` takes `triton`
+            where it can run, and `eager` elsewhere. `explain` says what runs, and why.
 
     Returns:
         The output in the shape, dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64 for
@@ -113,7 +113,7 @@ def _attention_forward(
         kernels = _triton("triton_attention")
         return tuple(kernels.forward(q, k, v, key_mask, k_shift, packing, with_gradient=needs_gradient, **options))
     if impl == "fp4":
-        out, lse = _triton("triton_inference").forward(q, k, v, key_mask, k_shift, **options)
+        out, lse = _triton("triton_inference").forward(q, k, v, key_mask, k_shift, packing, **options)
         return out, q.new_empty(0), lse, lse.new_empty(0), q.new_empty(0, dtype=torch.uint8)
     options["with_twin"] = _has_twin(spec_, needs_gradient)
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
@@ -281,8 +281,6 @@ def _validate(q, k, v, spec, key_mask, k_shift, packing: Packing | None, impl) -
         packing.check_arguments(len(q), len(k), q.device)
         if key_mask is not None:
             refuse("key_mask with packed sequences", "None; pack the allowed tokens alone", "a mask")
-        if impl == "fp4":
-            refuse("impl with packed sequences", "auto, eager or triton", "'fp4'")
     elif (k.shape[0], k.shape[-1]) != (q.shape[0], head_dim):
         refuse("shape of k", f"[{q.shape[0]}, Hk, Lk, {head_dim}], batch and head_dim as in q", tuple(k.shape))
     if key_heads == 0 or heads % key_heads:
