@@ -31,22 +31,23 @@ class Results(Mapping[str, Entry]):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def _read(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, Entry]:
+        """All of it, read once."""
         return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
 
     def __getitem__(self, key: str) -> Entry:
-        return self._read()[key]
+        return self.entries()[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._read())
+        return iter(self.entries())
 
     def __len__(self) -> int:
-        return len(self._read())
+        return len(self.entries())
 
     def put(self, key: str, entry: Entry) -> None:
         """Store an entry, written whole or not at all; an older one of the key is replaced."""
         with self._locked():
-            entries = self._read() | {key: entry}
+            entries = self.entries() | {key: entry}
             partial = self.file.with_name(f"{self.file.name}.{os.getpid()}")
             # An entry a line: differences and merges of two runs stay readable.
             lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
@@ -55,9 +56,8 @@ class Results(Mapping[str, Entry]):
 
     def merge(self, other: Results) -> None:
         """Take over the entries of another file that this one lacks."""
-        for key, entry in other._read().items():
-            if key not in self:
-                self.put(key, entry)
+        for key in other.entries().keys() - self.entries().keys():
+            self.put(key, other[key])
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -87,7 +87,7 @@ Measure = Callable[[Any], Entry]
 
 def work_through(
     results: Results,
-    units: Callable[[Results], Iterable[tuple[str, Any]]],
+    units: Callable[[dict[str, Entry]], Iterable[tuple[str, Any]]],
     prepare: Callable[[], Measure],
     *,
     device: str,
@@ -98,8 +98,8 @@ def work_through(
 
     Args:
         results: where entries go.
-        units: keys and settings in the order of importance, given what is known so far; asked again after every entry, so
-            that units may follow from the results of others.
+        units: keys and settings in the order of importance, given the entries so far; asked again after every entry, so that
+            units may follow from the results of others.
         prepare: called once in each worker; returns what measures a unit. It and the settings have to be picklable.
         device: where it runs, for the record.
         workers: processes side by side; with 1 it runs in this one.
@@ -114,13 +114,14 @@ def work_through(
     def next_unit(running: Iterable[str]) -> tuple[str, Any] | None:
         if seconds is not None and time.monotonic() - began > seconds:
             return None
-        skip = {*results, *running, *failed}
-        return next(((key, settings) for key, settings in units(results) if key not in skip), None)
+        entries = results.entries()
+        skip = {*entries, *running, *failed}
+        return next(((key, settings) for key, settings in units(entries) if key not in skip), None)
 
     def done(key: str, entry: Callable[[], Entry]) -> None:
         try:
-            results.put(key, entry())
-            print(f"[{time.monotonic() - began:6.1f} s] {key}: {results[key]['seconds']:.1f} s", flush=True)
+            results.put(key, measured := entry())
+            print(f"[{time.monotonic() - began:6.1f} s] {key}: {measured['seconds']:.1f} s", flush=True)
         except Exception as error:
             failed[key] = error
             print(f"[{time.monotonic() - began:6.1f} s] {key} FAILED: {error!r}", flush=True)
@@ -142,7 +143,8 @@ def work_through(
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     done(running.pop(future), future.result)
-    left = [key for key, _ in units(results) if key not in results]
+    entries = results.entries()
+    left = [key for key, _ in units(entries) if key not in entries]
     if left:
         print(f"not measured yet: {', '.join(left)}", flush=True)
     if failed:
