@@ -106,6 +106,16 @@ def test_nothing_imports_programs(file):
     assert wrong == [], f"{file} may import no other programs than those in {sorted(folders)}"
 
 
+def test_no_product_code_imports_the_baselines():
+    """They are for experiments: what others do, and what is known to be worse."""
+    own = "kernels/qat_kernels/baselines.py"
+    assert own in LIBRARY_FILES
+    recipes = [file for file in PROGRAM_FILES if file.startswith("recipes/")]
+    for file in [*LIBRARY_FILES, *recipes]:
+        if file != own:
+            assert "baselines" not in (ROOT / file).read_text(encoding="utf-8"), file
+
+
 def test_setup_cfg_declares_what_is_imported():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
