@@ -148,7 +148,8 @@ def denoise(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -
     scheduler.set_timesteps(SAMPLING_STEPS, device=latents.device)
     for timestep in scheduler.timesteps:
         velocity = model(latents, timestep.expand(len(latents)), text, return_dict=False)[0]
-        latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        # Float, for the scheduler would round the latents to what autocast makes of it.
+        latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
     return to_frames(latents)
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import video
 import video_experiments
+import video_report
 from video_experiments import Experiment, Extent, Run, best_rate, motion, next_rates, plan_trained, tried_rates
 
 SIZE = video.Size(frames=4, height=16, width=24, layers=2, heads=2, head_dim=16, ffn_dim=32, steps=3, batch=2)
@@ -125,3 +126,55 @@ def test_what_is_missing_is_said(tmp_path):
         video.Clips(tmp_path, SIZE, CPU)
     with pytest.raises(ValueError, match="expected a pretrained model"):
         video.load_start(tmp_path, CPU)
+
+
+def measured(loss, velocity_error, psnr, move):
+    return {"loss": loss, "velocity_error": velocity_error, "psnr": psnr, "ssim": [1.0, 1.0], "motion": move}
+
+
+def test_the_report_compares_pairs_and_takes_the_rate_with_most_seeds(tmp_path):
+    start = measured([1.0, 3.0], [0.0, 0.0], [100.0, 100.0], [0.1, 0.3])
+    worse = measured([1.5, 3.7], [0.2, 0.4], [20.0, 30.0], [0.05, 0.15])
+    untrained = {
+        "clips": {"motion": {"train": [0.1, 0.5]}},
+        "nvfp4": {"test": worse},
+        "original": {"test": start},
+        "v_only": {"test": worse | {"velocity_error": [0.01, 0.01]}},
+    }
+    rows = video_report.untrained_rows(untrained)
+    assert list(rows) == ["original", "v_only", "nvfp4"]
+    # Errors are those of the pairs' differences: 0.5 and 0.7; half as much motion in both pairs.
+    assert rows["nvfp4"]["extra loss"] == pytest.approx((0.6, 0.1))
+    assert rows["nvfp4"]["velocity error"] == pytest.approx((0.3, 0.1))
+    assert rows["nvfp4"]["motion"] == pytest.approx((0.5, 0))
+    assert video_report.clips_motion(untrained) == pytest.approx({"train": 1.5})
+
+    def run(method, rate, seed, **test):
+        return {"settings": {"method": method, "attention": "nvfp4", "rate": rate, "seed": seed}, "test": test}
+
+    def with_loss(loss):
+        return worse | {"loss": [loss, loss]}
+
+    trained = {
+        "a": run("task", 1e-3, 0, nvfp4=with_loss(9.0)),
+        "b": run("task", 1e-4, 0, nvfp4=with_loss(2.0)),
+        "c": run("task", 1e-4, 1, nvfp4=with_loss(2.4)),
+    }
+    assert video_report.trained_rows(untrained, trained) == {}
+    trained |= {f"d{seed}": run("control", 1e-4, seed, original=with_loss(1.9), nvfp4=with_loss(2.2)) for seed in (0, 1)}
+    rows = video_report.trained_rows(untrained, trained)
+    assert list(rows) == [
+        "task at 0.0001, in nvfp4, 2 seeds",
+        "control at 0.0001, in original, 2 seeds",
+        "control at 0.0001, in nvfp4, 2 seeds",
+    ]
+    # Against the control of the same seed: 0.1 and 0.5.
+    assert rows["task at 0.0001, in nvfp4, 2 seeds"]["extra loss"] == pytest.approx((0.3, 0.2))
+    assert rows["control at 0.0001, in nvfp4, 2 seeds"]["extra loss"] == pytest.approx((0.3, 0))
+    text = video_report.table(rows, "method")
+    assert (
+        "| task at 0.0001, in nvfp4, 2 seeds | 300.00 ± 200.00 | 300.00 ± 0.00 | 25.0 ± 0.0 | 1.000 ± 0.000 | 0.500 ± 0.000 |"
+        in text
+    )
+    video_report.figure(untrained, trained, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -183,13 +183,11 @@ def prepare_clips(folder: Path, size: Size) -> None:
     save_file({name: read_packaged_clip(name, 160, stored, FPS) for name in CLIPS}, folder / "clips.safetensors")
 
 
-def pretrain(folder: Path, size: Size, device: torch.device) -> None:
-    """Train a model from nothing, in original attention, and store it in bfloat16 in FOLDER/start; what is there stays."""
-    if (folder / "start").exists():
-        return
+def new_model(size: Size) -> WanTransformer3DModel:
+    """With random weights."""
     torch.manual_seed(0)
     channels = size.latents[0]
-    model = WanTransformer3DModel(
+    return WanTransformer3DModel(
         num_attention_heads=size.heads,
         attention_head_dim=size.head_dim,
         in_channels=channels,
@@ -199,8 +197,14 @@ def pretrain(folder: Path, size: Size, device: torch.device) -> None:
         ffn_dim=size.ffn_dim,
         num_layers=size.layers,
         rope_max_seq_len=64,
-    ).to(device)
-    clips = Clips(folder, size, device)
+    )
+
+
+def pretrain(folder: Path, size: Size, device: torch.device) -> None:
+    """Train a model from nothing, in original attention, and store it in bfloat16 in FOLDER/start; what is there stays."""
+    if (folder / "start").exists():
+        return
+    model, clips = new_model(size).to(device), Clips(folder, size, device)
     chosen = settings(device, steps=size.steps, batch_size=size.batch, learning_rate=size.rate)
     fit(model, chosen, clips.batches(0, size.steps, size.batch), report_every=max(1, size.steps // 20))
     partial = folder / "start.partial"

@@ -182,9 +182,14 @@ class Experiment:
         return self.real_motion() if unit == "clips" else self.untrained(unit)
 
     def real_motion(self) -> Entry:
-        """`motion` of the clips' windows, by split."""
-        videos = {split: [self.clips.pixels(window) / 255 for window in self.clips.windows(split)] for split in SPLITS}
-        return {split: _rounded(motion(torch.stack(windows))) for split, windows in videos.items()}
+        """`motion` of the clips by split: of each clip the mean over its windows."""
+        found: dict[str, list[float]] = {split: [] for split in SPLITS}
+        for split, values in found.items():
+            windows = self.clips.windows(split)
+            for number in range(len(self.clips.frames)):
+                videos = [self.clips.pixels(window) / 255 for window in windows if window[0] == number]
+                values.append(mean(motion(torch.stack(videos))))
+        return {"motion": {split: _rounded(values) for split, values in found.items()}}
 
     def untrained(self, attention: str) -> Entry:
         """The starting model in an attention."""
