@@ -97,12 +97,11 @@ BASELINES: dict[str, Baseline] = {
     "d_from_o": Baseline(delta="out"),
     "p_unquantized_in_dv": Baseline(value_gradient="unquantized"),
     "normalized_p_backward": Baseline(value_gradient="normalized"),
-    "qk_only": Baseline(quantize_p=False, quantize_v=False),
     "p_only": Baseline(quantize_qk=False, quantize_v=False),
     "v_only": Baseline(quantize_qk=False, quantize_p=False),
 }
-"""By name. The first four are what others publish, forward and backward; the next two change the definition's grid; three
-ablate its gradient; three quantize a part. SageAttention3 has no backward: here it is straight-through, from the twin."""
+"""By name. The first three are what others publish, forward and backward; the next four change the definition's grid; three
+ablate its gradient; two quantize a part. SageAttention3 has no backward: here it is straight-through, from the twin."""
 
 
 def attention(
