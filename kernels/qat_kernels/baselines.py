@@ -99,13 +99,12 @@ BASELINES: dict[str, Baseline] = {
     "d_from_o": Baseline(delta="out"),
     "p_unquantized_in_dv": Baseline(value_gradient="unquantized"),
     "normalized_p_backward": Baseline(value_gradient="normalized"),
-    "qk_only": Baseline(quantize_p=False, quantize_v=False),
     "p_only": Baseline(quantize_qk=False, quantize_v=False),
     "v_only": Baseline(quantize_qk=False, quantize_p=False),
 }
-"""By name. `definition` is what the others are compared with, in the same implementation. The next five are what others
-publish, forward and backward, one of them with the exact straight-through gradient of its forward; then two that change the
-definition's grid; three ablate its gradient; three quantize a part. SageAttention3 has no backward: here it is straight-through,
+"""By name. `definition` is what the others are compared with, in the same implementation. The next four are what others
+publish, forward and backward, one of them with the exact straight-through gradient of its forward; then four that change the
+definition's grid; three ablate its gradient; two quantize a part. SageAttention3 has no backward: here it is straight-through,
 from the twin."""
 
 
