@@ -130,7 +130,7 @@ def test_every_baseline_equals_its_formula(name, case):
         assert error(grad, wanted) < 1e-10
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [n for n in BASELINES if n != "definition"])
 def test_every_baseline_is_something_else(name):
     """Each changes the output or a gradient of the definition by far more than rounding."""
     case = Case(lq=300, lk=300, head_dim=32, causal=True, batch=1, size=1.5)

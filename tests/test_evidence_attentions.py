@@ -5,7 +5,6 @@ import torch
 
 import qat_patch
 from attentions import attention_in
-from qat_kernels.baselines import BASELINES, Baseline
 from tiny_qwen3 import pad, tiny_llama, tiny_qwen3, token_ids
 from tiny_wan import CHANNELS, TEXT_DIM, tiny_transformer
 
@@ -30,13 +29,6 @@ def close(a, b, bound=1e-4):
     return (a - b).norm() < bound * b.norm()
 
 
-@pytest.fixture
-def definition(monkeypatch):
-    """The definition among the baselines: it must do what `patch_model` does."""
-    monkeypatch.setitem(BASELINES, "definition", Baseline())
-
-
-@pytest.mark.usefixtures("definition")
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama])
 def test_a_baseline_in_transformers_equals_the_patch(make, side):
@@ -58,7 +50,6 @@ def test_a_baseline_in_transformers_equals_the_patch(make, side):
     assert not close(patched, before[seen], 1e-3)
 
 
-@pytest.mark.usefixtures("definition")
 def test_a_baseline_generates_with_a_cache():
     """One query a step, against a key cache, dynamic or static."""
     model, ids = tiny_llama(torch.float64), token_ids(batch=1, length=20)
@@ -69,7 +60,6 @@ def test_a_baseline_generates_with_a_cache():
             assert torch.equal(model.generate(ids, cache_implementation=cache, **options), expected)
 
 
-@pytest.mark.usefixtures("definition")
 def test_a_baseline_in_diffusers_equals_the_patch():
     model, other = tiny_transformer(), tiny_transformer()
     before, stock = velocity(model), model.blocks[0].attn1.processor
@@ -119,7 +109,10 @@ def test_options_of_the_definition():
 
 @pytest.mark.parametrize("name", ["fp4", "nvfp4+smooth", "nvfp4+rotate+rotate", "original+rotate", "sage3+rotate"])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ValueError, match="expected one of original, nvfp4, pv_bf16, sage3"), attention_in(tiny_llama(), name):
+    with (
+        pytest.raises(ValueError, match="expected one of original, nvfp4, pv_bf16, definition"),
+        attention_in(tiny_llama(), name),
+    ):
         pass
 
 

@@ -87,8 +87,10 @@ class Baseline:
 
 _PUBLIC = {"kept_groups": False, "integer_max": False, "p_global_scale": 1.0, "scale_floor": False}
 BASELINES: dict[str, Baseline] = {
+    "definition": Baseline(),
     "sage3": Baseline(smooth_q=True, smooth_k=True, kept_groups=False, integer_max=False, scale_floor=False),
     "public_training": Baseline(**_PUBLIC, value_axis="head_dim", value_gradient="normalized"),
+    "public_training_exact": Baseline(**_PUBLIC, value_axis="head_dim"),
     "public_serving": Baseline(**_PUBLIC, value_gradient="normalized"),
     "single_level": Baseline(p_global_scale=1.0),
     "single_level_no_floor": Baseline(p_global_scale=1.0, scale_floor=False),
@@ -100,8 +102,10 @@ BASELINES: dict[str, Baseline] = {
     "p_only": Baseline(quantize_qk=False, quantize_v=False),
     "v_only": Baseline(quantize_qk=False, quantize_p=False),
 }
-"""By name. The first three are what others publish, forward and backward; the next four change the definition's grid; three
-ablate its gradient; two quantize a part. SageAttention3 has no backward: here it is straight-through, from the twin."""
+"""By name. `definition` is what the others are compared with, in the same implementation. The next four are what others
+publish, forward and backward, one of them with the exact straight-through gradient of its forward; then four that change the
+definition's grid; three ablate its gradient; two quantize a part. SageAttention3 has no backward: here it is straight-through,
+from the twin."""
 
 
 def attention(

@@ -35,7 +35,7 @@ class NextTokenOfWindows(NextToken):
         return batch
 
     def loss(self, outputs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        return _losses(outputs, inputs["input_ids"]).mean()
+        return token_losses(outputs, inputs["input_ids"]).mean()
 
 
 OBJECTIVE = NextTokenOfWindows()
@@ -129,12 +129,12 @@ def measure_windows(
         for name, attention in attentions.items():
             with attention(), autocast(settings, ids.device):
                 outputs = OBJECTIVE.outputs(model, inputs)
-            add(f"loss_{name}", _losses(outputs, ids).mean(1))
-            add(f"kl_{name}", _divergences(outputs, target))
+            add(f"loss_{name}", token_losses(outputs, ids).mean(1))
+            add(f"kl_{name}", divergences(outputs, target))
             if first is None:
                 first = outputs
             else:
-                add(f"between_{name}", _divergences(outputs, first))
+                add(f"between_{name}", divergences(outputs, first))
     return {name: [round(value, 6) for value in values] for name, values in found.items()}
 
 
@@ -148,13 +148,13 @@ def rounded(values: list[torch.Tensor]) -> list[float]:
     return [float(f"{value:.5g}") for value in torch.stack(values).float().tolist()]
 
 
-def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every token but the first, [batch, length - 1]."""
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none").view(
         ids.shape[0], -1
     )
 
 
-def _divergences(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def divergences(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean KL(target || logits) over the tokens of each window, [batch]. Window by window, for memory."""
     return torch.stack([OBJECTIVE.distance(ours[None], theirs[None]) for ours, theirs in zip(logits, target, strict=True)])

@@ -13,7 +13,7 @@ on the same text in the same order (by seed) by one method:
 
 The learning rate of each method, for full fine-tuning and LoRA apart, is the best on a grid of half decades for its own objective
 (through the attention that it trains through) on validation plays, with seed 0, until both neighbours are worse. Reported is what
-the end of a run measures on test plays. `all` is rotate, k_shift and four_over_six together.
+the end of a run measures on test plays.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
 
 from adapters import LoraSettings, add_adapters
-from fine_tuning import Attention, Windows, fine_tune, frozen_teacher, means, measure_windows
+from attentions import attention_in
+from fine_tuning import Windows, fine_tune, frozen_teacher, means, measure_windows
 from finetune_qwen3 import LanguageModeling
 from language import FOLDER as LANGUAGE
 from language import Language
-from qat_patch import AttnQATConfig, PatchHandle, QuantSpec, calibrate, patch_model, unpatch_model
 from results import FOLDER, Entry, Results, work_through
 from training_settings import TrainingSettings
 
@@ -49,15 +49,9 @@ METHODS = {
     "mix": {"distillation": 0.5},
     "control_mix": {"attention": "original", "distillation": 0.5},
 }
-OPTIONS = {
-    "plain": QuantSpec(),
-    "rotate": QuantSpec(rotate=True),
-    "k_shift": QuantSpec(),
-    "four_over_six": QuantSpec(four_over_six=True),
-    "all": QuantSpec(rotate=True, four_over_six=True),
-}
-SHIFTED = ("k_shift", "all")
-"""The options that subtract calibrated mean keys."""
+PLAIN, ALL = "nvfp4", "nvfp4+rotate+k_shift+four_over_six"
+OPTIONS = (PLAIN, "nvfp4+rotate", "nvfp4+k_shift", "nvfp4+four_over_six", ALL)
+"""The attentions of attentions.py that are trained through."""
 RATES = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "lora": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 FIRST_RATES = {"full": (3e-5, 1e-4), "lora": (3e-4, 1e-3)}
 LORA = LoraSettings(rank=16, alpha=32)
@@ -94,7 +88,7 @@ class Run:
 
     method: str
     weights: str = "full"
-    option: str = "plain"
+    option: str = PLAIN
     size: str = "main"
     rate: float
     seed: int
@@ -125,14 +119,14 @@ def plan(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run | str]]:
     three = ("distill", "task", "control")
     yield from sweep(three, "full")
     yield from seeds(three)
-    yield from seeds(("distill", "task"), option="all")
+    yield from seeds(("distill", "task"), option=ALL)
     yield "untrained/long", "long"
     yield from seeds(three, size="long")
     yield from sweep(three, "lora")
     yield from seeds(three, weights="lora")
     yield from sweep(("mix", "control_mix"), "full")
     yield from seeds(("mix", "control_mix"))
-    for option in ("rotate", "k_shift", "four_over_six"):
+    for option in OPTIONS[1:-1]:
         yield from seeds(("distill", "task"), option=option)
     for size in ("short", "longer"):
         yield from list(seeds(three, size=size))[: len(three)]
@@ -149,7 +143,7 @@ def tried_rates(results: Mapping[str, Entry], method: str, weights: str) -> dict
     return found
 
 
-def objective_of(method: str, measured: dict[str, float], option: str = "plain") -> float:
+def objective_of(method: str, measured: dict[str, float], option: str = PLAIN) -> float:
     """What a method minimizes, in the attention that it trains through."""
     chosen = METHODS[method]
     attention, distillation = chosen.get("attention", option), chosen.get("distillation", 0.0)
@@ -189,7 +183,7 @@ class Trainer:
         return {"test": self.test(copy.deepcopy(self.start), OPTIONS, size, settings), "settings": dataclasses.asdict(size)}
 
     def run(self, run: Run) -> Entry:
-        """Train, and measure the end on test text: in the option of the run, of the controls in every option."""
+        """Train, and measure the end on test text: in the option of the run, of full controls in every option."""
         size = self.sizes[run.size]
         settings = self.settings(run, size)
         model = copy.deepcopy(self.start)
@@ -197,37 +191,33 @@ class Trainer:
             model = add_adapters(model, LORA, LanguageModeling.lora_targets, run.seed)
         else:
             model.requires_grad_(True)
-        handle = self.patch(model, run.option, size)
-        attentions = {"original": handle.disabled, run.option: contextlib.nullcontext}
         validation = self.windows("validation", size, size.validation)
-        entry = fine_tune(
-            model,
-            settings,
-            self.windows("train", size, None),
-            teacher=self.teacher if settings.distillation else None,
-            measure=lambda: means(measure_windows(model, attentions, validation, self.teacher, settings)),
-            attention=attentions["original" if settings.attention == "original" else run.option],
-        )
-        unpatch_model(model)
-        options = OPTIONS if settings.attention == "original" else [run.option]
-        entry["test"] = self.test(model, options, size, settings)
+        with attention_in(model, run.option, self.calibration(size)) as handle:
+            attentions = {"original": handle.disabled, run.option: contextlib.nullcontext}
+            entry = fine_tune(
+                model,
+                settings,
+                self.windows("train", size, None),
+                teacher=self.teacher if settings.distillation else None,
+                measure=lambda: means(measure_windows(model, attentions, validation, self.teacher, settings)),
+                attention=attentions["original" if settings.attention == "original" else run.option],
+            )
+        in_every_option = settings.attention == "original" and run.weights == "full" and run.size == "main"
+        entry["test"] = self.test(model, OPTIONS if in_every_option else [run.option], size, settings)
         return entry | {"settings": dataclasses.asdict(run) | dataclasses.asdict(size) | _plain(settings)}
 
     def test(self, model: torch.nn.Module, options: Iterable[str], size: Size, settings: TrainingSettings) -> Windows:
-        """Measure an unpatched model on test text, in original attention and in these options."""
-        attentions: dict[str, Attention] = {"original": contextlib.nullcontext}
+        """Measure a model on test text, in original attention and in these options; keys are shifted by its own means."""
+        windows, found = self.windows("test", size, size.test), {}
         for option in options:
-            with self.patch(model, option, size) as handle:
-                shifts = handle.k_shift
-            attentions[option] = partial(patch_model, model, AttnQATConfig(spec=OPTIONS[option]), k_shift=shifts)
-        return measure_windows(model, attentions, self.windows("test", size, size.test), self.teacher, settings)
+            with attention_in(model, option, self.calibration(size)) as handle:
+                attentions = {"original": handle.disabled, option: contextlib.nullcontext}
+                found |= measure_windows(model, attentions, windows, self.teacher, settings)
+        return found
 
-    def patch(self, model: torch.nn.Module, option: str, size: Size) -> PatchHandle:
-        """Patch a model; where keys are shifted, by their means over training text."""
-        handle = patch_model(model, AttnQATConfig(spec=OPTIONS[option]))
-        if option in SHIFTED:
-            calibrate(model, [{"input_ids": ids[None]} for ids in self.windows("train", size, 8)])
-        return handle
+    def calibration(self, size: Size) -> list[dict[str, torch.Tensor]]:
+        """Training text, for `k_shift`."""
+        return [{"input_ids": ids[None]} for ids in self.windows("train", size, 8)]
 
     def windows(self, split: str, size: Size, count: int | None) -> torch.Tensor:
         return self.language.windows(split, size.length, count).to(self.device)
