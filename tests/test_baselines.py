@@ -103,7 +103,7 @@ def test_the_definition_is_a_baseline(case):
     tensors = case.tensors()
     out, _, grads = run(*tensors, **case.options())
     actual, actual_grads = run_baseline(baseline, *tensors, **options_of(case))
-    assert error(actual, out) < 1e-10
+    assert error(actual, out) < (1e-10 if case.size <= 1e2 else 1e-8)
     floors = [*oracle.uncancelled(*tensors, **case.oracle_options()), 0.0]  # where softmax saturates, gradients are roundoff
     for grad, expected, floor in zip(actual_grads, grads, floors, strict=True):
         assert error(grad, expected, floor) < 1e-8

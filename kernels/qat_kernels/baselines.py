@@ -31,8 +31,8 @@ _SCORES_PER_CHUNK = 1 << 26
 """Scores held at once: 256 MiB of float32, a handful of times."""
 _CAUSAL_ROWS = 2 * SMOOTHING_BLOCK
 """Most rows of a causal chunk: the keys behind its last row are never touched."""
-_MAX_LIFT = 126.0
-"""Largest exponent by which quantized keys are lifted above a dominant kept key, as in reference.py."""
+_MAX_LIFT = 112.0
+"""Largest exponent by which quantized keys are lifted above a dominant kept key, so that g times it is finite in float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,12 +172,17 @@ class _Attention(torch.autograd.Function):
         ops = _Operands(query, key, value, mean, call)
         out, twin = torch.zeros_like(query), torch.zeros_like(query)
         for chunk in ops.chunks():
-            both = chunk.weights @ ops.value_fq[:, :, : chunk.keys], chunk.quantized @ ops.value_fq[:, :, : chunk.keys]
+            values = ops.value_fq[:, :, : chunk.keys]
+            high = chunk.weights @ values
+            low = (ops.quantized(chunk) @ values).div_(chunk.unit) if call.baseline.quantize_p else None
             for columns, kept in chunk.kept_columns:
                 weights = chunk.weights[..., columns] * kept
-                both[0].add_(weights @ ops.value_error[:, :, columns])
-                both[1].add_(weights @ ops.value[:, :, columns])
-            twin[:, :, chunk.rows], out[:, :, chunk.rows] = (ops.by_head(x / chunk.norm) for x in both)
+                high += weights @ ops.value_error[:, :, columns]
+                if low is not None:
+                    low += weights @ ops.value[:, :, columns]
+            twin[:, :, chunk.rows] = ops.by_head(high / chunk.norm)
+            if low is not None:
+                out[:, :, chunk.rows] = ops.by_head(low / chunk.norm)
         if not call.baseline.quantize_p:
             out = twin
         ctx.save_for_backward(query, key, value, mean, twin if call.baseline.delta == "twin" else out)
@@ -193,13 +198,12 @@ class _Attention(torch.autograd.Function):
         for chunk in ops.chunks():
             keys, grad = chunk.keys, ops.by_key_head(grad_out[:, :, chunk.rows])
             delta = (grad * ops.by_key_head(out[:, :, chunk.rows])).sum(-1, keepdim=True)
-            weights = chunk.weights.div_(chunk.norm)
-            grad_weights = grad @ ops.value_fq[:, :, :keys].mT
-            contributing = _contributing(chunk, weights, ops.baseline)
+            # Norm and scale belong to rows: multiplying them into dO and D instead of P saves passes over all scores.
+            factor = ops.scale / chunk.norm
+            grad_scores = (grad * factor) @ ops.value_fq[:, :, :keys].mT
             for columns, kept in chunk.kept_columns:
-                grad_weights[..., columns] += (grad @ ops.value_error[:, :, columns].mT).mul_(kept)
-            grad_value[:, :, :keys] += contributing.mT @ grad
-            grad_scores = grad_weights.sub_(delta).mul_(weights).mul_(ops.scale)
+                grad_scores[..., columns] += ((grad * factor) @ ops.value_error[:, :, columns].mT).mul_(kept)
+            grad_scores.sub_(delta * factor).mul_(chunk.weights)
             grad_query[:, :, chunk.rows] = ops.by_head(grad_scores @ ops.key_fq[:, :, :keys])
             grad_key[:, :, :keys] += grad_scores.mT @ ops.query_fq(chunk.rows)
             if mean is not None:
@@ -207,6 +211,7 @@ class _Attention(torch.autograd.Function):
                 blocks = _blocks(chunk.rows)
                 grad_mean[:, :, blocks] = ops.by_head(ops.by_key_head(by_block) @ key[:, :, :keys])
                 grad_key[:, :, :keys] += ops.by_key_head(by_block).mT @ ops.by_key_head(mean[:, :, blocks])
+            ops.add_value_gradient(grad_value, chunk, grad)
         return grad_query, grad_key, grad_value, grad_mean, None
 
 
@@ -216,8 +221,8 @@ class _Chunk(NamedTuple):
     rows: slice
     keys: int
     weights: torch.Tensor  # 2^(S - maximum), 0 where excluded
-    quantized: torch.Tensor  # the same, quantized; 0 where kept
     norm: torch.Tensor  # the sum of `weights`, 1 where that is 0
+    unit: torch.Tensor  # what `weights` are multiplied by before they are rounded
     kept_columns: list[tuple[slice, torch.Tensor]]  # disjoint ranges of keys that hold all kept ones, and which they are
 
 
@@ -262,82 +267,86 @@ class _Operands:
                 yield self._chunk(slice(start, stop), visible)
 
     def _chunk(self, rows: slice, keys: int) -> _Chunk:
-        scores = self.query_fq(rows) @ self.key_fq[:, :, :keys].mT
-        if self.mean is not None:
-            correction = self.mean[:, :, _blocks(rows)] @ self.key[:, :, :keys].repeat_interleave(self.group, 1).mT
-            scores += self.by_key_head(_to_rows(correction, rows.stop - rows.start))
-        scores *= self.scale * LOG2_E
-        allowed, kept = self._masks(rows, keys)
-        if allowed is not None:
-            self._fill(scores, ~allowed, -torch.inf)
-        row_max = self._maximum(scores)
+        scores = self._scores(rows, keys)
+        kept_columns = self._mask(scores, rows, keys)
+        row_max = self._maximum([scores])
         row_max.masked_fill_(row_max == -torch.inf, 0.0)
-        lift = None
-        if kept is not None and self.baseline.quantize_p:
-            lift = row_max - self._maximum(self._fill(scores.clone(), kept, -torch.inf))
-            lift = torch.exp2(lift.clamp_(max=_MAX_LIFT))
+        unit = torch.full_like(row_max, self.baseline.p_global_scale)
+        if kept_columns and self.baseline.quantize_p:
+            # The grid is that against the maximum of the keys that are not kept.
+            parts = [scores[..., columns].masked_fill(kept, -torch.inf) for columns, kept in kept_columns]
+            ends = [0, *(columns.stop for columns, _ in kept_columns)]
+            parts += [scores[..., end : columns.start] for end, (columns, _) in zip(ends, kept_columns, strict=False)]
+            unit *= torch.exp2((row_max - self._maximum(parts)).clamp_(max=_MAX_LIFT))
         weights = scores.sub_(row_max).exp2_()
         norm = weights.sum(-1, keepdim=True)
-        kept_columns = [(columns, self._by_row(kept[..., columns])) for columns in self._kept_spans(rows, keys)]
-        return _Chunk(rows, keys, weights, self._quantized(weights, kept, lift), norm.masked_fill_(norm == 0, 1.0), kept_columns)
+        return _Chunk(rows, keys, weights, norm.masked_fill_(norm == 0, 1.0), unit, kept_columns)
 
-    def _quantized(self, weights: torch.Tensor, kept: torch.Tensor | None, lift: torch.Tensor | None) -> torch.Tensor:
-        """P~ on its grid, which is that against the maximum of the keys that are not kept."""
-        if not self.baseline.quantize_p:
-            return weights if kept is None else self._fill(weights.clone(), kept, 0.0)
-        gain = self.baseline.p_global_scale
-        lifted = weights if kept is None else self._fill(weights * lift, kept, 0.0)
-        quantized = _round(lifted.float() * gain, -1, self.baseline.scale_floor).to(weights.dtype)
-        return quantized.div_(gain if lift is None else gain * lift)
+    def _scores(self, rows: slice, keys: int) -> torch.Tensor:
+        """S, in base 2: [B, Hk, G * rows, keys]."""
+        query, key, factor = self.query_fq(rows), self.key_fq[:, :, :keys], self.scale * LOG2_E
+        shift, beta = query.new_empty(1, 1, 1), 0.0
+        if self.mean is not None:
+            correction = self.by_key_head(self.mean[:, :, _blocks(rows)]) @ self.key[:, :, :keys].mT
+            shift = self.by_key_head(_to_rows(self.by_head(correction), rows.stop - rows.start)).flatten(0, 1)
+            beta = factor
+        product = torch.baddbmm(shift, query.flatten(0, 1), key.flatten(0, 1).mT, beta=beta, alpha=factor)
+        return product.unflatten(0, query.shape[:2])
 
-    def _maximum(self, scores: torch.Tensor) -> torch.Tensor:
-        top = scores.amax(-1, keepdim=True)
+    def quantized(self, chunk: _Chunk) -> torch.Tensor:
+        """P~ on its grid, times the chunk's unit; 0 where kept."""
+        scaled = chunk.weights.float() * chunk.unit.float()
+        for columns, kept in chunk.kept_columns:
+            scaled[..., columns].masked_fill_(kept, 0.0)
+        return _round(scaled, -1, self.baseline.scale_floor).to(chunk.weights.dtype)
+
+    def add_value_gradient(self, grad_value: torch.Tensor, chunk: _Chunk, grad: torch.Tensor) -> None:
+        """dV += P^T dO with the P of the rule; kept groups are unquantized whatever the rule. Consumes the weights."""
+        target, rule, grad_norm = grad_value[:, :, : chunk.keys], self.baseline.value_gradient, grad / chunk.norm
+        if rule == "unquantized" or not self.baseline.quantize_p:
+            target += chunk.weights.mT @ grad_norm
+            return
+        for columns, kept in chunk.kept_columns:
+            target[:, :, columns] += (chunk.weights[..., columns] * kept).mT @ grad_norm
+        if rule == "forward":
+            target += self.quantized(chunk).mT @ (grad_norm / chunk.unit)
+            return
+        probabilities = _round(chunk.weights.div_(chunk.norm), -1, scale_floor=False)
+        for columns, kept in chunk.kept_columns:
+            probabilities[..., columns].masked_fill_(kept, 0.0)
+        target += probabilities.mT @ grad
+
+    def _maximum(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Of the rows of scores that lie in several parts, rounded up if the baseline says so."""
+        top = torch.cat([part.amax(-1, keepdim=True) for part in parts if part.shape[-1]], -1).amax(-1, keepdim=True)
         return top.ceil_() if self.baseline.integer_max else top
 
-    def _masks(self, rows: slice, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Which keys may be seen, and which of them are kept: bool, broadcastable to [B, rows, keys], or None for all, none."""
+    def _mask(self, scores: torch.Tensor, rows: slice, keys: int) -> list[tuple[slice, torch.Tensor]]:
+        """Exclude what may not be seen, and return the kept columns of the chunk."""
         mask, positions = self.call.key_mask, self.call.positions
-        allowed = None if mask is None else mask[:, None, :keys]
         if positions is None:
-            return allowed, None
-        own, column = positions[:, rows, None], torch.arange(keys, device=positions.device)
-        causal = column <= own
-        allowed = causal if allowed is None else causal & allowed
-        if not self.baseline.kept_groups:
-            return allowed, None
-        return allowed, (column < GROUP_SIZE) | (column // GROUP_SIZE == own.div(GROUP_SIZE, rounding_mode="floor"))
-
-    def _kept_spans(self, rows: slice, keys: int) -> list[slice]:
-        """Where the kept keys of some rows are, as far as the host knows without asking the device."""
-        if self.call.positions is None or not self.baseline.kept_groups:
+            if mask is not None:
+                scores.masked_fill_(~mask[:, None, None, :keys], -torch.inf)
             return []
-        first = rows.start + self.key.shape[2] - self.query.shape[2]
+        own, column = positions[:, rows, None], torch.arange(keys, device=positions.device)
+        allowed = column <= own
+        # Before the first query's own key nothing is excluded: as far as the host knows without asking the device.
+        first = 0
+        if mask is None:
+            first = max(0, rows.start + self.key.shape[2] - self.query.shape[2])
+        else:
+            allowed = allowed & mask[:, None, :keys]
+        scores[..., first:].masked_fill_(self._by_row(~allowed[..., first:]), -torch.inf)
+        if not self.baseline.kept_groups:
+            return []
+        kept = (column < GROUP_SIZE) | (column // GROUP_SIZE == own.div(GROUP_SIZE, rounding_mode="floor"))
         open_start = first // GROUP_SIZE * GROUP_SIZE
-        if self.call.key_mask is not None or open_start <= GROUP_SIZE:
-            return [slice(0, keys)]
-        return [slice(0, GROUP_SIZE), slice(open_start, keys)]
+        spans = [slice(0, GROUP_SIZE), slice(open_start, keys)] if open_start > GROUP_SIZE else [slice(0, keys)]
+        return [(columns, self._by_row(kept[..., columns])) for columns in spans]
 
-    def _by_row(self, kept: torch.Tensor) -> torch.Tensor:
+    def _by_row(self, mask: torch.Tensor) -> torch.Tensor:
         """[B or 1, rows, n] -> [B or 1, 1, G * rows, n]."""
-        return kept.repeat(1, self.group, 1).unsqueeze(1)
-
-    def _fill(self, x: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
-        """Fill [B, Hk, G * rows, keys] in place where a [B or 1, rows or 1, keys] mask says so."""
-        x.unflatten(2, (self.group, -1)).masked_fill_(where[:, None, None], value)
-        return x
-
-
-def _contributing(chunk: _Chunk, weights: torch.Tensor, baseline: Baseline) -> torch.Tensor:
-    """The normalized P of dV = P^T dO; kept groups are unquantized whatever the rule. `weights` is the exact one."""
-    if baseline.value_gradient == "unquantized" or not baseline.quantize_p:
-        return weights
-    if baseline.value_gradient == "forward":
-        contributing = chunk.quantized.div_(chunk.norm)
-    else:
-        contributing = _round(weights, -1, scale_floor=False)
-    for columns, kept in chunk.kept_columns:
-        contributing[..., columns] = torch.where(kept, weights[..., columns], contributing[..., columns])
-    return contributing
+        return mask.repeat(1, self.group, 1).unsqueeze(1)
 
 
 def _round(x: torch.Tensor, axis: int, scale_floor: bool) -> torch.Tensor:
