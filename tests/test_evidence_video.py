@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import report_video
 import video
 import video_experiments
-import video_report
 from video_experiments import Experiment, Extent, Run, best_rate, motion, next_rates, plan_trained, tried_rates
 
 SIZE = video.Size(frames=4, height=16, width=24, layers=2, heads=2, head_dim=16, ffn_dim=32, steps=3, batch=2)
@@ -132,49 +132,63 @@ def measured(loss, velocity_error, psnr, move):
     return {"loss": loss, "velocity_error": velocity_error, "psnr": psnr, "ssim": [1.0, 1.0], "motion": move}
 
 
-def test_the_report_compares_pairs_and_takes_the_rate_with_most_seeds(tmp_path):
-    start = measured([1.0, 3.0], [0.0, 0.0], [100.0, 100.0], [0.1, 0.3])
-    worse = measured([1.5, 3.7], [0.2, 0.4], [20.0, 30.0], [0.05, 0.15])
-    untrained = {
-        "clips": {"motion": {"train": [0.1, 0.5]}},
-        "nvfp4": {"test": worse},
-        "original": {"test": start},
-        "v_only": {"test": worse | {"velocity_error": [0.01, 0.01]}},
-    }
-    rows = video_report.untrained_rows(untrained)
+MACHINE = {"machine": {"device": "a GPU", "torch": "2"}}
+START = measured([1.0, 3.0], [0.0, 0.0], [100.0, 100.0], [0.1, 0.3])
+WORSE = measured([1.5, 3.7], [0.2, 0.4], [20.0, 30.0], [0.05, 0.15])
+UNTRAINED = {
+    "clips": {"motion": {"train": [0.1, 0.5]}} | MACHINE,
+    "nvfp4": {"test": WORSE} | MACHINE,
+    "original": {"test": START} | MACHINE,
+    "v_only": {"test": WORSE | {"velocity_error": [0.01, 0.01]}} | MACHINE,
+}
+
+
+def run(method, rate, seed, **losses):
+    settings = {"method": method, "attention": "nvfp4", "rate": rate, "seed": seed}
+    return {"settings": settings, "test": {name: WORSE | {"loss": [x, x]} for name, x in losses.items()}} | MACHINE
+
+
+def test_the_report_compares_pairs():
+    rows = report_video.untrained_rows(UNTRAINED)
     assert list(rows) == ["original", "v_only", "nvfp4"]
-    # Errors are those of the pairs' differences: 0.5 and 0.7; half as much motion in both pairs.
-    assert rows["nvfp4"]["extra loss"] == pytest.approx((0.6, 0.1))
-    assert rows["nvfp4"]["velocity error"] == pytest.approx((0.3, 0.1))
-    assert rows["nvfp4"]["motion"] == pytest.approx((0.5, 0))
-    assert video_report.clips_motion(untrained) == pytest.approx({"train": 1.5})
+    # Errors are those of the differences, 0.5 and 0.7; and half as much moves in both samples.
+    extra, velocity, psnr, ssim, motion = rows["nvfp4"].values()
+    assert extra == pytest.approx((600, 100)) and velocity == pytest.approx((300, 100)) and psnr == pytest.approx((25, 5))
+    assert ssim == (1, 0) and motion == pytest.approx((0.5, 0))
 
-    def run(method, rate, seed, **test):
-        return {"settings": {"method": method, "attention": "nvfp4", "rate": rate, "seed": seed}, "test": test}
 
-    def with_loss(loss):
-        return worse | {"loss": [loss, loss]}
-
+def test_the_report_takes_the_rate_with_most_seeds_and_the_control_of_the_same_seed(tmp_path):
     trained = {
-        "a": run("task", 1e-3, 0, nvfp4=with_loss(9.0)),
-        "b": run("task", 1e-4, 0, nvfp4=with_loss(2.0)),
-        "c": run("task", 1e-4, 1, nvfp4=with_loss(2.4)),
+        "a": run("task", 1e-3, 0, nvfp4=9.0),
+        "b": run("task", 1e-4, 0, nvfp4=2.0),
+        "c": run("task", 1e-4, 1, nvfp4=2.4),
     }
-    assert video_report.trained_rows(untrained, trained) == {}
-    trained |= {f"d{seed}": run("control", 1e-4, seed, original=with_loss(1.9), nvfp4=with_loss(2.2)) for seed in (0, 1)}
-    rows = video_report.trained_rows(untrained, trained)
+    assert report_video.trained_rows(UNTRAINED, trained) == {}
+    trained |= {f"d{seed}": run("control", 1e-4, seed, original=1.9, nvfp4=2.2) for seed in (0, 1)}
+    rows = report_video.trained_rows(UNTRAINED, trained)
     assert list(rows) == [
-        "task at 0.0001, in nvfp4, 2 seeds",
-        "control at 0.0001, in original, 2 seeds",
-        "control at 0.0001, in nvfp4, 2 seeds",
+        "task at 0.0001, in `nvfp4`, seeds: 2",
+        "control at 0.0001, in `original`, seeds: 2",
+        "control at 0.0001, in `nvfp4`, seeds: 2",
     ]
-    # Against the control of the same seed: 0.1 and 0.5.
-    assert rows["task at 0.0001, in nvfp4, 2 seeds"]["extra loss"] == pytest.approx((0.3, 0.2))
-    assert rows["control at 0.0001, in nvfp4, 2 seeds"]["extra loss"] == pytest.approx((0.3, 0))
-    text = video_report.table(rows, "method")
-    assert (
-        "| task at 0.0001, in nvfp4, 2 seeds | 300.00 ± 200.00 | 300.00 ± 0.00 | 25.0 ± 0.0 | 1.000 ± 0.000 | 0.500 ± 0.000 |"
-        in text
-    )
-    video_report.figure(untrained, trained, tmp_path / "figure.png")
+    extra = [row["extra loss, 10⁻³"] for row in rows.values()]
+    assert extra[0] == pytest.approx((300, 200)) and extra[1] == (0, 0) and extra[2] == pytest.approx((300, 0))
+    # Distillation is compared with the starting model, whose losses are 1 and 3; a mix without its control is left out.
+    more = {"e": run("distill", 1e-4, 0, nvfp4=2.5), "f": run("mix", 1e-4, 0, nvfp4=2.5)}
+    name, *others = report_video.trained_rows(UNTRAINED, trained | more)
+    assert name.startswith("distill at 0.0001") and others == list(rows)
+    assert report_video.trained_rows(UNTRAINED, more)[name]["extra loss, 10⁻³"].mean == pytest.approx(500)
+
+    results = {"video_untrained": UNTRAINED, "video_trained": trained}
+    texts = {name: make(results.get) for name, make in report_video.TABLES.items()}
+    assert "| task at 0.0001, in `nvfp4`, seeds: 2 | 300.00 ± 200.00 | 300.00 ± 100.00 | 25.0 ± 5.0 |" in texts["video-trained"]
+    assert "| clips, train | 0.30000 | 1.500 |" in texts["video-motion"] and "a GPU" in texts["video-untrained"]
+    report_video.FIGURES["video"](results.get, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_without_results_the_report_says_nothing(tmp_path):
+    nothing = {"video_untrained": {}, "video_trained": {}}
+    assert {make(nothing.get) for make in report_video.TABLES.values()} == {""}
+    report_video.FIGURES["video"](nothing.get, tmp_path / "figure.png")
+    assert not list(tmp_path.iterdir())

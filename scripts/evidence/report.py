@@ -17,10 +17,11 @@ import report_ablations
 import report_serve
 import report_trained
 import report_untrained
+import report_video
 from results import FOLDER, Entry, Results
 
 DOCUMENT = FOLDER.parent / "EVIDENCE.md"
-EXPERIMENTS = (report_untrained, report_trained, report_ablations, report_serve)
+EXPERIMENTS = (report_untrained, report_trained, report_ablations, report_serve, report_video)
 Load = Callable[[str], dict[str, Entry]]
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

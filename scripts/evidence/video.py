@@ -131,7 +131,7 @@ class Clips:
 def settings(device: torch.device, **chosen: Any) -> TrainingSettings:
     """The paper's optimizer with a schedule that ends at zero; bfloat16 where there are tensor cores for it."""
     on_gpu = device.type == "cuda"
-    options = {"schedule": "cosine", "warmup_steps": chosen["steps"] // 20, "fused_optimizer": on_gpu}
+    options = {"schedule": "cosine", "warmup_steps": chosen["steps"] // 10, "fused_optimizer": on_gpu}
     return TrainingSettings(output_dir="", mixed_precision="bf16" if on_gpu else None, **options | chosen)
 
 

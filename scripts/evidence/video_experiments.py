@@ -63,6 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "task": {},
     "distill": {"distillation": 1.0},
     "mix": {"distillation": 0.5},
+    "control_mix": {"attention": "original", "distillation": 0.5},
 }
 """As settings of the recipe: which attention a run trains through, and how much it follows the starting model."""
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
@@ -106,13 +107,13 @@ def plan_untrained(results: Mapping[str, Entry]) -> Iterator[tuple[str, str]]:
 
 def plan_trained(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run]]:
     """All runs that can be named so far, the most important first."""
-    for methods in (("distill", "task", "control"), ("mix",)):
+    for methods in (("distill", "task", "control"), ("mix", "control_mix")):
         for method in methods:
             for rate in next_rates(tried_rates(results, method)):
                 run = Run(method=method, rate=rate, seed=SEEDS[0])
                 yield run.key, run
         yield from _seeds(results, methods, "nvfp4")
-    yield from _seeds(results, ("distill", "task"), ALL)
+    yield from _seeds(results, ("distill", "task", "control"), ALL)
 
 
 def _seeds(results: Mapping[str, Entry], methods: Sequence[str], attention: str) -> Iterator[tuple[str, Run]]:
