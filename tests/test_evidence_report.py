@@ -1,0 +1,77 @@
+"""docs/EVIDENCE.md says what the JSON says, and its statistics are right on numbers that are known."""
+
+import json
+import math
+
+import pytest
+
+import report
+import report_trained
+from results import FOLDER, Results
+from summary import Estimate, difference, estimate, share
+
+
+def test_the_document_is_fresh():
+    text = report.DOCUMENT.read_text(encoding="utf-8")
+    assert text == report.render(text, report.load(FOLDER)), "run make evidence"
+
+
+def test_a_changed_number_makes_the_document_stale(tmp_path):
+    results = Results(tmp_path / "trained.json")
+    test = {"loss_original": [3.0, 5.0]}
+    test |= {f"{name}_{option}": [4.0, 6.5] for option in report_trained.OPTIONS for name in ("loss", "kl", "between")}
+    results.put("untrained/main", {"test": test, "machine": {"device": "X", "torch": "2"}})
+    text = report.render(report.DOCUMENT.read_text(encoding="utf-8"), report.load(tmp_path))
+    assert "| untrained | 4.0000 ± 1.0000 | 5.2500 ± 1.2500 | +1.2500 ± 0.2500 | 1.00 |" in text
+    assert "| `untrained/main` |" in text and "Measured on X, torch 2." in text
+    assert text == report.render(text, report.load(tmp_path))
+    test["loss_nvfp4"] = [4.0, 6.6]
+    results.put("untrained/main", {"test": test, "machine": {"device": "X", "torch": "2"}})
+    assert text != report.render(text, report.load(tmp_path))
+
+
+def test_tables_that_nobody_makes_are_refused():
+    text = report.DOCUMENT.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"expected each of the tables .*'serve'"):
+        report.render(text.replace("<!-- table serve -->", "<!-- table served -->"), report.load(FOLDER))
+
+
+def test_errors_of_windows_and_seeds():
+    one_seed = estimate([[1.0, 2.0, 3.0, 6.0]])
+    assert one_seed.mean == 3.0
+    assert one_seed.error == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3 / 4))
+    # Seeds that agree add nothing to the error over windows; windows that agree add nothing to that over seeds.
+    assert estimate([[1.0, 2.0, 3.0, 6.0]] * 3).error == pytest.approx(one_seed.error)
+    assert estimate([[1.0, 1.0], [2.0, 2.0], [6.0, 6.0]]) == pytest.approx((3.0, math.sqrt((4 + 1 + 9) / 2 / 3)))
+    both = estimate([[0.0, 2.0], [4.0, 6.0]])
+    assert both == pytest.approx((3.0, math.hypot(2.0, 1.0)))
+    assert math.isnan(estimate([[5.0]]).error) and str(estimate([[5.0]])) == "5.0000"
+
+
+def test_differences_are_paired():
+    ours, theirs = [[10.0, 20.0], [11.0, 21.0]], [[9.0, 19.0], [10.5, 20.5]]
+    assert difference(ours, theirs) == [[1.0, 1.0], [0.5, 0.5]]
+    assert difference(ours, [[9.0, 19.0]]) == [[1.0, 1.0], [2.0, 2.0]]
+    assert estimate(difference(ours, theirs)).error == pytest.approx(0.25)  # though the windows are 10 apart
+    for wrong in ([[9.0]], [[9.0, 19.0]] * 3):
+        with pytest.raises(ValueError, match="expected the same seeds and windows on both sides, got 2 x 2 and"):
+            difference(ours, wrong)
+
+
+def test_shares_and_signs():
+    assert share(Estimate(0.05, 0.01), Estimate(0.125, 0.01)) == "0.40"
+    assert share(Estimate(0.05, 0.01), Estimate(-0.1, 0.01)) == ""
+    assert Estimate(0.05, 0.01).signed() == "+0.0500 ± 0.0100" and Estimate(-0.05, 0.01).signed() == "-0.0500 ± 0.0100"
+
+
+def test_figures_are_drawn(tmp_path):
+    results = Results(tmp_path / "trained.json")
+    curve = [{"step": step, "loss_original": 3.0, "loss_nvfp4": 3.1, "kl_nvfp4": 0.1, "kl_original": 0.0} for step in (0, 10)]
+    for rate in report_trained.tried_rates.__globals__["RATES"]["full"]:
+        run = report_trained.Run(method="task", rate=rate, seed=0)
+        loss = 3.0 + abs(math.log(rate / 1e-4))
+        results.put(run.key, {"curve": [*curve, {**curve[-1], "step": 20, "loss_nvfp4": loss}]})
+    report_trained.FIGURES["trained-curves"](report.load(tmp_path), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (chosen,) = report_trained.runs(results.entries(), "task").values()
+    assert chosen == json.loads(json.dumps(results["main/full/task/nvfp4/rate=0.0001/seed=0"]))
