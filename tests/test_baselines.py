@@ -8,7 +8,8 @@ import torch
 
 import oracle
 from cases import Case, error, plain_attention, random_cases, run
-from qat_kernels.baselines import BASELINES, SMOOTHING_BLOCK, Baseline, attention
+from qat_kernels.baselines import BASELINES, Baseline, attention
+from qat_kernels.dense import SMOOTHING_BLOCK
 
 PLAIN = Baseline(quantize_qk=False, quantize_p=False, quantize_v=False)
 
@@ -103,7 +104,7 @@ def test_the_definition_is_a_baseline(case):
     tensors = case.tensors()
     out, _, grads = run(*tensors, **case.options())
     actual, actual_grads = run_baseline(baseline, *tensors, **options_of(case))
-    assert error(actual, out) < 1e-10
+    assert error(actual, out) < (1e-10 if case.size <= 1e2 else 1e-8)
     floors = [*oracle.uncancelled(*tensors, **case.oracle_options()), 0.0]  # where softmax saturates, gradients are roundoff
     for grad, expected, floor in zip(actual_grads, grads, floors, strict=True):
         assert error(grad, expected, floor) < 1e-8
@@ -189,14 +190,17 @@ def test_dtypes_and_strides(dtype):
     assert all(grad.dtype == dtype and grad.isfinite().all() for grad in grads)
     transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert error(run_baseline(BASELINES["sage3"], *transposed, causal=True)[0], out) < 1e-2
+        again, again_grads = run_baseline(BASELINES["sage3"], *transposed, causal=True)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert error(again, out) < tolerance
+    assert max(error(a, b) for a, b in zip(again_grads, grads, strict=True)) < tolerance
 
 
 def test_chunks_change_nothing(monkeypatch):
     case = Case(lq=300, lk=300, heads=(4, 2), batch=1)
     tensors = case.tensors()
     whole = run_baseline(BASELINES["sage3"], *tensors)
-    monkeypatch.setattr("qat_kernels.baselines._SCORES_PER_CHUNK", 1)
+    monkeypatch.setattr("qat_kernels.dense._SCORES_PER_CHUNK", 1)
     for part, expected in zip(run_baseline(BASELINES["sage3"], *tensors)[1], whole[1], strict=True):
         assert error(part, expected) < 1e-12
 

@@ -1,7 +1,6 @@
 """Attention as others define it, and with ablated gradients, for experiments. Eager only; no product code imports this.
 
-`Baseline()` is the definition of docs/NUMERICS.md; every field changes one thing about it. Scores of some rows against all of
-their keys are held at once, so that each step is one large operation: faster on a GPU than reference.py, for more memory.
+`Baseline()` is the definition of docs/NUMERICS.md; every field changes one thing about it.
 
 Sources: SageAttention3 (arXiv 2505.11594, section 3, and its public preprocessing); Attn-QAT (arXiv 2603.00040, Algorithms 1
 to 3) and its public training kernel; docs/NUMERICS.md, sections 5 and 6, for where they differ.
@@ -10,29 +9,18 @@ to 3) and its public training kernel; docs/NUMERICS.md, sections 5 and 6, for wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 
+from . import dense
 from .attention import _validate
-from .nvfp4 import scaled_codes
-from .reference import LOG2_E, _alignment, _reorder, accumulator
-from .spec import E2M1_MAX, GROUP_SIZE, NVFP4, P_GLOBAL_SCALE, SCALE_MIN
+from .reference import _alignment, _reorder, accumulator
+from .spec import NVFP4, P_GLOBAL_SCALE
 
 ValueAxis = Literal["tokens", "head_dim"]
 Delta = Literal["twin", "out"]
 ValueGradient = Literal["forward", "unquantized", "normalized"]
-
-SMOOTHING_BLOCK = 128
-"""Queries that share one mean in SageAttention3's smoothing."""
-_SCORES_PER_CHUNK = 1 << 26
-"""Scores held at once: 256 MiB of float32, a handful of times."""
-_CAUSAL_ROWS = 2 * SMOOTHING_BLOCK
-"""Most rows of a causal chunk: the keys behind its last row are never touched."""
-_MAX_LIFT = 126.0
-"""Largest exponent by which quantized keys are lifted above a dominant kept key, as in reference.py."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,213 +137,6 @@ def attention(
             key = key - key.sum(2, keepdim=True) / torch.as_tensor(count).clamp(min=1)
         mean = None
         if baseline.smooth_q:
-            blocks = query.split(SMOOTHING_BLOCK, 2)
-            mean = torch.stack([block.mean(2) for block in blocks], 2)
-            query = query - _to_rows(mean, query.shape[2])
-        return _Attention.apply(query, key, value, mean, _Call(key_mask, positions, scale, baseline)).to(q.dtype)
-
-
-class _Call(NamedTuple):
-    """What a call is told beside Q, K and V; keys counted from the first allowed one."""
-
-    key_mask: torch.Tensor | None  # bool [B, Lk]
-    positions: torch.Tensor | None  # causal: each query's own place among the keys, [B or 1, Lq]
-    scale: float
-    baseline: Baseline
-
-
-class _Attention(torch.autograd.Function):
-    """Q (without its block means, if there are any), K, V and the block means -> O. The backward computes P again."""
-
-    @staticmethod
-    def forward(ctx: Any, query, key, value, mean, call: _Call) -> torch.Tensor:
-        ops = _Operands(query, key, value, mean, call)
-        out, twin = torch.zeros_like(query), torch.zeros_like(query)
-        for chunk in ops.chunks():
-            both = chunk.weights @ ops.value_fq[:, :, : chunk.keys], chunk.quantized @ ops.value_fq[:, :, : chunk.keys]
-            for columns, kept in chunk.kept_columns:
-                weights = chunk.weights[..., columns] * kept
-                both[0].add_(weights @ ops.value_error[:, :, columns])
-                both[1].add_(weights @ ops.value[:, :, columns])
-            twin[:, :, chunk.rows], out[:, :, chunk.rows] = (ops.by_head(x / chunk.norm) for x in both)
-        if not call.baseline.quantize_p:
-            out = twin
-        ctx.save_for_backward(query, key, value, mean, twin if call.baseline.delta == "twin" else out)
-        ctx.call = call
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, mean, out = ctx.saved_tensors
-        ops = _Operands(query, key, value, mean, ctx.call)
-        grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        grad_mean = None if mean is None else torch.zeros_like(mean)
-        for chunk in ops.chunks():
-            keys, grad = chunk.keys, ops.by_key_head(grad_out[:, :, chunk.rows])
-            delta = (grad * ops.by_key_head(out[:, :, chunk.rows])).sum(-1, keepdim=True)
-            weights = chunk.weights.div_(chunk.norm)
-            grad_weights = grad @ ops.value_fq[:, :, :keys].mT
-            contributing = _contributing(chunk, weights, ops.baseline)
-            for columns, kept in chunk.kept_columns:
-                grad_weights[..., columns] += (grad @ ops.value_error[:, :, columns].mT).mul_(kept)
-            grad_value[:, :, :keys] += contributing.mT @ grad
-            grad_scores = grad_weights.sub_(delta).mul_(weights).mul_(ops.scale)
-            grad_query[:, :, chunk.rows] = ops.by_head(grad_scores @ ops.key_fq[:, :, :keys])
-            grad_key[:, :, :keys] += grad_scores.mT @ ops.query_fq(chunk.rows)
-            if mean is not None:
-                by_block = torch.stack([x.sum(2) for x in ops.by_head(grad_scores).split(SMOOTHING_BLOCK, 2)], 2)
-                blocks = _blocks(chunk.rows)
-                grad_mean[:, :, blocks] = ops.by_head(ops.by_key_head(by_block) @ key[:, :, :keys])
-                grad_key[:, :, :keys] += ops.by_key_head(by_block).mT @ ops.by_key_head(mean[:, :, blocks])
-        return grad_query, grad_key, grad_value, grad_mean, None
-
-
-class _Chunk(NamedTuple):
-    """Some rows of queries against their first `keys` keys. Row-wise tensors are [B, Hk, G * rows, ...]."""
-
-    rows: slice
-    keys: int
-    weights: torch.Tensor  # 2^(S - maximum), 0 where excluded
-    quantized: torch.Tensor  # the same, quantized; 0 where kept
-    norm: torch.Tensor  # the sum of `weights`, 1 where that is 0
-    kept_columns: list[tuple[slice, torch.Tensor]]  # disjoint ranges of keys that hold all kept ones, and which they are
-
-
-class _Operands:
-    """Quantized Q, K and V of a call, and the probabilities made of them."""
-
-    def __init__(self, query, key, value, mean, call: _Call) -> None:
-        self.call, self.baseline, self.scale = call, call.baseline, call.scale
-        self.group = query.shape[1] // key.shape[1]
-        self.query, self.key, self.value, self.mean = query, key, value, mean
-        self.key_fq = self._rounded(key, -1, self.baseline.quantize_qk)
-        self.query_rounded = self._rounded(query, -1, self.baseline.quantize_qk)
-        self.value_fq = self._rounded(value, {"tokens": -2, "head_dim": -1}[self.baseline.value_axis], self.baseline.quantize_v)
-        self.value_error = value - self.value_fq  # what kept groups get back
-
-    def _rounded(self, x: torch.Tensor, axis: int, quantize: bool) -> torch.Tensor:
-        return _round(x, axis, self.baseline.scale_floor) if quantize else x
-
-    def query_fq(self, rows: slice) -> torch.Tensor:
-        return self.by_key_head(self.query_rounded[:, :, rows])
-
-    def by_head(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, Hk, G * r, n] -> [B, H, r, n]."""
-        return x.unflatten(2, (self.group, -1)).flatten(1, 2)
-
-    def by_key_head(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, H, r, n] -> [B, Hk, G * r, n]."""
-        return x.unflatten(1, (-1, self.group)).flatten(2, 3)
-
-    def chunks(self) -> Iterator[_Chunk]:
-        (batch, heads, length, _), keys = self.query.shape, self.key.shape[2]
-        if not self.query.numel():
-            return
-        # Whole blocks, so that a block's mean belongs to one chunk.
-        rows = max(1, _SCORES_PER_CHUNK // max(1, batch * heads * keys * SMOOTHING_BLOCK)) * SMOOTHING_BLOCK
-        if self.call.positions is not None:
-            rows = min(rows, _CAUSAL_ROWS)
-        for start in range(0, length, rows):
-            stop = min(start + rows, length)
-            visible = keys if self.call.positions is None else min(keys, keys - length + stop)
-            if visible > 0:
-                yield self._chunk(slice(start, stop), visible)
-
-    def _chunk(self, rows: slice, keys: int) -> _Chunk:
-        scores = self.query_fq(rows) @ self.key_fq[:, :, :keys].mT
-        if self.mean is not None:
-            correction = self.mean[:, :, _blocks(rows)] @ self.key[:, :, :keys].repeat_interleave(self.group, 1).mT
-            scores += self.by_key_head(_to_rows(correction, rows.stop - rows.start))
-        scores *= self.scale * LOG2_E
-        allowed, kept = self._masks(rows, keys)
-        if allowed is not None:
-            self._fill(scores, ~allowed, -torch.inf)
-        row_max = self._maximum(scores)
-        row_max.masked_fill_(row_max == -torch.inf, 0.0)
-        lift = None
-        if kept is not None and self.baseline.quantize_p:
-            lift = row_max - self._maximum(self._fill(scores.clone(), kept, -torch.inf))
-            lift = torch.exp2(lift.clamp_(max=_MAX_LIFT))
-        weights = scores.sub_(row_max).exp2_()
-        norm = weights.sum(-1, keepdim=True)
-        kept_columns = [(columns, self._by_row(kept[..., columns])) for columns in self._kept_spans(rows, keys)]
-        return _Chunk(rows, keys, weights, self._quantized(weights, kept, lift), norm.masked_fill_(norm == 0, 1.0), kept_columns)
-
-    def _quantized(self, weights: torch.Tensor, kept: torch.Tensor | None, lift: torch.Tensor | None) -> torch.Tensor:
-        """P~ on its grid, which is that against the maximum of the keys that are not kept."""
-        if not self.baseline.quantize_p:
-            return weights if kept is None else self._fill(weights.clone(), kept, 0.0)
-        gain = self.baseline.p_global_scale
-        lifted = weights if kept is None else self._fill(weights * lift, kept, 0.0)
-        quantized = _round(lifted.float() * gain, -1, self.baseline.scale_floor).to(weights.dtype)
-        return quantized.div_(gain if lift is None else gain * lift)
-
-    def _maximum(self, scores: torch.Tensor) -> torch.Tensor:
-        top = scores.amax(-1, keepdim=True)
-        return top.ceil_() if self.baseline.integer_max else top
-
-    def _masks(self, rows: slice, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Which keys may be seen, and which of them are kept: bool, broadcastable to [B, rows, keys], or None for all, none."""
-        mask, positions = self.call.key_mask, self.call.positions
-        allowed = None if mask is None else mask[:, None, :keys]
-        if positions is None:
-            return allowed, None
-        own, column = positions[:, rows, None], torch.arange(keys, device=positions.device)
-        causal = column <= own
-        allowed = causal if allowed is None else causal & allowed
-        if not self.baseline.kept_groups:
-            return allowed, None
-        return allowed, (column < GROUP_SIZE) | (column // GROUP_SIZE == own.div(GROUP_SIZE, rounding_mode="floor"))
-
-    def _kept_spans(self, rows: slice, keys: int) -> list[slice]:
-        """Where the kept keys of some rows are, as far as the host knows without asking the device."""
-        if self.call.positions is None or not self.baseline.kept_groups:
-            return []
-        first = rows.start + self.key.shape[2] - self.query.shape[2]
-        open_start = first // GROUP_SIZE * GROUP_SIZE
-        if self.call.key_mask is not None or open_start <= GROUP_SIZE:
-            return [slice(0, keys)]
-        return [slice(0, GROUP_SIZE), slice(open_start, keys)]
-
-    def _by_row(self, kept: torch.Tensor) -> torch.Tensor:
-        """[B or 1, rows, n] -> [B or 1, 1, G * rows, n]."""
-        return kept.repeat(1, self.group, 1).unsqueeze(1)
-
-    def _fill(self, x: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
-        """Fill [B, Hk, G * rows, keys] in place where a [B or 1, rows or 1, keys] mask says so."""
-        x.unflatten(2, (self.group, -1)).masked_fill_(where[:, None, None], value)
-        return x
-
-
-def _contributing(chunk: _Chunk, weights: torch.Tensor, baseline: Baseline) -> torch.Tensor:
-    """The normalized P of dV = P^T dO; kept groups are unquantized whatever the rule. `weights` is the exact one."""
-    if baseline.value_gradient == "unquantized" or not baseline.quantize_p:
-        return weights
-    if baseline.value_gradient == "forward":
-        contributing = chunk.quantized.div_(chunk.norm)
-    else:
-        contributing = _round(weights, -1, scale_floor=False)
-    for columns, kept in chunk.kept_columns:
-        contributing[..., columns] = torch.where(kept, weights[..., columns], contributing[..., columns])
-    return contributing
-
-
-def _round(x: torch.Tensor, axis: int, scale_floor: bool) -> torch.Tensor:
-    """NVFP4 and back along `axis`, with or without the lower clamp of the scales."""
-    if not scale_floor:
-        # A scale that the clamp would raise is one that rounds to zero: 2^-10 is the tie, and goes to the even one, zero.
-        size = x.shape[axis]
-        groups = F.pad(x.movedim(axis, -1), (0, -size % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
-        zero = groups.abs().amax(-1, keepdim=True).float() / E2M1_MAX <= SCALE_MIN / 2
-        x = x.masked_fill(zero.expand_as(groups).flatten(-2)[..., :size].movedim(-1, axis), 0.0)
-    return scaled_codes(x, axis=axis).to(x.dtype)
-
-
-def _blocks(rows: slice) -> slice:
-    """The smoothing blocks of some rows, which begin with a block."""
-    return slice(rows.start // SMOOTHING_BLOCK, -(-rows.stop // SMOOTHING_BLOCK))
-
-
-def _to_rows(by_block: torch.Tensor, rows: int) -> torch.Tensor:
-    """[B, H, blocks, n] -> [B, H, rows, n]: each block's own for each of its rows."""
-    return by_block.repeat_interleave(SMOOTHING_BLOCK, 2)[:, :, :rows]
+            mean = dense.block_means(query)
+            query = query - dense.to_rows(mean, query.shape[2])
+        return dense.attend(query, key, value, mean, dense.Call(key_mask, positions, scale, baseline)).to(q.dtype)
