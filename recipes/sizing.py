@@ -222,6 +222,7 @@ def measure(file: Path, models: dict[str, Model], cases: list[tuple[str, str, tu
         if spent > seconds:
             print(f"{spent:.0f} s are over; run it again for the rest", flush=True)
             return
+        free_memory()
         peaks = peaks_of(name, models[name], method, tokens)
         results["cases"].append({"model": name, "method": method, "tokens": list(tokens), "peak_bytes": peaks})
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -246,7 +247,6 @@ def weights(model: Model) -> int:
 def peaks_of(name: str, model: Model, method: str, tokens: Sequence[int]) -> list[int | None]:
     """Peak bytes on the GPU up to a training step of each length, ascending; None where it does not fit, or on a CPU."""
     is_measured = torch.cuda.is_available()
-    peaks: list[int | None] = []
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         settings = FineTuningSettings(
             output_dir=folder,
@@ -266,17 +266,23 @@ def peaks_of(name: str, model: Model, method: str, tokens: Sequence[int]) -> lis
             train(settings, make_task)
         log = Path(folder) / "metrics.jsonl"
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-        peaks = [round(record["peak_memory_gib"] * 2**30) if is_measured else None for record in records[1:]]
+    peaks = [round(record["peak_memory_gib"] * 2**30) if is_measured else None for record in records[1:]]
+    return peaks + [None] * (len(tokens) - len(peaks))
+
+
+def free_memory() -> None:
+    """Make room for the next model.
+
+    Raises:
+        RuntimeError: the last one is still there, and would count.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     gc.collect()
-    if is_measured:
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
         if (left := torch.cuda.memory_allocated()) > 2**28:
-            raise RuntimeError(
-                f"sizing: {left / 2**30:.2f} GiB are still allocated after {name}, {method}; what comes next would count them"
-            )
-    return peaks + [None] * (len(tokens) - len(peaks))
+            raise RuntimeError(f"sizing: {left / 2**30:.2f} GiB are still allocated; run it again, and it goes on from here")
 
 
 if __name__ == "__main__":
