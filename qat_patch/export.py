@@ -198,10 +198,12 @@ def _plain(model: torch.nn.Module, dtype: torch.dtype | None) -> torch.nn.Module
         return model
     state = model.state_dict()
     for name, layer in adapters.items():
-        merged = copy.deepcopy(layer)
+        stored = {key: x.dtype for key, x in layer.get_base_layer().state_dict().items()}
+        # In float32, so that the sum of weights and adapters is rounded once, to what is saved.
+        merged = copy.deepcopy(layer).float()
         merged.merge(safe_merge=True)
         state = {key: x for key, x in state.items() if not key.startswith(f"{name}.")}
-        state |= {f"{name}.{key}": x for key, x in merged.get_base_layer().state_dict().items()}
+        state |= {f"{name}.{key}": x.to(dtype or stored[key]) for key, x in merged.get_base_layer().state_dict().items()}
     if dtype is not None:
         state = {key: x.to(dtype) if x.is_floating_point() else x for key, x in state.items()}
     with torch.device("meta"):

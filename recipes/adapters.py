@@ -11,7 +11,7 @@ from typing import Literal
 import peft
 import torch
 from accelerate import Accelerator
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class LoraSettings:
     """What the adapters add is scaled by alpha / rank."""
     dropout: float = 0.0
     """Dropout before the adapters."""
+    base_dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the frozen weights; null: bfloat16 with mixed_precision=bf16, which is 2 bytes a weight, else float32. Adapters are
+    float32, and so is what Diffusers keeps in float32. The residual stream has this type too."""
     target_modules: tuple[str, ...] | None = None
     """Last parts of the names of the modules that get adapters; null: the projections of attention."""
     export: Literal["merged", "adapters"] = "merged"
@@ -41,7 +44,7 @@ class LoraSettings:
 
 
 def add_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[str, ...], seed: int) -> torch.nn.Module:
-    """Freeze a model of Transformers or Diffusers and give it adapters, which change nothing yet.
+    """Freeze a model of Transformers or Diffusers and give it adapters in float32, which change nothing yet.
 
     Args:
         model: changed in place.
@@ -68,6 +71,8 @@ def add_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[
             return peft.get_peft_model(model, config)
         model.requires_grad_(False)
         model.add_adapter(config)
+        # PEFT does so for the other.
+        cast_adapter_dtype(model, "default")
         return model
 
 

@@ -96,11 +96,7 @@ class LanguageModeling(FineTuning):
         self.objective, self.eval_batch_size = NextToken(), settings.batch_size
 
     def load(self) -> torch.nn.Module:
-        model = AutoModelForCausalLM.from_pretrained(**self.source, dtype=torch.float32)
-        if self.settings.model.gradient_checkpointing:
-            # Older releases of transformers know it by another name.
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-        return model
+        return AutoModelForCausalLM.from_pretrained(**self.source, dtype=self.settings.load_dtype)
 
     def _data(self, data: TextSettings) -> tuple[Dataset, Dataset | None]:
         if data.streaming is None:

@@ -89,10 +89,7 @@ class VideoDiffusion(FineTuning):
             raise ValueError(f"model.path: expected a Wan pipeline or transformer in Diffusers' format: {error}") from error
         if name != WanTransformer3DModel.__name__:
             raise ValueError(f"model.path: expected a {WanTransformer3DModel.__name__}, got a {name}")
-        model = WanTransformer3DModel.from_pretrained(**source, dtype=torch.float32)
-        if self.settings.model.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        return model
+        return WanTransformer3DModel.from_pretrained(**source, dtype=self.settings.load_dtype)
 
     def batches(self, start: int, stop: int) -> BucketBatches:
         return BucketBatches(self.train_data.buckets, self.settings.batch_size, self.settings.seed, start, stop)

@@ -19,7 +19,7 @@ class Task(Protocol):
     """What the loop asks for."""
 
     model: torch.nn.Module
-    """Patched, with float32 weights."""
+    """Patched; what is trained of it is float32."""
     handle: PatchHandle
     """The patch of the model."""
     objective: Objective
@@ -102,6 +102,15 @@ class FineTuningSettings(TrainingSettings):
                 f"model.export_dtype: adapters alone are exported in float32, got {self.model.export_dtype}; leave it out, or "
                 "set lora.export to merged"
             )
+        if self.lora and self.lora.base_dtype == "bfloat16" and self.mixed_precision is None:
+            raise ValueError("lora.base_dtype: expected float32 or null without mixed_precision=bf16, got bfloat16")
+
+    @property
+    def load_dtype(self) -> torch.dtype:
+        """What the model is loaded in: float32 where its weights are trained."""
+        if self.lora is None:
+            return torch.float32
+        return getattr(torch, self.lora.base_dtype or ("float32" if self.mixed_precision is None else "bfloat16"))
 
 
 class FineTuning(Task):
@@ -118,7 +127,7 @@ class FineTuning(Task):
         self.handle = get_handle(self.model)
 
     def load(self) -> torch.nn.Module:
-        """The model to start from, with float32 weights: autocast makes the copies that mixed precision computes with."""
+        """The model to start from, in `settings.load_dtype`: autocast makes the copies that mixed precision computes with."""
         raise NotImplementedError
 
     def after_step(self, step: int) -> dict[str, float]:
@@ -149,6 +158,10 @@ class FineTuning(Task):
     def _build(self) -> torch.nn.Module:
         """Load, add adapters, patch."""
         settings, model = self.settings, self.load()
+        if settings.model.gradient_checkpointing:
+            # Diffusers', Transformers', and that of its older releases.
+            names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+            next(getattr(model, name) for name in names if hasattr(model, name))()
         with torch.no_grad():
             for parameter in model.parameters():
                 # Weights in a mapped file lie at any address, and matrix products on a CPU round by address.

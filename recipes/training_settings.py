@@ -49,7 +49,7 @@ class TrainingSettings:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
     mixed_precision: Literal["bf16"] | None = None
-    """Compute in bfloat16 under autocast; weights and optimizer states are float32 either way."""
+    """Compute in bfloat16 under autocast; what is trained is float32 either way, and so are optimizer states."""
     seed: int = 0
     """Seeds the order of the samples and all random numbers."""
     deterministic: bool = False

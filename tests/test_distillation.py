@@ -14,7 +14,7 @@ import objective
 from adapters import LoraSettings, add_adapters, without_adapters
 from finetune_qwen3 import NextToken
 from qat_patch import get_handle, load_checkpoint, patch_model, transformers_adapter
-from runs import assert_same_run, log, run, weights
+from runs import RECIPES, SHARDED, assert_same_run, command_line, log, run, run_in_two_processes, weights
 from tiny_qwen3 import tiny_qwen3, token_ids
 from tiny_recipe import write_inputs
 
@@ -29,10 +29,14 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def finetune(inputs, output_dir, **changes):
+def settings(inputs, output_dir, **changes):
     places = {"model.path": inputs / "model", "data.train.path": inputs / "train.txt", "output_dir": output_dir}
     measuring = {"data.eval.path": inputs / "eval.txt", "data.sequence_length": 64, "eval_every": 2}
-    run(finetune_qwen3, places | measuring | {"steps": 2, "batch_size": 2, "learning_rate": 1e-3} | changes)
+    return places | measuring | {"steps": 2, "batch_size": 2, "learning_rate": 1e-3} | changes
+
+
+def finetune(inputs, output_dir, **changes):
+    run(finetune_qwen3, settings(inputs, output_dir, **changes))
     return log(output_dir)
 
 
@@ -148,6 +152,52 @@ def test_adapters_resume_bit_for_bit_and_are_all_that_is_saved(inputs, tmp_path)
     start, end = weights(inputs / "model"), weights(tmp_path / "run" / "export")
     changed = {name for name in start if not torch.equal(start[name], end[name])}
     assert start.keys() == end.keys() and changed == {name for name in start if "_proj" in name and "self_attn" in name}
+
+
+def merged(start, adapters, scale, dtype):
+    """Weights with adapters, all in float32: `start` as `dtype` holds it."""
+    weights = {name: x.to(dtype).float() for name, x in start.items()}
+    for name in [name for name in weights if "self_attn" in name and "_proj" in name]:
+        a, b = (adapters[f"base_model.model.{name.replace('.weight', f'.lora_{x}.default.weight')}"] for x in "AB")
+        assert a.dtype == b.dtype == torch.float32 and b.any()
+        weights[name] += b @ a * scale
+    return weights
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_frozen_weights_have_the_type_of_computation(inputs, tmp_path, dtype):
+    """And what is exported is rounded no further, resumed runs are the same, and the teacher is the start."""
+    changes = LORA | {"mixed_precision": "bf16", "distillation": 1, "steps": 4, "checkpoint_every": 2}
+    changes |= {"lora.base_dtype": "null" if dtype == "bfloat16" else dtype}
+    first, *_ = finetune(inputs, tmp_path / "run", **changes)
+    assert first["eval_kl_original"] == 0 < first["eval_kl_fp4"]
+    finetune(inputs, tmp_path / "resumed", **changes, resume=tmp_path / "run" / "checkpoint-2")
+    assert_same_run(tmp_path / "run", tmp_path / "resumed")
+    end = weights(tmp_path / "run" / "export")
+    adapters = weights(tmp_path / "run" / "checkpoint-4")
+    expected = merged(weights(inputs / "model"), adapters, 2.0, getattr(torch, dtype))
+    assert end.keys() == expected.keys()
+    for name, x in end.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_sharded_frozen_weights_are_bfloat16_too(inputs, tmp_path):
+    changes = LORA | {"mixed_precision": "bf16", "distillation": 0.5}
+    *_, one = finetune(inputs, tmp_path / "one", **changes)
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    arguments = command_line(settings(inputs, tmp_path / "two", **changes, batch_size=1))
+    run_in_two_processes([str(tmp_path / "sharded.py"), str(RECIPES), "finetune_qwen3", *arguments])
+    *_, two = log(tmp_path / "two")
+    assert two["eval_loss_original"] == pytest.approx(one["eval_loss_original"], rel=2e-2)
+    a, b, start = (weights(folder) for folder in (tmp_path / "one" / "export", tmp_path / "two" / "export", inputs / "model"))
+    for name, x in start.items():
+        if "self_attn" not in name:
+            assert torch.equal(a[name], b[name]) and torch.equal(b[name], x.bfloat16().float())
+
+
+def test_frozen_weights_in_bfloat16_need_mixed_precision(inputs, tmp_path):
+    with pytest.raises(ValueError, match="base_dtype: expected float32 or null without mixed_precision=bf16, got bfloat16"):
+        finetune(inputs, tmp_path / "run", **LORA, **{"lora.base_dtype": "bfloat16"})
 
 
 def test_adapters_alone_are_exported(inputs, tmp_path):

@@ -15,6 +15,7 @@ import samples
 from adapters import LoraSettings, add_adapters
 from flow_matching import FlowMatching, HeldOutClips, noise_levels
 from objective import evaluate, losses, make_teacher
+from optimization import make_optimizer
 from qat_patch import diffusers_adapter, get_handle, load_checkpoint, patch_model
 from runs import RECIPES, SHARDED, assert_same_run, command_line, log, run, run_in_two_processes, run_until_killed, weights
 from tiny_clips import batch, objective, write_clips
@@ -167,6 +168,24 @@ def test_adapters_learn_the_same_with_gradient_checkpointing(inputs, tmp_path):
         changes = {"lora.rank": 4, "lora.alpha": 8, "distillation": 0.5, "model.gradient_checkpointing": name}
         finetune(inputs, tmp_path / name, **BARE | changes)
     assert_same_run(tmp_path / "true", tmp_path / "false")
+
+
+def test_adapters_are_float32_beside_frozen_bfloat16(inputs, tmp_path, monkeypatch):
+    types = {}
+
+    def remember(settings, model):
+        types.update((name, (x.dtype, x.requires_grad)) for name, x in model.named_parameters())
+        return make_optimizer(settings, model)
+
+    monkeypatch.setattr("loop.make_optimizer", remember)
+    changes = {"lora.rank": 4, "lora.alpha": 8, "mixed_precision": "bf16", "distillation": 0.5, "steps": 1}
+    (record,) = finetune(inputs, tmp_path / "run", **BARE | changes)
+    assert record["grad_norm"] > 0 and record["velocity_error"] > 0
+    assert {kind for name, kind in types.items() if "lora" in name} == {(torch.float32, True)}
+    frozen = {name: kind for name, kind in types.items() if "lora" not in name}
+    assert frozen["blocks.0.ffn.net.0.proj.weight"] == (torch.bfloat16, False)
+    # What Diffusers keeps.
+    assert frozen["blocks.0.scale_shift_table"] == (torch.float32, False)
 
 
 def test_two_processes_share_model_and_teacher(inputs, tmp_path):
