@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from report_tools import figure, measured_on, table
-from summary import Estimate, Matrix, difference, estimate
+from summary import Estimate, Matrix, difference, estimate, ratio
 
 Results = Callable[[str], Mapping[str, dict[str, Any]]]
 Measured = Mapping[str, Matrix]
@@ -29,14 +29,9 @@ def compared(measured: Measured, start: Measured, baseline: Measured) -> Row:
         start: of the starting model in original attention; motion is relative to it.
         baseline: what the loss is compared with, of the same seeds, or of one for all.
     """
-    ours, theirs = measured["motion"], start["motion"]
-    whole = estimate(theirs).mean
-    ratio = estimate(ours).mean / whole
-    # To first order: the error of a ratio of means of pairs.
-    left_over = [[(x - ratio * y) / whole for x, y in zip(row, theirs[0], strict=True)] for row in ours]
     extra = estimate(difference(measured["loss"], baseline["loss"]))
     found = [_scaled(extra, 1e3), _scaled(estimate(measured["velocity_error"]), 1e3)]
-    found += [estimate(measured["psnr"]), estimate(measured["ssim"]), Estimate(ratio, estimate(left_over).error)]
+    found += [estimate(measured["psnr"]), estimate(measured["ssim"]), ratio(measured["motion"], start["motion"][0])]
     return dict(zip(HEAD, found, strict=True))
 
 
