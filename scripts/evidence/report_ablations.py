@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations import ARMS, EXACT, GRADIENT_WINDOWS, LENGTHS, MEASURES, SEEDS, Gradients, Run
-from report_tools import figure, measured_on, table
+from report_tools import figure, measured_on, picture, table
 from summary import Estimate, difference, estimate
 
 Entries = dict[str, dict[str, Any]]
@@ -53,6 +53,7 @@ def _gradients(results: Load) -> str:
     )
     missing = [str(length) for length in sorted(LENGTHS) if not gradients(entries, length)]
     left = f"\n\n*Not measured yet: {', '.join(missing)} tokens.*" if missing else ""
+    left += picture("gradient-errors", "Gradient errors by length")
     return f"{table(head, rows)}\n\n{measured_on(entries.values())} Keys are those of ablations.json.{left}" if rows else ""
 
 
@@ -99,7 +100,8 @@ def _training(results: Load) -> str:
         "largest",
         "keys",
     )
-    return f"{table(head, rows)}\n\n{measured_on(entries.values())} Keys are those of ablations.json." if rows else ""
+    about = f"{measured_on(entries.values())} Keys are those of ablations.json."
+    return f"{table(head, rows)}\n\n{about}{picture('ablation-curves', 'Losses and gradient norms')}" if rows else ""
 
 
 def _gradient_errors(results: Load, file: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from report_tools import figure, measured_on, table
+from report_tools import figure, measured_on, picture, table
 from summary import Matrix, difference, estimate, share
 from trained import ALL, METHODS, OPTIONS, PLAIN, SEEDS, SIZES, Run, best_rate, tried_rates
 
@@ -117,7 +117,8 @@ def _methods(results: Load) -> str:
     rows = {"untrained": untrained_row(entries, "main")}
     for weights in ("full", "lora"):
         rows |= {f"{method}, {weights}": row(entries, method, weights=weights) for method in METHODS}
-    return _finish(entries, rows)
+    text = _finish(entries, rows)
+    return text and text + picture("trained-curves", "Curves of the methods, all seeds")
 
 
 def _options(results: Load) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from report_tools import figure, measured_on, table
+from report_tools import figure, measured_on, picture, table
 from summary import Estimate, Matrix, difference, estimate, ratio
 
 Results = Callable[[str], Mapping[str, dict[str, Any]]]
@@ -92,7 +92,8 @@ def _untrained(results: Results) -> str:
 def _trained(results: Results) -> str:
     untrained, trained = results("video_untrained"), results("video_trained")
     text = table(("method", *HEAD), [(name, *_cells(row)) for name, row in trained_rows(untrained, trained).items()])
-    return text and f"{text}\n\n{measured_on(trained.values())} Keys in video_trained.json: METHOD/ATTENTION/rate=RATE/seed=SEED."
+    about = f"{measured_on(trained.values())} Keys in video_trained.json: METHOD/ATTENTION/rate=RATE/seed=SEED."
+    return text and f"{text}\n\n{about}{picture('video', 'Errors, losses and motion')}"
 
 
 def _motion(results: Results) -> str:
