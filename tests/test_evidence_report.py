@@ -8,7 +8,7 @@ import pytest
 import report
 import report_trained
 from results import FOLDER, Results
-from summary import Estimate, difference, estimate, share
+from summary import Estimate, difference, estimate, ratio, share
 
 
 def test_the_document_is_fresh():
@@ -22,7 +22,7 @@ def test_a_changed_number_makes_the_document_stale(tmp_path):
     test |= {f"{name}_{option}": [4.0, 6.5] for option in report_trained.OPTIONS for name in ("loss", "kl", "between")}
     results.put("untrained/main", {"test": test, "machine": {"device": "X", "torch": "2"}})
     text = report.render(report.DOCUMENT.read_text(encoding="utf-8"), report.load(tmp_path))
-    assert "| untrained | 4.0000 ± 1.0000 | 5.2500 ± 1.2500 | +1.2500 ± 0.2500 | 1.00 |" in text
+    assert "| untrained | 4.0000 ± 1.0000 | 5.2500 ± 1.2500 | +1.2500 ± 0.2500 | 1.00 ± 0.00 |" in text
     assert "| `untrained/main` |" in text and "Measured on X, torch 2." in text
     assert text == report.render(text, report.load(tmp_path))
     test["loss_nvfp4"] = [4.0, 6.6]
@@ -59,9 +59,41 @@ def test_differences_are_paired():
 
 
 def test_shares_and_signs():
-    assert share(Estimate(0.05, 0.01), Estimate(0.125, 0.01)) == "0.40"
-    assert share(Estimate(0.05, 0.01), Estimate(-0.1, 0.01)) == ""
+    # A third of a gap in every window has no error, however much windows differ.
+    assert ratio([[1.0, 2.0, 3.0]], [3.0, 6.0, 9.0]) == pytest.approx((1 / 3, 0.0))
+    assert share([[0.05]], [0.125]) == "0.40"
+    # The ratio is a half; left over by window, as parts of the mean of 3: (0.5 - 1) / 3 and (2.5 - 2) / 3.
+    mean, error = ratio([[0.5, 2.5]], [2.0, 4.0])
+    assert (mean, error) == pytest.approx((0.5, math.sqrt(2 * (0.5 / 3) ** 2 / 1 / 2)))
+    assert ratio([[1.0, 2.0], [3.0, 6.0]], [1.0, 2.0]) == pytest.approx(
+        (3.0 * 4 / 6, estimate([[-2 / 3, -4 / 3], [2 / 3, 4 / 3]]).error)
+    )
+    assert share([[1.0, 1.0]], [-1.0, 0.5]) == ""
     assert Estimate(0.05, 0.01).signed() == "+0.0500 ± 0.0100" and Estimate(-0.05, 0.01).signed() == "-0.0500 ± 0.0100"
+
+
+def test_seeds_without_control_are_left_out_and_named(tmp_path):
+    results = Results(tmp_path / "trained.json")
+    machine = {"machine": {"device": "X", "torch": "2"}}
+
+    def test_of(loss):
+        found = {"loss_original": [2.0, 4.0]}
+        return found | {f"{name}_{o}": [loss, loss + 2.1] for o in report_trained.OPTIONS for name in ("loss", "kl", "between")}
+
+    results.put("untrained/main", machine | {"test": test_of(3.0)})
+    for method, seeds in (("control", (0,)), ("task", (0, 2))):
+        for rate, value in ((3e-5, 2.0), (1e-4, 1.0), (3e-4, 2.0)):
+            for seed in seeds if rate == 1e-4 else (0,):
+                run = report_trained.Run(method=method, rate=rate, seed=seed)
+                curve = [{f"{name}_{where}": value for name in ("loss", "kl") for where in ("original", "nvfp4")}]
+                # The seed without control is far off: it must not count.
+                entry = {"curve": curve, "test": test_of(2.5 if seed == 0 else 99.0), "settings": {"rate": rate}}
+                results.put(run.key, machine | entry)
+    table = report_trained.TABLES["trained-methods"](report.load(tmp_path))
+    (row,) = [line for line in table.splitlines() if line.startswith("| task, full")]
+    assert "| +0.5500 ± 0.0500 | 0.52 ± 0.02 |" in row and "| 1 (2 without control) |" in row and "seed=0`" in row
+    assert "*Not measured yet: distill, full; mix, full; control_mix, full; control, lora;" in table
+    assert report_trained.TABLES["trained-steps"](report.load(tmp_path)) == ""
 
 
 def test_figures_are_drawn(tmp_path):

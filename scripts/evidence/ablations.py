@@ -114,14 +114,15 @@ class Gradients:
 
 def plan(_: Mapping[str, Entry]) -> Iterator[tuple[str, Run | Gradients]]:
     """All units, the most important first."""
-    units: list[Run | Gradients] = [
-        Gradients(length=length, window=window) for window in range(GRADIENT_WINDOWS) for length in LENGTHS
-    ]
+    gradients = [[Gradients(length=length, window=window) for length in LENGTHS] for window in range(GRADIENT_WINDOWS)]
+    units: list[Run | Gradients] = list(gradients[0])
     arms = list(ARMS)
     units += [Run(arm=arm, size="512", seed=seed) for seed in SEEDS for arm in arms[:6]]
     units += [
         Run(arm=arm, size="4096", seed=seed) for seed in SEEDS for arm in ("definition", "normalized_p_backward", "public_pair")
     ]
+    # They repeat what one window shows, and training is what is not known.
+    units += [unit for window in gradients[1:] for unit in window]
     units += [
         Run(arm=arm, size="512", seed=seed, distillation=1.0) for seed in SEEDS for arm in (*arms[:4], "p_unquantized_in_dv")
     ]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ablations import ARMS, EXACT, GRADIENT_WINDOWS, LENGTHS, SEEDS, Gradients, Run
-from report_tools import figure, measured_on, table
+from ablations import ARMS, EXACT, GRADIENT_WINDOWS, LENGTHS, MEASURES, SEEDS, Gradients, Run
+from report_tools import figure, measured_on, picture, table
 from summary import Estimate, difference, estimate
 
 Entries = dict[str, dict[str, Any]]
@@ -33,10 +33,11 @@ def _gradients(results: Load) -> str:
     for length in sorted(LENGTHS):
         units = gradients(entries, length)
         for name in [name for name, exact in EXACT.items() if name != exact] if units else []:
-            whole = [estimate([[unit["whole"][name][measure]] for unit in units]) for measure in ("relative_l2", "cosine")]
+            whole = [estimate([[unit["whole"][name][measure]] for unit in units]) for measure in MEASURES]
             cells = [layer_mean(units, name, tensor, "relative_l2") for tensor in ("dq", "dk", "dv")]
             cells += [layer_mean(units, name, "dv", "norm_ratio"), *whole]
-            keys = f"`gradients/{length}/window=*` {name}"
+            windows = ",".join(str(unit["settings"]["window"]) for unit in units)
+            keys = f"`gradients/{length}/window={windows}` {name}"
             rows.append([str(length), name, *[f"{cell.mean:.3f}" for cell in cells], keys])
     head = (
         "tokens",
@@ -47,9 +48,13 @@ def _gradients(results: Load) -> str:
         "dV norm kept",
         "parameters, error",
         "parameters, cosine",
+        "parameters, norm kept",
         "keys",
     )
-    return f"{table(head, rows)}\n\n{measured_on(entries.values())}" if rows else ""
+    missing = [str(length) for length in sorted(LENGTHS) if not gradients(entries, length)]
+    left = f"\n\n*Not measured yet: {', '.join(missing)} tokens.*" if missing else ""
+    left += picture("gradient-errors", "Gradient errors by length")
+    return f"{table(head, rows)}\n\n{measured_on(entries.values())} Keys are those of ablations.json.{left}" if rows else ""
 
 
 def runs(entries: Entries, arm: str, size: str, distillation: float) -> dict[int, dict[str, Any]]:
@@ -95,31 +100,43 @@ def _training(results: Load) -> str:
         "largest",
         "keys",
     )
-    return f"{table(head, rows)}\n\n{measured_on(entries.values())} Keys are those of ablations.json." if rows else ""
+    about = f"{measured_on(entries.values())} Keys are those of ablations.json."
+    return f"{table(head, rows)}\n\n{about}{picture('ablation-curves', 'Losses and gradient norms')}" if rows else ""
+
+
+def _gradient_errors(results: Load, file: Path) -> None:
+    entries = results("ablations")
+    lengths = [length for length in sorted(LENGTHS) if gradients(entries, length)]
+    if not lengths:
+        return
+    with figure(file, 2) as (whole, layers):
+        for name in [name for name, exact in EXACT.items() if name != exact]:
+            found = [gradients(entries, length) for length in lengths]
+            errors = [estimate([[unit["whole"][name]["relative_l2"]] for unit in units]).mean for units in found]
+            whole.plot(lengths, errors, "o-", label=name)
+            layers.plot(lengths, [layer_mean(units, name, "dv", "relative_l2").mean for units in found], "o-", label=name)
+        for axes, title in ((whole, "gradient of all parameters"), (layers, "dV, mean over layers")):
+            axes.set(title=f"relative L2 error: {title}", xlabel="tokens", xscale="log")
+            axes.set_xticks(lengths, [str(length) for length in lengths])
+            axes.minorticks_off()
 
 
 def _curves(results: Load, file: Path) -> None:
-    entries = results("ablations")
-    if not entries:
+    found = {arm: runs(results("ablations"), arm, "512", 0.0) for arm in ARMS}
+    if not any(found.values()):
         return
-    with figure(file, 3) as (losses, norms, errors):
+    with figure(file, 2) as (losses, norms):
         for color, arm in enumerate(ARMS):
-            for seed, entry in runs(entries, arm, "512", 0.0).items():
-                style = {"color": f"C{color}", "alpha": 0.7, "label": arm if seed == 0 else None}
+            for number, entry in enumerate(found[arm].values()):
+                style = {"color": f"C{color}", "alpha": 0.7, "label": None if number else arm}
                 name = "loss_served" if "loss_served" in entry["curve"][0] else "loss_trained"
                 losses.plot(
                     [point["step"] for point in entry["curve"]], [point[name] for point in entry["curve"]], "o-", ms=3, **style
                 )
                 norms.plot(range(1, len(entry["grad_norm"]) + 1), entry["grad_norm"], lw=0.8, **style)
-        for name, exact in EXACT.items():
-            lengths = [length for length in sorted(LENGTHS) if gradients(entries, length)]
-            if name != exact:
-                values = [layer_mean(gradients(entries, length), name, "dv", "relative_l2").mean for length in lengths]
-                errors.plot(lengths, values, "o-", label=name)
         losses.set(title="validation loss as served, 512 tokens", xlabel="step", ylabel="nats per token")
         norms.set(title="gradient norm before clipping", xlabel="step", yscale="log")
-        errors.set(title="relative L2 error of dV, mean over layers", xlabel="tokens", xscale="log")
 
 
 TABLES = {"ablation-gradients": _gradients, "ablation-training": _training}
-FIGURES = {"ablation-curves": _curves}
+FIGURES = {"gradient-errors": _gradient_errors, "ablation-curves": _curves}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from report_tools import measured_on, table
+from serve import plan
 from summary import difference, estimate
 
 
@@ -31,7 +32,9 @@ def _serve(results: Callable[[str], dict[str, Any]]) -> str:
         "other first choice",
         "keys",
     )
-    return f"{table(head, rows)}\n\n{measured_on(entries.values())} Keys are those of serve.json." if rows else ""
+    missing = "; ".join(key for key, _ in plan("cuda", entries) if key not in entries)
+    left = f"\n\n*Not measured yet: {missing}.*" if missing else ""
+    return f"{table(head, rows)}\n\n{measured_on(entries.values())} Keys are those of serve.json.{left}" if rows else ""
 
 
 TABLES = {"serve": _serve}

@@ -24,6 +24,11 @@ def measured_on(entries: Iterable[dict[str, Any]]) -> str:
     return f"Measured on {'; '.join(sorted(names))}."
 
 
+def picture(name: str, caption: str) -> str:
+    """A figure in the document, beside the table that it belongs to."""
+    return f"\n\n![{caption}](evidence/{name}.png)"
+
+
 def figure(file: Path, panels: int) -> Any:
     """A context with a figure's axes, side by side; it is written when the context ends."""
     import contextlib

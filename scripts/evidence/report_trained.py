@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from report_tools import figure, measured_on, table
-from summary import Estimate, Matrix, difference, estimate, share
-from trained import ALL, METHODS, OPTIONS, PLAIN, SEEDS, Run, best_rate, tried_rates
+from report_tools import figure, measured_on, picture, table
+from summary import Matrix, difference, estimate, share
+from trained import ALL, METHODS, OPTIONS, PLAIN, SEEDS, SIZES, Run, best_rate, tried_rates
 
 Entries = dict[str, dict[str, Any]]
 Load = Callable[[str], Entries]
+Row = list[str]
+"""Cells without the title."""
 REFERENCE = {"task": "control", "mix": "control_mix"}
 """What equally long training makes of original attention. Distillation in original attention has nothing to learn: its reference
 is the starting model."""
@@ -21,9 +23,11 @@ _HEAD = (
     "loss, FP4",
     "gap",
     "of the untrained gap",
+    "FP4 above its own original",
     "KL, FP4",
     "of the untrained KL",
     "KL, FP4 to own",
+    "seeds",
     "keys",
 )
 
@@ -37,29 +41,29 @@ def runs(entries: Entries, method: str, **options: Any) -> dict[int, dict[str, A
     return {seed: entries[key] for seed, key in keys.items() if key in entries}
 
 
-def row(entries: Entries, title: str, method: str, **options: Any) -> list[str] | None:
-    """A method: losses, what is left of the gap and of the KL, and where to find it."""
-    size, option = options.get("size", "main"), options.get("option", PLAIN)
+def row(entries: Entries, method: str, served: str | None = None, **options: Any) -> Row | None:
+    """A method: losses, what is left of the gap and of the KL, and where to find it; `served`: in another option than trained.
+
+    Only seeds that the reference has too; the cell of the seeds says which ones wait for it.
+    """
+    size, option = options.get("size", "main"), served or options.get("option", PLAIN)
     found, before = runs(entries, method, **options), entries.get(untrained_key(size))
     if not found or before is None:
         return None
-    reference = [before["test"]["loss_original"]]
+    reference, seeds = [before["test"]["loss_original"]], str(len(found))
     if method != "distill":
         shared = {name: value for name, value in options.items() if name != "option"}
         equally_long = runs(entries, REFERENCE.get(method, method), **shared)
+        waiting = [str(seed) for seed in found if seed not in equally_long]
         found = {seed: entry for seed, entry in found.items() if seed in equally_long}
         if not found:
             return None
+        seeds = f"{len(found)} ({', '.join(waiting)} without control)" if waiting else str(len(found))
         reference = column(equally_long[seed] for seed in found)("loss_original")
     measured = column(found.values())
-    gap = estimate(difference(measured(f"loss_{option}"), reference))
-    untrained_gap, untrained_kl = untrained(before, option)
-    kl = estimate(measured(f"kl_{option}"))
     settings = next(iter(found.values()))["settings"]
     key = Run(method=method, rate=settings["rate"], seed=0, **options).key.replace("seed=0", f"seed={','.join(map(str, found))}")
-    losses = [str(estimate(measured(name))) for name in ("loss_original", f"loss_{option}")]
-    own = str(estimate(measured(f"between_{option}")))
-    return [title, *losses, gap.signed(), share(gap, untrained_gap), str(kl), share(kl, untrained_kl), own, f"`{key}`"]
+    return [*_cells(measured, reference, option, before), seeds, f"`{key}`"]
 
 
 def column(entries: Iterable[dict[str, Any]]) -> Callable[[str], Matrix]:
@@ -68,10 +72,15 @@ def column(entries: Iterable[dict[str, Any]]) -> Callable[[str], Matrix]:
     return lambda name: [test[name] for test in tests]
 
 
-def untrained(before: dict[str, Any], option: str) -> tuple[Estimate, Estimate]:
-    """Gap and KL of the starting model: in plain NVFP4, whatever the option, so that all rows are measured by one yardstick."""
-    test = before["test"]
-    return estimate(difference([test[f"loss_{PLAIN}"]], [test["loss_original"]])), estimate([test[f"kl_{PLAIN}"]])
+def _cells(measured: Callable[[str], Matrix], reference: Matrix, option: str, before: dict[str, Any]) -> list[str]:
+    """Losses, gaps and KLs; shares are of what the starting model has in plain NVFP4, whatever the option: one yardstick."""
+    start = column([before])
+    whole_gap, whole_kl = difference(start(f"loss_{PLAIN}"), start("loss_original"))[0], start(f"kl_{PLAIN}")[0]
+    fp4, original, kl = measured(f"loss_{option}"), measured("loss_original"), measured(f"kl_{option}")
+    gap, own_gap = difference(fp4, reference), difference(fp4, original)
+    cells = [str(estimate(original)), str(estimate(fp4)), estimate(gap).signed(), share(gap, whole_gap)]
+    cells += [estimate(own_gap).signed(), str(estimate(kl)), share(kl, whole_kl)]
+    return [*cells, str(estimate(measured(f"between_{option}")))]
 
 
 def untrained_key(size: str) -> str:
@@ -79,17 +88,13 @@ def untrained_key(size: str) -> str:
     return f"untrained/{'long' if size == 'long' else 'main'}"
 
 
-def untrained_row(entries: Entries, size: str, option: str = PLAIN) -> list[str] | None:
+def untrained_row(entries: Entries, size: str, option: str = PLAIN) -> Row | None:
     """The starting model."""
     key = untrained_key(size)
     if key not in entries:
         return None
-    test, (whole_gap, whole_kl) = entries[key]["test"], untrained(entries[key], option)
-    gap = estimate(difference([test[f"loss_{option}"]], [test["loss_original"]]))
-    kl = estimate([test[f"kl_{option}"]])
-    losses = [str(estimate([test[name]])) for name in ("loss_original", f"loss_{option}")]
-    title = "untrained" if option == PLAIN else f"untrained, {describe(option)}"
-    return [title, *losses, gap.signed(), share(gap, whole_gap), str(kl), share(kl, whole_kl), str(kl), f"`{key}`"]
+    measured = column([entries[key]])
+    return [*_cells(measured, measured("loss_original"), option, entries[key]), "", f"`{key}`"]
 
 
 def describe(option: str) -> str:
@@ -97,44 +102,51 @@ def describe(option: str) -> str:
     return {PLAIN: "plain", ALL: "all three"}.get(option, f"`{option.removeprefix(f'{PLAIN}+')}`")
 
 
-def _finish(entries: Entries, rows: Iterable[list[str] | None]) -> str:
-    rows = [each for each in rows if each is not None]
-    if not rows:
+def _finish(entries: Entries, rows: dict[str, Row | None]) -> str:
+    """The table of the rows by their titles, and what is still to be measured."""
+    found = [[title, *cells] for title, cells in rows.items() if cells is not None]
+    if not found:
         return ""
-    return f"{table(_HEAD, rows)}\n\n{measured_on(entries.values())} Keys are those of trained.json."
+    missing = "; ".join(title for title, cells in rows.items() if cells is None)
+    left = f"\n\n*Not measured yet: {missing}.*" if missing else ""
+    return f"{table(_HEAD, found)}\n\n{measured_on(entries.values())} Keys are those of trained.json.{left}"
 
 
 def _methods(results: Load) -> str:
     entries = results("trained")
-    rows = [untrained_row(entries, "main")]
+    rows = {"untrained": untrained_row(entries, "main")}
     for weights in ("full", "lora"):
-        rows += [row(entries, f"{method}, {weights}", method, weights=weights) for method in METHODS]
-    return _finish(entries, rows)
+        rows |= {f"{method}, {weights}": row(entries, method, weights=weights) for method in METHODS}
+    text = _finish(entries, rows)
+    return text and text + picture("trained-curves", "Curves of the methods, all seeds")
 
 
 def _options(results: Load) -> str:
-    entries, rows = results("trained"), []
+    entries, rows = results("trained"), {}
     for option in OPTIONS:
-        rows.append(untrained_row(entries, "main", option))
-        rows += [row(entries, f"{method}, {describe(option)}", method, option=option) for method in ("task", "distill")]
+        rows[f"untrained, {describe(option)}"] = untrained_row(entries, "main", option)
+        rows[f"control, served with {describe(option)}"] = row(entries, "control", served=option)
+        rows |= {f"{method}, {describe(option)}": row(entries, method, option=option) for method in ("task", "distill")}
     return _finish(entries, rows)
 
 
 def _long(results: Load) -> str:
     entries = results("trained")
-    rows = [row(entries, method, method, size="long") for method in ("control", "task", "distill")]
-    return _finish(entries, [untrained_row(entries, "long"), *rows])
+    rows = {f"untrained, {describe(option)}": untrained_row(entries, "long", option) for option in OPTIONS}
+    rows |= {method: row(entries, method, size="long") for method in ("control", "task", "distill")}
+    return _finish(entries, rows)
 
 
 def _steps(results: Load) -> str:
+    """Nothing until there are runs of two lengths to compare."""
     entries = {key: entry for key, entry in results("trained").items() if "seed=" not in key or f"seed={SEEDS[0]}" in key}
-    rows = []
-    for method in ("control", "task", "distill"):
-        for size in ("short", "main", "longer"):
-            found = runs(entries, method, size=size)
-            if found:
-                rows.append(row(entries, f"{method}, {found[SEEDS[0]]['settings']['steps']} steps", method, size=size))
-    return _finish(entries, rows)
+    rows = {
+        f"{method}, {SIZES[size].steps} steps": row(entries, method, size=size)
+        for method in ("control", "task", "distill")
+        for size in ("short", "main", "longer")
+    }
+    lengths = {title.split(", ")[1] for title, cells in rows.items() if cells is not None}
+    return _finish(entries, rows) if len(lengths) > 1 else ""
 
 
 def _rates(results: Load) -> str:
@@ -144,6 +156,7 @@ def _rates(results: Load) -> str:
             tried, best = tried_rates(entries, method, weights), best_rate(entries, method, weights)
             if tried:
                 cells = ", ".join(f"{rate:g}: {value:.4f}" + " (chosen)" * (rate == best) for rate, value in tried.items())
+                cells += "" if best else " *(not finished)*"
                 key = Run(method=method, weights=weights, rate=1.0, seed=SEEDS[0]).key.replace("rate=1", "rate=*")
                 rows.append([f"{method}, {weights}", cells, f"`{key}`"])
     return table(("", "learning rate: own objective on validation text, at the end", "keys"), rows)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from report_tools import figure, measured_on, table
-from summary import Estimate, Matrix, difference, estimate
+from report_tools import figure, measured_on, picture, table
+from summary import Estimate, Matrix, difference, estimate, ratio
 
 Results = Callable[[str], Mapping[str, dict[str, Any]]]
 Measured = Mapping[str, Matrix]
@@ -29,14 +29,9 @@ def compared(measured: Measured, start: Measured, baseline: Measured) -> Row:
         start: of the starting model in original attention; motion is relative to it.
         baseline: what the loss is compared with, of the same seeds, or of one for all.
     """
-    ours, theirs = measured["motion"], start["motion"]
-    whole = estimate(theirs).mean
-    ratio = estimate(ours).mean / whole
-    # To first order: the error of a ratio of means of pairs.
-    left_over = [[(x - ratio * y) / whole for x, y in zip(row, theirs[0], strict=True)] for row in ours]
     extra = estimate(difference(measured["loss"], baseline["loss"]))
     found = [_scaled(extra, 1e3), _scaled(estimate(measured["velocity_error"]), 1e3)]
-    found += [estimate(measured["psnr"]), estimate(measured["ssim"]), Estimate(ratio, estimate(left_over).error)]
+    found += [estimate(measured["psnr"]), estimate(measured["ssim"]), ratio(measured["motion"], start["motion"][0])]
     return dict(zip(HEAD, found, strict=True))
 
 
@@ -97,7 +92,8 @@ def _untrained(results: Results) -> str:
 def _trained(results: Results) -> str:
     untrained, trained = results("video_untrained"), results("video_trained")
     text = table(("method", *HEAD), [(name, *_cells(row)) for name, row in trained_rows(untrained, trained).items()])
-    return text and f"{text}\n\n{measured_on(trained.values())} Keys in video_trained.json: METHOD/ATTENTION/rate=RATE/seed=SEED."
+    about = f"{measured_on(trained.values())} Keys in video_trained.json: METHOD/ATTENTION/rate=RATE/seed=SEED."
+    return text and f"{text}\n\n{about}{picture('video', 'Errors, losses and motion')}"
 
 
 def _motion(results: Results) -> str:

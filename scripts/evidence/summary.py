@@ -50,9 +50,20 @@ def difference(ours: Matrix, theirs: Matrix) -> Matrix:
     return [[a - b for a, b in zip(*rows, strict=True)] for rows in zip(ours, theirs, strict=True)]
 
 
-def share(part: Estimate, whole: Estimate) -> str:
-    """How much of an untrained gap is left, such as `0.31`; of a whole that is nothing it is no number."""
-    return f"{part.mean / whole.mean:.2f}" if whole.mean > 0 else ""
+def ratio(ours: Matrix, theirs: Sequence[float]) -> Estimate:
+    """Mean over mean, paired by window; the error to first order (that of a ratio of means of pairs), as `estimate` has it."""
+    whole = _mean(theirs)
+    mean = estimate(ours).mean / whole
+    left_over = [[(x - mean * y) / whole for x, y in zip(row, theirs, strict=True)] for row in ours]
+    return Estimate(mean, estimate(left_over).error)
+
+
+def share(ours: Matrix, theirs: Sequence[float]) -> str:
+    """How much of an untrained gap is left, such as `0.31 ± 0.02`; of a whole that is nothing it is no number."""
+    if _mean(theirs) <= 0:
+        return ""
+    mean, error = ratio(ours, theirs)
+    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
 
 
 def _mean(values: Sequence[float]) -> float:

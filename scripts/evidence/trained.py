@@ -183,7 +183,7 @@ class Trainer:
         return {"test": self.test(copy.deepcopy(self.start), OPTIONS, size, settings), "settings": dataclasses.asdict(size)}
 
     def run(self, run: Run) -> Entry:
-        """Train, and measure the end on test text: in the option of the run, of full controls in every option."""
+        """Train, and measure the end on test text: in the option of the run, of the full control in every option."""
         size = self.sizes[run.size]
         settings = self.settings(run, size)
         model = copy.deepcopy(self.start)
@@ -202,7 +202,7 @@ class Trainer:
                 measure=lambda: means(measure_windows(model, attentions, validation, self.teacher, settings)),
                 attention=attentions["original" if settings.attention == "original" else run.option],
             )
-        in_every_option = settings.attention == "original" and run.weights == "full" and run.size == "main"
+        in_every_option = run.method == "control" and run.weights == "full" and run.size == "main"
         entry["test"] = self.test(model, OPTIONS if in_every_option else [run.option], size, settings)
         return entry | {"settings": dataclasses.asdict(run) | dataclasses.asdict(size) | _plain(settings)}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from fine_tuning import OBJECTIVE, measure_windows
 from language import FOLDER as LANGUAGE
 from language import Language
 from results import FOLDER, Entry, Results, work_through
+from summary import estimate
 from training_settings import TrainingSettings
 
 OURS = "nvfp4"
@@ -77,21 +77,11 @@ class Measurement:
         return {"loss": found[f"loss_{name}"], "kl": found[f"kl_{name}"], "settings": settings}
 
 
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """The mean, and its standard error over windows."""
-    values = list(values)
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
-
-
 def table(results: Mapping[str, Entry]) -> str:
     """A row an attention: extra loss, KL, and how much more KL than this definition has, each paired over windows."""
     original, ours = results["original"]["loss"], results[OURS]["kl"]
     about = results["original"]["settings"]
-    loss = mean_and_error(original)[0]
+    loss = estimate([original]).mean
     lines = [
         f"| SmolLM2-135M, {about['windows']} x {about['length']} tokens, before training | extra loss ({loss:.4f}) | "
         "KL to the original logits | KL against this definition |",
@@ -108,7 +98,7 @@ def table(results: Mapping[str, Entry]) -> str:
 
 
 def _cell(values: Iterable[float], sign: str = "") -> str:
-    mean, error = mean_and_error(values)
+    mean, error = estimate([list(values)])
     return f"{mean:{sign}.4f} ± {error:.4f}"
 
 
