@@ -29,6 +29,7 @@ def fresh_accelerate(monkeypatch):
     from runs import reset_accelerate
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset_accelerate()
     yield
     reset_accelerate()
 

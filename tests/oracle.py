@@ -57,8 +57,10 @@ def phi(x, axis, g=1.0, four_over_six=False):
         s = _e4m3_rn((amax * gain) / torch.full_like(amax, divisor)).clamp(2.0**-9, 448.0).float()
         s = s.masked_fill(~amax.isfinite(), math.nan)
         index = _e2m1_rn(((x * gain) / s).abs())
-        error = (E2M1[index].float() * s / gain - x.abs()).square().sum(-1, keepdim=True)
-        return index, s, error
+        # In units of the power of two below amax, at most 1/2, squared in float32 and cut to 28 bits behind the point.
+        error = (E2M1[index] * s.double() - (x * gain).abs().double()).float().double().abs()
+        error = torch.ldexp(error, 1 - torch.frexp(amax * gain).exponent).clamp(max=0.5).float().square()
+        return index, s, (error.double() * 2**28).floor().sum(-1, keepdim=True)
 
     index, s, error = round_with(6.0)
     if four_over_six:

@@ -121,9 +121,31 @@ def test_every_scale_is_rounded_as_the_eager_one(axis, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_four_over_six(dtype, axis, device):
     x = torch.randn(2, 2, 70, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[0] = spread(2, 70, 64).to(dtype)
     actual = on(device, quantize_on_device, axis, x, four_over_six=True)
-    assert share_of_equal(actual, quantize_eagerly(axis, x, four_over_six=True)) > 0.999
+    assert_same_bits(actual, quantize_eagerly(axis, x, four_over_six=True))
     assert share_of_equal(actual, quantize_eagerly(axis, x)) < 0.9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_values_do_not_depend_on_whether_codes_are_stored(head_dim, dtype, device):
+    """A forward with a gradient stores them, one without does not: what is trained is what is served, with every option."""
+    x = torch.randn(2, 2, 1000 if device == "cuda" else 70, head_dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+    with_codes, without = on(device, operands_with_and_without_codes, x)
+    assert torch.equal(with_codes, without)
+
+
+def operands_with_and_without_codes(x: torch.Tensor, *, device: str) -> list[torch.Tensor]:
+    from qat_kernels import _layout, _quantize
+
+    batch, heads, length, head_dim = x.shape
+    sequences = _layout.Sequences(batch, heads, length, length)
+    shapes = _quantize.Codes.shapes(sequences, head_dim, tokens=False)
+    codes = _quantize.Codes(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
+    options = {"keys": True, "rotate": True, "four_over_six": True}
+    return [_quantize.quantize_rows(x.to(device), sequences, codes=given, **options).cpu() for given in (codes, None)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCALE, SCALE_MIN
+from .spec import E2M1_MAX, E4M3_MAX, ERROR_ONE, GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCALE, SCALE_MIN
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels: it has no inline assembly, and rounds differently where a branch says so."""
@@ -26,6 +26,7 @@ _TIMES_PLUS = tl.constexpr(
     "{ .reg .b64 a, b, c; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; mov.b64 c, {$6, $7}; "
     "fma.rn.f32x2 a, a, b, c; mov.b64 {$0, $1}, a; }"
 )
+_ERROR_ONE, _UNIT_OF_ONE = tl.constexpr(float(ERROR_ONE)), tl.constexpr(254 << 23)
 _EXPONENT, _MAGNITUDE, _SIGN = tl.constexpr(0x7F800000), tl.constexpr(0x7FFFFFFF), tl.constexpr(-0x80000000)
 
 
@@ -157,9 +158,10 @@ def _divide(x, scale):
 
 
 @triton.jit
-def _squared_error(magnitude, scale, exact, AXIS: tl.constexpr):
-    error = magnitude * scale - exact
-    return tl.sum(error * error, AXIS, keep_dims=True)
+def _squared_error(magnitude, scale, exact, unit, AXIS: tl.constexpr):
+    """As `nvfp4._squared_error`: a sum of floats would depend on which thread holds what, and so on the rest of the kernel."""
+    error = tl.minimum(tl.abs(magnitude * scale - exact) * unit, 0.5)
+    return tl.sum((error * error * _ERROR_ONE).to(tl.int32), AXIS, keep_dims=True)
 
 
 @triton.jit
@@ -175,7 +177,8 @@ def round_groups(groups, AXIS: tl.constexpr, FOUR_OVER_SIX: tl.constexpr):
     if FOUR_OVER_SIX:
         scale4 = _scale_for(amax, 4.0)
         magnitude4 = round_to_e2m1(_divide(exact, scale4))
-        smaller = _squared_error(magnitude4, scale4, exact, AXIS) < _squared_error(magnitude, scale, exact, AXIS)
+        unit = (-(amax.to(tl.int32, bitcast=True) & _EXPONENT) + _UNIT_OF_ONE).to(tl.float32, bitcast=True)
+        smaller = _squared_error(magnitude4, scale4, exact, unit, AXIS) < _squared_error(magnitude, scale, exact, unit, AXIS)
         scale, magnitude = tl.where(smaller, scale4, scale), tl.where(smaller, magnitude4, magnitude)
     return magnitude, scale, finite
 

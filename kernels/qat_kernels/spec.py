@@ -19,6 +19,8 @@ P_GLOBAL_SCALE = E4M3_MAX * E2M1_MAX
 """g of the probabilities: they are at most 1, so 2688 uses the whole range of the E4M3 scale."""
 HADAMARD_ENTRY = 0.125
 """Magnitude of the entries of the rotation; a power of two, so that the products are exact."""
+ERROR_ONE = 2**28
+"""What 1 is in the fixed point in which `four_over_six` adds squared errors of at most 1/4: 16 of them stay below 2^31."""
 MAX_HEAD_DIM = 256
 """Head dims are multiples of GROUP_SIZE up to this one."""
 
