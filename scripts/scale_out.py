@@ -152,6 +152,9 @@ def train(model: str, how: str, seed: int, steps: int, learning_rate: float, tin
             dist.all_reduce(loss)
             loss /= ranks
         losses.append(loss.item())
+    # Nobody leaves while another still computes, and what uses the group goes before it: else a process may wait forever.
+    dist.barrier()
+    del trained, optimizer, run
     dist.destroy_process_group()
     return losses
 

@@ -81,10 +81,10 @@ def run_until_killed(recipe, settings, checkpoint):
 
 
 def run_in_two_processes(program):
-    """A program and its arguments, under torchrun."""
+    """A program and its arguments, under torchrun. One that hangs fails after five minutes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*torchrun, *program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*torchrun, *program], env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
