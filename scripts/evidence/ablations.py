@@ -19,7 +19,6 @@ text, in float32; `train/...` trains.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -40,7 +39,7 @@ from language import Language
 from qat_kernels.baselines import BASELINES
 from qat_kernels.baselines import attention as baseline_attention
 from qat_patch import patch_model
-from results import FOLDER, Entry, Results, work_through
+from results import Entry, Results, command_line, work_through
 from training_settings import TrainingSettings
 
 EXACT = {
@@ -274,12 +273,8 @@ def make_ablations(folder: Path, device: str) -> Callable[[Run | Gradients], Ent
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description="experiment 3: ablations of the backward")
+    parser = command_line("experiment 3: ablations of the backward", "ablations.json")
     parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
-    parser.add_argument("--results", type=Path, default=FOLDER / "ablations.json", help="default %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side; default %(default)s")
-    parser.add_argument("--seconds", type=float, help="start no more units after so long; default: finish all")
     options = parser.parse_args(arguments)
     prepare = partial(make_ablations, options.language, options.device)
     results = Results(options.results)

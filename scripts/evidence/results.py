@@ -6,6 +6,7 @@ that a run may end at any time and go on later, on another machine too.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -79,6 +80,16 @@ def machine(device: torch.device | str) -> dict[str, str]:
 
         about["triton"] = triton.__version__
     return about
+
+
+def command_line(description: str, file: str) -> argparse.ArgumentParser:
+    """The options that all experiments have; `file` is the name of their results."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--results", type=Path, default=FOLDER / file, help="default %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side; default %(default)s")
+    parser.add_argument("--seconds", type=float, help="start no more units after so long; default: finish all")
+    return parser
 
 
 Measure = Callable[[Any], Entry]

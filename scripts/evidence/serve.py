@@ -13,7 +13,6 @@ Distills SmolLM2-135M through 4-bit attention, exports it, loads it again, and m
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -35,7 +34,7 @@ from language import Language
 from qat_kernels import attention
 from qat_patch import export_checkpoint, get_handle, load_checkpoint, transformers_adapter
 from qat_patch.layer import AttentionLayer, under_autocast
-from results import FOLDER, Entry, Results, work_through
+from results import Entry, Results, command_line, work_through
 from trained import ALL, PLAIN
 from training_settings import TrainingSettings
 
@@ -187,15 +186,14 @@ def make_server(folder: Path, device: str) -> Callable[[Unit], Entry]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description="experiment 4: train = serve")
+    parser = command_line("experiment 4: train = serve", "serve.json")
     parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
-    parser.add_argument("--results", type=Path, default=FOLDER / "serve.json", help="default %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, help="start no more units after so long; default: finish all")
     options = parser.parse_args(arguments)
     prepare = partial(make_server, options.language, options.device)
     results = Results(options.results)
-    work_through(results, partial(plan, options.device), prepare, device=options.device, seconds=options.seconds)
+    work_through(
+        results, partial(plan, options.device), prepare, device=options.device, workers=options.workers, seconds=options.seconds
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ the end of a run measures on test plays.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -39,7 +38,7 @@ from fine_tuning import Windows, fine_tune, frozen_teacher, means, measure_windo
 from finetune_qwen3 import LanguageModeling
 from language import FOLDER as LANGUAGE
 from language import Language
-from results import FOLDER, Entry, Results, work_through
+from results import Entry, Results, command_line, work_through
 from training_settings import TrainingSettings
 
 METHODS = {
@@ -253,12 +252,8 @@ def make_trainer(folder: Path, device: str) -> Callable[[Run | str], Entry]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
-    parser = argparse.ArgumentParser(description="experiment 2: training through 4-bit attention")
+    parser = command_line("experiment 2: training through 4-bit attention", "trained.json")
     parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
-    parser.add_argument("--results", type=Path, default=FOLDER / "trained.json", help="default %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side; default %(default)s")
-    parser.add_argument("--seconds", type=float, help="start no more runs after so long; default: finish all")
     options = parser.parse_args(arguments)
     prepare = partial(make_trainer, options.language, options.device)
     results = Results(options.results)

@@ -10,7 +10,6 @@ differences of any two are paired.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from attentions import attention_in
 from fine_tuning import OBJECTIVE, measure_windows
 from language import FOLDER as LANGUAGE
 from language import Language
-from results import FOLDER, Entry, Results, work_through
+from results import Entry, Results, command_line, work_through
 from summary import estimate
 from training_settings import TrainingSettings
 
@@ -109,19 +108,21 @@ def make_measurement(folder: Path, device: str, length: int, count: int, batch: 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, and print the table."""
-    parser = argparse.ArgumentParser(description="experiment 1: attentions of a language model that was not trained for them")
+    parser = command_line("experiment 1: attentions of a language model that was not trained for them", "untrained_language.json")
     parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
-    parser.add_argument("--results", type=Path, default=FOLDER / "untrained_language.json", help="default %(default)s")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a window; default %(default)s")
     parser.add_argument("--windows", type=int, default=24, help="default %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="windows at once; default %(default)s")
-    parser.add_argument("--seconds", type=float, help="start no more measurements after so long; default: finish all")
     options = parser.parse_args(arguments)
     results = Results(options.results)
     prepare = partial(make_measurement, options.language, options.device, options.length, options.windows, options.batch)
     work_through(
-        results, lambda _: ((name, name) for name in ATTENTIONS), prepare, device=options.device, seconds=options.seconds
+        results,
+        lambda _: ((name, name) for name in ATTENTIONS),
+        prepare,
+        device=options.device,
+        workers=options.workers,
+        seconds=options.seconds,
     )
     if {"original", OURS} <= set(results):
         print(table(results))
