@@ -131,7 +131,7 @@ def _(
 ):  # fmt: skip
     spec_, packing = QuantSpec.from_json(spec), _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     twin = torch.empty_like(q) if _has_twin(spec_, needs_gradient) else q.new_empty(0)
-    lse = q.new_empty(q.shape[:3] if packing is None else (q.shape[1], q.shape[0]), dtype=reference.accumulator(q.dtype))
+    lse = q.new_empty(packed.lse_shape(q.shape, packing), dtype=reference.accumulator(q.dtype))
     stats_shape = codes_shape = (0,)
     if impl == "triton":
         options = {"spec": spec_, "causal": causal, "with_gradient": needs_gradient}

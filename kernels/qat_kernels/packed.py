@@ -67,6 +67,11 @@ class Packing(NamedTuple):
         return zip(queries, _slices("k", self.cu_seqlens_k.tolist(), total_k, self.max_seqlen_k), strict=True)
 
 
+def lse_shape(query: torch.Size, packing: Packing | None) -> tuple[int, ...]:
+    """[B, H, Lq], or [H, total] of packed sequences."""
+    return tuple(query[:3]) if packing is None else (query[1], query[0])
+
+
 def _slices(name: str, bounds: list[int], total: int, longest: int) -> list[slice]:
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(

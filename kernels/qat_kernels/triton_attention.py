@@ -18,7 +18,7 @@ from ._forward import attention_forward_kernel
 from ._layout import PAD, Sequences, descriptors, order_of
 from ._nvfp4 import INTERPRET
 from ._quantize import Codes, Keys, allowed_keys, block_of, operand_dtype, quantize_rows, quantize_tokens, strides_of, unpack
-from .packed import Packing
+from .packed import Packing, lse_shape
 from .spec import GROUP_SIZE, QuantSpec
 
 _MIN_ARCH = 80
@@ -156,13 +156,12 @@ def forward(
     stats_shape, codes_shape = output_shapes(
         query.shape, key.shape, packing, spec=spec, causal=causal, with_gradient=with_gradient
     )
-    lse_shape = query.shape[:3] if packing is None else (query.shape[1], query.shape[0])
     # Packed sequences leave gaps between them, which no kernel writes or reads.
     new = query.new_empty if packing is None else query.new_zeros
     result = Forward(
         out=torch.empty_like(query),
         twin=torch.empty_like(query) if with_twin else query.new_empty(0),
-        lse=query.new_empty(lse_shape, dtype=torch.float32),
+        lse=query.new_empty(lse_shape(query.shape, packing), dtype=torch.float32),
         stats=new(stats_shape, dtype=torch.float32),
         codes=new(codes_shape, dtype=torch.uint8),
     )

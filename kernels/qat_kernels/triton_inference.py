@@ -9,7 +9,7 @@ import torch
 from . import reference
 from ._inference import TRITON, inference_kernel
 from ._quantize import Codes, allowed_keys, block_of, quantize_rows, quantize_tokens, strides_of
-from .packed import Packing
+from .packed import Packing, lse_shape
 from .spec import QuantSpec
 from .triton_attention import Problem, _arch, _key_pointers, _mask_stride, _on, check_device
 
@@ -80,8 +80,7 @@ def forward(
     problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
     head_dim = problem.head_dim
     out = torch.empty_like(query)
-    lse_shape = query.shape[:3] if packing is None else (query.shape[1], query.shape[0])
-    lse = query.new_empty(lse_shape, dtype=torch.float32)
+    lse = query.new_empty(lse_shape(query.shape, packing), dtype=torch.float32)
     if problem.empty:
         return out.zero_(), lse.fill_(-torch.inf)
     arch = _arch(query.device)
