@@ -1,17 +1,19 @@
 """scripts/evidence/results.py: nothing is measured twice, nothing is lost, and workers fill one file together."""
 
 import json
+import multiprocessing
 import os
 import time
 from functools import partial
 
 import pytest
 
+import results as results_module
 from results import Results, work_through
 
 
-def prepare(log, fail=()):
-    """A measurement that leaves a line in `log`; pickled to worker processes."""
+def prepare(log, fail=(), workers=1):
+    """A measurement that leaves a line in `log`; pickled to worker processes, of which none may do all before the others start."""
 
     def measure(settings):
         with open(log, "a", encoding="utf-8") as file:
@@ -19,6 +21,9 @@ def prepare(log, fail=()):
         if settings in fail:
             raise ValueError(f"cannot measure {settings}")
         time.sleep(0.05)
+        deadline = time.monotonic() + 60
+        while len({line.split()[1] for line in open(log, encoding="utf-8")}) < workers and time.monotonic() < deadline:
+            time.sleep(0.05)
         return {"value": settings * 10}
 
     return measure
@@ -32,7 +37,7 @@ def units(count, results):
 def test_every_unit_is_measured_once(tmp_path, workers):
     results, log = Results(tmp_path / "docs" / "x.json"), tmp_path / "log"
     results.put("unit/1", {"value": "of an earlier run"})
-    work_through(results, partial(units, 6), partial(prepare, log), device="cpu", workers=workers)
+    work_through(results, partial(units, 6), partial(prepare, log, workers=workers), device="cpu", workers=workers)
     measured = [line.split() for line in log.read_text().splitlines()]
     assert sorted(int(n) for n, _ in measured) == [0, 2, 3, 4, 5]
     assert results["unit/1"] == {"value": "of an earlier run"} and results["unit/4"]["value"] == 40
@@ -41,6 +46,17 @@ def test_every_unit_is_measured_once(tmp_path, workers):
     assert [file.name for file in results.file.parent.iterdir()] == ["x.json"]
     work_through(results, partial(units, 6), partial(prepare, log), device="cpu", workers=workers)
     assert len(log.read_text().splitlines()) == len(measured)
+
+
+def test_workers_are_spread_over_the_gpus(monkeypatch):
+    taken = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    started = multiprocessing.Value("i", 0)
+    for _ in range(3):
+        results_module._start(lambda: None, started)
+    assert taken == [0, 1, 0]
 
 
 def test_units_follow_from_results(tmp_path):

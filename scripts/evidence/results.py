@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def work_through(
             units may follow from the results of others.
         prepare: called once in each worker; returns what measures a unit. It and the settings have to be picklable.
         device: where it runs, for the record.
-        workers: processes side by side; with 1 it runs in this one.
+        workers: processes side by side, spread over the GPUs there are; with 1 it runs in this one.
         seconds: after so many no more units are started; those that run are finished.
 
     Raises:
@@ -145,7 +146,8 @@ def work_through(
             done(key, lambda measure=measure, settings=settings: _measured(measure, settings, device))
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(prepare,)) as pool:
+        started = context.Value("i", 0)
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(prepare, started)) as pool:
             running: dict[Future, str] = {}
             while True:
                 while len(running) < workers and (unit := next_unit(running.values())) is not None:
@@ -167,8 +169,12 @@ _measure: Measure | None = None
 """Of a worker process."""
 
 
-def _start(prepare: Callable[[], Measure]) -> None:
+def _start(prepare: Callable[[], Measure], started: Synchronized[int]) -> None:
     global _measure
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
     _measure = prepare()
 
 
