@@ -13,7 +13,7 @@ from results import Results, work_through
 
 
 def prepare(log, fail=(), workers=1):
-    """A measurement that leaves a line in `log`; pickled to worker processes, of which none may do all before the others start."""
+    """A measurement that leaves a line in `log`; pickled to worker processes. It waits until all of them have started."""
 
     def measure(settings):
         with open(log, "a", encoding="utf-8") as file:
@@ -22,7 +22,7 @@ def prepare(log, fail=(), workers=1):
             raise ValueError(f"cannot measure {settings}")
         time.sleep(0.05)
         deadline = time.monotonic() + 60
-        while len({line.split()[1] for line in open(log, encoding="utf-8")}) < workers and time.monotonic() < deadline:
+        while len({line.split()[1] for line in log.read_text().splitlines()}) < workers and time.monotonic() < deadline:
             time.sleep(0.05)
         return {"value": settings * 10}
 
