@@ -127,6 +127,8 @@ def _options(results: Load) -> str:
         rows[f"untrained, {describe(option)}"] = untrained_row(entries, "main", option)
         rows[f"control, served with {describe(option)}"] = row(entries, "control", served=option)
         rows |= {f"{method}, {describe(option)}": row(entries, method, option=option) for method in ("task", "distill")}
+    for method in ("task", "distill"):
+        rows[f"{method}, {describe(ALL)}, LoRA"] = row(entries, method, option=ALL, weights="lora")
     return _finish(entries, rows)
 
 
@@ -140,12 +142,14 @@ def _long(results: Load) -> str:
 def _steps(results: Load) -> str:
     """Nothing until there are runs of two lengths to compare."""
     entries = {key: entry for key, entry in results("trained").items() if "seed=" not in key or f"seed={SEEDS[0]}" in key}
+    arms = {"control": {}, "control, served with all three": {"served": ALL}, "task": {}, "task, all three": {"option": ALL}}
+    arms |= {"distill": {}, "distill, all three": {"option": ALL}}
     rows = {
-        f"{method}, {SIZES[size].steps} steps": row(entries, method, size=size)
-        for method in ("control", "task", "distill")
+        f"{title}; {SIZES[size].steps} steps": row(entries, title.split(",")[0], size=size, **options)
+        for title, options in arms.items()
         for size in ("short", "main", "longer")
     }
-    lengths = {title.split(", ")[1] for title, cells in rows.items() if cells is not None}
+    lengths = {title.split("; ")[1] for title, cells in rows.items() if cells is not None}
     return _finish(entries, rows) if len(lengths) > 1 else ""
 
 

@@ -79,6 +79,8 @@ SIZES = {
     "short": Size(steps=40),
     "longer": Size(steps=360),
 }
+OTHER_STEPS = ("short", "longer")
+"""Sizes that differ from `main` in their steps alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,8 @@ def plan(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run | str]]:
     """All runs that can be named so far, the most important first; the first of all measures the model as it is."""
     yield "untrained/main", "main"
 
-    def seeds(methods: Iterable[str], **options: Any) -> Iterator[tuple[str, Run]]:
-        for seed in SEEDS:
+    def seeds(methods: Iterable[str], count: int = len(SEEDS), **options: Any) -> Iterator[tuple[str, Run]]:
+        for seed in SEEDS[:count]:
             for method in methods:
                 rate = best_rate(results, method, options.get("weights", "full"))
                 if rate is not None:
@@ -123,12 +125,14 @@ def plan(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run | str]]:
     yield from seeds(three, size="long")
     yield from sweep(three, "lora")
     yield from seeds(three, weights="lora")
+    for size in OTHER_STEPS:
+        yield from seeds(three, 1, size=size)
+        yield from seeds(("distill", "task"), 1, option=ALL, size=size)
     yield from sweep(("mix", "control_mix"), "full")
     yield from seeds(("mix", "control_mix"))
+    yield from seeds(("distill", "task"), weights="lora", option=ALL)
     for option in OPTIONS[1:-1]:
         yield from seeds(("distill", "task"), option=option)
-    for size in ("short", "longer"):
-        yield from list(seeds(three, size=size))[: len(three)]
 
 
 def tried_rates(results: Mapping[str, Entry], method: str, weights: str) -> dict[float, float]:
@@ -182,7 +186,7 @@ class Trainer:
         return {"test": self.test(copy.deepcopy(self.start), OPTIONS, size, settings), "settings": dataclasses.asdict(size)}
 
     def run(self, run: Run) -> Entry:
-        """Train, and measure the end on test text: in the option of the run, of the full control in every option."""
+        """Train, and measure the end on test text: in the option of the run, and controls in others too."""
         size = self.sizes[run.size]
         settings = self.settings(run, size)
         model = copy.deepcopy(self.start)
@@ -201,8 +205,10 @@ class Trainer:
                 measure=lambda: means(measure_windows(model, attentions, validation, self.teacher, settings)),
                 attention=attentions["original" if settings.attention == "original" else run.option],
             )
-        in_every_option = run.method == "control" and run.weights == "full" and run.size == "main"
-        entry["test"] = self.test(model, OPTIONS if in_every_option else [run.option], size, settings)
+        served: Sequence[str] = [run.option]
+        if run.method == "control" and run.weights == "full":
+            served = {"main": OPTIONS, "long": served}.get(run.size, (PLAIN, ALL))
+        entry["test"] = self.test(model, served, size, settings)
         return entry | {"settings": dataclasses.asdict(run) | dataclasses.asdict(size) | _plain(settings)}
 
     def test(self, model: torch.nn.Module, options: Iterable[str], size: Size, settings: TrainingSettings) -> Windows:
