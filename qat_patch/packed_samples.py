@@ -6,11 +6,15 @@ every token's sample, int32 [B, 1, 1, L]; 4-bit attention takes it as a packed s
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+from .layer import AttentionCall
 
 _HINT = "position_ids that restart with every sample, no attention_mask, and use_cache=False"
 
@@ -98,6 +102,16 @@ def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, An
             raise ValueError(f"4-bit attention: cu_seq_lens_q and cu_seq_lens_k: packed samples need {_HINT}")
     cu_seqlens = (x if x is None else x.int() for x in given[:2])
     return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*cu_seqlens, *given[2:]), strict=True))
+
+
+def split(call: AttentionCall, packing: dict[str, Any]) -> Iterator[AttentionCall]:
+    """A call of its own for every packed sample."""
+    length = call.query.shape[2]
+    for start, stop in itertools.pairwise(packing["cu_seqlens_q"].tolist()):
+        row, first = divmod(start, length)
+        tensors = {name: getattr(call, name) for name in ("query", "key", "value", "out")}
+        parts = {name: x[row : row + 1, :, first : first + stop - start] for name, x in tensors.items()}
+        yield dataclasses.replace(call, **parts)
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:

@@ -224,7 +224,7 @@ def attention_forward(
         )
     if layer is None or not (layer.quantizes or layer.observer is not None):
         return _original_attention(original, module, query, key, value, attention_mask, **arguments)
-    packing = packed_samples.packing(query, attention_mask, kwargs)
+    packing, original_mask = packed_samples.packing(query, attention_mask, kwargs), attention_mask
     if packing is not None:
         attention_mask = None
     _refuse_unsupported(layer.name, query, attention_mask, dropout, kwargs)
@@ -241,12 +241,18 @@ def attention_forward(
     else:
         filled, key_mask = attention_mask.shape[3], attention_mask[:, 0, 0]
     if layer.observer is not None:
-        if packing is not None:
-            raise ValueError("calibrate and sensitivity: expected one sample a row, got packed samples; pad them instead")
-        out, weights = _original_attention(original, module, query, key, value, attention_mask, **arguments)
-        key, value, shown = key[:, :, :filled], value[:, :, :filled], out.transpose(1, 2)
-        call = AttentionCall(query=query, key=key, value=value, out=shown, causal=True, scale=scaling, key_mask=key_mask)
-        layer.observer(layer, call)
+        out, weights = _original_attention(original, module, query, key, value, original_mask, **arguments)
+        call = AttentionCall(
+            query=query,
+            key=key[:, :, :filled],
+            value=value[:, :, :filled],
+            out=out.transpose(1, 2),
+            causal=True,
+            scale=scaling,
+            key_mask=key_mask,
+        )
+        for each in [call] if packing is None else packed_samples.split(call, packing):
+            layer.observer(layer, each)
         return out, weights
     query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
     attend = partial(attention, spec=layer.spec, causal=True, scale=scaling, k_shift=layer.shift_on(key.device))

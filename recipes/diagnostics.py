@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapters import has_adapters
-from objective import Objective
+from objective import CalledWithBatch, Objective
 from qat_patch import PatchHandle, sensitivity
 
 PEAK_TFLOPS = {
@@ -60,19 +60,8 @@ def quantization_errors(objective: Objective, model: torch.nn.Module, batch: Any
     Each on the inputs that original attention gives it, so that errors of one module do not reach the next. Of this process.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        report = sensitivity(_Outputs(objective, model), [batch])
+        report = sensitivity(CalledWithBatch(objective, model), [batch])
     return {f"quantization_error/{layer.name}": layer.error for layer in report.layers}
-
-
-class _Outputs(torch.nn.Module):
-    """A model that is called with a batch."""
-
-    def __init__(self, objective: Objective, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.objective, self.model = objective, model
-
-    def forward(self, *items: Any, **named: Any) -> torch.Tensor:
-        return self.objective.outputs(self.model, self.objective.inputs(named or list(items)))
 
 
 class FlopCount:

@@ -87,6 +87,12 @@ class LanguageModeling(FineTuning):
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
 
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+        window, blocks = settings.data.streaming, settings.calibration_batches * settings.batch_size * accelerator.num_processes
+        if window is not None and blocks > window:
+            raise ValueError(
+                f"settings.calibration_batches: a stream remembers a window of {window} blocks (data.streaming), and these are "
+                f"{blocks}; take fewer, or a larger window"
+            )
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision or "main"}
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         # Files that have to be downloaded or cached are so once.

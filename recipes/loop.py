@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from transformers import get_scheduler
 import checkpoints
 import faults
 from adapters import has_adapters, save_adapters_only
+from calibration import Calibration
 from diagnostics import FlopCount, gradient_norms, quantization_errors
 from objective import Teacher, evaluate, losses, make_teacher
 from optimization import WeightAverage, compile_blocks, make_optimizer
@@ -75,6 +77,7 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
     accelerator.register_for_checkpointing(scheduler)
     average = WeightAverage(task.model, settings.ema_decay, accelerator) if settings.ema_decay else None
+    calibration = Calibration(task.handle, accelerator) if settings.calibration_batches else None
     flops = FlopCount(task.objective, task.handle, task.model, accelerator.device)
 
     accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
@@ -89,13 +92,17 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
                 )
             return values | task.after_step(step)
 
+    batches = iter(loader)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint), strict=not has_adapters(task.model))
     else:
+        if calibration:
+            first = list(itertools.islice(batches, settings.calibration_batches))
+            calibration.measure(task.objective, model, first)
+            batches = itertools.chain(first, batches)
         if before := measure(0):
             log.write(0, before)
     model.train()
-    batches = iter(loader)
     steps = range(done + 1, settings.steps + 1)
     bar = tqdm(steps, initial=done, total=settings.steps, disable=not accelerator.is_local_main_process)
     for step in bar:

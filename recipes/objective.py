@@ -35,6 +35,17 @@ class Objective(Protocol):
         """How far the outputs are from the teacher's, a scalar: 0 where they are equal."""
 
 
+class CalledWithBatch(torch.nn.Module):
+    """A model, as Accelerate prepared it, that is called with a batch of the loader: what qat_patch can run by itself."""
+
+    def __init__(self, objective: Objective, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, *items: Any, **named: Any) -> torch.Tensor:
+        return self.objective.outputs(self.model, self.objective.inputs(named or list(items)))
+
+
 Teacher = Callable[[torch.nn.Module, Any], torch.Tensor]
 """Gives the outputs of the starting weights with original attention, without gradients: teacher(model, inputs), where
 `model` is the student as Accelerate prepared it."""

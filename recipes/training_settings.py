@@ -24,6 +24,9 @@ class TrainingSettings:
     """Attention that the steps train through: 4-bit, or the model's own (a control run). Both are measured either way."""
     qat: AttnQATConfig = AttnQATConfig()
     """What is patched and what is quantized."""
+    calibration_batches: int = 0
+    """Before the first step, measure the mean keys that are subtracted before quantization (`k_shift`) on so many of the first
+    batches of each process; 0: nothing is subtracted."""
     distillation: float = 0.0
     """How much the loss is the distance to the starting weights with original attention, the teacher: 0 is the loss of the
     task alone, 1 the distance alone, in between they are mixed. Without adapters the teacher is a second model in memory."""
@@ -82,6 +85,8 @@ class TrainingSettings:
             "distillation",
             "less than 1 with attention=original, since the model is its own teacher then and learns nothing",
         )
+        batches = self.steps * self.accumulation_steps
+        need(0 <= self.calibration_batches <= batches, "calibration_batches", f"at most the batches of the run ({batches})")
         need(self.learning_rate > 0, "learning_rate", "a positive number")
         need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
         need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a positive number or null")

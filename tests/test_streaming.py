@@ -76,7 +76,13 @@ def test_batches_are_shuffled_in_windows_and_can_start_anywhere():
 
 def settings(folder, name, text, **changes):
     values = {"steps": 8, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 3, "data.streaming": 4}
-    values |= {"data.sequence_length": 32, "model.path": folder / "model", "data.train.path": text}
+    values |= {
+        "calibration_batches": 2,
+        "layers_every": 4,
+        "data.sequence_length": 32,
+        "model.path": folder / "model",
+        "data.train.path": text,
+    }
     return values | {"output_dir": folder / name} | changes
 
 
@@ -102,6 +108,15 @@ def test_a_killed_run_goes_on_and_a_bad_line_in_the_middle_loses_nothing(tmp_pat
     run(finetune_qwen3, settings(tmp_path, "torn", text, resume="latest"))
     assert_same_run(tmp_path / "whole", tmp_path / "torn")
     assert [record["step"] for record in log(tmp_path / "torn")] == list(range(1, 9))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_stream_calibrates_on_no_more_than_it_remembers(tmp_path):
+    write_inputs(tmp_path)
+    write(tmp_path / "good.jsonl", 25)
+    with pytest.raises(ValueError, match=r"calibration_batches: a stream remembers a window of 4 blocks .* and these are 6"):
+        run(finetune_qwen3, settings(tmp_path, "run", tmp_path / "good.jsonl", calibration_batches=3))
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistakes(tmp_path):

@@ -4,14 +4,18 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 import diagnostics
 import finetune_qwen3
 import finetune_wan
 from finetune_qwen3 import NextToken
-from qat_patch import get_handle, load_checkpoint, patch_model
-from runs import log, run, run_until_killed, weights
+from objective import CalledWithBatch
+from qat_patch import calibrate, get_handle, load_checkpoint, patch_model
+from runs import command_line, log, run, run_until_killed, weights
+from settings import read_settings
 from tiny_clips import write_clips
 from tiny_qwen3 import tiny_qwen3, token_ids
 from tiny_recipe import write_inputs
@@ -61,6 +65,27 @@ def test_moving_average(inputs, tmp_path):
     )
     assert finetune(inputs, tmp_path / "killed", ema_decay=decay, checkpoint_every=2, resume="latest", **held_out) == records
     assert torch.equal(weights(tmp_path / "killed" / "export")[name], weights(tmp_path / "ema" / "export")[name])
+
+
+def test_calibration(inputs, tmp_path):
+    """On the first batches of the run, which are then learned from like all others; kept by checkpoints and by the export."""
+    options = {"calibration_batches": 3, "checkpoint_every": 2, "model.gradient_checkpointing": "true"}
+    records = finetune(inputs, tmp_path / "whole", **options)
+    assert [r["loss"] for r in records] != [r["loss"] for r in finetune(inputs, tmp_path / "plain")]
+    shifts = get_handle(load_checkpoint(tmp_path / "whole" / "export")).k_shift
+
+    chosen = read_settings(finetune_qwen3.Settings, command_line(settings(inputs, tmp_path / "no")))
+    task = finetune_qwen3.LanguageModeling(chosen, Accelerator())
+    batches = [default_collate([task.train_data[i] for i in indices]) for indices in task.batches(0, 3)]
+    calibrate(CalledWithBatch(task.objective, task.model), batches)
+    assert shifts.keys() == get_handle(task.model).k_shift.keys() and len(shifts) == 2
+    for name, shift in get_handle(task.model).k_shift.items():
+        torch.testing.assert_close(shifts[name], shift)
+
+    run_until_killed(finetune_qwen3, settings(inputs, tmp_path / "killed", **options), "checkpoint-4")
+    assert finetune(inputs, tmp_path / "killed", resume="latest", **options) == records
+    again = get_handle(load_checkpoint(tmp_path / "killed" / "export")).k_shift
+    assert all(torch.equal(again[name], shift) for name, shift in shifts.items())
 
 
 def test_fused_and_compiled_steps_compute_the_same(inputs, tmp_path, monkeypatch):
@@ -122,7 +147,9 @@ def test_samples_are_compared(tmp_path):
         write_clips(tmp_path / name, count)
     options = {"model.path": tmp_path / "model", "data.train": tmp_path / "clips", "data.eval": tmp_path / "eval"}
     options |= {"steps": 1, "batch_size": 2, "learning_rate": 1e-3, "eval_every": 1, "output_dir": tmp_path / "run"}
-    run(finetune_wan, options | {"samples.every": 1, "samples.clips": 1, "samples.inference_steps": 2})
+    options |= {"calibration_batches": 1, "samples.every": 1, "samples.clips": 1, "samples.inference_steps": 2}
+    run(finetune_wan, options)
+    assert any(shift.abs().max() > 0 for shift in get_handle(load_checkpoint(tmp_path / "run" / "export")).k_shift.values())
     for record in log(tmp_path / "run"):
         assert 10 < record["sample_psnr"] < 100 and 0.3 < record["sample_ssim"] < 1
         assert record["eval_velocity_error_between"] > 0
@@ -139,6 +166,7 @@ def test_samples_are_compared(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay: expected a number between 0 and 1"),
         ({"layers_every": 9}, "layers_every: expected at most steps"),
         ({"max_skipped_steps": -1}, "max_skipped_steps: expected 0 or more"),
+        ({"calibration_batches": 5}, r"calibration_batches: expected at most the batches of the run \(4\), got 5"),
     ],
 )
 def test_mistakes(inputs, tmp_path, changes, message):
