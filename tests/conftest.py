@@ -1,4 +1,4 @@
-"""What every test gets: no network, few threads, and a skip where it needs a GPU and there is none."""
+"""What every test gets: no network, few threads, a skip where it needs a GPU and there is none; and fixtures of several files."""
 
 import os
 
@@ -32,6 +32,24 @@ def fresh_accelerate(monkeypatch):
     reset_accelerate()
     yield
     reset_accelerate()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call that a patched model makes of 4-bit attention."""
+    from calls import record_calls
+
+    return record_calls(monkeypatch)
+
+
+@pytest.fixture
+def default_backend_stays():
+    """Diffusers keeps its default attention backend for the life of a process: no patch may change it."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry.get_active_backend()
+    yield
+    assert _AttentionBackendRegistry.get_active_backend() == before
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_map_only
 
 from diffusers_families import FAMILIES, REFUSED
 from families import relative
+from lively_wan import sdpa
 from qat_kernels import attention
 from qat_patch import calibrate, diffusers_adapter, get_handle, patch_model, sensitivity, unpatch_model
-from test_patch_wan import sdpa
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_qkv_mlp_proj", "to_query", "to_key", "to_value"]
 
