@@ -52,6 +52,32 @@ def default_backend_stays():
     assert _AttentionBackendRegistry.get_active_backend() == before
 
 
+@pytest.fixture(scope="session")
+def wan_models(tmp_path_factory):
+    """Folders of tiny Wan pipelines: t2v, i2v and other. Neither they nor `clips` nor `prepared` are to be changed."""
+    from clips_to_prepare import save_models
+
+    return save_models(tmp_path_factory.mktemp("wan_models"))
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder of videos with captions: three that can be used and five that cannot."""
+    from clips_to_prepare import make_clips
+
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="session")
+def prepared(wan_models, clips, tmp_path_factory):
+    """The clips as scripts/prepare_wan_data.py encodes them for t2v."""
+    from clips_to_prepare import prepare
+
+    output = tmp_path_factory.mktemp("prepared")
+    prepare(wan_models / "t2v", clips, output)
+    return output
+
+
 @pytest.fixture(scope="module")
 def compiler():
     """Processes in which Triton believes in the GPU that it is told of (aot.py); two, for compilation takes most of the time."""
