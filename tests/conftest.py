@@ -53,6 +53,28 @@ def default_backend_stays():
 
 
 @pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A tiny language model and texts, for recipes; not to be changed."""
+    from tiny_recipe import write_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(inputs, tmp_path_factory):
+    """The output folder of a run of recipes/finetune_qwen3.py that nothing interrupted; not to be changed."""
+    from qwen3_runs import finetune
+
+    output_dir = tmp_path_factory.mktemp("reference") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        finetune(inputs, output_dir)
+    return output_dir
+
+
+@pytest.fixture(scope="session")
 def wan_models(tmp_path_factory):
     """Folders of tiny Wan pipelines: t2v, i2v and other. Neither they nor `clips` nor `prepared` are to be changed."""
     from clips_to_prepare import save_models
