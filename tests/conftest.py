@@ -75,6 +75,16 @@ def reference(inputs, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """Exports by kind, to be copied and damaged: single, sharded, wan and adapters; base is a model as it was before."""
+    from exports import write_exports
+
+    folder = tmp_path_factory.mktemp("originals")
+    write_exports(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def wan_models(tmp_path_factory):
     """Folders of tiny Wan pipelines: t2v, i2v and other. Neither they nor `clips` nor `prepared` are to be changed."""
     from clips_to_prepare import save_models
