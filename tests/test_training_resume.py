@@ -9,7 +9,7 @@ import checkpoints
 import finetune_qwen3
 from qat_patch import files
 from qwen3_runs import finetune, settings
-from runs import assert_same_run, log, run_until_killed
+from runs import assert_same_run, flip, log, run_until_killed
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -45,12 +45,6 @@ def content(folder):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
