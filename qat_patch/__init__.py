@@ -6,9 +6,10 @@ from ._on_import import register_when_imported
 from .calibrate import Limits, calibrate
 from .config import AttnQATConfig
 from .export import export_checkpoint
+from .handle import PatchHandle
 from .hub import push_to_hub
 from .load import load_checkpoint
-from .patch import PatchHandle, get_handle, patch_model, unpatch_model
+from .patch import get_handle, patch_model, unpatch_model
 from .sensitivity import SensitivityReport, sensitivity
 from .verify import verify_checkpoint
 

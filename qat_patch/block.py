@@ -13,7 +13,7 @@ from qat_kernels.spec import E2M1_MAX, GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCAL
 from .config import AttnQATConfig, check_keys
 
 if TYPE_CHECKING:
-    from .patch import PatchHandle
+    from .handle import PatchHandle
 
 METHOD = "qat_patch"
 """`quant_method` in a Transformers config, and the key of the block in a safetensors header."""

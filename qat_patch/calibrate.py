@@ -12,8 +12,9 @@ import torch.distributed as dist
 from qat_kernels.reference import rotated
 from qat_kernels.spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE
 
+from .handle import PatchHandle
 from .layer import AttentionCall, AttentionLayer
-from .patch import PatchHandle, get_handle
+from .patch import get_handle
 
 FLUSHED_AT = 2.0**-11
 """Groups whose largest magnitude is at most this are rounded to zero (docs/NUMERICS.md, section 1)."""

@@ -22,7 +22,6 @@ The JSON is written after every shape. `report` makes a table in Markdown from i
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import platform
 import statistics
@@ -30,13 +29,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 import qat_kernels
+from bench_peers import Attention, peers
+from bench_shapes import CPU_SHAPES, FIGURE_5_SHAPES, GPU_SHAPES, INFERENCE_SHAPES, Shape, inputs, packing
 from qat_kernels import QuantSpec
 from qat_kernels.explain import why_not
 
@@ -45,70 +44,10 @@ REPEATS = 10
 """Of a quantization, which is so short that its events would be measured."""
 _CYCLES = 4_000_000
 """About 2 ms, in which a GPU waits."""
-GPU_SHAPES = (
-    "1,12,12,32760,32760,128",  # Wan 2.1 1.3B self-attention at 480p
-    "1,40,40,32760,512,128",  # 14B cross-attention
-    "1,40,40,75600,75600,128,forward",  # 14B self-attention at 720p
-    "2,40,8,4096,4096,128,causal",  # Qwen3-14B
-    "1,40,8,16384,16384,128,causal",
-    "1,40,8,16384,16384,128,causal,packed",
-    "4,16,16,8192,8192,64",
-)
-INFERENCE_SHAPES = tuple(
-    f"{shape},forward"
-    for shape in ("1,12,12,32760,32760,128", "1,40,40,32760,512,128", "2,40,8,4096,4096,128,causal", "4,16,16,8192,8192,64")
-)
-"""Self-attention of Wan 2.1 1.3B, cross-attention of 14B, Qwen3-14B, and head dim 64."""
-FIGURE_5_SHAPES = tuple(
-    f"16,16,16,{length << 10},{length << 10},{dim},forward" for dim in (128, 64) for length in (1, 2, 4, 8, 16, 32)
-)
-"""The grid of the paper's figure 5, which it measured on an RTX 5090."""
-CPU_SHAPES = ("1,12,12,512,512,128", "2,9,3,256,256,64,causal")
+Options = dict[str, Any]
 TRAINING = {"ours": {"impl": "triton" if torch.cuda.is_available() else "eager"}}
 INFERENCE = {"fp4": {"impl": "fp4"}, "fp4, pv=bf16": {"impl": "fp4", "spec": QuantSpec(pv="bf16")}, "triton": {"impl": "triton"}}
 """Ours: the options of `qat_kernels.attention`, by name."""
-
-
-class Shape(NamedTuple):
-    batch: int
-    heads: int
-    key_heads: int
-    queries: int
-    keys: int
-    head_dim: int
-    causal: bool = False
-    packed: bool = False
-    forward_only: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        numbers, words = text.split(",")[:6], text.split(",")[6:]
-        digits = all(number.isdigit() and int(number) for number in numbers)
-        if len(numbers) != 6 or not digits or not {"causal", "packed", "forward"}.issuperset(words):
-            raise argparse.ArgumentTypeError(f"expected a shape such as 2,40,8,4096,4096,128,causal, got {text}")
-        return cls(*map(int, numbers), *(word in words for word in ("causal", "packed", "forward")))
-
-    def __str__(self) -> str:
-        words = [word for word, on in zip(("causal", "packed"), self[6:8], strict=True) if on]
-        heads = self.heads if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
-        length = self.queries if self.queries == self.keys else f"{self.queries}x{self.keys}"
-        return f"B {self.batch}, H {heads}, L {length}, D {self.head_dim}" + "".join(f", {word}" for word in words)
-
-    def documents(self) -> list[int]:
-        """Lengths of the packed documents: a half, a quarter, and so on of all tokens."""
-        left, lengths = self.batch * self.queries, []
-        while left > 256:
-            lengths.append((left + 1) // 2)
-            left -= lengths[-1]
-        return [*lengths, left]
-
-    def flops(self, with_backward: bool) -> float:
-        pairs = sum(n * n for n in self.documents()) if self.packed else self.batch * self.queries * self.keys
-        return 4 * self.heads * pairs * self.head_dim * (3.5 if with_backward else 1)
-
-
-Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-Options = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -180,12 +119,12 @@ def attention(
     shape: Shape, device: str, dtype: torch.dtype, rounds: int, variants: dict[str, Options] = TRAINING
 ) -> list[dict[str, Any]]:
     """Ours, by the options of `qat_kernels.attention`, and others'."""
-    ours, peers = implementations(shape, device, variants)
+    ours, others = implementations(shape, device, variants), peers(shape, device)
     for name, call in ours.items():
         check(name, call, shape, device, dtype, variants[name].get("spec", QuantSpec()))
     results = []
     for with_backward in (False,) if shape.forward_only else (False, True):
-        timed = measure(ours | peers, shape, device, dtype, rounds, with_backward)
+        timed = measure(ours | others, shape, device, dtype, rounds, with_backward)
         for name, seconds in timed.items():
             low, median, high = statistics.quantiles(seconds, n=4)
             what = "forward+backward" if with_backward else "forward"
@@ -193,7 +132,7 @@ def attention(
             line = f"  {what:16} {name:14} {1e3 * median:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})"
             line += f"  {shape.flops(with_backward) / median / 1e12:7.2f} TFLOP/s"
             if with_backward:
-                kept, peak = memory((ours | peers)[name], shape, device, dtype)
+                kept, peak = memory((ours | others)[name], shape, device, dtype)
                 result |= {"kept_bytes": kept, "peak_bytes": peak}
                 line += f"  keeps {kept / 1e6:.1f} MB" + (f", peak {peak / 1e6:.0f} MB" if peak else "")
             print(line, flush=True)
@@ -234,104 +173,14 @@ def repeat(call: Callable[[], Any]) -> None:
         call()
 
 
-def implementations(shape: Shape, device: str, variants: dict[str, Options]) -> tuple[dict[str, Attention], dict[str, Attention]]:
-    """Ours, and others', by name. What cannot run the shape on this device is left out, and said so."""
-    packing = {}
-    if shape.packed:
-        bounds = torch.tensor([0, *shape.documents()], device=device).cumsum(0, dtype=torch.int32)
-        packing = {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": max(shape.documents()) for x in "qk"}
+def implementations(shape: Shape, device: str, variants: dict[str, Options]) -> dict[str, Attention]:
+    """Ours, by name."""
+    documents = packing(shape.documents(), device) if shape.packed else {}
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-        return qat_kernels.attention(q, k, v, causal=shape.causal, **packing, **options)
+        return qat_kernels.attention(q, k, v, causal=shape.causal, **documents, **options)
 
-    ours: dict[str, Attention] = {name: partial(call, **options) for name, options in variants.items()}
-    if device == "cpu":
-        return ours, {} if shape.packed else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
-    peers: dict[str, Attention] = {}
-    if shape.packed:
-        peers["varlen_attn"] = varlen(shape, packing)
-    else:
-        peers = {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape), "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, shape)}
-        peers |= installed(shape)
-    small = shape if shape.packed else shape._replace(queries=64, keys=64)
-    for name, peer in list(peers.items()):
-        try:
-            peer(*(x.detach() for x in inputs(small, device, torch.bfloat16)[:3]))
-        except (RuntimeError, ImportError, TypeError, ValueError, AssertionError) as error:
-            print(f"  {name}: left out: {(str(error).splitlines() or [type(error).__name__])[0]}")
-            del peers[name]
-    return ours, peers
-
-
-def sdpa(backend: SDPBackend, shape: Shape) -> Attention:
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=shape.heads != shape.key_heads)
-
-    return call
-
-
-def varlen(shape: Shape, packing: dict[str, Any]) -> Attention:
-    """PyTorch's own FlashAttention-2 for packed sequences; its newer versions call `is_causal` a window."""
-
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        known = inspect.signature(varlen_attn).parameters
-        options = {"window_size": (-1, 0 if shape.causal else -1)} if "window_size" in known else {"is_causal": shape.causal}
-        if shape.heads != shape.key_heads and "enable_gqa" in known:
-            options["enable_gqa"] = True
-        elif shape.heads != shape.key_heads:
-            k, v = (x.repeat_interleave(shape.heads // shape.key_heads, 1) for x in (k, v))
-        bounds, longest = packing["cu_seqlens_q"], packing["max_seqlen_q"]
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
-
-    return call
-
-
-def installed(shape: Shape) -> dict[str, Attention]:
-    """Attention of other packages, forward only, where they are there."""
-    found: dict[str, Attention] = {}
-    if not shape.forward_only or shape.heads != shape.key_heads:
-        return found
-    try:
-        from sageattn3 import sageattn3_blackwell
-
-        found["sageattention3"] = lambda q, k, v: sageattn3_blackwell(q, k, v, is_causal=shape.causal)
-    except ImportError:
-        pass
-    try:
-        from sageattention import sageattn
-
-        found["sageattention"] = lambda q, k, v: sageattn(q, k, v, is_causal=shape.causal)
-    except ImportError:
-        pass
-    try:
-        import flashinfer
-    except ImportError:
-        return found
-
-    def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        options = {"causal": shape.causal, "kv_layout": "HND"}
-        each = [
-            flashinfer.single_prefill_with_kv_cache(a.mT.mT.transpose(0, 1), b, c, **options)
-            for a, b, c in zip(q, k, v, strict=True)
-        ]
-        return torch.stack(each).transpose(1, 2)
-
-    found["flashinfer"] = one_by_one
-    return found
-
-
-def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Unit-Gaussian q, k, v and a gradient of the output."""
-    generator = torch.Generator(device).manual_seed(0)
-    query = (shape.batch, shape.heads, shape.queries, shape.head_dim)
-    key = (shape.batch, shape.key_heads, shape.keys, shape.head_dim)
-    if shape.packed:
-        query, key = ((x[0] * x[2], x[1], x[3]) for x in (query, key))
-    made = [torch.randn(size, generator=generator, device=device, dtype=dtype) for size in (query, key, key, query)]
-    return [x.requires_grad_(not shape.forward_only) for x in made[:3]] + made[3:]
+    return {name: partial(call, **options) for name, options in variants.items()}
 
 
 def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dtype, spec: QuantSpec) -> None:
@@ -344,13 +193,11 @@ def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dt
         start = sum(shape.documents()[:2])
         part = [(slice(start, None), slice(0, n)) for n in (group, 1, 1)]
         exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
-        lengths = shape.documents()[2:]
-        bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-        packing = {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": max(lengths) for x in "qk"}
+        documents = packing(shape.documents()[2:], device)
     else:
-        part, packing = [(slice(0, 1), slice(0, n)) for n in (group, 1, 1)], {}
+        part, documents = [(slice(0, 1), slice(0, n)) for n in (group, 1, 1)], {}
         exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
-    expected = qat_kernels.attention(*exact, spec=spec, causal=shape.causal, impl="eager", **packing)
+    expected = qat_kernels.attention(*exact, spec=spec, causal=shape.causal, impl="eager", **documents)
     pairs = [("output", out[part[0]], expected, OUTPUT_BOUND)]
     if grads:
         expected_grads = torch.autograd.grad(expected, exact, grad[part[0]].float())

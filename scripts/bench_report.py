@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import INFERENCE, TRAINING, Shape
+from bench import INFERENCE, TRAINING
+from bench_shapes import Shape
 
 Result = dict[str, Any]
 

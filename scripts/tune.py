@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from bench import Shape, inputs
+from bench_shapes import Shape, inputs
 from qat_kernels import QuantSpec, tiles
 
 KERNELS = {

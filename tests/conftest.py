@@ -1,4 +1,4 @@
-"""What every test gets: no network, few threads, and a skip where it needs a GPU and there is none."""
+"""What every test gets: no network, few threads, a skip where it needs a GPU and there is none; and fixtures of several files."""
 
 import os
 
@@ -32,6 +32,82 @@ def fresh_accelerate(monkeypatch):
     reset_accelerate()
     yield
     reset_accelerate()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call that a patched model makes of 4-bit attention."""
+    from calls import record_calls
+
+    return record_calls(monkeypatch)
+
+
+@pytest.fixture
+def default_backend_stays():
+    """Diffusers keeps its default attention backend for the life of a process: no patch may change it."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry.get_active_backend()
+    yield
+    assert _AttentionBackendRegistry.get_active_backend() == before
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A tiny language model and texts, for recipes; not to be changed."""
+    from tiny_recipe import write_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(inputs, tmp_path_factory):
+    """The output folder of a run of recipes/finetune_qwen3.py that nothing interrupted; not to be changed."""
+    from qwen3_runs import finetune
+
+    output_dir = tmp_path_factory.mktemp("reference") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        finetune(inputs, output_dir)
+    return output_dir
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory):
+    """Exports by kind, to be copied and damaged: single, sharded, wan and adapters; base is a model as it was before."""
+    from exports import write_exports
+
+    folder = tmp_path_factory.mktemp("originals")
+    write_exports(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan_models(tmp_path_factory):
+    """Folders of tiny Wan pipelines: t2v, i2v and other. Neither they nor `clips` nor `prepared` are to be changed."""
+    from clips_to_prepare import save_models
+
+    return save_models(tmp_path_factory.mktemp("wan_models"))
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder of videos with captions: three that can be used and five that cannot."""
+    from clips_to_prepare import make_clips
+
+    return make_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="session")
+def prepared(wan_models, clips, tmp_path_factory):
+    """The clips as scripts/prepare_wan_data.py encodes them for t2v."""
+    from clips_to_prepare import prepare
+
+    output = tmp_path_factory.mktemp("prepared")
+    prepare(wan_models / "t2v", clips, output)
+    return output
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,13 @@ def assert_same_run(one, other):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def flip(path):
+    """Damage a file: one bit, in its middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def reseal(folder, **changes):
     """Make an export that was changed look as if it had been exported so. `changes` are of its manifest."""
     manifest = json.loads((folder / MANIFEST).read_text()) | changes

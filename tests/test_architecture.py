@@ -122,7 +122,7 @@ def test_setup_cfg_declares_what_is_imported():
     declared = {normalized(re.match(r"[\w.-]+", line)[0]) for line in requirements.split("\n") if line}
     ours = {"qat_kernels", "qat_patch"} | modules_in(set(PROGRAMS))
     imported = {i.top for file in LIBRARY_FILES + PROGRAM_FILES for i in imports_in(file)} - ours
-    imported -= {"flashinfer", "sageattention", "sageattn3"}  # which scripts/bench.py times where they are
+    imported -= {"flashinfer", "sageattention", "sageattn3"}  # which scripts/bench_peers.py finds where they are
     installed = packages_distributions()
     assert {name for name in imported if not declared & {normalized(n) for n in installed.get(name, [name])}} == set()
 

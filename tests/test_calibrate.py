@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from families import relative
+from lively_wan import sdpa, tiny_wan, tiny_wan_pipeline, velocity, wan_inputs
 from qat_kernels import attention
 from qat_patch import (
     AttnQATConfig,
@@ -19,7 +21,6 @@ from qat_patch import (
     unpatch_model,
 )
 from qat_patch.__main__ import main
-from test_patch_wan import relative, sdpa, tiny_wan, tiny_wan_pipeline, velocity, wan_inputs
 from tiny_qwen3 import pad, tiny_qwen3, token_ids
 from tiny_wan import TEXT_DIM, tiny_tokenizer
 

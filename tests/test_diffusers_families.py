@@ -8,11 +8,11 @@ from diffusers.hooks import apply_group_offloading
 from peft import LoraConfig
 from torch.utils._pytree import tree_map_only
 
+from calls import record_calls
 from diffusers_families import FAMILIES, REFUSED
 from families import relative
-from qat_kernels import attention
+from lively_wan import sdpa
 from qat_patch import calibrate, diffusers_adapter, get_handle, patch_model, sensitivity, unpatch_model
-from test_patch_wan import sdpa
 
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_qkv_mlp_proj", "to_query", "to_key", "to_value"]
 
@@ -47,15 +47,9 @@ def switched_off_and_unpatched(family, monkeypatch):
     model, inputs = family.build(), family.inputs()
     before = run(model, inputs)
     keys = list(model.state_dict())
-    seen = []
-
-    def spy(q, k, v, **kwargs):
-        seen.append(kwargs)
-        return attention(q, k, v, **kwargs)
-
     handle = patch_model(model, family.config)
     with monkeypatch.context() as patch:
-        patch.setattr(diffusers_adapter, "attention", spy)
+        seen = record_calls(patch)
         assert 1e-3 < relative(run(model, inputs), before) < 0.5
         assert len(seen) == family.calls
         assert any(call["key_mask"] is not None for call in seen) == (family.mask != "none")
@@ -126,16 +120,10 @@ def bf16(family, monkeypatch):
 
 def autocast(family, monkeypatch):
     model, inputs = family.patched().train(), family.inputs()
-    dtypes = set()
-
-    def spy(q, k, v, **kwargs):
-        dtypes.update({q.dtype, k.dtype, v.dtype})
-        return attention(q, k, v, **kwargs)
-
-    monkeypatch.setattr(diffusers_adapter, "attention", spy)
+    seen = record_calls(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, inputs)
-    assert dtypes == {torch.bfloat16}
+    assert {call[name].dtype for call in seen for name in "qkv"} == {torch.bfloat16}
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 

@@ -16,17 +16,9 @@ from finetune_qwen3 import NextToken
 from qat_patch import get_handle, load_checkpoint, patch_model, transformers_adapter
 from runs import RECIPES, SHARDED, assert_same_run, command_line, log, run, run_in_two_processes, weights
 from tiny_qwen3 import tiny_qwen3, token_ids
-from tiny_recipe import write_inputs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 LORA = {"lora.rank": 4, "lora.alpha": 8}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 def settings(inputs, output_dir, **changes):

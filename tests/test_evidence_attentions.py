@@ -5,13 +5,8 @@ import torch
 
 import qat_patch
 from attentions import attention_in
-from tiny_qwen3 import pad, tiny_llama, tiny_qwen3, token_ids
+from tiny_qwen3 import logits, pad, tiny_llama, tiny_qwen3, token_ids
 from tiny_wan import CHANNELS, TEXT_DIM, tiny_transformer
-
-
-def logits(model, ids, **kwargs):
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
 
 
 def wan_inputs():

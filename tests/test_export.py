@@ -12,16 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qat_patch
+from exports import logits
 from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, get_handle, load_checkpoint, patch_model, unpatch_model
 from runs import reseal
-from tiny_qwen3 import tiny_qwen3, token_ids
+from tiny_qwen3 import tiny_qwen3
 
 CONFIG = AttnQATConfig(spec=QuantSpec(rotate=True), exclude=["model.layers.0.*"])
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(token_ids()).logits
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from exports import add_lora, logits, velocity
 from qat_patch import (
     AttnQATConfig,
     QuantSpec,
@@ -18,7 +19,6 @@ from qat_patch import (
     verify_checkpoint,
 )
 from runs import reseal
-from test_export_wan import add_lora, logits, velocity
 from tiny_qwen3 import tiny_qwen3
 from tiny_wan import tiny_pipeline
 

@@ -4,42 +4,18 @@ import json
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline, WanTransformer3DModel
+from diffusers import AutoModel, DiffusionPipeline
 from safetensors import safe_open
 
+from exports import add_lora, logits, velocity
 from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, get_handle, load_checkpoint, patch_model, unpatch_model
 from runs import reseal
-from tiny_qwen3 import tiny_qwen3, token_ids
+from tiny_qwen3 import tiny_qwen3
 from tiny_wan import CHANNELS, TEXT_DIM, tiny_pipeline, tiny_transformer
 
 CONFIG = AttnQATConfig(spec=QuantSpec(pv="bf16"), include=["*.attn1"], exclude=["blocks.0.*"])
-
-
-def velocity(transformer):
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(1, CHANNELS, 2, 8, 8, generator=generator).to(transformer.dtype)
-    text = torch.randn(1, 512, TEXT_DIM, generator=generator).to(transformer.dtype)
-    with torch.no_grad():
-        return transformer(latents, torch.tensor([500]), text, return_dict=False)[0]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(token_ids()).logits
-
-
-def add_lora(model):
-    """Adapters with weights that do something."""
-    targets = ["to_q", "to_v"] if isinstance(model, WanTransformer3DModel) else ["q_proj", "v_proj"]
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-    torch.manual_seed(1)
-    if isinstance(model, WanTransformer3DModel):
-        model.add_adapter(config)
-        return model
-    return peft.get_peft_model(model, config)
 
 
 def test_transformer_round_trip(tmp_path):

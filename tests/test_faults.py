@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 import checkpoints
-from runs import RECIPES, reset_accelerate
+from runs import RECIPES, flip, reset_accelerate
 
 ROOT = Path(__file__).parents[1]
 # A run with two checkpoints writes the third one. It is killed at its first file operation, and from a fresh start at its
@@ -157,12 +157,6 @@ checkpoints.save(accelerator, Path({str(tmp_path)!r}), 3, {{}}, attach=[], keep=
     assert done.returncode == 1
     assert "checkpoint-3 failed" in done.stderr and "Make room, and go on with resume=latest" in done.stderr
     assert states(tmp_path) == [1, 2] and not list(tmp_path.glob("*.incomplete"))
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(

@@ -1,54 +1,13 @@
 """Packed sequences: every document as if it were alone, to the bit; and the op under PyTorch's machinery."""
 
-from dataclasses import replace
-from itertools import accumulate
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import oracle
-from cases import Case, assert_same_bits, error, lse_error, run
+from cases import assert_same_bits, error, lse_error, run
+from packed_cases import DOCUMENTS, SPECS, as_batch, problem, unpacked
 from qat_kernels import attention, packed, reference
-
-# Queries and keys of each document: shorter than a group, over group boundaries, Lq < Lk, Lq > Lk, without queries, keys or both.
-DOCUMENTS = ((33, 33), (1, 1), (5, 40), (0, 0), (48, 48), (20, 3), (7, 0), (0, 9), (17, 17))
-SPECS = (
-    {},
-    {"causal": True},
-    {"pv": "bf16", "causal": True, "heads": (3, 1)},
-    {"causal": True, "rotate": True, "four_over_six": True, "shift": True},
-    {"shift": True, "scale": 0.3, "heads": (2, 2)},
-)
-
-
-def problem(dtype=torch.float64, documents=DOCUMENTS, **options):
-    """A case, its q, k, v and gradient of every document as batches of one, the same packed, and the keywords of both calls."""
-    case = Case(batch=1, coarse=True, **options)
-    alone = [replace(case, lq=lq, lk=lk, seed=n).tensors(dtype) for n, (lq, lk) in enumerate(documents)]
-    together = [torch.cat([x[0].transpose(0, 1) for x in tensors]) for tensors in zip(*alone, strict=True)]
-    lengths = tuple(zip(*documents, strict=True))
-    packing = {}
-    for name, each in zip("qk", lengths, strict=True):
-        packing[f"cu_seqlens_{name}"] = torch.tensor([0, *accumulate(each)], dtype=torch.int32)
-        packing[f"max_seqlen_{name}"] = max(each)
-    keywords = case.options()
-    del keywords["key_mask"]
-    return case, alone, together, keywords, packing
-
-
-def unpacked(results, packing):
-    """Output, log-sum-exp and gradients of a packed call by document, as batches of one."""
-    out, lse, grads = results
-    queries, keys = (packing[name].diff().tolist() for name in ("cu_seqlens_q", "cu_seqlens_k"))
-    outs, rows = out.split(queries), lse.split(queries, dim=1)
-    parts = [grad.split(lengths) for grad, lengths in zip(grads, (queries, keys, keys), strict=True)]
-    documents = zip(outs, rows, *parts, strict=True)
-    return [(_alone(o), r[None], [_alone(x) for x in g]) for o, r, *g in documents]
-
-
-def _alone(x):
-    return x.transpose(0, 1)[None]
 
 
 @pytest.mark.parametrize("options", SPECS, ids=str)
@@ -114,9 +73,9 @@ def test_groups_of_values_and_the_sink_start_anew_in_every_document():
     """A document of 5 tokens before it moves the others off the multiples of 16, and changes nothing."""
     _, _, together, keywords, packing = problem(documents=((5, 5), (64, 64)), causal=True)
     out = attention(*together[:3], **keywords, **packing)
-    later = [_alone(x[5:]) for x in together[:3]]
-    assert torch.equal(_alone(out[5:]), attention(*later, **keywords))
-    assert not torch.equal(_alone(out), attention(*map(_alone, together[:3]), **keywords))
+    later = [as_batch(x[5:]) for x in together[:3]]
+    assert torch.equal(as_batch(out[5:]), attention(*later, **keywords))
+    assert not torch.equal(as_batch(out), attention(*map(as_batch, together[:3]), **keywords))
 
 
 def test_one_document_is_an_ordinary_call():

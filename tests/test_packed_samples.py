@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from qat_kernels import attention
-from qat_patch import AttnQATConfig, patch_model, transformers_adapter
+from families import relative
+from qat_patch import AttnQATConfig, patch_model
 from tiny_qwen3 import VOCAB, checkpoint_activations, tiny_llama, tiny_qwen3, token_ids
 
 LENGTHS = (20, 1, 33, 16)
@@ -22,23 +22,6 @@ def logits(model, **inputs):
     inputs.pop("labels", None)
     with torch.no_grad():
         return model(**inputs).logits
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of 4-bit attention."""
-    seen = []
-
-    def spy(q, k, v, **kwargs):
-        seen.append(kwargs | {"q": q})
-        return attention(q, k, v, **kwargs)
-
-    monkeypatch.setattr(transformers_adapter, "attention", spy)
-    return seen
 
 
 @pytest.mark.parametrize("cu_seq_lens", [False, True])

@@ -5,33 +5,10 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig, MistralConfig
 
-from qat_kernels import attention
+from families import relative
 from qat_patch import AttnQATConfig, QuantSpec, get_handle, patch_model, transformers_adapter, unpatch_model
-from tiny_qwen3 import VOCAB, checkpoint_activations, pad, tiny_llama, tiny_qwen3, token_ids
-
-
-def logits(model, ids, **kwargs):
-    with torch.no_grad():
-        return model(ids, **kwargs).logits
-
-
-def relative(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of every call of 4-bit attention."""
-    seen = []
-
-    def spy(q, k, v, **kwargs):
-        seen.append(kwargs | {"q": q, "k": k, "v": v})
-        return attention(q, k, v, **kwargs)
-
-    monkeypatch.setattr(transformers_adapter, "attention", spy)
-    return seen
+from tiny_qwen3 import checkpoint_activations, logits, pad, tiny_llama, tiny_qwen3, token_ids
 
 
 @pytest.mark.parametrize("build", [tiny_qwen3, tiny_llama])
@@ -194,77 +171,6 @@ def test_a_failure_half_way_undoes_everything(monkeypatch):
     patch_model(model)
 
 
-@pytest.mark.parametrize("position", [10, 33, 49])
-def test_future_tokens_change_nothing(position):
-    model, ids = tiny_qwen3(), token_ids()
-    patch_model(model)
-    changed = ids.clone()
-    changed[:, position:] = (changed[:, position:] + 7) % VOCAB
-    assert torch.equal(logits(model, ids)[:, :position], logits(model, changed)[:, :position])
-    assert not torch.equal(logits(model, ids)[:, position:], logits(model, changed)[:, position:])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(side, calls):
-    model, ids = tiny_qwen3(torch.float64), token_ids()
-    patch_model(model)
-    padded, mask = pad(ids, 7, side)
-    real = slice(7, None) if side == "left" else slice(0, 50)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # as generate does; rotated keys are quantized keys
-    out = logits(model, padded, attention_mask=mask, position_ids=positions)[:, real]
-    assert relative(out, logits(model, ids)) < 1e-9
-    assert calls[0]["key_mask"].shape == (2, 57)
-    assert calls[-1]["key_mask"] is None
-    # an all-ones mask is no mask
-    calls.clear()
-    logits(model, ids, attention_mask=torch.ones_like(ids))
-    assert all(call["key_mask"] is None for call in calls)
-
-
-def greedy(model, ids, steps, **kwargs):
-    return model.generate(ids, max_new_tokens=steps, do_sample=False, pad_token_id=0, **kwargs)
-
-
-def test_generation_with_a_cache_equals_full_recomputation_in_float64(calls):
-    model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
-    patch_model(model)
-    full = greedy(model, ids, 40, use_cache=False)
-    assert torch.equal(greedy(model, ids, 40), full)
-    assert {call["q"].shape[2] for call in calls[-60:]} == {1}
-    static = {"cache_implementation": "static", "disable_compile": True}
-    assert torch.equal(greedy(model, ids, 40, **static), full)
-    padded, mask = pad(ids, 9, "left")
-    for options in ({}, static):
-        assert torch.equal(greedy(model, padded, 40, attention_mask=mask, **options)[:, 9:], full)
-
-
-def test_cached_generation_agrees_teacher_forced_in_float32():
-    model, ids = tiny_qwen3(), token_ids(batch=4, length=20)
-    patch_model(model)
-    tokens = greedy(model, ids, 60)
-    full = logits(model, tokens[:, :-1])[:, 19:]
-    cached, cache = [], None
-    with torch.no_grad():
-        for position in range(19, tokens.shape[1] - 1):
-            inputs = tokens[:, : position + 1] if cache is None else tokens[:, position : position + 1]
-            step = model(inputs, past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            cached.append(step.logits[:, -1])
-    agreement = (torch.stack(cached, 1).argmax(-1) == full.argmax(-1)).double().mean().item()
-    assert agreement >= 0.98
-
-
-def test_continuation_of_several_tokens_on_a_cache():
-    model, ids = tiny_qwen3(torch.float64), token_ids()
-    patch_model(model)
-    full = logits(model, ids)
-    for options in ({}, {"attention_mask": torch.ones_like(ids)}):
-        with torch.no_grad():
-            head = model(ids[:, :30], use_cache=True)
-            tail = model(ids[:, 30:], past_key_values=head.past_key_values, **options)
-        assert relative(torch.cat((head.logits, tail.logits), 1), full) < 1e-9
-
-
 def test_training_step_reaches_every_parameter():
     model, ids = tiny_qwen3().train(), token_ids()
     patch_model(model)
@@ -302,99 +208,3 @@ def test_another_original_implementation_is_said_once(caplog):
     with handle.disabled(), caplog.at_level(logging.WARNING):
         logits(model, token_ids())
     assert caplog.text.count("flash_attention_2") == 1
-
-
-# what cannot be patched -------------------------------------------------------------------------------------------------
-
-
-def build(config):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCAB}
-LLAMA = SMALL | {"num_key_value_heads": 2, "intermediate_size": 64}
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (lambda: build(MistralConfig(**LLAMA, sliding_window=16)), "a sliding window .16."),
-        (lambda: build(Gemma2Config(**LLAMA, head_dim=16)), "sliding window|soft cap"),
-        (lambda: build(GptOssConfig(**LLAMA, head_dim=16, num_local_experts=2)), "sliding window|sinks"),
-        (lambda: build(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB)), "found no attention"),
-        (lambda: tiny_qwen3(attention_dropout=0.1), "dropout .0.1."),
-        (lambda: tiny_qwen3(head_dim=24), "head_dim 24; expected a multiple of 16"),
-        (lambda: tiny_qwen3(use_sliding_window=True, sliding_window=16, max_window_layers=1), "a sliding window .16."),
-        (lambda: torch.nn.Linear(4, 4), "expected a model of"),
-        (lambda: "Qwen/Qwen3-0.6B", "expected a model of"),
-    ],
-)
-def test_models_that_are_refused(model, message):
-    model = model()
-    before = model.config._attn_implementation if hasattr(model, "config") else None
-    with pytest.raises(ValueError, match=message):
-        patch_model(model)
-    assert get_handle(model) is None
-    if before is not None:
-        assert model.config._attn_implementation == before
-
-
-def test_rotation_needs_a_power_of_two():
-    model = tiny_qwen3(head_dim=48)
-    with pytest.raises(ValueError, match="head_dim 48; expected a power of two"):
-        patch_model(model, AttnQATConfig(spec=QuantSpec(rotate=True)))
-    patch_model(model)
-
-
-def test_refused_layers_can_be_excluded(calls):
-    model = tiny_qwen3(use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    ids, (padded, mask) = token_ids(), pad(token_ids(), 5, "right")
-    patch_model(model, AttnQATConfig(include=["model.layers.0.*"]))
-    logits(model, ids)
-    assert len(calls) == 1
-    # the layers with a window got it: a token out of every window changes nothing but through layer 0
-    assert relative(logits(model, padded, attention_mask=mask)[:, :50], logits(model, ids)) < 1e-2
-
-
-def test_mistakes_in_patching():
-    model = tiny_qwen3()
-    with pytest.raises(ValueError, match="not patched"):
-        unpatch_model(model)
-    for field in ("include", "exclude"):
-        with pytest.raises(ValueError, match=rf"{field}: the pattern 'layers.9' matches no attention module"):
-            patch_model(model, AttnQATConfig(**{field: ["layers.9"]}))
-    with pytest.raises(ValueError, match="nothing to patch"):
-        patch_model(model, AttnQATConfig(exclude=["*"]))
-    patch_model(model)
-    for again in (model, torch.nn.Sequential(model)):
-        with pytest.raises(ValueError, match="patched already"):
-            patch_model(again)
-    with pytest.raises(ValueError, match="part of a patched model"):
-        patch_model(model.model)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"attention_mask": torch.ones(2, 1, 50, 50, dtype=torch.bool)}, "unsupported mask"),
-        ({"attention_mask": torch.zeros(2, 1, 50, 50)}, "unsupported mask"),
-        ({"output_attentions": True}, "output_attentions"),
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(4)}, "s_aux"),
-        ({"position_bias": torch.zeros(1)}, "position_bias"),
-    ],
-)
-def test_calls_that_are_refused(arguments, message):
-    model = tiny_qwen3()
-    patch_model(model)
-    with pytest.raises(ValueError, match=message):
-        logits(model, token_ids(), **arguments)
-
-
-def test_dropout_set_after_patching_is_refused():
-    model = tiny_qwen3().train()
-    patch_model(model)
-    model.model.layers[0].self_attn.attention_dropout = 0.1
-    with pytest.raises(ValueError, match="dropout"):
-        model(token_ids())

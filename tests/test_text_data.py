@@ -6,7 +6,7 @@ import datasets
 import pytest
 import torch
 
-from text_data import TextSettings, TextSource, load_blocks, load_documents, load_source
+from text_data import ShuffledBatches, TextSettings, TextSource, load_blocks, load_documents, load_source
 from tiny_recipe import byte_tokenizer, words
 
 
@@ -139,3 +139,14 @@ def test_text_that_cannot_be_used_is_refused(tmp_path, tokenizer):
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
         load_source(TextSource(path=write(tmp_path / "good.txt", words(50))), endless, 16)
+
+
+def test_batches_are_shuffled_by_epoch_and_can_start_anywhere():
+    whole = list(ShuffledBatches(samples=7, batch_size=2, seed=0, start=0, stop=9))
+    assert len(whole) == 9 and all(len(batch) == 2 for batch in whole)
+    epochs = [[index for batch in whole[first : first + 3] for index in batch] for first in (0, 3, 6)]
+    assert all(len(set(epoch)) == 6 and set(epoch) <= set(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    for start in range(9):
+        assert list(ShuffledBatches(7, 2, 0, start, 9)) == whole[start:]
+    assert list(ShuffledBatches(7, 2, 1, 0, 9)) != whole

@@ -18,18 +18,10 @@ from runs import command_line, log, run, run_until_killed, weights
 from settings import read_settings
 from tiny_clips import write_clips
 from tiny_qwen3 import tiny_qwen3, token_ids
-from tiny_recipe import write_inputs
 from tiny_wan import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 STEPS = {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "seed": 3, "data.sequence_length": 64, "data.train.blocks": 7}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 def settings(inputs, output_dir, **changes):

@@ -7,16 +7,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from calls import record_calls
 from families import relative
 from qat_kernels import attention
 from qat_patch import calibrate, get_handle, patch_model, sensitivity, transformers_adapter, unpatch_model
-from tiny_qwen3 import checkpoint_activations, pad, token_ids
+from tiny_qwen3 import checkpoint_activations, logits, pad, token_ids
 from transformers_families import FAMILIES, REFUSED
-
-
-def logits(model, **inputs):
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def gradients(model, inputs):
@@ -35,15 +31,9 @@ def switched_off_and_unpatched(family, monkeypatch):
     padded, mask = pad(inputs["input_ids"], 5, "left")
     before, before_padded = logits(model, **inputs), logits(model, input_ids=padded, attention_mask=mask)
     keys = list(model.state_dict())
-    seen = []
-
-    def spy(q, k, v, **kwargs):
-        seen.append(kwargs)
-        return attention(q, k, v, **kwargs)
-
     handle = patch_model(model, family.config)
     with monkeypatch.context() as patch:
-        patch.setattr(transformers_adapter, "attention", spy)
+        seen = record_calls(patch)
         assert 1e-3 < relative(logits(model, **inputs), before) < 0.5
     assert len(seen) == family.calls == len(handle.patched)
     assert len(handle.skipped) == family.skipped
@@ -85,16 +75,10 @@ def compiled(family, monkeypatch):
 
 def autocast(family, monkeypatch):
     model, inputs = family.patched().train(), family.inputs()
-    dtypes = set()
-
-    def spy(q, k, v, **kwargs):
-        dtypes.update({q.dtype, k.dtype, v.dtype})
-        return attention(q, k, v, **kwargs)
-
-    monkeypatch.setattr(transformers_adapter, "attention", spy)
+    seen = record_calls(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(model, inputs)
-    assert dtypes == {torch.bfloat16}
+    assert {call[name].dtype for call in seen for name in "qkv"} == {torch.bfloat16}
     assert all(gradient.isfinite().all() for gradient in found.values())
 
 

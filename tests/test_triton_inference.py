@@ -8,10 +8,10 @@ import torch
 import oracle
 from cases import Case, assert_same_bits, error, lse_error
 from interpreter import on
+from packed_cases import SPECS as PACKED_SPECS
+from packed_cases import problem as packed_problem
 from qat_kernels import attention, unpack
-from test_packed import SPECS as PACKED_SPECS
-from test_packed import problem as packed_problem
-from test_triton_attention import CASES, DEVICES, DOCUMENTS, run_reference
+from triton_runs import CASES, DEVICES, DOCUMENTS, run_reference
 
 
 def call(tensors, options: dict, *, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,11 @@ def pad(ids, amount, side):
     return torch.cat(parts, 1), torch.cat(masks, 1)
 
 
+def logits(model, *inputs, **options):
+    with torch.no_grad():
+        return model(*inputs, **options).logits
+
+
 def checkpoint_activations(model):
     """By the name that this release of transformers has for it."""
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()

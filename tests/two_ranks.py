@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import qat_patch
-from test_patch_wan import tiny_wan, wan_inputs
+from lively_wan import tiny_wan, wan_inputs
 from tiny_qwen3 import tiny_qwen3, token_ids
 
 

@@ -1,0 +1,102 @@
+"""What a patch does to one model: planned and checked before anything changes, and undone. Adapters know the host libraries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from . import diffusers_adapter, transformers_adapter
+from .config import AttnQATConfig
+from .layer import AttentionLayer
+
+ADAPTERS = {"transformers": transformers_adapter, "diffusers": diffusers_adapter}
+HANDLE = "_qat_handle"
+"""The attribute of a patched model that holds its handle."""
+
+
+@dataclasses.dataclass(eq=False)
+class Plan:
+    """What to do to one model, and after `apply` what was done. Plain data, so that a patched model can be copied."""
+
+    host: str
+    model: torch.nn.Module
+    config: AttnQATConfig
+    layers: list[AttentionLayer]
+    skipped: dict[str, str]
+
+    @property
+    def in_force(self) -> bool:
+        handle = self.model.__dict__.get(HANDLE)
+        return handle is not None and self in handle._plans.values()
+
+    def describe(self, layer: AttentionLayer) -> str:
+        """What the receipt says about a patched module."""
+        options = [name for name in ("rotate", "four_over_six") if getattr(layer.spec, name)]
+        options += ["k_shift"] if layer.k_shift is not None else []
+        found = ADAPTERS[self.host].replaced(self.model, layer) if self.in_force else None
+        lost = f" - LOST: {found} was put in its place after the patch" if found else ""
+        return ", ".join([f"QK nvfp4, PV {layer.spec.pv}", *options]) + lost
+
+
+def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None) -> Plan:
+    """Decides for every attention module of a model, and refuses with a ValueError what cannot be; changes nothing."""
+    adapter = ADAPTERS[host]
+    config = config or adapter.stored_config(model) or AttnQATConfig()
+    names = adapter.attention_modules(model)
+    if not names:
+        raise ValueError(
+            f"patch_model: found no attention in {type(model).__name__} that goes through {adapter.MECHANISM}; "
+            "only such attention can be patched"
+        )
+    config.check_patterns(names)
+    skipped = {name: reason for name, module in names.items() if (reason := adapter.reason_to_skip(module)) is not None}
+    skipped |= config.reasons_to_skip(name for name in names if name not in skipped)
+    layers, refused = [], {}
+    for name, module in names.items():
+        spec = None if name in skipped else config.spec_of(name)
+        if spec is not None and (problem := adapter.problem(module, spec)) is not None:
+            refused[name] = problem
+        layers.append(AttentionLayer(name=name, spec=spec, original=adapter.original(model, module)))
+    if refused:
+        raise ValueError(_refusal(model, config, refused))
+    config.check_overrides(layer.name for layer in layers if layer.spec is not None)
+    return Plan(
+        host=host, model=model, config=config, layers=layers, skipped={name: skipped[name] for name in names if name in skipped}
+    )
+
+
+def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, str]) -> str:
+    """What cannot be patched, and the call that leaves it out."""
+    by_problem: dict[str, list[str]] = {}
+    for name, problem in refused.items():
+        by_problem.setdefault(problem, []).append(name)
+    problems = "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {problem}" for problem, names in by_problem.items()
+    )
+    exclude = [*config.exclude, *refused]
+    return (
+        f"patch_model: {type(model).__name__} has {len(refused)} modules that 4-bit attention cannot do: {problems}; "
+        f"or leave them out: AttnQATConfig(exclude={exclude!r})"
+    )
+
+
+def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> None:
+    layers = {prefix + layer.name: layer for prefix, plan in plans.items() for layer in plan.layers if layer.spec is not None}
+    for name, shift in shifts.items():
+        if name not in layers:
+            raise ValueError(
+                f"patch_model: k_shift: expected names of modules that are patched, such as {next(iter(layers))}, got {name!r}"
+            )
+        if not isinstance(shift, torch.Tensor) or shift.dtype != torch.float32 or shift.ndim != 2:
+            got = f"{shift.dtype} {list(shift.shape)}" if isinstance(shift, torch.Tensor) else repr(shift)
+            raise ValueError(f"patch_model: k_shift[{name!r}]: expected float32 [key heads, head_dim], got {got}")
+        layers[name].k_shift = shift.detach()
+
+
+def restore(plans: Iterable[Plan]) -> None:
+    for plan in plans:
+        if plan.in_force:
+            ADAPTERS[plan.host].restore(plan.model, plan.layers)
+            delattr(plan.model, HANDLE)

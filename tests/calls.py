@@ -1,0 +1,17 @@
+"""What patched models hand to 4-bit attention, call by call."""
+
+from qat_kernels import attention
+from qat_patch import diffusers_adapter, transformers_adapter
+
+
+def record_calls(monkeypatch):
+    """A list to which every call, of either host library, adds its arguments by name; undone with `monkeypatch`."""
+    seen = []
+
+    def spy(q, k, v, **kwargs):
+        seen.append(kwargs | {"q": q, "k": k, "v": v})
+        return attention(q, k, v, **kwargs)
+
+    for adapter in (diffusers_adapter, transformers_adapter):
+        monkeypatch.setattr(adapter, "attention", spy)
+    return seen
