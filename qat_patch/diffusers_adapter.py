@@ -223,7 +223,7 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
         key_mask, query_mask = _masks(backend, attn_mask, query.shape[0], query.shape[1], key.shape[1])
         if backend.observer is not None:
             out = original(backend=getattr(backend.original, "_attention_backend", None))
-            query, key, value, shown = (x.transpose(1, 2) for x in (query, key, value, out))
+            query, key, value, shown = (x.transpose(1, 2) for x in (*under_autocast(query, key, value), out))
             call = AttentionCall(query=query, key=key, value=value, out=shown, causal=is_causal, scale=scale, key_mask=key_mask)
             backend.observer(backend, call)
             return out

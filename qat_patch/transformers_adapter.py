@@ -242,15 +242,9 @@ def attention_forward(
         filled, key_mask = attention_mask.shape[3], attention_mask[:, 0, 0]
     if layer.observer is not None:
         out, weights = _original_attention(original, module, query, key, value, original_mask, **arguments)
-        call = AttentionCall(
-            query=query,
-            key=key[:, :, :filled],
-            value=value[:, :, :filled],
-            out=out.transpose(1, 2),
-            causal=True,
-            scale=scaling,
-            key_mask=key_mask,
-        )
+        query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
+        shown = {"query": query, "key": key, "value": value, "out": out.transpose(1, 2)}
+        call = AttentionCall(**shown, causal=True, scale=scaling, key_mask=key_mask)
         for each in [call] if packing is None else packed_samples.split(call, packing):
             layer.observer(layer, each)
         return out, weights
