@@ -33,23 +33,26 @@ def record_steps() -> tuple[Counter, list[bool], list[bool]]:
 
     How often each kernel was compiled; for every launch, whether both took the same kernel, and the same arguments.
     """
-    import triton
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-    from qat_kernels import KVCache, QuantSpec, _launch, triton_decode
+    from qat_kernels import KVCache, QuantSpec, triton_decode
 
     believe_in(90)
     launches, compiled = [], Counter()
-    launch = _launch.launch
 
     def compile_(self, key, signature, device, *_):
         compiled[self.__name__] += 1
         return self.device_caches[device][0].setdefault(key, Recorder(launches))
 
-    def both(kernel: triton.JITFunction, grid, arguments, constants, **options) -> None:
-        launch(kernel, grid, arguments, constants, **options)
-        kernel[grid](*arguments, **constants, **options)
+    class Both(triton_decode.Variant):
+        def __init__(self, kernel, types, constants, **options) -> None:
+            super().__init__(kernel, types, constants, **options)
+            self.launch = lambda grid, arguments: kernel[grid](*arguments, **constants, **options)
+
+        def __call__(self, grid, *arguments) -> None:
+            super().__call__(grid, *arguments)
+            self.launch(grid, arguments)
 
     def zeros(offset: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """So many elements behind a multiple of 16 bytes."""
@@ -58,7 +61,7 @@ def record_steps() -> tuple[Counter, list[bool], list[bool]]:
     with (
         mock.patch.object(Recorder, "__getitem__", CompiledKernel.__getitem__, create=True),
         mock.patch.object(JITFunction, "_do_compile", compile_),
-        mock.patch.object(triton_decode, "launch", both),
+        mock.patch.object(triton_decode, "Variant", Both),
         mock.patch.object(triton_decode, "check_device", lambda _: None),
         mock.patch.object(triton_decode, "_arch", lambda _: 90),
     ):

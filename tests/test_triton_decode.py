@@ -20,7 +20,7 @@ CASES = [
         {"mask": "left", "head_dim": 64, "heads": (6, 2)},
         {"mask": "holes", "rotate": True, "shift": True},
         {"mask": "empty row", "head_dim": 80, "four_over_six": True},
-        {"head_dim": 16, "rotate": True, "scale": 0.7},
+        {"head_dim": 16, "rotate": True, "scale": -0.7},
         {"head_dim": 256, "batch": 1, "size": 3.0},
     )
 ]

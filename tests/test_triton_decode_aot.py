@@ -29,11 +29,12 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bo
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-    from qat_kernels import KVCache, QuantSpec, _launch, triton_decode
+    from qat_kernels import KVCache, QuantSpec, triton_decode
     from qat_kernels.kv_cache import RECENT_TOKENS
 
     believe_in(arch)
-    _launch._compiled.cache_clear()  # of another architecture
+    for variants in (triton_decode._append_variant, triton_decode._attend_variants):
+        variants.cache_clear()  # of another architecture
     run, compiled = JITFunction.run, []
 
     def only_compile(self, *args, grid, warmup, **kwargs):

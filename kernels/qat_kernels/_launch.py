@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,27 +10,27 @@ import triton
 from ._nvfp4 import INTERPRET
 
 
-def launch(
-    kernel: triton.JITFunction, grid: tuple[int, int, int], arguments: tuple, constants: dict[str, Any], **options: Any
-) -> None:
-    """As `kernel[grid](*arguments, **constants, **options)`, for a kernel that is compiled for the types of its arguments alone.
+class Variant:
+    """A kernel compiled for its constants and the types of its arguments, on the current device, to be launched again and again.
 
-    Triton's own launch looks at every value (is it 1? a multiple of 16?) and at every global that the kernel uses; this one looks
-    at types. So every number must be in the kernel's `do_not_specialize`; and its pointers must be multiples of 16, as those of
-    new tensors are, or in `do_not_specialize_on_alignment`. The first argument is on the current device.
+    Triton's own launch looks at every number (is it 1? a multiple of 16?) and at every global that the kernel uses. This one does
+    not. So every number must be in the kernel's `do_not_specialize`; and every pointer must be a multiple of 16, as that of a new
+    tensor is, or in `do_not_specialize_on_alignment`.
+
+    Args:
+        types: of the arguments in their order: the dtype of a tensor, None for none, 0 for an integer, 0.0 for a float.
+        constants: the other parameters, in their order.
+        options: of the compiler.
     """
-    if INTERPRET.value:
-        kernel[grid](*arguments, **constants, **options)
-        return
-    types = tuple([x if x is None else getattr(x, "dtype", type(x)) for x in arguments])
-    compiled = _compiled(kernel, arguments[0].device, types, tuple(constants.items()), tuple(options.items()))
-    compiled[grid](*arguments, *constants.values())
 
+    def __init__(
+        self, kernel: triton.JITFunction, types: list[torch.dtype | int | float | None], constants: dict[str, Any], **options: Any
+    ) -> None:
+        assert [*constants] == kernel.arg_names[len(types) :], "constants in the order of the parameters"
+        self._constants = tuple(constants.values())
+        self._kernel, self._options = kernel, options
+        if not INTERPRET.value:
+            self._kernel, self._options = kernel.warmup(*types, *self._constants, grid=(1,), **options), {}
 
-@cache
-def _compiled(
-    kernel: triton.JITFunction, device: torch.device, types: tuple, constants: tuple[tuple[str, Any], ...], options: tuple
-) -> triton.compiler.CompiledKernel:
-    assert [name for name, _ in constants] == kernel.arg_names[len(types) :], "constants in the order of the parameters"
-    samples = [x() if x in (int, float) else x for x in types]
-    return kernel.warmup(*samples, *(value for _, value in constants), grid=(1,), **dict(options))
+    def __call__(self, grid: tuple[int, int, int], *arguments: torch.Tensor | int | float | None) -> None:
+        self._kernel[grid](*arguments, *self._constants, **self._options)
