@@ -97,8 +97,10 @@ def test_one_token_is_decoded_with_few_instructions(compiler):
 def test_other_calls_fit_one_architecture_each(compiler):
     """The rest is `slow`."""
     calls = [(90, 64, 1, True), (120, 128, 5, True), (80, 128, 1, True), (90, 80, 1, False)]
-    for call, future in [(call, compiler.submit(compile_decode, *call)) for call in calls]:
-        assert_fits(call[0], future.result())
+    futures = [(call[0], compiler.submit(compile_decode, *call)) for call in calls]
+    futures.append((90, compiler.submit(compile_decode, 90, 128, 1, True, shifted=True, rotate=True, four_over_six=True)))
+    for arch, future in futures:
+        assert_fits(arch, future.result())
 
 
 @pytest.mark.slow
