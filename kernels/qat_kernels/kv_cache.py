@@ -36,7 +36,8 @@ class KVCache:
         """Slots filled so far."""
         self.spec: QuantSpec | None = None
         self._packed: dict[str, torch.Tensor] = {}
-        """Codes and scales of K [B, Hk, capacity, bytes] and V [B, Hk, blocks, D, bytes]; V of the sink group [B, Hk, 16, D]."""
+        """Codes and scales of K [B, Hk, capacity, bytes] and V [B, Hk, blocks, D, bytes]; V of the sink group [B, Hk, 16, D]. In
+        this order, in which the kernels take them."""
         self._recent: torch.Tensor | None = None
         """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n."""
         self._recent_start = 0
