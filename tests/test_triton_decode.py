@@ -11,16 +11,16 @@ from interpreter import on
 from test_kv_cache import run_cache
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-STEPS = [150, 1, 1, 9, 1, 20, 1]
-"""Of 183 tokens: prompt, single tokens, several at once."""
+STEPS = [143, 1, 1, 9, 1, 40, 1]
+"""Of 196 tokens: prompt, single tokens, several at once, also more than the ring of values has room for."""
 CASES = [
-    Case(**({"lq": 183, "lk": 183, "batch": 2, "heads": (2, 1), "causal": True, "coarse": True, "seed": 3} | options))
+    Case(**({"lq": 196, "lk": 196, "batch": 2, "heads": (2, 1), "causal": True, "coarse": True, "seed": 3} | options))
     for options in (
         {"heads": (5, 1), "head_dim": 128, "batch": 1},
         {"mask": "left", "head_dim": 64, "heads": (6, 2)},
         {"mask": "holes", "rotate": True, "shift": True},
         {"mask": "empty row", "head_dim": 80, "four_over_six": True},
-        {"head_dim": 16, "rotate": True, "scale": 0.7},
+        {"head_dim": 16, "rotate": True, "scale": -0.7},
         {"head_dim": 256, "batch": 1, "size": 3.0},
     )
 ]
@@ -59,6 +59,40 @@ def test_same_bytes_and_output_as_eager(index, device):
         bound = 1e-3 if dtype == torch.float32 and device == "cuda" else BOUNDS[dtype]
         assert error(out[:, :, decoded], expected[:, :, decoded]) < bound
         assert lse_error(lse[:, :, decoded], expected_lse[:, :, decoded]) < 1e-4
+
+
+def add_with_padding(impl: str, *, device: str = "cpu"):
+    """Sequences that begin late, one of them after the prompt; tokens are added, taken back and added again."""
+    from qat_kernels import KVCache
+
+    x = torch.randn(3, 1, 1270, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    mask = torch.arange(1270, device=device) >= torch.tensor([0, 1100, 1203], device=device)[:, None]
+    cache = KVCache()
+    for stop, crop in (
+        (1180, 0),
+        (1181, 0),
+        (1200, 2),
+        (1199, 0),
+        (1202, 1),
+        (1210, 2),
+        (1250, 20),
+        (1260, 0),
+        (1261, 0),
+        (1270, 0),
+    ):
+        key, value = (y[:, :, cache.length : stop] for y in (x, -x))
+        cache.append(key, value, key_mask=mask[:, :stop], impl=impl)
+        cache.crop(crop)
+    return cache._first.cpu(), cache._recent.cpu(), {name: y.cpu() for name, y in cache._packed.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_first_tokens_are_found_and_tokens_taken_back_as_in_eager(device):
+    first, recent, packed = on(device, add_with_padding, "triton")
+    expected_first, expected_recent, expected = add_with_padding("eager")
+    assert first.tolist() == expected_first.tolist() == [0, 1100, 1203]
+    assert torch.equal(recent, expected_recent)
+    assert all(torch.equal(packed[name], expected[name]) for name in packed)
 
 
 @pytest.mark.gpu

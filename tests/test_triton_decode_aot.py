@@ -9,7 +9,7 @@ import torch
 
 from aot import SHARED_MEMORY, believe_in, instructions, loops, usage
 
-KERNELS = ["append_kernel", "_quantize_rows_kernel", "split_kernel", "combine_kernel"]
+KERNELS = ["append_kernel", "split_kernel", "combine_kernel"]
 LENGTH, TILE_KEYS = 32768, 128
 
 
@@ -24,13 +24,17 @@ class Code(NamedTuple):
     """Instructions of the longest loop, each with its modifiers."""
 
 
-def compile_decode(arch: int, head_dim: int, new: int, masked: bool) -> list[Code]:
+def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bool = False, **spec: bool) -> list[Code]:
     """What `KVCache.attention` on a filled cache launches, for Qwen3-14B's heads. Belongs into a process of its own."""
+    from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
-    from qat_kernels import NVFP4, KVCache, triton_decode
+    from qat_kernels import KVCache, QuantSpec, triton_decode
+    from qat_kernels.kv_cache import RECENT_TOKENS
 
     believe_in(arch)
+    for variants in (triton_decode._append_variant, triton_decode._attend_variants):
+        variants.cache_clear()  # of another architecture
     run, compiled = JITFunction.run, []
 
     def only_compile(self, *args, grid, warmup, **kwargs):
@@ -39,14 +43,14 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool) -> list[Cod
         longest = max(loops(instructions(cubin)), key=lambda loop: loop[-1].address - loop[0].address, default=[])
         loop = Counter(each.name for each in longest)
         compiled.append(Code(self.__name__, *usage(cubin)[:2], kernel.metadata.shared, threads, loop))
+        return kernel
 
-    q, k, recent = (
-        torch.empty(8, h, n, head_dim, dtype=torch.bfloat16, device="meta") for h, n in ((40, new), (8, new), (8, 48))
-    )
+    q, k = (torch.empty(8, heads, new, head_dim, dtype=torch.bfloat16, device="meta") for heads in (40, 8))
+    shift = torch.empty(8, head_dim, device="meta") if shifted else None
     cache, mask = KVCache(), None
-    cache.length, cache.spec = LENGTH, NVFP4
+    cache.length, cache.spec = LENGTH, QuantSpec(**spec)
     cache._grow(k)
-    cache._recent = recent
+    cache._resize(RECENT_TOKENS, k)
     if masked:
         mask, cache._first = (
             torch.empty(8, LENGTH, dtype=torch.bool, device="meta"),
@@ -54,12 +58,13 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool) -> list[Cod
         )
     with (
         mock.patch.object(JITFunction, "run", only_compile),
+        mock.patch.object(CompiledKernel, "__getitem__", lambda *_: lambda *_: None),
         mock.patch.object(triton_decode, "_arch", lambda _: arch),
         mock.patch.object(triton_decode, "check_device", lambda _: None),
         mock.patch.object(triton_decode, "_processors", lambda _: 132),
     ):
-        triton_decode.append(cache, k, mask, None, new)
-        triton_decode.attend(cache, q, mask, None, 0.1)
+        triton_decode.append(cache, k, k, mask, shift)
+        triton_decode.attend(cache, q, mask, shift, 0.1)
     return compiled
 
 
@@ -79,21 +84,23 @@ def test_one_token_is_decoded_with_few_instructions(compiler):
     for arch, future in futures.items():
         compiled = future.result()
         assert_fits(arch, compiled)
-        loop, values = compiled[2].loop, 2 * TILE_KEYS * 128 / compiled[2].threads
+        loop, values = compiled[1].loop, 2 * TILE_KEYS * 128 / compiled[1].threads
         assert sum(n for name, n in loop.items() if name.startswith("HMMA.16816")) == values / 4
         assert sum(n for name, n in loop.items() if name.startswith("HMUL2")) <= values / 2 + values / 8 * (arch < 89)
         assert loop.total() < (6.2 if arch >= 89 else 7.2) * values, (arch, loop)
         # Codes come 16 bytes at a time, and what is unpacked stays in the registers of its lane: only P is stored there.
         assert loop["LDGSTS.E.BYPASS.128"] >= 8 and not any(name.startswith(("LDL", "STL", "LDG.E.U8")) for name in loop)
         assert sum(n for name, n in loop.items() if name.startswith("STSM")) <= 2
-        assert arch < 89 or compiled[2].registers <= 128
+        assert arch < 89 or compiled[1].registers <= 128
 
 
 def test_other_calls_fit_one_architecture_each(compiler):
     """The rest is `slow`."""
     calls = [(90, 64, 1, True), (120, 128, 5, True), (80, 128, 1, True), (90, 80, 1, False)]
-    for call, future in [(call, compiler.submit(compile_decode, *call)) for call in calls]:
-        assert_fits(call[0], future.result())
+    futures = [(call[0], compiler.submit(compile_decode, *call)) for call in calls]
+    futures.append((90, compiler.submit(compile_decode, 90, 128, 1, True, shifted=True, rotate=True, four_over_six=True)))
+    for arch, future in futures:
+        assert_fits(arch, future.result())
 
 
 @pytest.mark.slow

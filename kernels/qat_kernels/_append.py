@@ -9,6 +9,8 @@ from ._nvfp4 import GROUP, codes_of, hadamard, round_groups, scale_bits
 from .kv_layout import BLOCK_SCALES
 
 _GROUPS_OF_BLOCK = tl.constexpr(BLOCK_SCALES)
+_SCANNED = tl.constexpr(1024)
+"""Slots of the mask that are looked at in one step."""
 
 
 @triton.jit
@@ -34,25 +36,54 @@ def _store_group(
 
 
 @triton.jit
+def _first_allowed(mask_ptr, first, start, length):
+    """`first` below `start`, where it is known; else the first allowed slot from there on, or `length`."""
+    if first >= start:
+        first = length
+        block = start
+        while (first == length) & (block < length):
+            slot = block + tl.arange(0, _SCANNED)
+            allowed = tl.load(mask_ptr + slot, mask=slot < length, other=0) != 0
+            first = tl.min(tl.where(allowed, slot, length), 0)
+            block += _SCANNED
+    return first
+
+
+@triton.jit(
+    do_not_specialize=[
+        "k_stride_b", "k_stride_h", "k_stride_l", "v_stride_b", "v_stride_h", "v_stride_l",
+        "key_heads", "new", "length", "blocks", "ring",
+    ],
+    do_not_specialize_on_alignment=["k_ptr", "v_ptr", "shift_ptr", "mask_ptr"],
+)  # fmt: skip
 def append_kernel(
-    k_ptr, recent_ptr, shift_ptr, mask_ptr, first_ptr,
-    key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr,
-    stride_b, stride_h, stride_l, stride_d,
-    key_heads, new, length, capacity, recent,
+    k_ptr, v_ptr, shift_ptr, mask_ptr, first_ptr,
+    key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr,
+    k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_l: tl.int64,
+    v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_l: tl.int64,
+    key_heads, new, length, blocks, ring,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr,
 ):  # fmt: skip
     """One group of 16 tokens of one key head, counted from the group that the first new token falls into.
 
-    k [B, Hk, n, D] of any strides; recent [B, Hk, recent, D]: V of the last slots, the new ones among them, 0 where excluded;
-    shift float32 [Hk, D]; mask uint8 [B, length] over slots; first int32 [B] (not ALIGNED: 0).
+    k, v [B, Hk, n, D] of any strides but the last, which is 1; shift float32 [Hk, D]; mask uint8 [B, length] over slots; first
+    int32 [B] (not ALIGNED: 0), brought up to date if MASKED; the cache as in `KVCache`, with room for `blocks` of values.
+
+    recent [B, Hk, ring, D]: where groups are old and new, V of the slots before, and no new slot takes the place of one of them.
     """
     head = tl.program_id(0).to(tl.int64)
     batch, key_head = head // key_heads, head % key_heads
+    start = length - new
     first = 0
     if ALIGNED:
         first = tl.load(first_ptr + batch)
-    count, start = length - first, length - new
+    if MASKED:
+        mask_ptr += batch * length
+        # Other programs may have stored it already: then it is not below `start` either, and the same is found again.
+        first = _first_allowed(mask_ptr, first, start, length)
+        tl.store(first_ptr + batch, first)
+    count = length - first
     group = tl.maximum(start - first, 0) // GROUP + tl.program_id(1)
     lane = tl.arange(0, GROUP)
     token = group * GROUP + lane
@@ -60,13 +91,14 @@ def append_kernel(
     fresh = (slot >= start) & (slot < length)
     present = fresh
     if MASKED:
-        present = fresh & (tl.load(mask_ptr + batch * length + slot, mask=fresh, other=0) != 0)
+        present = fresh & (tl.load(mask_ptr + slot, mask=fresh, other=0) != 0)
     columns = tl.arange(0, 32 * BLOCK_WORDS)
     valid = columns < HEAD_DIM
+    read = present[:, None] & valid[None, :]
+    new_row = (slot - start).to(tl.int64)[:, None]
 
-    k_ptr += batch * stride_b + key_head * stride_h
-    offsets = (slot - start).to(tl.int64)[:, None] * stride_l + columns.to(tl.int64)[None, :] * stride_d
-    k = tl.load(k_ptr + offsets, mask=present[:, None] & valid[None, :], other=0.0).to(tl.float32)
+    k_ptr += batch * k_stride_b + key_head * k_stride_h
+    k = tl.load(k_ptr + new_row * k_stride_l + columns[None, :], mask=read, other=0.0).to(tl.float32)
     if SHIFTED:
         k = k - tl.load(shift_ptr + key_head * HEAD_DIM + columns, mask=valid, other=0.0)[None, :]
     if ROTATE:
@@ -80,7 +112,7 @@ def append_kernel(
     packed = tl.reshape((low | (high << 4)).to(tl.uint8), (GROUP, 16 * BLOCK_WORDS))
     byte = tl.arange(0, 16 * BLOCK_WORDS)
     place = byte // (4 * BLOCK_WORDS) * (4 * WORDS) + byte % (4 * BLOCK_WORDS)
-    rows = head * capacity + token
+    rows = head * (blocks * (GROUP * _GROUPS_OF_BLOCK)) + token
     where = fresh[:, None] & ((byte % (4 * BLOCK_WORDS)) < 4 * WORDS)[None, :]
     tl.store(key_codes_ptr + rows[:, None] * (16 * WORDS) + place[None, :], packed, mask=where)
     scales = tl.permute(tl.reshape(scale_bits(scale, finite), (GROUP, BLOCK_WORDS, 2)), (0, 2, 1))
@@ -90,13 +122,15 @@ def append_kernel(
     scales = tl.reshape(scales, (GROUP, 2 * BLOCK_WORDS))
     tl.store(key_scales_ptr + rows[:, None] * (2 * WORDS) + place[None, :], scales, mask=where)
 
-    recent_ptr += head * recent * HEAD_DIM
-    known = (slot >= length - recent) & (slot < length)
-    offsets = (slot - (length - recent))[:, None] * HEAD_DIM + columns[None, :]
-    v = tl.load(recent_ptr + offsets, mask=known[:, None] & valid[None, :], other=0.0)
+    v_ptr += batch * v_stride_b + key_head * v_stride_h
+    v = tl.load(v_ptr + new_row * v_stride_l + columns[None, :], mask=read, other=0.0)
+    recent_ptrs = recent_ptr + (head * ring + slot % ring)[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(recent_ptrs, v, mask=(fresh & (slot >= length - ring))[:, None] & valid[None, :])
     if group == 0:
         sink_ptr += head * GROUP * HEAD_DIM
         tl.store(sink_ptr + lane[:, None] * HEAD_DIM + columns[None, :], v, mask=fresh[:, None] & valid[None, :])
     elif (group + 1) * GROUP <= count:
-        first_row = head * (capacity // (GROUP * _GROUPS_OF_BLOCK)) * HEAD_DIM
+        old = slot < start
+        v = tl.where(old[:, None], tl.load(recent_ptrs, mask=old[:, None] & valid[None, :], other=0.0), v)
+        first_row = head * blocks * HEAD_DIM
         _store_group(v.to(tl.float32), group, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)

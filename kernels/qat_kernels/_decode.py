@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._nvfp4 import GROUP, INTERPRET, P_GAIN, dot, narrow, round_weights
+from ._nvfp4 import GROUP, INTERPRET, P_GAIN, dot, hadamard, narrow, round_groups, round_weights, signed_values
 from .kv_layout import BLOCK_TOKENS
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -115,6 +115,20 @@ def load_rows(
 
 
 @triton.jit
+def _quantized(
+    x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr
+):  # fmt: skip
+    """Q float32 [ROWS, COLUMNS], zero behind the head dim, quantized and back: the bits are those of `quantize_rows`."""
+    if ROTATE:
+        x = hadamard(x, ROWS, COLUMNS)
+        if HEAD_DIM < COLUMNS:  # a head dim of 16 is half of the tile: the other half of the product is not wanted
+            x = tl.where((tl.arange(0, COLUMNS) < HEAD_DIM)[None, :], x, 0.0)
+    groups = tl.reshape(x, (ROWS, COLUMNS // GROUP, GROUP))
+    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
+    return tl.reshape(signed_values(groups, magnitude, scale, finite), (ROWS, COLUMNS))
+
+
+@triton.jit
 def _online(scores, total, row_max):
     """One step of the online softmax with ceiled maxima: P~, the factor of what came before, and the new state."""
     new_max = tl.maximum(row_max, tl.ceil(tl.max(scores, 1)))
@@ -126,10 +140,13 @@ def _online(scores, total, row_max):
 
 @triton.jit
 def _kept(
-    out, total, row_max, q, own, lower, start, stop, key_codes_ptr, key_scales_ptr, v_ptr, v_offset, mask_ptr, qk_scale,
+    out, total, row_max, q, own, lower, start, stop, key_codes_ptr, key_scales_ptr, v_ptr, first_slot, ring, mask_ptr, qk_scale,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, MASKED: tl.constexpr, BEFORE_SM_89: tl.constexpr,
 ):  # fmt: skip
-    """Unquantized P~ times unquantized V over the keys from `start` to `stop`; a row may see those from `lower` to `own`."""
+    """Unquantized P~ times unquantized V over the keys from `start` to `stop`; a row may see those from `lower` to `own`.
+
+    V of key j is row (j + first_slot) % ring.
+    """
     columns = tl.arange(0, 32 * BLOCK_WORDS)
     for first_key in range(start, stop, GROUP):
         key = first_key + tl.arange(0, GROUP)
@@ -141,43 +158,60 @@ def _kept(
         allowed = present[None, :] & (key[None, :] <= own[:, None]) & (key[None, :] >= lower[:, None])
         weights, rescale, total, row_max = _online(tl.where(allowed, scores, float("-inf")), total, row_max)
         v_mask = present[:, None] & (columns < HEAD_DIM)[None, :]
-        v = tl.load(v_ptr + (key + v_offset)[:, None] * HEAD_DIM + columns[None, :], mask=v_mask, other=0.0)
+        v_row = (key + first_slot) % ring
+        v = tl.load(v_ptr + v_row[:, None] * HEAD_DIM + columns[None, :], mask=v_mask, other=0.0)
         out = dot(narrow(weights, v.dtype), v, out * rescale[:, None])
     return out, total, row_max
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "stride_b", "stride_h", "stride_l", "key_heads", "group", "new", "length", "blocks", "ring", "splits",
+        "qk_scale", "shift_scale",
+    ],
+    do_not_specialize_on_alignment=["q_ptr", "shift_ptr", "mask_ptr"],
+)  # fmt: skip
 def split_kernel(
-    q_ptr, key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr, first_ptr, mask_ptr,
-    out_ptr, stats_ptr,
-    key_heads, rows_of_head, new, length, capacity, recent, splits, q_rows, qk_scale,
-    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_M: tl.constexpr,
-    Q_WIDTH: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, ONE: tl.constexpr, BEFORE_SM_89: tl.constexpr,
+    q_ptr, shift_ptr, mask_ptr, first_ptr, key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr,
+    parts_ptr, lse_ptr,
+    stride_b: tl.int64, stride_h: tl.int64, stride_l: tl.int64,
+    key_heads, group, new, length, blocks, ring, splits, qk_scale, shift_scale,
+    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, NEGATE: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SHIFTED: tl.constexpr, ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr,
+    ONE: tl.constexpr, BEFORE_SM_89: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows (query heads of one key head, times new tokens) against one part of the keys; the last part: the kept groups.
 
-    q: an operand (_layout.py) of q_rows rows of Q_WIDTH a key head; the cache as in `KVCache`, keys and values counted from
-    `first` int32 [B] (not ALIGNED: 0), with `capacity` keys of room and V of the last `recent` slots; mask uint8 [B, length]
-    over slots. Of every part of every head out float32 [B, Hk, splits + 1, rows, D], not yet divided, and stats
-    [B, Hk, splits + 1, 2, rows]: m and the sum of P~. ONE: there is one new token, so every row sees the same keys.
+    q [B, H, n, D] of any strides but the last, which is 1; shift float32 [Hk, D]; the cache as in `KVCache`, keys and values
+    counted from `first` int32 [B] (not ALIGNED: 0), with room for `blocks` of values and V of the last slots in a ring; mask
+    uint8 [B, length] over slots. Parts float32: of every part of every head [B, Hk, splits + 1] out [rows, D], not yet divided,
+    and behind them all [2, rows]: m and the sum of P~. lse float32 [B, H, n]: if SHIFTED, what the shift takes from it.
+    NEGATE: the scale is negative. ONE: there is one new token, so every row sees the same keys.
     """
     head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    batch = head // key_heads
+    batch, key_head = head // key_heads, head % key_heads
     first = 0
     if ALIGNED:
         first = tl.load(first_ptr + batch)
     if MASKED:
         mask_ptr += batch * length + first
     count = length - first
+    rows_of_head = group * new
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < rows_of_head
     columns = tl.arange(0, 32 * BLOCK_WORDS)
     valid = inside[:, None] & (columns < HEAD_DIM)[None, :]
     offsets = rows[:, None] * HEAD_DIM + columns[None, :]
-    q_ptr += head * q_rows * Q_WIDTH
-    q = tl.load(q_ptr + rows[:, None] * Q_WIDTH + columns[None, :], mask=valid, other=0.0).to(tl.float16)
+    q_ptr += batch * stride_b + key_head * group * stride_h
+    q_rows = (rows // new).to(tl.int64) * stride_h + (rows % new).to(tl.int64) * stride_l
+    q = tl.load(q_ptr + q_rows[:, None] + columns[None, :], mask=valid, other=0.0).to(tl.float32)
+    if SHIFTED and split == splits:
+        shift = tl.load(shift_ptr + key_head * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
+        tl.store(lse_ptr + head * rows_of_head + rows, tl.sum(q * shift[None, :], 1) * shift_scale, mask=inside)
+    q = _quantized(-q if NEGATE else q, BLOCK_M, 32 * BLOCK_WORDS, HEAD_DIM, ROTATE, FOUR_OVER_SIX).to(tl.float16)
     own = count - new + rows % new
     lower = own & -GROUP
+    capacity = blocks * BLOCK
     key_codes_ptr += head * capacity * (16 * WORDS)
     key_scales_ptr += head * capacity * (2 * WORDS)
     value_codes_ptr += head * capacity * (HEAD_DIM // 2)
@@ -215,35 +249,35 @@ def split_kernel(
         sink_stop = tl.minimum(count, GROUP)
         out, total, row_max = _kept(
             out, total, row_max, q, own, tl.zeros_like(own), 0, sink_stop, key_codes_ptr, key_scales_ptr,
-            sink_ptr + head * GROUP * HEAD_DIM, 0, mask_ptr, qk_scale, HEAD_DIM, WORDS, BLOCK_WORDS, MASKED, BEFORE_SM_89,
+            sink_ptr + head * GROUP * HEAD_DIM, 0, GROUP, mask_ptr, qk_scale, HEAD_DIM, WORDS, BLOCK_WORDS, MASKED, BEFORE_SM_89,
         )  # fmt: skip
         open_start = tl.maximum((count - new) & -GROUP, GROUP)
         out, total, row_max = _kept(
             out, total, row_max, q, own, lower, open_start, count, key_codes_ptr, key_scales_ptr,
-            recent_ptr + head * recent * HEAD_DIM, first - (length - recent), mask_ptr, qk_scale,
+            recent_ptr + head * ring * HEAD_DIM, first, ring, mask_ptr, qk_scale,
             HEAD_DIM, WORDS, BLOCK_WORDS, MASKED, BEFORE_SM_89,
         )  # fmt: skip
-    part_of_all = head * (splits + 1) + split
-    tl.store(out_ptr + part_of_all * rows_of_head * HEAD_DIM + offsets, out, mask=valid)
-    stats_ptr += part_of_all * 2 * rows_of_head + rows
+    part = head * (splits + 1) + split
+    tl.store(parts_ptr + part * rows_of_head * HEAD_DIM + offsets, out, mask=valid)
+    all_rows = tl.num_programs(0).to(tl.int64) * (splits + 1) * rows_of_head
+    stats_ptr = parts_ptr + all_rows * HEAD_DIM + part * 2 * rows_of_head + rows
     tl.store(stats_ptr, row_max, mask=inside)
     tl.store(stats_ptr + rows_of_head, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_l", "key_heads", "group", "new", "parts"])
 def combine_kernel(
-    parts_ptr, stats_ptr, shift_dot_ptr, out_ptr, lse_ptr,
-    out_stride_b, out_stride_h, out_stride_l, out_stride_d,
-    key_heads, group, new, parts, shift_scale,
+    parts_ptr, out_ptr, lse_ptr,
+    stride_b: tl.int64, stride_h: tl.int64, stride_l: tl.int64, key_heads, group, new, parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """One row of `split_kernel`: its parts, in order. out [B, H, n, D] of any strides, lse and shift_dot float32 [B, H, n]."""
+    """One row of `split_kernel`: its parts, in order. out [B, H, n, D] of any strides but the last, which is 1."""
     rows_of_head = group * new
     row = tl.program_id(0) % rows_of_head
     head = (tl.program_id(0) // rows_of_head).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     valid = columns < HEAD_DIM
-    stats_ptr += head * parts * 2 * rows_of_head + row
+    stats_ptr = parts_ptr + tl.num_programs(0).to(tl.int64) * parts * HEAD_DIM + head * parts * 2 * rows_of_head + row
     parts_ptr += (head * parts * rows_of_head + row) * HEAD_DIM
     out = tl.zeros((BLOCK_D,), tl.float32)
     total, row_max = 0.0, float("-inf")
@@ -263,12 +297,11 @@ def combine_kernel(
         row_max = new_max
     empty = total == 0.0
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(total)) * LN_2)
-    token, query_head = row % new, (head % key_heads) * group + row // new
-    batch = head // key_heads
-    row_of_all = (batch * key_heads * group + query_head) * new + token
+    lse_ptr += tl.program_id(0)  # rows of [B, H, n] are in the same order
     if SHIFTED:
-        lse += shift_scale * tl.load(shift_dot_ptr + row_of_all)
-    tl.store(lse_ptr + row_of_all, lse)
+        lse += tl.load(lse_ptr)
+    tl.store(lse_ptr, lse)
     out = narrow(out / tl.where(empty, 1.0, total), out_ptr.dtype.element_ty)
-    out_ptr += batch * out_stride_b + query_head * out_stride_h + token.to(tl.int64) * out_stride_l
-    tl.store(out_ptr + columns * out_stride_d, out, mask=valid)
+    query_head = (head % key_heads) * group + row // new
+    out_ptr += head // key_heads * stride_b + query_head * stride_h + (row % new).to(tl.int64) * stride_l
+    tl.store(out_ptr + columns, out, mask=valid)

@@ -218,6 +218,7 @@ def _has_twin(spec: QuantSpec, needs_gradient: bool) -> bool:
     return needs_gradient and spec.pv == "nvfp4"
 
 
+@lru_cache
 def _triton(name: str) -> ModuleType:
     """A module of kernels, imported when they are first asked for: this package works without triton."""
     try:

@@ -36,9 +36,12 @@ class KVCache:
         """Slots filled so far."""
         self.spec: QuantSpec | None = None
         self._packed: dict[str, torch.Tensor] = {}
-        """Codes and scales of K [B, Hk, capacity, bytes] and V [B, Hk, blocks, D, bytes]; V of the sink group [B, Hk, 16, D]."""
+        """Codes and scales of K [B, Hk, capacity, bytes] and V [B, Hk, blocks, D, bytes]; V of the sink group [B, Hk, 16, D]. In
+        this order, in which the kernels take them."""
         self._recent: torch.Tensor | None = None
-        """V of the last slots [B, Hk, n, D], 0 where excluded."""
+        """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n."""
+        self._recent_start = 0
+        """The first slot whose V is in the ring."""
         self._first: torch.Tensor | None = None
         """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
 
@@ -127,13 +130,13 @@ class KVCache:
         first = torch.zeros(1, dtype=torch.int32) if self._first is None else self._first.cpu()
         opened = (length - first).clamp(min=0) // GROUP_SIZE * GROUP_SIZE
         needed = (opened + first)[(opened > 0) & (first + opened < length)].tolist()
-        if needed and min(needed) < self.length - self._recent.shape[2]:
+        if needed and min(needed) < self._recent_start:
             raise ValueError(
                 f"KVCache.crop: {tokens} slots reach into a group of {GROUP_SIZE} whose values are only left in NVFP4: of the "
-                f"last {self._recent.shape[2]} slots the values are at hand; crop fewer, or start again from an empty cache"
+                f"last {self.length - self._recent_start} slots the values are at hand; crop fewer, or start again from an empty "
+                "cache"
             )
-        self._recent = self._recent[:, :, : max(self._recent.shape[2] - tokens, 0)]
-        self.length = length
+        self.length, self._recent_start = length, min(self._recent_start, length)
 
     def select(self, rows: torch.Tensor) -> None:
         """Make the batch consist of these rows (int64 indices, repeated or left out as you like)."""
@@ -176,27 +179,32 @@ class KVCache:
 
     def _extend(self, k, v, *, key_mask, k_shift, spec: QuantSpec, impl: str) -> None:
         """K and V of the next slots; afterwards `_recent` reaches back far enough for `_attend` with as many queries."""
-        new = k.shape[2]
-        start, self.length, self.spec = self.length, self.length + new, spec
+        start, new = self.length, k.shape[2]
+        # No new slot may take the place of what belongs to the group that is open.
+        self._resize(max(RECENT_TOKENS, new + GROUP_SIZE - 1) if start else RECENT_TOKENS, v)
+        self.length, self.spec = start + new, spec
         self._grow(k)
-        if key_mask is not None:
-            fresh = key_mask[:, start:]
-            v = torch.where(fresh[:, None, :, None], v, 0.0)
-            begin = torch.where(fresh.any(1), fresh.int().argmax(1), new).int() + start
-            before = torch.zeros_like(begin) if self._first is None else self._first
-            self._first = torch.where(before >= start, begin, before)
-        recent = v.contiguous()
-        if start:  # what the new queries' own groups need, and more while it fits
-            recent = torch.cat((self._recent[:, :, -max(RECENT_TOKENS - new, GROUP_SIZE) :], v), 2)
-        self._recent = recent
+        if key_mask is not None and self._first is None:
+            self._first = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
         if impl != "eager":
-            _triton("triton_decode").append(self, k, key_mask, k_shift, new)
+            _triton("triton_decode").append(self, k, v, key_mask, k_shift)
         else:
-            self._append_eager(k, None if key_mask is None else key_mask[:, start:], k_shift, start)
+            self._append_eager(k, v, None if key_mask is None else key_mask[:, start:], k_shift, start)
+        self._recent_start = max(self._recent_start, self.length - self._recent.shape[2])
 
     def _trim(self) -> None:
-        if self._recent.shape[2] > RECENT_TOKENS:
-            self._recent = self._recent[:, :, -RECENT_TOKENS:].clone()
+        self._resize(RECENT_TOKENS, self._recent)
+
+    def _resize(self, slots: int, like: torch.Tensor) -> None:
+        """Make `_recent` a ring of so many slots."""
+        old = self._recent
+        if old is not None and old.shape[2] == slots:
+            return
+        self._recent = like.new_zeros(*like.shape[:2], slots, like.shape[3])
+        if old is not None:
+            self._recent_start = max(self._recent_start, self.length - slots)
+            kept = torch.arange(self._recent_start, self.length, device=like.device)
+            self._recent[:, :, kept % slots] = old[:, :, kept % old.shape[2]]
 
     def _grow(self, k: torch.Tensor) -> None:
         batch, heads, _, head_dim = k.shape
@@ -225,14 +233,23 @@ class KVCache:
             return [(slice(None), 0)]
         return [(slice(row, row + 1), first) for row, first in enumerate(self._first.tolist())]
 
-    def _append_eager(self, k: torch.Tensor, fresh: torch.Tensor | None, k_shift: torch.Tensor | None, start: int) -> None:
-        k = k.float()
+    def _append_eager(
+        self, k: torch.Tensor, v: torch.Tensor, fresh: torch.Tensor | None, k_shift: torch.Tensor | None, start: int
+    ) -> None:
+        k, ring = k.float(), self._recent.shape[2]
         if fresh is not None:
-            k = torch.where(fresh[:, None, :, None], k, 0.0)
+            k, v = (torch.where(fresh[:, None, :, None], x, 0.0) for x in (k, v))
+            begin = start + torch.where(fresh.any(1), fresh.int().argmax(1), k.shape[2]).int()
+            self._first = torch.where(self._first >= start, begin, self._first)
+        old_values = self._recent_values(slice(None), max(self._recent_start, start - GROUP_SIZE + 1), start)
+        known = torch.cat((old_values, v), 2)  # also what is left of the group that was open
+        known_start = self.length - known.shape[2]
+        last = torch.arange(max(start, self.length - ring), self.length, device=k.device)
+        self._recent[:, :, last % ring] = v[:, :, last - start]
         k = reference.rotated(k if k_shift is None else k - k_shift[:, None], self.spec)
         options = {"four_over_six": self.spec.four_over_six}
         codes, scales = pack_rows(*_bytes(nvfp4.quantize(k, **options)))
-        packed, recent_start = self._packed, self.length - self._recent.shape[2]
+        packed = self._packed
         places = packed["value_codes"].unflatten(-1, (2, 2, BLOCK_SCALES // 2, 4))  # h, lane of a group, i, bytes of a word
         scale_places = packed["value_scales"].unflatten(-1, (2, BLOCK_SCALES // 2))
         for rows, first in self._rows():
@@ -241,13 +258,13 @@ class KVCache:
                 continue
             packed["key_codes"][rows, :, old:count] = codes[rows, :, first + old - start :]
             packed["key_scales"][rows, :, old:count] = scales[rows, :, first + old - start :]
-            values = self._recent[rows]
+            values = known[rows]
             if old < GROUP_SIZE:
-                packed["sink"][rows, :, old:count] = values[:, :, first + old - recent_start :][:, :, : GROUP_SIZE - old]
+                packed["sink"][rows, :, old:count] = values[:, :, first + old - known_start :][:, :, : GROUP_SIZE - old]
             opened, closed = max(old // GROUP_SIZE, 1), count // GROUP_SIZE  # the sink group is never read
             if opened < closed:
                 complete = torch.arange(opened, closed, device=k.device)
-                begin = first - recent_start
+                begin = first - known_start
                 groups = values[:, :, begin + opened * GROUP_SIZE : begin + closed * GROUP_SIZE].unflatten(2, (-1, GROUP_SIZE))
                 groups, group_scales = _bytes(nvfp4.quantize(groups.mT, **options))  # [B, Hk, groups, D, 16] and [..., 1]
                 # A group is half of a row of 32: its two lanes' words stand apart in a row of 128.
@@ -256,6 +273,11 @@ class KVCache:
                 block, h, i = group_places(complete)
                 places[rows][:, :, block, :, h, :, i] = words.movedim(2, 0)
                 scale_places[rows][:, :, block, :, h, i] = group_scales[..., 0].movedim(2, 0)
+
+    def _recent_values(self, rows: slice, start: int, stop: int) -> torch.Tensor:
+        """V of these slots, [B, Hk, n, D], from the ring."""
+        slots = torch.arange(start, stop, device=self._recent.device)
+        return self._recent[rows, :, slots % self._recent.shape[2]]
 
     def _attend(self, q, *, scale: float, key_mask, k_shift, spec: QuantSpec, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
         if impl != "eager":
@@ -276,10 +298,9 @@ class KVCache:
         value_fq = torch.where((column < complete)[:, None, :, None], value.mT.flatten(2, 3)[:, :, :count], 0.0).to(dtype)
         value = value_fq.clone()
         value[:, :, :GROUP_SIZE] = self._packed["sink"][:, :, :count]
-        recent_start = self.length - self._recent.shape[2]
         for rows, begin in self._rows():
-            at = max(recent_start - begin, 0)
-            value[rows, :, at : self.length - begin] = self._recent[rows, :, at + begin - recent_start :].to(dtype)
+            recent = max(self._recent_start, begin)
+            value[rows, :, recent - begin : self.length - begin] = self._recent_values(rows, recent, self.length).to(dtype)
         slots = column + first[:, None]
         allowed = slots < self.length
         if key_mask is not None:

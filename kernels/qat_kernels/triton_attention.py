@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -306,6 +307,7 @@ def _tiles(device: torch.device, problem: Problem) -> tiles.Tiles:
     return tiles.choose(_arch(device), problem.head_dim, problem.causal)
 
 
+@lru_cache
 def _arch(device: torch.device) -> int:
     """80 for sm_80, and so on. On a CPU, where only the interpreter runs, tiles are those of the smallest architecture."""
     if device.type != "cuda":
