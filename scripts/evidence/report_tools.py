@@ -30,7 +30,7 @@ def picture(name: str, caption: str) -> str:
 
 
 def figure(file: Path, panels: int) -> Any:
-    """A context with a figure's axes, side by side; it is written when the context ends."""
+    """A context with a figure's axes, two in a row; it is written when the context ends."""
     import contextlib
 
     import matplotlib
@@ -40,9 +40,10 @@ def figure(file: Path, panels: int) -> Any:
 
     @contextlib.contextmanager
     def drawing():
-        picture, axes = pyplot.subplots(1, panels, figsize=(5.2 * panels, 4.4), squeeze=False)
-        yield axes[0]
-        for each in axes[0]:
+        columns, rows = min(panels, 2), -(-panels // 2)
+        picture, axes = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4.4 * rows), squeeze=False)
+        yield axes.flatten()
+        for each in axes.flatten():
             each.grid(alpha=0.3)
             if each.get_legend_handles_labels()[0]:
                 each.legend(fontsize=7)

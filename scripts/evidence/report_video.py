@@ -62,6 +62,8 @@ def trained_rows(untrained: Mapping[str, dict[str, Any]], trained: Mapping[str, 
             _, controls = most.get((DEFINITION, control), (0.0, {}))
             seeds = sorted(tests if control is None else tests.keys() & controls)
             for served in tests[seeds[0]] if seeds else ():
+                if served == "original" and attention != DEFINITION:
+                    continue  # a control, measured in original attention once more
                 measured = _matrices([tests[seed][served] for seed in seeds])
                 baseline = start if control is None else _matrices([controls[seed]["original"] for seed in seeds])
                 name = f"{method} at {rate:g}, in `{served}`, seeds: {len(seeds)}"
@@ -126,7 +128,7 @@ def _draw(results: Results, file: Path) -> None:
             names = [name.replace("`", "").replace("rotate+k_shift+four_over_six", "all").split(", seeds")[0] for name in shown]
             axis.barh(names, [x.mean for x in values], xerr=[x.error for x in values], capsize=2)
             axis.invert_yaxis()
-            axis.tick_params(axis="y", labelsize=6)
+            axis.tick_params(axis="y", labelsize=7)
             axis.set_title(f"{'untrained' if number == 0 else 'trained'}: {measure}", fontsize=9)
         axes[-1].axvline(1, color="black", linewidth=0.8)
 

@@ -53,7 +53,6 @@ UNTRAINED = (
     "nvfp4+k_shift+four_over_six",
     "single_level",
     "v_along_head_dim",
-    "qk_only",
     "p_only",
     "v_only",
     "pv_bf16+rotate+k_shift+four_over_six",
