@@ -126,7 +126,7 @@ def attention(
     for with_backward in (False,) if shape.forward_only else (False, True):
         timed = measure(ours | others, shape, device, dtype, rounds, with_backward)
         for name, seconds in timed.items():
-            low, median, high = statistics.quantiles(seconds, n=4)
+            low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
             what = "forward+backward" if with_backward else "forward"
             result = {"what": what, "name": name, "seconds": [low, median, high]}
             line = f"  {what:16} {name:14} {1e3 * median:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})"
@@ -162,7 +162,7 @@ def quantize(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list
     calls["copy"], moved["copy"] = partial(repeat, partial(target.copy_, source)), 2 * source.numel()
     results = []
     for name, seconds in interleave(calls, device, rounds).items():
-        low, median, high = (x / REPEATS for x in statistics.quantiles(seconds, n=4))
+        low, median, high = (x / REPEATS for x in statistics.quantiles(seconds, n=4, method="inclusive"))
         print(f"  {name:14} {1e3 * median:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})  {moved[name] / median / 1e9:7.0f} GB/s")
         results.append({"what": "quantize", "name": name, "seconds": [low, median, high], "bytes": moved[name]})
     return results

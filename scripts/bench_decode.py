@@ -113,7 +113,7 @@ def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
         except RuntimeError as error:
             print(f"  bf16 sdpa {name}: left out: {str(error).splitlines()[0]}")
     milliseconds = measure({name: captured(call) for name, call in candidates.items()}, rounds)
-    quartiles = {name: statistics.quantiles(times, n=4) for name, times in milliseconds.items()}
+    quartiles = {name: statistics.quantiles(times, n=4, method="inclusive") for name, times in milliseconds.items()}
     best = min(median for name, (_, median, _) in quartiles.items() if name != "fp4 cache")
     bytes_ = {name: cache.nbytes if name == "fp4 cache" else 2 * k.nbytes for name in quartiles}
     return [
@@ -217,7 +217,7 @@ def generation(model: torch.nn.Module, batch: int, length: int) -> list[dict[str
         began, first, *_, last = clock.times
         assert len(clock.times) == 1 + NEW_TOKENS, len(clock.times)
         seconds = [after - before for before, after in itertools.pairwise(clock.times[1:])]
-        rates = [batch / x for x in statistics.quantiles(seconds, n=4)][::-1]
+        rates = [batch / x for x in statistics.quantiles(seconds, n=4, method="inclusive")][::-1]
         return {
             "name": name,
             "layers": model.config.num_hidden_layers,

@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     check(problem, attentions)
     results = []
     for name, (seconds, peak) in measure(problem, attentions, device, options.rounds).items():
-        low, median, high = statistics.quantiles(seconds, n=4)
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         results.append(about | {"name": name, "seconds": [low, median, high], "peak_bytes": peak})
         print(f"  {name:6} {median:9.3f} s ({low:.3f} to {high:.3f})" + (f"  peak {peak / 2**30:.2f} GiB" if peak else ""))
     sdpa, ours = results
