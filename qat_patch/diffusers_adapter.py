@@ -21,7 +21,7 @@ from qat_kernels import QuantSpec, attention
 
 from . import context_parallel
 from .block import CONFIG_KEYS, AttentionBlock
-from .config import AttnQATConfig, head_dim_problem
+from .config import head_dim_problem
 from .layer import AttentionCall, AttentionLayer, under_autocast
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def pipeline_models(pipeline: object) -> dict[str, torch.nn.Module]:
     return {name: model for name, model in components.items() if isinstance(model, torch.nn.Module)}
 
 
-def stored_config(model: torch.nn.Module) -> AttnQATConfig | None:
-    """The config that an export of this package left in the model's config."""
+def stored_block(model: torch.nn.Module) -> AttentionBlock | None:
+    """The block that an export of this package left in the model's config."""
     block = model.config.get(CONFIG_KEYS["diffusers"])
-    return AttentionBlock.from_dict(block).config if AttentionBlock.is_ours(block) else None
+    return AttentionBlock.from_dict(block) if AttentionBlock.is_ours(block) else None
 
 
 def attention_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

@@ -25,20 +25,21 @@ def patch_model(
         config: which modules, and what is quantized. Default: what an export of this package stored in the model's
             config, else `AttnQATConfig()`, every attention module in NVFP4.
         k_shift: vectors that are subtracted from keys before these are quantized, float32 [key heads, head_dim], by the names
-            of patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them.
+            of patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them. Without
+            `config`, a model from an export with K shifts needs them, or `{}` to do without.
 
     Returns:
         The handle; the model keeps it too (see `get_handle`).
 
     Raises:
-        ValueError: the model is patched already, has no attention that can be patched, or needs something that 4-bit
-            attention cannot do. Nothing has been changed then.
+        ValueError: the model is patched already, has no attention that can be patched, needs something that 4-bit attention
+            cannot do, or the K shifts of its export are missing. Nothing has been changed then.
     """
     taken = {name: _handle(root) is not None for name, root in _roots(model).items()}
     if any(taken.values()):
         which = " and ".join(name for name, patched in taken.items() if patched) or "this model"
         raise ValueError(f"patch_model: {which} is patched already; call unpatch_model first to patch it differently")
-    plans = {prefix: make_plan(host, part, config) for prefix, host, part in _parts(model)}
+    plans = {prefix: make_plan(host, part, config, with_shifts=k_shift is not None) for prefix, host, part in _parts(model)}
     skipped = [f"{name}: {reason}" for plan in plans.values() for name, reason in plan.skipped.items()]
     if not any(layer.spec is not None for plan in plans.values() for layer in plan.layers):
         reasons = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")

@@ -40,10 +40,18 @@ class Plan:
         return ", ".join([f"QK nvfp4, PV {layer.spec.pv}", *options]) + lost
 
 
-def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None) -> Plan:
+def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *, with_shifts: bool) -> Plan:
     """Decides for every attention module of a model, and refuses with a ValueError what cannot be; changes nothing."""
     adapter = ADAPTERS[host]
-    config = config or adapter.stored_config(model) or AttnQATConfig()
+    if config is None and (block := adapter.stored_block(model)) is not None:
+        if block.k_shift is not None and not with_shifts:
+            raise ValueError(
+                f"patch_model: {type(model).__name__} comes from an export with K shifts, which stand in a file beside its "
+                "weights: expected k_shift, got none; load_checkpoint brings them along (get_handle(model).k_shift), or pass "
+                "k_shift={} to do without"
+            )
+        config = block.config
+    config = config or AttnQATConfig()
     names = adapter.attention_modules(model)
     if not names:
         raise ValueError(

@@ -25,7 +25,7 @@ from qat_kernels import KVCache, QuantSpec, attention
 
 from . import packed_samples
 from .block import CONFIG_KEYS, METHOD, AttentionBlock
-from .config import AttnQATConfig, head_dim_problem
+from .config import head_dim_problem
 from .layer import AttentionCall, AttentionLayer, under_autocast
 
 logger = logging.getLogger(__name__)
@@ -49,11 +49,11 @@ def owns(model: object) -> bool:
     return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 
 
-def stored_config(model: torch.nn.Module) -> AttnQATConfig | None:
-    """The config that an export of this package left in the model's config."""
+def stored_block(model: torch.nn.Module) -> AttentionBlock | None:
+    """The block that an export of this package left in the model's config."""
     block = getattr(model.config, CONFIG_KEYS["transformers"], None)
     block = block.to_dict() if hasattr(block, "to_dict") else block
-    return AttentionBlock.from_dict(block).config if AttentionBlock.is_ours(block) else None
+    return AttentionBlock.from_dict(block) if AttentionBlock.is_ours(block) else None
 
 
 def attention_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:

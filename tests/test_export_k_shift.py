@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ from qat_patch import (
     get_handle,
     load_checkpoint,
     patch_model,
+    unpatch_model,
     verify_checkpoint,
 )
 from runs import reseal
@@ -97,6 +99,14 @@ def test_pipeline(tmp_path):
     loaded = load_checkpoint(tmp_path / "out")
     assert_same(loaded.transformer, pipe.transformer)
     assert torch.equal(velocity(loaded.transformer), velocity(pipe.transformer))
+    plain = WanPipeline.from_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="from an export with K shifts.*load_checkpoint brings them along"):
+        patch_model(plain)
+    assert get_handle(plain) is None
+    patch_model(plain, k_shift=get_handle(loaded).k_shift)
+    assert_same(plain.transformer, pipe.transformer)
+    unpatch_model(plain)
+    assert not patch_model(plain, k_shift={}).k_shift
 
 
 @pytest.mark.parametrize(
