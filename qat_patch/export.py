@@ -89,11 +89,13 @@ def export_checkpoint(
             "export_checkpoint: merge_adapters=False needs a model with adapters and base_model, and takes no dtype; got "
             f"{len(adapters)} models with adapters, base_model={base_model!r}, dtype={dtype}"
         )
+    if merge_adapters:
+        for part in adapters:
+            _check_mergeable(part)
     with written_aside(folder) as partial:
         if is_pipeline:
             model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
-            names = {id(component): name for name, component in model.components.items()}
-            parts = {names[id(part)]: part for part in handle.models}
+            parts = {_component_of(part, model): part for part in handle.models}
             blocks = {name: _add_block(partial / name, part, training) for name, part in parts.items()}
         elif merge_adapters:
             parts = {"": handle.models[0]}
@@ -125,6 +127,30 @@ def export_checkpoint(
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def _component_of(part: torch.nn.Module, pipeline: Any) -> str:
+    """The name of the pipeline's component that is a model, or has it in a wrapper such as torch.compile's."""
+    components = {name: x for name, x in pipeline.components.items() if isinstance(x, torch.nn.Module)}
+    return next(name for name, component in components.items() if any(module is part for module in component.modules()))
+
+
+def _check_mergeable(model: torch.nn.Module) -> None:
+    """Refuse with a ValueError what adapters have besides a change of one layer's weights."""
+    for name, module in model.named_modules():
+        if hasattr(module, "modules_to_save") or hasattr(module, "token_adapter"):
+            raise ValueError(
+                f"export_checkpoint: expected adapters that change the weights of layers, got {name}, a copy of a module that "
+                "PEFT trained whole or in part (modules_to_save, trainable_token_indices); export what merge_and_unload() returns"
+            )
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    tied = {id(x) for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None}
+    if name := next((name for name, layer in _adapter_layers(model).items() if id(layer) in tied), None):
+        raise ValueError(
+            f"export_checkpoint: {name} has adapters, and the model shares its weights between input and output embeddings, of "
+            "which the adapters change one; leave both out of target_modules, or train with config.tie_word_embeddings=False"
+        )
 
 
 def _save(model: torch.nn.Module, folder: Path) -> None:

@@ -24,7 +24,7 @@ def example_inputs(model: torch.nn.Module, host: str) -> dict[str, torch.Tensor]
     """Arguments of a model's forward, made from its config: of a causal language model or a Wan transformer, else None."""
     generator = torch.Generator().manual_seed(0)
     if host == "transformers":
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # that of a layer with adapters too
         return {"input_ids": torch.randint(vocabulary, (1, _TOKENS), generator=generator)}
     if type(model).__name__.removeprefix("FSDP") != "WanTransformer3DModel":
         return None
