@@ -136,7 +136,8 @@ class PatchHandle:
             model.generate(**inputs, past_key_values=handle.cache())
 
         It generates what the same model does without a cache. A transformers `Cache`: batches with left padding, beam search and
-        assisted generation work. (From transformers 5.24 on, `generate` prefers the name `cache` for the argument.)
+        assisted generation, with at most 32 tokens guessed at a time, work. (From transformers 5.24 on, `generate` prefers the
+        name `cache` for the argument.)
 
         Raises:
             ValueError: the models are not language models, or leave V unquantized (`pv="bf16"`).

@@ -133,8 +133,8 @@ class KVCache:
         if needed and min(needed) < self._recent_start:
             raise ValueError(
                 f"KVCache.crop: {tokens} slots reach into a group of {GROUP_SIZE} whose values are only left in NVFP4: of the "
-                f"last {self.length - self._recent_start} slots the values are at hand; crop fewer, or start again from an empty "
-                "cache"
+                f"last {self.length - self._recent_start} slots the values are at hand; crop fewer (in assisted generation guess "
+                "fewer tokens, num_assistant_tokens), or start again from an empty cache"
             )
         self.length, self._recent_start = length, min(self._recent_start, length)
 
