@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from .folder import ExportFolder, read_folder, weight_files
-from .patch import get_handle, patch_model
+from .patch import get_handle, patch_model, unpatch_model
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """As safetensors spells them."""
@@ -93,6 +93,9 @@ def _adapters(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torc
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        if get_handle(model) is not None:
+            # The base is an export itself: patched as that one says, where this one counts.
+            unpatch_model(model)
         _patch(export, part, model)
         model = PeftModel.from_pretrained(model, export.folder)
     else:

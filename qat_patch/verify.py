@@ -11,6 +11,8 @@ from .folder import ExportFolder, read_folder, weight_files
 from .load import load_part
 from .reference import check_reference
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
 
 def verify_checkpoint(folder: str | Path) -> list[str]:
     """Check an export as far as that can be done without knowing what it was exported from.
@@ -35,7 +37,9 @@ def verify_checkpoint(folder: str | Path) -> list[str]:
     report.append(f"{sum(map(_check_finite, files))} weights in {len(files)} files are finite")
     for part, block in export.blocks.items():
         name = part or export.kind
-        model = load_part(export, part)
+        # Adapters alone may have been trained on a base of another type than it is stored in.
+        trained_in = export.references[part]["dtype"] if export.kind == "adapters" and part in export.references else None
+        model = load_part(export, part, _DTYPES.get(trained_in, "auto"))
         if export.kind != "adapters":
             _check_shapes(export, part, model)
         shifts = len(export.k_shift(part))

@@ -59,7 +59,7 @@ def _text(options: argparse.Namespace, device: str) -> PatchHandle:
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
     limits = {name: getattr(options, name) for name in _TEXT_ONLY if getattr(options, name) is not None}
     handle = get_handle(model)
-    cache = {"past_key_values": handle.cache()} if handle.config.spec.pv == "nvfp4" else {}
+    cache = {"past_key_values": handle.cache()} if all(x.spec.pv == "nvfp4" for x in handle.patched.values()) else {}
     tokens = model.generate(**inputs, **cache, **{"max_new_tokens": 64} | limits, do_sample=False)
     print(tokenizer.decode(tokens[0], skip_special_tokens=True))
     return handle

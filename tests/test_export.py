@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qat_patch
-from exports import logits
+from exports import add_lora, logits
 from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, get_handle, load_checkpoint, patch_model, unpatch_model
 from runs import reseal
 from tiny_qwen3 import tiny_qwen3
@@ -237,3 +237,17 @@ def test_the_block_says_in_full_what_inference_has_to_do(exported):
     assert group["numerics"]["rotation"]["entry"] == 0.125
     assert block["training"] == {"steps": 3, "optimizer": {"lr": 1e-5}}
     assert re.fullmatch(r"\d+\.\d+\.\d+", block["package_version"])
+
+
+def test_adapters_of_an_export(tmp_path):
+    """Patched as they were trained, whatever the export that they started from says."""
+    base = tiny_qwen3()
+    patch_model(base, AttnQATConfig(spec=QuantSpec(rotate=True)))
+    export_checkpoint(base, tmp_path / "base")
+    started = load_checkpoint(tmp_path / "base")
+    unpatch_model(started)
+    model = add_lora(started)
+    patch_model(model, AttnQATConfig(exclude=["*.0.*"]))
+    export_checkpoint(model, tmp_path / "adapters", merge_adapters=False, base_model=str(tmp_path / "base"))
+    again = load_checkpoint(tmp_path / "adapters")
+    assert get_handle(again).config == get_handle(model).config and torch.equal(logits(again), logits(model))

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 import generate
-from qat_patch import AttnQATConfig, PatchHandle, diffusers_adapter, export_checkpoint, patch_model
+from qat_patch import AttnQATConfig, PatchHandle, QuantSpec, diffusers_adapter, export_checkpoint, patch_model
 from tiny_qwen3 import tiny_qwen3
 from tiny_wan import TEXT_DIM, tiny_pipeline, tiny_tokenizer
 
@@ -40,6 +40,14 @@ def test_text(exports, capsys):
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first.startswith("a red square")
     assert last == "[4-bit attention in 2 of 3 attention modules; eager implementation, cpu]"
+
+
+def test_text_where_some_layers_leave_v_unquantized(tmp_path, capsys):
+    model = tiny_qwen3()
+    patch_model(model, AttnQATConfig(overrides={"*.1.*": QuantSpec(pv="bf16")}))
+    export_checkpoint(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    generate.main([str(tmp_path / "out"), "--prompt", "a red square", "--max-new-tokens=5"])
+    assert "4-bit attention in 3 of 3 attention modules" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("export", ["pipeline", "transformer"])

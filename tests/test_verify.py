@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from exports import add_lora
 from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, patch_model, unpatch_model, verify_checkpoint
 from qat_patch.__main__ import main
 from runs import reseal
@@ -136,3 +138,12 @@ def test_a_reference_that_is_missing(folder):
         verify_checkpoint(folder)
     reseal(folder, references={})
     assert any("no reference output was recorded" in line for line in verify_checkpoint(folder))
+
+
+def test_adapters_of_a_base_in_another_type_than_it_is_stored_in(tmp_path):
+    """As the recipes train them under mixed precision: frozen weights in bfloat16, adapters in float32."""
+    tiny_qwen3().save_pretrained(tmp_path / "base")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16))
+    patch_model(model)
+    export_checkpoint(model, tmp_path / "out", merge_adapters=False, base_model=str(tmp_path / "base"))
+    assert sum("bit-equal" in line for line in verify_checkpoint(tmp_path / "out")) == 2
