@@ -139,6 +139,8 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     accelerator.wait_for_everyone()
     summary = log.summary()
     weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else None  # all processes take part
+    # Without autocast, in which an export's reference output could not be computed again.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if accelerator.is_main_process:
         chosen = {name: x for name, x in flatten(to_dict(settings)).items() if x is not None and name not in _BOOKKEEPING}
         with average.in_place() if average else contextlib.nullcontext():

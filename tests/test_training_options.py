@@ -13,7 +13,7 @@ import finetune_qwen3
 import finetune_wan
 from finetune_qwen3 import NextToken
 from objective import CalledWithBatch
-from qat_patch import calibrate, get_handle, load_checkpoint, patch_model
+from qat_patch import calibrate, get_handle, load_checkpoint, patch_model, verify_checkpoint
 from runs import command_line, log, run, run_until_killed, weights
 from settings import read_settings
 from tiny_clips import write_clips
@@ -78,6 +78,12 @@ def test_calibration(inputs, tmp_path):
     assert finetune(inputs, tmp_path / "killed", resume="latest", **options) == records
     again = get_handle(load_checkpoint(tmp_path / "killed" / "export")).k_shift
     assert all(torch.equal(again[name], shift) for name, shift in shifts.items())
+
+
+def test_adapters_trained_under_mixed_precision_are_verified(inputs, tmp_path):
+    """What an export records is computed without autocast, as whoever loads it computes."""
+    finetune(inputs, tmp_path / "run", mixed_precision="bf16", **{"lora.rank": 4, "lora.alpha": 8, "lora.export": "adapters"})
+    assert sum("bit-equal" in line for line in verify_checkpoint(tmp_path / "run" / "export")) == 2
 
 
 def test_fused_and_compiled_steps_compute_the_same(inputs, tmp_path, monkeypatch):
