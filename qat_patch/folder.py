@@ -158,6 +158,8 @@ def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         _check_file_name(folder / MANIFEST, name)
     for part, record in references.items():
         check_all_keys(f"load_checkpoint: {folder / MANIFEST}: references", record, ["device", "dtype", "torch"])
+        if not all(isinstance(value, str) for value in record.values()):
+            raise ValueError(f"load_checkpoint: {folder / MANIFEST}: references: expected texts, got {record!r}")
         if str(Path(part, REFERENCE)) not in recorded:
             raise ValueError(f"load_checkpoint: {folder / MANIFEST}: references: {part!r} has no {REFERENCE}")
 

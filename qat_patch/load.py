@@ -11,7 +11,7 @@ from safetensors import safe_open
 from .folder import ExportFolder, read_folder, weight_files
 from .patch import get_handle, patch_model, unpatch_model
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """As safetensors spells them."""
 
 
@@ -158,6 +158,6 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     types: set[torch.dtype] = set()
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
-            types |= {_FLOATS.get(weights.get_slice(name).get_dtype(), torch.float32) for name in set(weights.keys())}
+            types |= {FLOATS.get(weights.get_slice(name).get_dtype(), torch.float32) for name in set(weights.keys())}
     narrow = types - {torch.float32}
     return narrow.pop() if len(narrow) == 1 else torch.float32

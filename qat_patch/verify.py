@@ -8,10 +8,8 @@ import torch
 from safetensors import safe_open
 
 from .folder import ExportFolder, read_folder, weight_files
-from .load import load_part
+from .load import FLOATS, load_part
 from .reference import check_reference
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def verify_checkpoint(folder: str | Path) -> list[str]:
@@ -39,7 +37,7 @@ def verify_checkpoint(folder: str | Path) -> list[str]:
         name = part or export.kind
         # Adapters alone may have been trained on a base of another type than it is stored in.
         trained_in = export.references[part]["dtype"] if export.kind == "adapters" and part in export.references else None
-        model = load_part(export, part, _DTYPES.get(trained_in, "auto"))
+        model = load_part(export, part, next((x for x in FLOATS.values() if str(x) == f"torch.{trained_in}"), "auto"))
         if export.kind != "adapters":
             _check_shapes(export, part, model)
         shifts = len(export.k_shift(part))
