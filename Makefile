@@ -9,30 +9,33 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := kernels qat_patch $(wildcard recipes scripts) tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-wan test bench evidence check style clean
+.PHONY: help demo demo-wan test bench evidence check types style clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Set-up, first time only: PYTHON ($(PYTHON)) makes $(VENV), TORCH ($(TORCH)) is what pip installs as torch.'
 
 demo: $(VENV)/installed $(VENV)/demo-installed  ## fine-tune a small language model for 4-bit attention, and compare
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python -m scripts.demo
 
 demo-wan: $(VENV)/installed $(VENV)/demo-wan-installed  ## the same for a small video transformer on real clips, with a picture
-	$(BIN)/python scripts/demo_wan.py
+	$(BIN)/python -m scripts.demo_wan
 
 test: $(VENV)/installed  ## run the tests, offline; those that need a GPU are skipped where there is none
 	$(BIN)/pytest -q --numprocesses=auto --durations=10
 
 bench: $(VENV)/installed  ## time attention against PyTorch's own, after checking that it is right
-	$(BIN)/python scripts/bench.py attention
+	$(BIN)/python -m scripts.bench attention
 
 evidence: $(VENV)/installed  ## write the tables and figures of docs/EVIDENCE.md from the results in docs/evidence
-	$(BIN)/python scripts/evidence/report.py
+	$(BIN)/python -m scripts.evidence.report
 
-check: $(VENV)/installed  ## lint and check the format; edits nothing
+check: types  ## lint, check the format and the types; edits nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types: $(VENV)/installed  ## check the types; part of check
+	$(BIN)/mypy
 
 style: $(VENV)/installed  ## fix what ruff can fix, format, and list what is left
 	$(BIN)/ruff check --fix --exit-zero --silent
@@ -40,7 +43,7 @@ style: $(VENV)/installed  ## fix what ruff can fix, format, and list what is lef
 	$(BIN)/ruff check
 
 clean:  ## remove what builds and tests left; keeps .venv and outputs
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and by its own name, so that no other package chooses which build of it is installed.

@@ -1,19 +1,18 @@
 """4-bit attention for Diffusers and Transformers that can be trained: `patch_model(model)`, fine-tune, export."""
 
 from qat_kernels import NVFP4, QuantSpec
+from qat_patch.checkpoint.export import export_checkpoint
+from qat_patch.checkpoint.hub import push_to_hub
+from qat_patch.checkpoint.load import load_checkpoint
+from qat_patch.checkpoint.registration import register_when_imported
+from qat_patch.checkpoint.verify import verify_checkpoint
+from qat_patch.measure.calibrate import Limits, calibrate
+from qat_patch.measure.sensitivity import SensitivityReport, sensitivity
 
-from ._on_import import register_when_imported
-from .calibrate import Limits, calibrate
 from .config import AttnQATConfig
-from .export import export_checkpoint
 from .handle import PatchHandle
-from .hub import push_to_hub
-from .load import load_checkpoint
 from .patch import get_handle, patch_model, unpatch_model
-from .sensitivity import SensitivityReport, sensitivity
-from .verify import verify_checkpoint
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "NVFP4",
@@ -22,6 +21,7 @@ __all__ = [
     "PatchHandle",
     "QuantSpec",
     "SensitivityReport",
+    "__version__",
     "calibrate",
     "export_checkpoint",
     "get_handle",

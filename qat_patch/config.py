@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -11,6 +10,8 @@ from typing import Any
 
 from qat_kernels import NVFP4, QuantSpec
 from qat_kernels.spec import GROUP_SIZE, MAX_HEAD_DIM
+
+from .config_reader import from_dict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,16 +117,7 @@ class AttnQATConfig:
         Raises:
             ValueError: an unknown key (with the nearest known one), or a wrong value.
         """
-        check_keys("AttnQATConfig", values, [field.name for field in dataclasses.fields(cls)])
-        values = dict(values)
-        if isinstance(values.get("spec"), dict):
-            values["spec"] = _read_spec("spec", values["spec"])
-        if isinstance(overrides := values.get("overrides"), dict):
-            values["overrides"] = {
-                pattern: _read_spec(f"overrides[{pattern!r}]", spec) if isinstance(spec, dict) else spec
-                for pattern, spec in overrides.items()
-            }
-        return cls(**values)
+        return from_dict(cls, values, "AttnQATConfig", checks_itself=True)
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
@@ -135,11 +127,6 @@ class AttnQATConfig:
     def from_json(cls, text: str) -> AttnQATConfig:
         """The config that `to_json` wrote."""
         return cls.from_dict(json.loads(text))
-
-
-def _read_spec(field: str, values: dict[str, Any]) -> QuantSpec:
-    check_keys(f"AttnQATConfig.{field}", values, [field.name for field in dataclasses.fields(QuantSpec)])
-    return QuantSpec(**values)
 
 
 def _block(name: str) -> str | None:
@@ -159,14 +146,3 @@ def head_dim_problem(head_dim: int | None, spec: QuantSpec) -> str | None:
     elif spec.rotate and head_dim & (head_dim - 1):
         expected = "a power of two, for QuantSpec(rotate=True)"
     return expected and f"head_dim {head_dim}; expected {expected}"
-
-
-def check_keys(what: str, values: Any, known: list[str]) -> None:
-    """Raise a ValueError if `values` is no dict or has a key that is not `known`, naming the nearest known key."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{what}: expected a mapping with the keys {', '.join(known)}, got {values!r}")
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{what}: unknown key {key!r}; expected one of {', '.join(known)}{hint}")

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from qat_kernels import QuantSpec
+
 from .config import AttnQATConfig
 from .layer import AttentionCall, AttentionLayer
-from .plan import ADAPTERS, Plan, restore
+from .plan import Plan, restore
 
 
 class PatchHandle:
@@ -20,35 +22,38 @@ class PatchHandle:
     """
 
     def __init__(self, plans: dict[str, Plan]) -> None:
-        self._plans = plans
+        self.plans = plans
         """By the prefix of their module names: what tells the models of a pipeline apart."""
 
     @property
     def config(self) -> AttnQATConfig:
         """The config that was applied; where the models of a pipeline were patched one by one, the first one's."""
-        return next(iter(self._plans.values())).config
+        return next(iter(self.plans.values())).config
 
     @property
     def host(self) -> str:
         """The library of the patched models: `transformers` or `diffusers`."""
-        return next(iter(self._plans.values())).host
+        return next(iter(self.plans.values())).host
 
     @property
     def models(self) -> list[torch.nn.Module]:
         """The models of the host library that are patched; one, or the parts of a pipeline."""
-        return [plan.model for plan in self._plans.values()]
+        return [plan.model for plan in self.plans.values()]
 
     @property
     def patched(self) -> dict[str, AttentionLayer]:
         """The modules that run 4-bit attention, by name."""
-        return {
-            prefix + layer.name: layer for prefix, plan in self._plans.items() for layer in plan.layers if layer.spec is not None
-        }
+        return {prefix + layer.name: layer for prefix, plan in self.plans.items() for layer in plan.patched}
+
+    @property
+    def specs(self) -> dict[str, QuantSpec]:
+        """What each patched module quantizes, by name."""
+        return {name: layer.spec for name, layer in self.patched.items()}
 
     @property
     def skipped(self) -> dict[str, str]:
         """The attention modules that keep their original attention, and why."""
-        return {prefix + name: reason for prefix, plan in self._plans.items() for name, reason in plan.skipped.items()}
+        return {prefix + name: reason for prefix, plan in self.plans.items() for name, reason in plan.skipped.items()}
 
     @property
     def k_shift(self) -> dict[str, torch.Tensor]:
@@ -142,32 +147,30 @@ class PatchHandle:
         Raises:
             ValueError: the models are not language models, or leave V unquantized (`pv="bf16"`).
         """
-        plan = next(iter(self._plans.values()))
-        return ADAPTERS[plan.host].new_cache(plan.model, plan.layers)
+        plan = next(iter(self.plans.values()))
+        return plan.adapter.new_cache(plan.model, plan.layers)
 
     def _enabled(self) -> dict[AttentionLayer, bool]:
-        return {layer: layer.enabled for plan in self._plans.values() for layer in plan.layers}
+        return {layer: layer.enabled for plan in self.plans.values() for layer in plan.layers}
 
     def _switch(self, enabled: dict[AttentionLayer, bool]) -> None:
-        for plan in self._plans.values():
+        for plan in self.plans.values():
             for layer in plan.layers:
                 layer.enabled = enabled[layer]
             if plan.in_force:
-                ADAPTERS[plan.host].switch(plan.model, plan.layers)
+                plan.adapter.switch(plan.model, plan.layers)
 
     def __enter__(self) -> PatchHandle:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        restore(self._plans.values())
+        restore(self.plans.values())
 
     def __str__(self) -> str:
         patched, skipped = self.patched, self.skipped
         models = ", ".join(type(model).__name__ for model in self.models)
         lines = [f"{models}: 4-bit attention in {len(patched)} of {len(patched) + len(skipped)} attention modules"]
-        for prefix, plan in self._plans.items():
-            lines += [
-                f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.layers if layer.spec is not None
-            ]
+        for prefix, plan in self.plans.items():
+            lines += [f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.patched]
         lines += [f"  skipped  {name}: {reason}" for name, reason in skipped.items()]
         return "\n".join(lines)

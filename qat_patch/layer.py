@@ -17,10 +17,12 @@ class AttentionLayer:
 
     name: str
     """The module's name in its model."""
-    spec: QuantSpec | None
-    """What is quantized; None if the module keeps its original attention."""
+    spec: QuantSpec
+    """What 4-bit attention quantizes here."""
     original: Any
     """What ran here before, as the adapter restores it: an implementation's name, or a processor object."""
+    is_patched: bool = True
+    """False if the module keeps its original attention: it is known because the model around it is patched."""
     k_shift: torch.Tensor | None = None
     """float32 [key heads, head_dim], subtracted from the keys before they are quantized (docs/NUMERICS.md, section 6)."""
     enabled: bool = True
@@ -30,7 +32,8 @@ class AttentionLayer:
 
     @property
     def quantizes(self) -> bool:
-        return self.enabled and self.spec is not None
+        """Whether a call runs 4-bit attention now."""
+        return self.enabled and self.is_patched
 
     def shift_on(self, device: torch.device) -> torch.Tensor | None:
         """`k_shift`, which is no buffer (state_dict keys stay as they are) and so does not move with the model."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from . import diffusers_adapter
 from .config import AttnQATConfig
 from .handle import PatchHandle
-from .plan import ADAPTERS, HANDLE, make_plan, restore, set_shifts
+from .hosts import ADAPTERS
+from .plan import HANDLE, make_plan, restore, set_shifts
 
 
 def patch_model(
@@ -41,18 +41,18 @@ def patch_model(
         raise ValueError(f"patch_model: {which} is patched already; call unpatch_model first to patch it differently")
     plans = {prefix: make_plan(host, part, config, with_shifts=k_shift is not None) for prefix, host, part in _parts(model)}
     skipped = [f"{name}: {reason}" for plan in plans.values() for name, reason in plan.skipped.items()]
-    if not any(layer.spec is not None for plan in plans.values() for layer in plan.layers):
+    if not any(plan.patched for plan in plans.values()):
         reasons = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         raise ValueError(f"patch_model: nothing to patch in {type(model).__name__} ({reasons})")
     set_shifts(plans, k_shift or {})
     try:
         for plan in plans.values():
             setattr(plan.model, HANDLE, PatchHandle({"": plan}))
-            ADAPTERS[plan.host].apply(plan.model, plan.layers)
+            plan.adapter.apply(plan.model, plan.layers)
     except BaseException:
         restore(plans.values())
         raise
-    return get_handle(model)
+    return require_handle(model)
 
 
 def unpatch_model(model: Any) -> None:
@@ -64,7 +64,7 @@ def unpatch_model(model: Any) -> None:
     handle = get_handle(model)
     if handle is None:
         raise ValueError("unpatch_model: this model is not patched; patch_model patches it")
-    restore(handle._plans.values())
+    restore(handle.plans.values())
 
 
 def get_handle(model: Any) -> PatchHandle | None:
@@ -75,7 +75,19 @@ def get_handle(model: Any) -> PatchHandle | None:
     handles = {name: handle for name, root in _roots(model).items() if (handle := _handle(root)) is not None}
     if not handles or "" in handles:
         return handles.get("")
-    return PatchHandle({f"{name}.": handle._plans[""] for name, handle in handles.items()})
+    return PatchHandle({f"{name}.": handle.plans[""] for name, handle in handles.items()})
+
+
+def require_handle(model: Any) -> PatchHandle:
+    """The handle of a model that is known to be patched.
+
+    Raises:
+        ValueError: it is not.
+    """
+    handle = get_handle(model)
+    if handle is None:
+        raise ValueError(f"this {type(model).__name__} is not patched; call patch_model first")
+    return handle
 
 
 def _handle(root: torch.nn.Module) -> PatchHandle | None:
@@ -84,7 +96,9 @@ def _handle(root: torch.nn.Module) -> PatchHandle | None:
 
 def _roots(model: Any) -> dict[str, torch.nn.Module]:
     """Where to look for models: the transformers of a pipeline by component name, or a module under the empty name."""
-    return {"": model} if isinstance(model, torch.nn.Module) else diffusers_adapter.pipeline_models(model)
+    if isinstance(model, torch.nn.Module):
+        return {"": model}
+    return next((models for adapter in ADAPTERS.values() if (models := adapter.pipeline_models(model))), {})
 
 
 def _parts(model: Any) -> list[tuple[str, str, torch.nn.Module]]:

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from . import diffusers_adapter, transformers_adapter
 from .config import AttnQATConfig
+from .hosts import ADAPTERS, HostAdapter
 from .layer import AttentionLayer
 
-ADAPTERS = {"transformers": transformers_adapter, "diffusers": diffusers_adapter}
 HANDLE = "_qat_handle"
 """The attribute of a patched model that holds its handle."""
 
@@ -27,15 +26,26 @@ class Plan:
     skipped: dict[str, str]
 
     @property
+    def adapter(self) -> HostAdapter:
+        """How the host library is handled."""
+        return ADAPTERS[self.host]
+
+    @property
+    def patched(self) -> list[AttentionLayer]:
+        """The layers that run 4-bit attention."""
+        return [layer for layer in self.layers if layer.is_patched]
+
+    @property
     def in_force(self) -> bool:
+        """Whether the model is patched by this plan."""
         handle = self.model.__dict__.get(HANDLE)
-        return handle is not None and self in handle._plans.values()
+        return handle is not None and self in handle.plans.values()
 
     def describe(self, layer: AttentionLayer) -> str:
         """What the receipt says about a patched module."""
         options = [name for name in ("rotate", "four_over_six") if getattr(layer.spec, name)]
         options += ["k_shift"] if layer.k_shift is not None else []
-        found = ADAPTERS[self.host].replaced(self.model, layer) if self.in_force else None
+        found = self.adapter.replaced(self.model, layer) if self.in_force else None
         lost = f" - LOST: {found} was put in its place after the patch" if found else ""
         return ", ".join([f"QK nvfp4, PV {layer.spec.pv}", *options]) + lost
 
@@ -43,14 +53,14 @@ class Plan:
 def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *, with_shifts: bool) -> Plan:
     """Decides for every attention module of a model, and refuses with a ValueError what cannot be; changes nothing."""
     adapter = ADAPTERS[host]
-    if config is None and (block := adapter.stored_block(model)) is not None:
-        if block.k_shift is not None and not with_shifts:
+    if config is None and (metadata := adapter.stored_metadata(model)) is not None:
+        if metadata.k_shift is not None and not with_shifts:
             raise ValueError(
                 f"patch_model: {type(model).__name__} comes from an export with K shifts, which stand in a file beside its "
                 "weights: expected k_shift, got none; load_checkpoint brings them along (get_handle(model).k_shift), or pass "
                 "k_shift={} to do without"
             )
-        config = block.config
+        config = metadata.config
     config = config or AttnQATConfig()
     names = adapter.attention_modules(model)
     if not names:
@@ -61,15 +71,17 @@ def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *
     config.check_patterns(names)
     skipped = {name: reason for name, module in names.items() if (reason := adapter.reason_to_skip(module)) is not None}
     skipped |= config.reasons_to_skip(name for name in names if name not in skipped)
-    layers, refused = [], {}
+    layers: list[AttentionLayer] = []
+    refused: dict[str, str] = {}
     for name, module in names.items():
-        spec = None if name in skipped else config.spec_of(name)
-        if spec is not None and (problem := adapter.problem(module, spec)) is not None:
+        spec, is_patched = config.spec_of(name), name not in skipped
+        if is_patched and (problem := adapter.problem(module, spec)) is not None:
             refused[name] = problem
-        layers.append(AttentionLayer(name=name, spec=spec, original=adapter.original(model, module)))
+        original = adapter.original(model, module)
+        layers.append(AttentionLayer(name=name, spec=spec, is_patched=is_patched, original=original))
     if refused:
         raise ValueError(_refusal(model, config, refused))
-    config.check_overrides(layer.name for layer in layers if layer.spec is not None)
+    config.check_overrides(layer.name for layer in layers if layer.is_patched)
     return Plan(
         host=host, model=model, config=config, layers=layers, skipped={name: skipped[name] for name in names if name in skipped}
     )
@@ -91,7 +103,8 @@ def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, s
 
 
 def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> None:
-    layers = {prefix + layer.name: layer for prefix, plan in plans.items() for layer in plan.layers if layer.spec is not None}
+    """Give layers their K shifts, by prefixed name; raises a ValueError for what is no shift of a patched module."""
+    layers = {prefix + layer.name: layer for prefix, plan in plans.items() for layer in plan.patched}
     for name, shift in shifts.items():
         if name not in layers:
             raise ValueError(
@@ -104,7 +117,8 @@ def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> No
 
 
 def restore(plans: Iterable[Plan]) -> None:
+    """Undo those plans that are in force."""
     for plan in plans:
         if plan.in_force:
-            ADAPTERS[plan.host].restore(plan.model, plan.layers)
+            plan.adapter.restore(plan.model, plan.layers)
             delattr(plan.model, HANDLE)

@@ -13,14 +13,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qat_patch import AttnQATConfig, get_handle, load_checkpoint, patch_model
-from qat_patch.folder import MANIFEST
-from settings import read_settings
+from qat_patch import AttnQATConfig, PatchHandle, get_handle, load_checkpoint, patch_model
+from qat_patch.checkpoint.manifest import MANIFEST
+from qat_recipes.command_line import read_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     manager = TaskManager(include_path=settings.include_path)
     if unknown := sorted(set(settings.tasks) - set(manager.match_tasks(list(settings.tasks)))):
         raise ValueError(f"settings.tasks: lm-eval has no {', '.join(unknown)}; `lm_eval ls tasks` lists what it has")
-    model = _load(settings)
+    model, handle = _load(settings)
     lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(settings.model), batch_size=settings.batch_size)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in settings.attention:
-        with get_handle(model).disabled() if name == "original" else contextlib.nullcontext():
+        with handle.disabled() if name == "original" else contextlib.nullcontext():
             found = simple_evaluate(
                 lm,
                 tasks=list(settings.tasks),
@@ -103,16 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     return results
 
 
-def _load(settings: Settings) -> torch.nn.Module:
+def _load(settings: Settings) -> tuple[torch.nn.Module, PatchHandle]:
+    """The model, patched."""
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (Path(settings.model) / MANIFEST).is_file():
         if settings.qat is not None:
             raise ValueError(f"settings.qat: {settings.model} is an export and says itself what is patched; leave it out")
-        return load_checkpoint(settings.model, dtype=dtype, device=device)
+        model = load_checkpoint(settings.model, dtype=dtype, device=device)
+        return model, cast(PatchHandle, get_handle(model))
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).eval().to(device)
-    patch_model(model, settings.qat or AttnQATConfig())
-    return model
+    return model, patch_model(model, settings.qat or AttnQATConfig())
 
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import cast
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from finetune_qwen3 import NextToken
-from objective import evaluate
-from qat_patch import get_handle, load_checkpoint
-from settings import read_settings
-from text_data import TextSource, load_source
+from qat_patch import PatchHandle, get_handle, load_checkpoint
+from qat_recipes.command_line import read_settings
+from qat_recipes.data.text import TextSource, load_source
+from qat_recipes.tasks.language_modeling import NextToken
+from qat_recipes.training.objective import evaluate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     model = load_checkpoint(settings.model, device=accelerator.device)
     blocks = load_source(settings.text, AutoTokenizer.from_pretrained(settings.model), settings.sequence_length)
     loader = accelerator.prepare(DataLoader(blocks, settings.batch_size))
-    losses = evaluate(NextToken(), model, get_handle(model), loader, accelerator)
+    handle = cast(PatchHandle, get_handle(model))  # exports are loaded patched
+    losses = evaluate(NextToken(), model, handle, loader, accelerator)
     accelerator.print(json.dumps(losses))
     return losses
 

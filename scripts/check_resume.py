@@ -1,6 +1,6 @@
 """Does a run that is killed again and again end as one that nothing interrupted? Bit for bit, or it says what differs.
 
-    python scripts/check_resume.py --recipe finetune_qwen3.py --output outputs/check_resume --kills 3 \
+    python -m scripts.check_resume --recipe finetune_qwen3.py --output outputs/check_resume --kills 3 \
         --config recipes/configs/smollm2_demo.yaml steps=200 checkpoint_every=25
 
 Starts the recipe twice, side by side, with deterministic=true. One of the two is killed with SIGKILL, at steps drawn at random
@@ -10,7 +10,6 @@ optimizer, the schedule), the logs and the exports of both must be equal. Everyt
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -26,7 +25,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parent.parent
+from scripts.arguments import new_parser
+from scripts.paths import RECIPES, ROOT
+
 _TIMED = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gib")
 _POLL = 0.002
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     Raises:
         SystemExit: something differs, or a run failed.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("scripts.check_resume", __doc__)
     parser.add_argument("--recipe", required=True, help="file in recipes/, such as finetune_qwen3.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for both runs; must not exist")
     parser.add_argument("--kills", type=int, default=3, help="how often the second run is killed (default: 3)")
@@ -143,7 +144,7 @@ def _run_with_kills(recipe: str, settings: list[str], run: Path, kills: int, gen
 
 def _start(recipe: str, settings: list[str], run: Path) -> subprocess.Popen[bytes]:
     paths = (str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, str(ROOT / "recipes" / recipe), *settings, f"output_dir={run}", "deterministic=true"]
+    command = [sys.executable, str(RECIPES / recipe), *settings, f"output_dir={run}", "deterministic=true"]
     # Beside the run, which has to find its folder empty.
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, stdout=log, stderr=log)

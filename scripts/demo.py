@@ -18,11 +18,12 @@ from pathlib import Path
 
 import yaml
 
-from demo_tools import ROOT, launch, plot, read_metrics, table
+from scripts.demo_tools import launch, plot, read_metrics, table
+from scripts.paths import BUILD, OUTPUTS, RECIPES, ROOT
 
-DATA = ROOT / "build" / "demo"
-OUTPUT = ROOT / "outputs" / "demo"
-CONFIG = ROOT / "recipes" / "configs" / "smollm2_demo.yaml"
+DATA = BUILD / "demo"
+OUTPUT = OUTPUTS / "demo"
+CONFIG = RECIPES / "configs" / "smollm2_demo.yaml"
 TRAIN_PLAYS = ("lear", "macbeth", "othello", "julius_caesar", "romeo_and_juliet", "coriolanus")
 HELD_OUT_PLAY = "hamlet"
 PROMPT = "HAMLET.\nTo be, or not to be, that is the question:"
@@ -47,7 +48,8 @@ def main() -> None:
         raise SystemExit(f"the reloaded export measures {reloaded!r}, the training measured {expected!r}")
     print(f"reloaded: held-out loss {reloaded!r} with 4-bit attention, equal to the last bit")
     lengths = [f"--max-new-tokens={NEW_TOKENS}", f"--min-new-tokens={NEW_TOKENS}"]
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "generate.py"), str(export), "--prompt", PROMPT, *lengths], check=True)
+    generate = [sys.executable, "-m", "qat_patch", "generate", str(export), "--prompt", PROMPT, *lengths]
+    subprocess.run(generate, cwd=ROOT, check=True)
 
     seconds = time.perf_counter() - began
     results = {"seconds": seconds, "qat": qat, "control": control, "reloaded_eval_loss_fp4": reloaded}

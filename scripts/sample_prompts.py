@@ -1,6 +1,6 @@
 """Videos of a list of prompts by a Wan export, several of each, with original or 4-bit attention: what VBench scores.
 
-python scripts/sample_prompts.py outputs/wan/export --prompts VBench_full_info.json --output videos/fp4 --attention fp4
+python -m scripts.sample_prompts outputs/wan/export --prompts VBench_full_info.json --output videos/fp4 --attention fp4
 
 The list is VBench's `VBench_full_info.json`, which is part of its repository and has to be downloaded, or a text file with a
 prompt a line. Files are named as VBench wants them, PROMPT-NUMBER.mp4. What is there already is not made again, so a run that
@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from generate import make_pipeline
 from qat_patch import get_handle
+from qat_patch.commands.generate import make_pipeline
+from scripts.arguments import new_parser
 
 _LONGEST = 180
 """Characters of a prompt in a file name; VBench cuts there too."""
@@ -55,9 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    names = {"steps": "num_inference_steps"}
+    renamed = {"steps": "num_inference_steps"}
     size: dict[str, Any] = {
-        names.get(name, name): getattr(options, name)
+        renamed.get(name, name): getattr(options, name)
         for name in ("height", "width", "num_frames", "steps", "guidance_scale")
         if getattr(options, name) is not None
     }
@@ -104,7 +105,7 @@ def read_prompts(file: Path, dimension: str | None) -> list[str]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser("scripts.sample_prompts", __doc__)
     parser.add_argument("folder", type=Path, help="what export_checkpoint wrote: a pipeline, or a transformer alone")
     parser.add_argument("--prompts", type=Path, required=True, help="VBench_full_info.json, or a text file with a prompt a line")
     parser.add_argument("--output", type=Path, required=True, help="folder for the videos")

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def fresh_accelerate(monkeypatch):
     """For tests that run recipes: on the CPU, and without what Accelerate keeps for the life of a process."""
-    from runs import reset_accelerate
+    from support.runs.runs import reset_accelerate
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
@@ -37,7 +37,7 @@ def fresh_accelerate(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """The arguments of every call that a patched model makes of 4-bit attention."""
-    from calls import record_calls
+    from support.kernels.calls import record_calls
 
     return record_calls(monkeypatch)
 
@@ -55,7 +55,7 @@ def default_backend_stays():
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """A tiny language model and texts, for recipes; not to be changed."""
-    from tiny_recipe import write_inputs
+    from support.models.tiny_recipe import write_inputs
 
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder)
@@ -65,7 +65,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference(inputs, tmp_path_factory):
     """The output folder of a run of recipes/finetune_qwen3.py that nothing interrupted; not to be changed."""
-    from qwen3_runs import finetune
+    from support.runs.qwen3_runs import finetune
 
     output_dir = tmp_path_factory.mktemp("reference") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +77,7 @@ def reference(inputs, tmp_path_factory):
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory):
     """Exports by kind, to be copied and damaged: single, sharded, wan and adapters; base is a model as it was before."""
-    from exports import write_exports
+    from support.models.exports import write_exports
 
     folder = tmp_path_factory.mktemp("originals")
     write_exports(folder)
@@ -87,7 +87,7 @@ def originals(tmp_path_factory):
 @pytest.fixture(scope="session")
 def wan_models(tmp_path_factory):
     """Folders of tiny Wan pipelines: t2v, i2v and other. Neither they nor `clips` nor `prepared` are to be changed."""
-    from clips_to_prepare import save_models
+    from support.models.clips_to_prepare import save_models
 
     return save_models(tmp_path_factory.mktemp("wan_models"))
 
@@ -95,15 +95,15 @@ def wan_models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory):
     """A folder of videos with captions: three that can be used and five that cannot."""
-    from clips_to_prepare import make_clips
+    from support.models.clips_to_prepare import make_clips
 
     return make_clips(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="session")
 def prepared(wan_models, clips, tmp_path_factory):
-    """The clips as scripts/prepare_wan_data.py encodes them for t2v."""
-    from clips_to_prepare import prepare
+    """The clips as qat-patch prepare-wan-data encodes them for t2v."""
+    from support.models.clips_to_prepare import prepare
 
     output = tmp_path_factory.mktemp("prepared")
     prepare(wan_models / "t2v", clips, output)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from .spec import E2M1_MAX, E4M3_MAX, ERROR_ONE, GROUP_SIZE, SCALE_MIN
 
-_UNIT_OF_ONE = 254 << 23
+_INV_POW2_BITS = 254 << 23
 """Less the exponent bits of a float32, the bits of one over the power of two below it."""
 
 
@@ -135,24 +135,24 @@ def _round_groups(groups: torch.Tensor, global_scale: float, four_over_six: bool
     if four_over_six:
         scale4 = _e4m3_scale(amax, global_scale, 4.0)
         rounded4 = _round_to_e2m1(scaled / scale4)
-        unit = (_UNIT_OF_ONE - ((amax * global_scale).view(torch.int32) & 0x7F800000)).view(torch.float32)
-        smaller = _squared_error(rounded4, scale4, scaled, unit) < _squared_error(rounded, scale, scaled, unit)
+        inv_pow2 = (_INV_POW2_BITS - ((amax * global_scale).view(torch.int32) & 0x7F800000)).view(torch.float32)
+        smaller = _squared_error(rounded4, scale4, scaled, inv_pow2) < _squared_error(rounded, scale, scaled, inv_pow2)
         rounded, scale = torch.where(smaller, rounded4, rounded), torch.where(smaller, scale4, scale)
     return rounded, scale
 
 
-def _e4m3_scale(amax: torch.Tensor, global_scale: float, top: float) -> torch.Tensor:
-    scale = ((amax * global_scale) / top).clamp(SCALE_MIN, E4M3_MAX).to(torch.float8_e4m3fn).float()
+def _e4m3_scale(amax: torch.Tensor, global_scale: float, code_max: float) -> torch.Tensor:
+    scale = ((amax * global_scale) / code_max).clamp(SCALE_MIN, E4M3_MAX).to(torch.float8_e4m3fn).float()
     return scale.masked_fill(~amax.isfinite(), torch.nan)
 
 
-def _squared_error(rounded: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+def _squared_error(rounded: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor, inv_pow2: torch.Tensor) -> torch.Tensor:
     """The sum over a group, as integers, whose order of adding cannot matter.
 
-    Errors are multiplied by `unit`, one over the power of two below amax, which leaves at most 1/2 of them, but where values
+    Errors are multiplied by `inv_pow2`, one over the power of two below amax, which leaves at most 1/2 of them, but where values
     saturate or vanish under both scales alike.
     """
-    error = ((rounded * scale - exact).abs() * unit).clamp(max=0.5)
+    error = ((rounded * scale - exact).abs() * inv_pow2).clamp(max=0.5)
     return (error.square() * ERROR_ONE).to(torch.int32).sum(-1, keepdim=True, dtype=torch.int32)
 
 

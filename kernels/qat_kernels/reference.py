@@ -24,8 +24,8 @@ _SCORES_PER_CHUNK = 1 << 24
 """Scores held at once: 64 MiB of float32."""
 _CAUSAL_ROWS = 128
 """Most rows of a causal chunk. Keys behind a chunk's last row are never touched: short chunks save up to half the work."""
-_MAX_LIFT = 126.0
-"""Largest exponent by which quantized keys are lifted above a dominant kept key. Beyond it they weigh less than 2^-126."""
+_MAX_RESCALE = 126.0
+"""Largest exponent by which quantized keys are scaled up beside a dominant kept key. Beyond it they weigh less than 2^-126."""
 
 
 def forward(
@@ -38,13 +38,13 @@ def forward(
     spec: QuantSpec,
     causal: bool,
     scale: float,
-    with_twin: bool,
+    with_out_hp: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """docs/NUMERICS.md, sections 3 and 4: O, its high-precision twin O' (empty unless `with_twin`) and LSE.
+    """docs/NUMERICS.md, sections 3 and 4: O, O' in high precision (empty unless `with_out_hp`) and LSE.
 
     O and O' have the shape, strides and dtype of `query`; LSE is [B, H, Lq] in the dtype of the arithmetic.
     """
-    return _forward(_prepare(query, key, value, key_mask, k_shift, spec, causal, scale), query, k_shift, scale, with_twin)
+    return _forward(_prepare(query, key, value, key_mask, k_shift, spec, causal, scale), query, k_shift, scale, with_out_hp)
 
 
 def forward_cached(
@@ -72,30 +72,30 @@ def forward_cached(
         value_fq=value_fq,
         key_mask=key_mask,
         positions=positions,
-        scale=scale_of_quantized(scale, query.shape[-1], spec),
+        softmax_scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
     )
-    out, _, lse = _forward(ops, query, k_shift, scale, with_twin=False)
+    out, _, lse = _forward(ops, query, k_shift, scale, with_out_hp=False)
     return out, lse
 
 
 def _forward(
-    ops: _Operands, query: torch.Tensor, k_shift: torch.Tensor | None, scale: float, with_twin: bool
+    ops: _Operands, query: torch.Tensor, k_shift: torch.Tensor | None, scale: float, with_out_hp: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out = torch.empty_like(query).zero_()
-    twin = torch.empty_like(query).zero_() if with_twin else query.new_empty(0)
+    out_hp = torch.empty_like(query).zero_() if with_out_hp else query.new_empty(0)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=ops.query.dtype, device=query.device)
     for chunk in _chunks(ops):
         values = ops.value_fq[:, :, : chunk.keys]
         kept = _kept_product(ops, chunk)
-        out[:, :, chunk.rows] = ops.by_head((chunk.quantized @ values + kept) / chunk.norm)
-        if with_twin:
-            twin[:, :, chunk.rows] = ops.by_head((_without_kept(ops, chunk) @ values + kept) / chunk.norm)
-        lse[:, :, chunk.rows] = ops.by_head((chunk.row_max + chunk.total.log2()) * LN_2).squeeze(-1)
+        out[:, :, chunk.rows] = ops.by_head((chunk.p_fq @ values + kept) / chunk.row_sum_safe)
+        if with_out_hp:
+            out_hp[:, :, chunk.rows] = ops.by_head((_without_kept(ops, chunk) @ values + kept) / chunk.row_sum_safe)
+        lse[:, :, chunk.rows] = ops.by_head((chunk.row_max + chunk.row_sum.log2()) * LN_2).squeeze(-1)
     if k_shift is not None:
-        shift = k_shift.to(lse.dtype).repeat_interleave(ops.group, dim=0)
+        shift = k_shift.to(lse.dtype).repeat_interleave(ops.qheads_per_kvhead, dim=0)
         lse += scale * torch.einsum("bhld,hd->bhl", query.to(lse.dtype), shift)
-    return out, twin, lse
+    return out, out_hp, lse
 
 
 def backward(
@@ -103,7 +103,7 @@ def backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    twin: torch.Tensor,
+    out_hp: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     *,
@@ -111,23 +111,23 @@ def backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """docs/NUMERICS.md, section 5: dQ, dK, dV in the shapes and dtypes of the inputs. `twin` is O' of the forward."""
+    """docs/NUMERICS.md, section 5: dQ, dK, dV in the shapes and dtypes of the inputs. `out_hp` is O' of the forward."""
     ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
     # Contiguous, as the op's fake implementation promises; value_fq is not.
     grad_query, grad_key, grad_value = (x.new_zeros(x.shape) for x in (ops.query, ops.key_fq, ops.value_fq))
     for chunk in _chunks(ops):
         rows, keys = chunk.rows, chunk.keys
         grad = ops.by_key_head(grad_out[:, :, rows])
-        delta = (grad * ops.by_key_head(twin[:, :, rows])).sum(-1, keepdim=True)
-        weights = chunk.weights / chunk.norm
-        grad_weights = grad @ ops.value_fq[:, :, :keys].mT
-        contributing = chunk.quantized / chunk.norm
+        delta = (grad * ops.by_key_head(out_hp[:, :, rows])).sum(-1, keepdim=True)
+        p = chunk.p / chunk.row_sum_safe
+        grad_p = grad @ ops.value_fq[:, :, :keys].mT
+        p_fq = chunk.p_fq / chunk.row_sum_safe
         for columns, kept in chunk.kept_columns(ops):
-            contributing[..., columns] += weights[..., columns] * kept
-            grad_weights[..., columns] = torch.where(kept, grad @ ops.value[:, :, columns].mT, grad_weights[..., columns])
-        grad_value[:, :, :keys] += contributing.mT @ grad
-        grad_scores = weights * (grad_weights - delta) * ops.scale
-        grad_query[:, :, :, rows] = (grad_scores @ ops.key_fq[:, :, :keys]).unflatten(2, (ops.group, -1))
+            p_fq[..., columns] += p[..., columns] * kept
+            grad_p[..., columns] = torch.where(kept, grad @ ops.value[:, :, columns].mT, grad_p[..., columns])
+        grad_value[:, :, :keys] += p_fq.mT @ grad
+        grad_scores = p * (grad_p - delta) * ops.softmax_scale
+        grad_query[:, :, :, rows] = (grad_scores @ ops.key_fq[:, :, :keys]).unflatten(2, (ops.qheads_per_kvhead, -1))
         grad_key[:, :, :keys] += grad_scores.mT @ ops.query[:, :, :, rows].flatten(2, 3)
     if spec.rotate:
         rotation = _hadamard(query.shape[-1], query.device).to(grad_query.dtype)  # symmetric
@@ -152,20 +152,21 @@ class _Operands:
     value_fq: torch.Tensor  # the same, quantized
     key_mask: torch.Tensor | None  # bool [B, Lk], True where allowed
     positions: torch.Tensor | None  # causal: each query's own place among the keys, [B or 1, Lq]
-    scale: float
+    softmax_scale: float
     spec: QuantSpec
 
     @property
-    def group(self) -> int:
+    def qheads_per_kvhead(self) -> int:
+        """G."""
         return self.query.shape[2]
 
     def by_head(self, x: torch.Tensor) -> torch.Tensor:
         """[B, K, G * r, n] -> [B, H, r, n]."""
-        return x.unflatten(2, (self.group, -1)).flatten(1, 2)
+        return x.unflatten(2, (self.qheads_per_kvhead, -1)).flatten(1, 2)
 
     def by_key_head(self, x: torch.Tensor) -> torch.Tensor:
         """[B, H, r, n] -> [B, K, G * r, n], contiguous, in the dtype of the arithmetic."""
-        return x.to(self.query.dtype).unflatten(1, (-1, self.group)).flatten(2, 3).contiguous()
+        return x.to(self.query.dtype).unflatten(1, (-1, self.qheads_per_kvhead)).flatten(2, 3).contiguous()
 
 
 @dataclass(kw_only=True)
@@ -174,38 +175,49 @@ class _Chunk:
 
     rows: slice
     keys: int
-    weights: torch.Tensor  # 2^(S - row_max), 0 where excluded; [B, K, G * r, keys]
-    quantized: torch.Tensor  # the same, quantized; 0 where kept
+    p: torch.Tensor  # 2^(S - row_max), 0 where excluded; [B, K, G * r, keys]
+    p_fq: torch.Tensor  # the same, quantized; 0 where kept
     row_max: torch.Tensor  # ceiled maximum over all allowed keys; 0 where there is none
-    total: torch.Tensor  # the sum of `weights`
+    row_sum: torch.Tensor  # the sum of `p`
     kept: torch.Tensor | None  # causal: True where a key is kept in high precision, [B or 1, r, keys]
 
     @property
-    def norm(self) -> torch.Tensor:
-        return self.total.masked_fill(self.total == 0, 1.0)
+    def row_sum_safe(self) -> torch.Tensor:
+        """A divisor: 1 for rows without a key."""
+        return self.row_sum.masked_fill(self.row_sum == 0, 1.0)
 
     def kept_columns(self, ops: _Operands) -> Iterator[tuple[slice, torch.Tensor]]:
         """The column ranges that hold kept keys, each with its mask, broadcastable to [B, K, G * r, columns]."""
         if self.kept is None:
             return
+        assert ops.positions is not None
         open_start = int(ops.positions[:, self.rows].min()) // GROUP_SIZE * GROUP_SIZE
         sink_end = min(GROUP_SIZE, self.keys)
         spans = [(0, sink_end), (open_start, self.keys)] if open_start > sink_end else [(0, self.keys)]
         for start, stop in spans:
             columns = slice(start, stop)
-            yield columns, self.kept[..., columns].repeat(1, ops.group, 1).unsqueeze(1)
+            yield columns, self.kept[..., columns].repeat(1, ops.qheads_per_kvhead, 1).unsqueeze(1)
 
 
-def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool, scale: float) -> _Operands:
+def _prepare(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    spec: QuantSpec,
+    causal: bool,
+    scale: float,
+) -> _Operands:
     dtype = accumulator(query.dtype)
-    positions = None
+    positions: torch.Tensor | None = None
     if causal:
         positions = torch.arange(query.shape[2], device=query.device)[None] + (key.shape[2] - query.shape[2])
     if key_mask is not None:
-        first, order = _alignment(key_mask)
+        leftpad, order = _alignment(key_mask)
         key_mask = key_mask.gather(1, order)  # what wraps around is excluded, being before the first allowed key
         key, value = (torch.where(key_mask[:, None, :, None], _reorder(x, order), 0.0) for x in (key, value))
-        positions = positions - first if causal else None
+        positions = None if positions is None else positions - leftpad
     # Contiguous, because a matrix product of strided operands may sum in another order: strides must not show in the bits.
     query, key, value = query.float().contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
     if k_shift is not None:
@@ -221,7 +233,7 @@ def _prepare(query, key, value, key_mask, k_shift, spec: QuantSpec, causal: bool
         value_fq=value_fq,
         key_mask=key_mask,
         positions=positions,
-        scale=scale_of_quantized(scale, query.shape[-1], spec),
+        softmax_scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
     )
 
@@ -237,11 +249,11 @@ def scale_of_quantized(scale: float, head_dim: int, spec: QuantSpec) -> float:
 
 
 def _chunks(ops: _Operands) -> Iterator[_Chunk]:
-    batch, key_heads, group, length, _ = ops.query.shape
+    batch, num_heads_k, qheads_per_kvhead, length, _ = ops.query.shape
     keys = ops.key_fq.shape[2]
     if not ops.query.numel():
         return
-    rows = max(1, _SCORES_PER_CHUNK // max(1, batch * key_heads * group * keys))
+    rows = max(1, _SCORES_PER_CHUNK // max(1, batch * num_heads_k * qheads_per_kvhead * keys))
     if ops.positions is not None:
         rows = min(rows, _CAUSAL_ROWS)
     for start in range(0, length, rows):
@@ -266,49 +278,49 @@ def _chunk(ops: _Operands, rows: slice) -> _Chunk | None:
     if keys <= 0:
         return None
     scores = ops.query[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, :keys].mT
-    scores *= ops.scale * LOG2_E
+    scores *= ops.softmax_scale * LOG2_E
     if allowed is not None:
         _fill(ops, scores, ~allowed, -torch.inf)
     row_max = scores.amax(-1, keepdim=True).ceil_()
     row_max.masked_fill_(row_max == -torch.inf, 0.0)
-    lift = None
+    rescale = None  # of the keys that are quantized
     if kept is not None:
-        free_max = _fill(ops, scores.clone(), kept, -torch.inf).amax(-1, keepdim=True).ceil_()
-        lift = torch.exp2((row_max - free_max).clamp_(max=_MAX_LIFT))
-    weights = scores.sub_(row_max).exp2_()
-    quantized = weights
+        quantized_max = _fill(ops, scores.clone(), kept, -torch.inf).amax(-1, keepdim=True).ceil_()
+        rescale = torch.exp2((row_max - quantized_max).clamp_(max=_MAX_RESCALE))
+    p = scores.sub_(row_max).exp2_()
+    p_fq = p
     if ops.spec.pv == "nvfp4":
         # Codes are those against the maximum of the keys that are quantized; kept keys only rescale, by a power of two.
-        lifted = weights if lift is None else _fill(ops, weights * lift, kept, 0.0)
-        quantized = scaled_codes(lifted, global_scale=P_GLOBAL_SCALE).to(weights.dtype)
-        quantized /= P_GLOBAL_SCALE if lift is None else P_GLOBAL_SCALE * lift
-    total = weights.sum(-1, keepdim=True)
-    return _Chunk(rows=rows, keys=keys, weights=weights, quantized=quantized, row_max=row_max, total=total, kept=kept)
+        rescaled = p if kept is None or rescale is None else _fill(ops, p * rescale, kept, 0.0)
+        p_fq = scaled_codes(rescaled, global_scale=P_GLOBAL_SCALE).to(p.dtype)
+        p_fq /= P_GLOBAL_SCALE if rescale is None else P_GLOBAL_SCALE * rescale
+    row_sum = p.sum(-1, keepdim=True)
+    return _Chunk(rows=rows, keys=keys, p=p, p_fq=p_fq, row_max=row_max, row_sum=row_sum, kept=kept)
 
 
 def _kept_product(ops: _Operands, chunk: _Chunk) -> torch.Tensor | float:
     """The kept groups' share of P~ V: unquantized probabilities times unquantized values."""
-    product = 0.0
+    product: torch.Tensor | float = 0.0
     for columns, kept in chunk.kept_columns(ops):
-        product = product + (chunk.weights[..., columns] * kept) @ ops.value[:, :, columns]
+        product = product + (chunk.p[..., columns] * kept) @ ops.value[:, :, columns]
     return product
 
 
 def _without_kept(ops: _Operands, chunk: _Chunk) -> torch.Tensor:
-    return chunk.weights if chunk.kept is None else _fill(ops, chunk.weights.clone(), chunk.kept, 0.0)
+    return chunk.p if chunk.kept is None else _fill(ops, chunk.p.clone(), chunk.kept, 0.0)
 
 
 def _fill(ops: _Operands, x: torch.Tensor, where: torch.Tensor, value: float) -> torch.Tensor:
     """Fill [B, K, G * r, keys] in place where a [B or 1, r or 1, keys] mask says so."""
-    x.unflatten(2, (ops.group, -1)).masked_fill_(where[:, None, None], value)
+    x.unflatten(2, (ops.qheads_per_kvhead, -1)).masked_fill_(where[:, None, None], value)
     return x
 
 
 def _alignment(key_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The first allowed key of each sequence [B, 1], and the order that puts it first [B, Lk] (wrapping around)."""
     length = key_mask.shape[1]
-    first = key_mask.int().argmax(1, keepdim=True) if length else key_mask.new_zeros(key_mask.shape[0], 1, dtype=torch.long)
-    return first, (torch.arange(length, device=key_mask.device) + first) % max(length, 1)
+    leftpad = key_mask.int().argmax(1, keepdim=True) if length else key_mask.new_zeros(key_mask.shape[0], 1, dtype=torch.long)
+    return leftpad, (torch.arange(length, device=key_mask.device) + leftpad) % max(length, 1)
 
 
 def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -62,5 +62,10 @@ class QuantSpec:
         return QuantSpec(**json.loads(text))
 
 
+def reads_value(spec: QuantSpec, causal: bool) -> bool:
+    """Whether kernels read V as it is, so that their backward needs it: with BF16 PV, and where groups are kept."""
+    return causal or spec.pv == "bf16"
+
+
 NVFP4 = QuantSpec()
 """The default: Q, K, V and P in NVFP4, nothing else."""

@@ -1,9 +1,9 @@
 """Experiment 3: what each part of the backward is worth, on SmolLM2-135M (the paper's figure 3).
 
-python scripts/evidence/language.py
-python scripts/evidence/ablations.py --workers 3 --seconds 100
+python -m scripts.evidence.language
+python -m scripts.evidence.ablations --workers 3 --seconds 100
 
-All arms run the eager implementation of `qat_kernels.baselines`, so that the backward is all that differs:
+All arms run the eager implementation of `scripts.evidence.attention.baselines`, so that the backward is all that differs:
 
 - definition: docs/NUMERICS.md
 - d_from_o: D from the quantized output, without the high-precision twin (the paper's fix 1 undone)
@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,17 +29,15 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
-
-from attentions import attention_in
-from fine_tuning import OBJECTIVE, Attention, fine_tune, frozen_teacher, means, measure_windows
-from language import FOLDER as LANGUAGE
-from language import Language
-from qat_kernels.baselines import BASELINES
-from qat_kernels.baselines import attention as baseline_attention
 from qat_patch import patch_model
-from results import Entry, Results, command_line, work_through
-from training_settings import TrainingSettings
+from qat_recipes.training.settings import TrainingSettings
+from scripts.evidence.attention.baseline_attention import baseline_attention
+from scripts.evidence.attention.baselines import BASELINES
+from scripts.evidence.attention.by_name import attention_in
+from scripts.evidence.fine_tuning import OBJECTIVE, Attention, fine_tune, frozen_teacher, means, measure_windows
+from scripts.evidence.language import FOLDER as LANGUAGE
+from scripts.evidence.language import Language
+from scripts.evidence.results import Entry, Results, command_line, work_through
 
 EXACT = {
     "definition": "definition",
@@ -273,8 +270,8 @@ def make_ablations(folder: Path, device: str) -> Callable[[Run | Gradients], Ent
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
-    parser = command_line("experiment 3: ablations of the backward", "ablations.json")
-    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
+    parser = command_line("ablations", "ablations.json", "experiment 3: ablations of the backward")
+    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what evidence.language prepared; default %(default)s")
     options = parser.parse_args(arguments)
     prepare = partial(make_ablations, options.language, options.device)
     results = Results(options.results)

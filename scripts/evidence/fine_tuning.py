@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import get_scheduler
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
-
-from finetune_qwen3 import NextToken
-from objective import Teacher, losses
-from optimization import make_optimizer
-from text_data import ShuffledBatches
-from training_settings import TrainingSettings
+from qat_recipes.data.text import ShuffledBatches
+from qat_recipes.tasks.language_modeling import NextToken
+from qat_recipes.training.objective import Teacher, losses
+from qat_recipes.training.optimization import make_optimizer
+from qat_recipes.training.settings import TrainingSettings
 
 Attention = Callable[[], AbstractContextManager[Any]]
 """Puts an attention into force, such as `handle.disabled`."""

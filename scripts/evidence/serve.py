@@ -1,7 +1,7 @@
 """Experiment 4: train = serve. The exported, reloaded checkpoint loses what the training forward loses.
 
-python scripts/evidence/language.py
-python scripts/evidence/serve.py
+python -m scripts.evidence.language
+python -m scripts.evidence.serve
 
 Distills SmolLM2-135M through 4-bit attention, exports it, loads it again, and measures the same held-out windows in
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,18 +24,17 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
-
-from attentions import attention_in
-from fine_tuning import OBJECTIVE, autocast, divergences, fine_tune, frozen_teacher, token_losses
-from language import FOLDER as LANGUAGE
-from language import Language
 from qat_kernels import attention
-from qat_patch import export_checkpoint, get_handle, load_checkpoint, transformers_adapter
+from qat_patch import export_checkpoint, get_handle, load_checkpoint
+from qat_patch.hosts.transformers.attention import compact_mask
 from qat_patch.layer import AttentionLayer, under_autocast
-from results import Entry, Results, command_line, work_through
-from trained import ALL, PLAIN
-from training_settings import TrainingSettings
+from qat_recipes.training.settings import TrainingSettings
+from scripts.evidence.attention.by_name import attention_in
+from scripts.evidence.fine_tuning import OBJECTIVE, autocast, divergences, fine_tune, frozen_teacher, token_losses
+from scripts.evidence.language import FOLDER as LANGUAGE
+from scripts.evidence.language import Language
+from scripts.evidence.results import Entry, Results, command_line, work_through
+from scripts.evidence.trained import ALL, PLAIN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +52,7 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unit:
-    """One training, in one attention of attentions.py and one precision."""
+    """One training, in one attention of attention/by_name.py and one precision."""
 
     attention: str
     mixed_precision: str | None
@@ -143,7 +141,7 @@ def implementation(model: torch.nn.Module, name: str) -> Iterator[None]:
     registered = f"qat_fp4_{name}"
     by_module = {model.get_submodule(module): layer for module, layer in layers.items()}
     AttentionInterface.register(registered, partial(_forward, by_module, name))
-    AttentionMaskInterface.register(registered, transformers_adapter.compact_mask)
+    AttentionMaskInterface.register(registered, compact_mask)
     patched = model.config._attn_implementation
     model.set_attn_implementation(registered)
     try:
@@ -186,8 +184,8 @@ def make_server(folder: Path, device: str) -> Callable[[Unit], Entry]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
-    parser = command_line("experiment 4: train = serve", "serve.json")
-    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
+    parser = command_line("serve", "serve.json", "experiment 4: train = serve")
+    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what evidence.language prepared; default %(default)s")
     options = parser.parse_args(arguments)
     prepare = partial(make_server, options.language, options.device)
     results = Results(options.results)

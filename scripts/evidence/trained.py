@@ -1,7 +1,7 @@
 """Experiment 2: what training through 4-bit attention wins back, on SmolLM2-135M.
 
-python scripts/evidence/language.py
-python scripts/evidence/trained.py --workers 4 --seconds 300
+python -m scripts.evidence.language
+python -m scripts.evidence.trained --workers 4 --seconds 300
 
 Runs are listed by importance; `--seconds` says when no more are started, and a second start goes on. Each trains equally long
 on the same text in the same order (by seed) by one method:
@@ -22,7 +22,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,16 +29,14 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "recipes"))
-
-from adapters import LoraSettings, add_adapters
-from attentions import attention_in
-from fine_tuning import Windows, fine_tune, frozen_teacher, means, measure_windows
-from finetune_qwen3 import LanguageModeling
-from language import FOLDER as LANGUAGE
-from language import Language
-from results import Entry, Results, command_line, work_through
-from training_settings import TrainingSettings
+from qat_recipes.tasks.language_modeling import LanguageModeling
+from qat_recipes.training.adapters import LoraSettings, add_adapters
+from qat_recipes.training.settings import TrainingSettings
+from scripts.evidence.attention.by_name import attention_in
+from scripts.evidence.fine_tuning import Windows, fine_tune, frozen_teacher, means, measure_windows
+from scripts.evidence.language import FOLDER as LANGUAGE
+from scripts.evidence.language import Language
+from scripts.evidence.results import Entry, Results, command_line, work_through
 
 METHODS = {
     "control": {"attention": "original"},
@@ -50,7 +47,7 @@ METHODS = {
 }
 PLAIN, ALL = "nvfp4", "nvfp4+rotate+k_shift+four_over_six"
 OPTIONS = (PLAIN, "nvfp4+rotate", "nvfp4+k_shift", "nvfp4+four_over_six", ALL)
-"""The attentions of attentions.py that are trained through."""
+"""The attentions of attention/by_name.py that are trained through."""
 RATES = {"full": (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3), "lora": (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 FIRST_RATES = {"full": (3e-5, 1e-4), "lora": (3e-4, 1e-3)}
 LORA = LoraSettings(rank=16, alpha=32)
@@ -258,8 +255,8 @@ def make_trainer(folder: Path, device: str) -> Callable[[Run | str], Entry]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
-    parser = command_line("experiment 2: training through 4-bit attention", "trained.json")
-    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
+    parser = command_line("trained", "trained.json", "experiment 2: training through 4-bit attention")
+    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what evidence.language prepared; default %(default)s")
     options = parser.parse_args(arguments)
     prepare = partial(make_trainer, options.language, options.device)
     results = Results(options.results)

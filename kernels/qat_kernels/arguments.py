@@ -1,0 +1,129 @@
+"""What a call of attention may look like: every shape, dtype and device is checked before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, NoReturn, get_args
+
+import torch
+
+from .spec import GROUP_SIZE, MAX_HEAD_DIM, QuantSpec
+from .varlen import Packing
+
+Impl = Literal["auto", "eager", "triton", "fp4"]
+"""The implementations of attention; `auto` chooses one."""
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class PackingArguments(NamedTuple):
+    """The arguments that say how sequences are packed, as the caller gave them."""
+
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+    def checked(self, total_q: int, total_k: int, device: torch.device) -> Packing:
+        """All four, after everything that can be checked without reading `cu_seqlens`, which on a GPU would wait for it.
+
+        Raises:
+            ValueError: an argument is missing or has the wrong type, shape, dtype or device, or there are more tokens than
+                documents of this length hold.
+        """
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = self
+        if cu_seqlens_q is None or cu_seqlens_k is None or max_seqlen_q is None or max_seqlen_k is None:
+            missing = [name for name, value in zip(self._fields, self, strict=True) if value is None]
+            raise ValueError(
+                f"attention: packed sequences: expected {', '.join(self._fields)}, all four; missing: {', '.join(missing)}"
+            )
+        for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if not isinstance(x, torch.Tensor) or x.ndim != 1 or len(x) < 1 or (x.dtype, x.device) != (torch.int32, device):
+                got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
+                raise ValueError(f"attention: {name}: expected torch.int32 [documents + 1] on {device}, got {got}")
+        if len(cu_seqlens_q) != len(cu_seqlens_k):
+            raise ValueError(
+                "attention: cu_seqlens_q and cu_seqlens_k: expected the same number of documents, got "
+                f"{len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
+            )
+        documents = len(cu_seqlens_q) - 1
+        for name, length, total in (("max_seqlen_q", max_seqlen_q, total_q), ("max_seqlen_k", max_seqlen_k, total_k)):
+            if not isinstance(length, int | torch.SymInt) or isinstance(length, bool) or length < 0:
+                raise ValueError(f"attention: {name}: expected an int, the length of the longest document, got {length!r}")
+            if documents * length < total:
+                raise ValueError(
+                    f"attention: {name}: expected the length of the longest document; {documents} documents of at most {length} "
+                    f"cannot hold {total} tokens"
+                )
+        return Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+
+def validate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: QuantSpec,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    packed: PackingArguments | None,
+    impl: str,
+) -> Packing | None:
+    """Raise a ValueError unless these are arguments of `qat_kernels.attention`; return how sequences are packed, if they are."""
+    if not isinstance(spec, QuantSpec):
+        _refuse("spec", "a QuantSpec", repr(spec))
+    if impl not in get_args(Impl):
+        _refuse("impl", f"one of {', '.join(get_args(Impl))}", repr(impl))
+    layout = "batch, heads, length, head_dim" if packed is None else "total, heads, head_dim"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor) or x.ndim != layout.count(",") + 1:
+            _refuse(
+                name,
+                f"a tensor [{layout}]" + (" with cu_seqlens" if packed is not None else ""),
+                f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x),
+            )
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        _refuse(
+            "dtypes of q, k, v",
+            "one of float32, float16, bfloat16 (float64 for tests) for all three; cast them first",
+            f"{q.dtype}, {k.dtype}, {v.dtype}",
+        )
+    if impl in ("triton", "fp4") and q.dtype == torch.float64:
+        _refuse(f"dtype with impl={impl!r}", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
+    if not q.device == k.device == v.device:
+        _refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
+    num_heads, num_heads_k, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    if k.shape != v.shape:
+        expected = "[B, Hk, Lk, D]" if packed is None else "[total_k, Hk, D]"
+        _refuse("shapes of k and v", f"equal shapes {expected}", f"{tuple(k.shape)} and {tuple(v.shape)}")
+    packing = None
+    if packed is not None:
+        if k.shape[-1] != head_dim:
+            _refuse("shape of k", f"[total_k, Hk, {head_dim}], head_dim as in q", tuple(k.shape))
+        packing = packed.checked(len(q), len(k), q.device)
+        if key_mask is not None:
+            _refuse("key_mask with packed sequences", "None; pack the allowed tokens alone", "a mask")
+    elif (k.shape[0], k.shape[-1]) != (q.shape[0], head_dim):
+        _refuse("shape of k", f"[{q.shape[0]}, Hk, Lk, {head_dim}], batch and head_dim as in q", tuple(k.shape))
+    if num_heads_k == 0 or num_heads % num_heads_k:
+        _refuse("heads", "the query heads to be a multiple of the key heads", f"{num_heads} and {num_heads_k}")
+    if head_dim % GROUP_SIZE or not GROUP_SIZE <= head_dim <= MAX_HEAD_DIM:
+        expected = f"a multiple of {GROUP_SIZE} from {GROUP_SIZE} to {MAX_HEAD_DIM}; pad q, k and v and pass scale"
+        _refuse("head_dim", expected, head_dim)
+    if spec.rotate and head_dim & (head_dim - 1):
+        _refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
+    _check("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[-2]), q.device, ", True where a key may be seen")
+    _check("k_shift", k_shift, torch.float32, (num_heads_k, head_dim), q.device)
+    return packing
+
+
+def _check(
+    name: str, x: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, int], device: torch.device, meaning: str = ""
+) -> None:
+    """That an argument which may be left out is what was asked for."""
+    if x is None:
+        return
+    got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
+    if not isinstance(x, torch.Tensor) or (x.dtype, tuple(x.shape), x.device) != (dtype, shape, device):
+        _refuse(name, f"{dtype} {list(shape)} on {device}{meaning}", got)
+
+
+def _refuse(what: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"attention: {what}: expected {expected}, got {got}")

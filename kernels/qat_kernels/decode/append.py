@@ -1,0 +1,140 @@
+"""New tokens of the packed cache of cache.py in Triton: K is quantized and stored, V where a group of 16 is complete."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from qat_kernels.triton.nvfp4 import GROUP, e2m1_codes, e4m3_bits, hadamard, round_groups
+
+from .byte_layout import BLOCK_SCALES
+
+_GROUPS_OF_BLOCK = tl.constexpr(BLOCK_SCALES)
+_SCANNED = tl.constexpr(1024)
+"""Slots of the mask that are looked at in one step."""
+
+
+@triton.jit
+def _store_group(
+    v, group, codes_ptr, scales_ptr, first_row, HEAD_DIM: tl.constexpr, FOUR_OVER_SIX: tl.constexpr
+):  # fmt: skip
+    """Quantize v float32 [16, D], the values of a whole group, into its place in the block that begins `first_row` rows on."""
+    columns = tl.arange(0, v.shape[1])
+    magnitude, scale, finite = round_groups(v[None, :, :], 1, FOUR_OVER_SIX)
+    # From (lane of the group, half, pair, element, column) to (column, lane, element, half).
+    codes = tl.reshape(e2m1_codes(v[None, :, :], magnitude, finite), (2, 2, 2, 2, v.shape[1]))
+    low, high = tl.split(tl.permute(codes, (4, 0, 3, 1, 2)))
+    packed = tl.reshape((low | (high << 4)).to(tl.uint8), (v.shape[1], 8))
+    block, half, word = group // _GROUPS_OF_BLOCK, group % 2, group % _GROUPS_OF_BLOCK // 2
+    rows = first_row + block * HEAD_DIM + columns
+    byte = tl.arange(0, 8)
+    place = (2 * half + byte // 4) * (2 * _GROUPS_OF_BLOCK) + 4 * word + byte % 4
+    where = (columns < HEAD_DIM)[:, None] & (byte >= 0)[None, :]
+    tl.store(codes_ptr + rows[:, None] * (8 * _GROUPS_OF_BLOCK) + place[None, :], packed, mask=where)
+    bits = tl.reshape(e4m3_bits(scale, finite), (v.shape[1],))
+    place = half * (_GROUPS_OF_BLOCK // 2) + word
+    tl.store(scales_ptr + rows * _GROUPS_OF_BLOCK + place, bits, mask=columns < HEAD_DIM)
+
+
+@triton.jit
+def _find_leftpad(key_mask_ptr, leftpad, start, length):
+    """`leftpad` below `start`, where it is known; else the first allowed slot from there on, or `length`."""
+    if leftpad >= start:
+        leftpad = length
+        block = start
+        while (leftpad == length) & (block < length):
+            slot = block + tl.arange(0, _SCANNED)
+            allowed = tl.load(key_mask_ptr + slot, mask=slot < length, other=0) != 0
+            leftpad = tl.min(tl.where(allowed, slot, length), 0)
+            block += _SCANNED
+    return leftpad
+
+
+@triton.jit(
+    do_not_specialize=[
+        "k_stride_b", "k_stride_h", "k_stride_l", "v_stride_b", "v_stride_h", "v_stride_l",
+        "num_heads_k", "seqlen_new", "length", "num_blocks", "ring_size",
+    ],
+    do_not_specialize_on_alignment=["k_ptr", "v_ptr", "k_shift_ptr", "key_mask_ptr"],
+)  # fmt: skip
+def append_kernel(
+    k_ptr, v_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr,
+    key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr,
+    k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_l: tl.int64,
+    v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_l: tl.int64,
+    num_heads_k, seqlen_new, length, num_blocks, ring_size,
+    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
+    HAS_LEFTPAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_K_SHIFT: tl.constexpr, ROTATE: tl.constexpr,
+    FOUR_OVER_SIX: tl.constexpr,
+):  # fmt: skip
+    """One group of 16 tokens of one key head, counted from the group that the first new token falls into.
+
+    k, v [B, Hk, n, D] of any strides but the last, which is 1; k_shift float32 [Hk, D]; key_mask uint8 [B, length] over slots;
+    leftpad int32 [B] (not HAS_LEFTPAD: 0), brought up to date if HAS_KEY_MASK; the cache as in `KVCache`, with room for
+    `num_blocks` blocks of values.
+
+    recent [B, Hk, ring_size, D]: where groups are old and new, V of the slots before, and no new slot takes the place of one of
+    them.
+    """
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
+    start = length - seqlen_new
+    leftpad = 0
+    if HAS_LEFTPAD:
+        leftpad = tl.load(leftpad_ptr + batch)
+    if HAS_KEY_MASK:
+        key_mask_ptr += batch * length
+        # Other programs may have stored it already: then it is not below `start` either, and the same is found again.
+        leftpad = _find_leftpad(key_mask_ptr, leftpad, start, length)
+        tl.store(leftpad_ptr + batch, leftpad)
+    seqlen_k = length - leftpad
+    group = tl.maximum(start - leftpad, 0) // GROUP + tl.program_id(1)
+    lane = tl.arange(0, GROUP)
+    token = group * GROUP + lane
+    slot = leftpad + token
+    is_new = (slot >= start) & (slot < length)
+    present = is_new
+    if HAS_KEY_MASK:
+        present = is_new & (tl.load(key_mask_ptr + slot, mask=is_new, other=0) != 0)
+    columns = tl.arange(0, 32 * BLOCK_WORDS)
+    valid = columns < HEAD_DIM
+    read = present[:, None] & valid[None, :]
+    new_row = (slot - start).to(tl.int64)[:, None]
+
+    k_ptr += batch * k_stride_b + head_k * k_stride_h
+    k = tl.load(k_ptr + new_row * k_stride_l + columns[None, :], mask=read, other=0.0).to(tl.float32)
+    if HAS_K_SHIFT:
+        k = k - tl.load(k_shift_ptr + head_k * HEAD_DIM + columns, mask=valid, other=0.0)[None, :]
+    if ROTATE:
+        # A head dim of 16 is half of the tile: the other half of the product is not wanted.
+        k = tl.where(valid[None, :], hadamard(k, GROUP, 32 * BLOCK_WORDS), 0.0)
+    groups = tl.reshape(k, (GROUP, 2 * BLOCK_WORDS, GROUP))
+    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
+    # From (i, t, half, pair, element) to (t, i, element, half), two pairs a byte.
+    codes = tl.reshape(e2m1_codes(groups, magnitude, finite), (GROUP, BLOCK_WORDS, 4, 2, 2, 2))
+    low, high = tl.split(tl.permute(codes, (0, 2, 1, 5, 3, 4)))
+    packed = tl.reshape((low | (high << 4)).to(tl.uint8), (GROUP, 16 * BLOCK_WORDS))
+    byte = tl.arange(0, 16 * BLOCK_WORDS)
+    place = byte // (4 * BLOCK_WORDS) * (4 * WORDS) + byte % (4 * BLOCK_WORDS)
+    rows = batch_head * (num_blocks * (GROUP * _GROUPS_OF_BLOCK)) + token
+    where = is_new[:, None] & ((byte % (4 * BLOCK_WORDS)) < 4 * WORDS)[None, :]
+    tl.store(key_codes_ptr + rows[:, None] * (16 * WORDS) + place[None, :], packed, mask=where)
+    scales = tl.permute(tl.reshape(e4m3_bits(scale, finite), (GROUP, BLOCK_WORDS, 2)), (0, 2, 1))
+    index = tl.arange(0, 2 * BLOCK_WORDS)
+    place = index // BLOCK_WORDS * WORDS + index % BLOCK_WORDS
+    where = is_new[:, None] & ((index % BLOCK_WORDS) < WORDS)[None, :]
+    scales = tl.reshape(scales, (GROUP, 2 * BLOCK_WORDS))
+    tl.store(key_scales_ptr + rows[:, None] * (2 * WORDS) + place[None, :], scales, mask=where)
+
+    v_ptr += batch * v_stride_b + head_k * v_stride_h
+    v = tl.load(v_ptr + new_row * v_stride_l + columns[None, :], mask=read, other=0.0)
+    recent_ptrs = recent_ptr + (batch_head * ring_size + slot % ring_size)[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(recent_ptrs, v, mask=(is_new & (slot >= length - ring_size))[:, None] & valid[None, :])
+    if group == 0:
+        sink_ptr += batch_head * GROUP * HEAD_DIM
+        tl.store(sink_ptr + lane[:, None] * HEAD_DIM + columns[None, :], v, mask=is_new[:, None] & valid[None, :])
+    elif (group + 1) * GROUP <= seqlen_k:
+        before = slot < start
+        v = tl.where(before[:, None], tl.load(recent_ptrs, mask=before[:, None] & valid[None, :], other=0.0), v)
+        first_row = batch_head * num_blocks * HEAD_DIM
+        _store_group(v.to(tl.float32), group, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)

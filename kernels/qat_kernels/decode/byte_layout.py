@@ -1,0 +1,67 @@
+"""How KVCache stores codes and scales: rows, permuted so that a GPU's tensor cores take them without moving data.
+
+A row holds the codes along the axis that a matrix product contracts: the head dim for a key, 128 tokens for one column of the
+values. It is padded to a multiple of 32 elements with code 0. Element 32 i + 8 t + e (t < 4, e < 8) is what lane t of a quad
+feeds to the i-th pair of matrix instructions, so the row is stored lane by lane: byte 4 (I t + i) begins the 32-bit word of the
+eight elements e, where I is the number of 32s. In a word, the codes of elements 2 p and 2 p + 1 are 16 bits apart, at bits 4 p
+and 16 + 4 p: one instruction decodes two codes, side by side as float16. The scale of group 2 i + h stands at byte I h + i of the
+row's scales, so that a lane reads those of its words in one piece.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from qat_kernels.spec import GROUP_SIZE, QuantSpec
+
+ROW_MULTIPLE = 32
+BLOCK_TOKENS = 128
+"""Tokens of a block of values: one row for each column of the head dim."""
+BLOCK_BYTES, BLOCK_SCALES = BLOCK_TOKENS // 2, BLOCK_TOKENS // GROUP_SIZE
+
+
+class CacheTensors(NamedTuple):
+    """What a `KVCache` holds, as the kernels take it."""
+
+    packed: dict[str, torch.Tensor]
+    """Codes and scales of K [B, Hk, capacity, bytes] and V [B, Hk, blocks, D, bytes]; V of the sink group [B, Hk, 16, D]. In
+    this order, in which the kernels take them."""
+    recent: torch.Tensor
+    """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n."""
+    leftpad: torch.Tensor | None
+    """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
+    length: int
+    """Slots filled so far."""
+    spec: QuantSpec
+
+
+def row_words(size: int) -> int:
+    """I: how many times 32 elements a row of `size` has."""
+    return -(-size // ROW_MULTIPLE)
+
+
+def pack_rows(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 [..., n] and scales uint8 [..., n / 16] -> bytes [..., 16 I] and scales [..., 2 I]."""
+    words = row_words(codes.shape[-1])
+    codes = F.pad(codes, (0, words * ROW_MULTIPLE - codes.shape[-1]))
+    scales = F.pad(scales, (0, 2 * words - scales.shape[-1]), value=1)  # the byte of 2^-9, the scale of a group of zeros
+    axes = codes.unflatten(-1, (words, 4, 4, 2))  # i, t, pair, element of the pair
+    axes = axes.movedim(-4, -3).movedim(-1, -2)  # t, i, element, pair
+    return (axes[..., 0::2] | axes[..., 1::2] << 4).flatten(-4), scales.unflatten(-1, (words, 2)).mT.flatten(-2)
+
+
+def unpack_rows(packed: torch.Tensor, scales: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_rows`: the first `size` codes, and their scales."""
+    words = packed.shape[-1] // 16
+    axes = packed.unflatten(-1, (4, words, 2, 2))  # t, i, element, byte of two pairs
+    axes = torch.stack((axes & 15, axes >> 4), -1).flatten(-2)  # t, i, element, pair
+    codes = axes.movedim(-1, -2).movedim(-4, -3).flatten(-4)
+    return codes[..., :size], scales.unflatten(-1, (2, words)).mT.flatten(-2)[..., : size // GROUP_SIZE]
+
+
+def group_places(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where groups of 16 tokens lie among the blocks of values: block, h and i."""
+    return groups // BLOCK_SCALES, groups % 2, groups % BLOCK_SCALES // 2

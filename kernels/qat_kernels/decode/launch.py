@@ -1,0 +1,182 @@
+"""`KVCache` with Triton: launches the kernels of append.py and attend.py. Takes and changes what the eager cache does."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from qat_kernels.reference import LOG2_E, scale_of_quantized
+from qat_kernels.spec import GROUP_SIZE, QuantSpec
+from qat_kernels.triton.device import arch_of, check_device, on_device
+
+from .append import append_kernel
+from .attend import combine_kernel, split_kernel
+from .byte_layout import BLOCK_TOKENS, CacheTensors, row_words
+from .precompiled import PrecompiledKernel
+
+_PROGRAMS_PER_PROCESSOR = 4
+"""Programs that split the keys between them fill the GPU once: 128 threads with up to 128 registers each fit four times."""
+
+
+class Tile(NamedTuple):
+    """The rows of a program (query heads of a key head, times new tokens), and how it is compiled."""
+
+    block_m: int
+    """Rows."""
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None
+    """The most registers that a thread may use."""
+
+
+# Chosen by their machine code (tests/kernels/decode/test_triton_decode_aot.py): they do not spill with Triton 3.6 and 3.9.
+# Not tuned on a GPU.
+_ONE_TOKEN = Tile(16, 4, 3, 128)
+_ONE_TOKEN_WIDE = Tile(16, 4, 2, None)
+"""For head dims above 128 or with padded rows, and before sm_89, where scales take more instructions: 128 registers spill."""
+_MORE = Tile(32, 8, 2, None)
+"""More rows read the cache again for each 32 of them."""
+
+
+def choose(arch: int, rows: int, head_dim: int) -> Tile:
+    """The tile for so many rows; fewer than 16 are padded."""
+    if rows > _ONE_TOKEN.block_m:
+        return _MORE
+    return _ONE_TOKEN if arch >= 89 and head_dim in (32, 64, 128) else _ONE_TOKEN_WIDE
+
+
+class Given(NamedTuple):
+    """Which of the tensors that may be missing are there."""
+
+    leftpad: bool
+    key_mask: bool
+    k_shift: bool
+
+    @property
+    def types(self) -> tuple[torch.dtype | None, ...]:
+        """Of k_shift, key_mask and leftpad."""
+        return (
+            torch.float32 if self.k_shift else None,
+            torch.uint8 if self.key_mask else None,
+            torch.int32 if self.leftpad else None,
+        )
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What kernels are compiled for."""
+        return {"HAS_LEFTPAD": self.leftpad, "HAS_KEY_MASK": self.key_mask, "HAS_K_SHIFT": self.k_shift}
+
+
+@functools.cache
+def _append_kernel_for(
+    device: torch.device, dtype: torch.dtype, head_dim: int, spec: QuantSpec, given: Given
+) -> PrecompiledKernel:
+    words = row_words(head_dim)
+    return PrecompiledKernel(
+        append_kernel,
+        [dtype, dtype, *given.types, *_packed_types(dtype), *[0] * 11],
+        {
+            "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), **given.constants,
+            "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six,
+        },
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+@functools.cache
+def _attend_kernels_for(
+    device: torch.device, dtype: torch.dtype, head_dim: int, spec: QuantSpec, given: Given,
+    tile: Tile, negate: bool, one_token: bool,
+) -> tuple[PrecompiledKernel, PrecompiledKernel]:  # fmt: skip
+    words = row_words(head_dim)
+    split = PrecompiledKernel(
+        split_kernel,
+        [dtype, *given.types, *_packed_types(dtype), *[torch.float32] * 2, *[0] * 10, 0.0, 0.0],
+        {
+            "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), "BLOCK_M": tile.block_m,
+            "NEGATE": negate, **given.constants, "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six,
+            "ONE_TOKEN": one_token, "BEFORE_SM_89": arch_of(device) < 89,
+        },
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg, enable_fp_fusion=True,
+    )  # fmt: skip
+    combine = PrecompiledKernel(
+        combine_kernel,
+        [torch.float32, dtype, torch.float32, *[0] * 7],
+        {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_P": 16, "HAS_K_SHIFT": given.k_shift},
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return split, combine
+
+
+def _packed_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Of `CacheTensors.packed` and `recent`."""
+    return (*[torch.uint8] * 4, dtype, dtype)
+
+
+def append(
+    cache: CacheTensors, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, k_shift: torch.Tensor | None
+) -> None:
+    """Quantize and store K and V of the last slots, for which there is room already."""
+    check_device(k.device)
+    batch, num_heads_k, seqlen_new, head_dim = k.shape
+    k, v = _rows(k), _rows(v)
+    packed, recent, leftpad = cache.packed, cache.recent, cache.leftpad
+    given = Given(leftpad is not None, key_mask is not None, k_shift is not None)
+    with on_device(k.device):
+        _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given)(
+            (batch * num_heads_k, (seqlen_new + GROUP_SIZE - 2) // GROUP_SIZE + 1, 1),
+            k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), leftpad, *packed.values(), recent,
+            *k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, packed["value_codes"].shape[2],
+            recent.shape[2],
+        )  # fmt: skip
+
+
+def attend(
+    cache: CacheTensors, q: torch.Tensor, key_mask: torch.Tensor | None, k_shift: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O in the strides of q, and LSE float32 [B, H, n], of the last n tokens in the cache."""
+    q = _rows(q)
+    device, (batch, num_heads, seqlen_new, head_dim) = q.device, q.shape
+    packed, recent, leftpad, spec = cache.packed, cache.recent, cache.leftpad, cache.spec
+    num_heads_k, num_blocks = packed["value_codes"].shape[1:3]
+    qheads_per_kvhead = num_heads // num_heads_k
+    rows = qheads_per_kvhead * seqlen_new
+    tile = choose(arch_of(device), rows, head_dim)
+    row_blocks = -(-rows // tile.block_m)
+    tiles = -(-cache.length // BLOCK_TOKENS)
+    num_splits = max(1, min(tiles, _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * num_heads_k * row_blocks)))
+    out, lse = torch.empty_like(q), q.new_empty((batch, num_heads, seqlen_new), dtype=torch.float32)
+    partials = q.new_empty(batch * num_heads * seqlen_new * (num_splits + 1) * (head_dim + 2), dtype=torch.float32)
+    softmax_scale_log2 = scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E
+    given = Given(leftpad is not None, key_mask is not None, k_shift is not None)
+    with on_device(device):
+        split, combine = _attend_kernels_for(device, q.dtype, head_dim, spec, given, tile, scale < 0, seqlen_new == 1)
+        split(
+            (batch * num_heads_k, num_splits + 1, row_blocks),
+            q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), leftpad, *packed.values(), recent,
+            partials, lse, *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, num_blocks,
+            recent.shape[2], num_splits, softmax_scale_log2, scale,
+        )  # fmt: skip
+        combine(
+            (batch * num_heads * seqlen_new, 1, 1),
+            partials, out, lse, *out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_splits + 1,
+        )  # fmt: skip
+    return out, lse
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """With a head dim of neighbouring elements."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _uint8(mask: torch.Tensor | None) -> torch.Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors; under the interpreter a few, so that small problems are split too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

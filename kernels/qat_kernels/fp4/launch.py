@@ -1,0 +1,131 @@
+"""Attention without gradients on FP4 matrix units: prepares packed operands, chooses tiles and launches kernel.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qat_kernels.spec import PVFormat, QuantSpec
+from qat_kernels.triton.device import arch_of, check_device, on_device
+from qat_kernels.triton.operands import (
+    Codes,
+    allowed_keys,
+    head_strides,
+    key_mask_pointers,
+    key_mask_stride,
+    quantize_rows,
+    quantize_tokens,
+    strides_of,
+)
+from qat_kernels.triton.problem import Problem
+from qat_kernels.varlen import Packing, lse_shape
+
+from .kernel import TRITON, inference_kernel
+
+_MIN_BLOCK_D = 64
+"""FP4 units contract 64 elements at a time."""
+
+
+class Tile(NamedTuple):
+    block_m: int
+    """Queries."""
+    block_n: int
+    """Keys: a divisor of 128."""
+    num_warps: int
+    num_stages: int
+    order: int
+    """How rows of K are permuted (triton/layout.py), so that P~ is quantized and multiplied by the thread that holds it."""
+
+
+# COMPILED ONLY, not run on such GPUs (tests/kernels/fp4/test_triton_inference_aot.py): FP4 units multiply, nothing spills.
+# On sm_100 tiles of 64 queries fall back to BF16, and a thread reads whole groups from tensor memory; on sm_120 an operand of the
+# FP4 units has half a group in a thread. By architecture and `QuantSpec.pv`, for head dims up to 128.
+_TILES: dict[tuple[int, PVFormat], Tile] = {
+    (100, "nvfp4"): Tile(128, 128, 8, 2, 0),
+    (100, "bf16"): Tile(128, 64, 8, 2, 0),
+    (120, "nvfp4"): Tile(128, 128, 8, 2, 32),
+    (120, "bf16"): Tile(128, 32, 8, 2, 32),
+}
+_EMULATED = Tile(64, 64, 8, 2, 64)
+_TRITON_FOR_SM_100 = (3, 9)
+"""Triton 3.6 cannot compile two products with scales for sm_100; the versions between were not tried."""
+NATIVE_HEAD_DIM = 128
+"""FP4 units serve head dims up to this one; with 256 the accumulator alone fills the registers of sm_120."""
+
+
+def why_not_native(arch: int, head_dim: int) -> str | None:
+    """Why the products do not run on FP4 units, for an architecture (100 for sm_100) and a head dim; None if they do."""
+    if arch < 100:
+        return f"sm_{arch} has no FP4 units (sm_100 and sm_120 have)"
+    if head_dim > NATIVE_HEAD_DIM:
+        return f"head_dim {head_dim} is above {NATIVE_HEAD_DIM}"
+    if arch < 120 and TRITON < _TRITON_FOR_SM_100:
+        return f"Triton {TRITON[0]}.{TRITON[1]} cannot compile it for sm_{arch}; {'.'.join(map(str, _TRITON_FOR_SM_100))} can"
+    return None
+
+
+def choose(arch: int, head_dim: int, pv: PVFormat) -> Tile:
+    """The tile for an architecture, a head dim and the format of P and V."""
+    return _EMULATED if why_not_native(arch, head_dim) else _TILES[120 if arch >= 120 else 100, pv]
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    packing: Packing | None = None,
+    *,
+    spec: QuantSpec,
+    causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """docs/NUMERICS.md, sections 3 and 4: O in the shape, strides and dtype of `query`, and LSE float32 [B, H, Lq] or [H, total].
+
+    Raises:
+        ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
+    """
+    check_device(query.device)
+    problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
+    head_dim = problem.head_dim
+    out = torch.empty_like(query)
+    lse = query.new_empty(lse_shape(query.shape, packing), dtype=torch.float32)
+    if problem.empty:
+        return out.zero_(), lse.fill_(-torch.inf)
+    arch = arch_of(query.device)
+    tile = choose(arch, head_dim, spec.pv)
+    q_dot_k_shift = None
+    if k_shift is not None:
+        k_shift, q_dot_k_shift = k_shift.contiguous(), torch.empty_like(lse)
+    with on_device(query.device):
+        allowed = allowed_keys(key_mask, problem.key)
+        q, k = (Codes.empty(side, head_dim, along_tokens=False, device=query.device) for side in (problem.query, problem.key))
+        quantize_rows(
+            query, problem.query, is_k=False, k_shift=k_shift, q_dot_k_shift=q_dot_k_shift, negate=scale < 0,
+            rotate=spec.rotate, four_over_six=spec.four_over_six, operand=False, codes=q,
+        )  # fmt: skip
+        quantize_rows(
+            key, problem.key, is_k=True, order=tile.order, allowed=allowed, k_shift=k_shift,
+            rotate=spec.rotate, four_over_six=spec.four_over_six, operand=False, codes=k,
+        )  # fmt: skip
+        v = None
+        if spec.pv == "nvfp4":
+            v = Codes.empty(problem.key, head_dim, along_tokens=True, col_major=True, device=query.device)
+            quantize_tokens(
+                value, problem.key, allowed=allowed, quantized=False, four_over_six=spec.four_over_six, codes=v, col_major=True
+            )
+        num_blocks = problem.query.blocks(tile.block_m)
+        constants = problem.constants | {"BLOCK_D": max(_MIN_BLOCK_D, problem.block_d)}
+        inference_kernel[(problem.query.batch * problem.query.num_heads * num_blocks,)](
+            *q, *k, *(v or (None, None)), value, *key_mask_pointers(allowed), q_dot_k_shift,
+            problem.query.cu_seqlens, problem.key.cu_seqlens, out, lse,
+            *strides_of(value), *strides_of(out), *head_strides(lse), key_mask_stride(allowed),
+            *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.softmax_scale_log2, scale,
+            **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ORDER=tile.order, HAS_KEY_MASK=allowed is not None,
+            QUANTIZE_PV=v is not None, HAS_K_SHIFT=k_shift is not None,
+            NATIVE=why_not_native(arch, head_dim) is None, HW_CONVERT=arch >= 100,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out, lse

@@ -1,0 +1,339 @@
+"""The backward of docs/NUMERICS.md, section 5, as three Triton kernels: row sums, dQ and dK/dV.
+
+The reference is qat_kernels/reference.py.
+
+Every gradient is summed by one program in a fixed order: the same bits in every run. P and P~ are recomputed from the quantized
+Q and K and the row statistics of the forward (forward.py), so P~ is quantized on the grid that the forward used. dQ needs P
+alone; only dV sees the quantized one.
+
+Operands are in the layout of layout.py, but slots in their own order: here a group lies in the rows of a matrix unit's
+accumulator, or is not needed. With l, the row sum of P~,
+    dV = PF~^T (dO / l)    and    dS = P~ (dO / l V^T - D / l),
+so dK/dV reads the scaled gradient dO / l in place of dO (an operand too, bfloat16) and divides no probability. D of that kernel
+is the row sum of O' and the rounded dO / l, so that the rows of dS sum to zero as exactly as with dO itself.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import PAD, first_row, sequence, slot_ranges
+from .nvfp4 import GROUP, P_GLOBAL_SCALE, cast_rn, dot, fake_quantize_p, hadamard
+
+_PAD = tl.constexpr(PAD)
+
+
+@triton.jit
+def preprocess_kernel(
+    grad_out_ptr, out_hp_ptr, stats_ptr, cu_seqlens_q_ptr, scaled_grad_out_ptr, grad_out_operand_ptr, delta_ptr,
+    grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d,
+    out_hp_stride_b, out_hp_stride_h, out_hp_stride_l, out_hp_stride_d,
+    num_heads, seqlen_q, num_blocks, q_rows, all_q_rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr, STORE_GRAD_OUT: tl.constexpr,
+):  # fmt: skip
+    """dO / l as an operand, and with STORE_GRAD_OUT dO too; delta float32 [2, all_q_rows]: D, from dO and from dO / l.
+
+    grad_out, out_hp: dO and O' in any layout; stats as `forward.attention_forward_kernel` leaves them.
+    """
+    batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
+    if block * BLOCK_M >= tl.cdiv(seqlen_q, _PAD) * _PAD:
+        return
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    token, column = (start + rows).to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
+    grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_h
+    out_hp_ptr += batch * out_hp_stride_b + head * out_hp_stride_h
+    grad_out_ptrs = grad_out_ptr + token * grad_out_stride_l + column * grad_out_stride_d
+    grad_out = tl.load(grad_out_ptrs, mask=where, other=0.0).to(tl.float32)
+    out_hp = tl.load(out_hp_ptr + token * out_hp_stride_l + column * out_hp_stride_d, mask=where, other=0.0).to(tl.float32)
+    row = first_row(batch, head, num_heads, q_rows, start, 0, VARLEN) + rows
+    row_max, lse_log2 = tl.load(stats_ptr + row), tl.load(stats_ptr + all_q_rows + row)
+    inv_row_sum = tl.where(row_max == float("inf"), 0.0, tl.exp2(row_max - lse_log2))  # 1 / l
+    scaled_grad_out = cast_rn(grad_out * inv_row_sum[:, None], scaled_grad_out_ptr.dtype.element_ty)
+    tl.store(scaled_grad_out_ptr + row[:, None] * BLOCK_D + columns[None, :], scaled_grad_out)
+    if STORE_GRAD_OUT:
+        rounded = cast_rn(grad_out, grad_out_operand_ptr.dtype.element_ty)
+        tl.store(grad_out_operand_ptr + row[:, None] * BLOCK_D + columns[None, :], rounded)
+    tl.store(delta_ptr + row, tl.sum(grad_out * out_hp, 1))
+    tl.store(delta_ptr + all_q_rows + row, tl.sum(scaled_grad_out.to(tl.float32) * out_hp, 1))
+
+
+@triton.jit
+def _sum_grad_query(
+    grad_query, q, grad_out, delta, lse_log2,
+    k_desc, v_desc, k_row, key_mask_ptr, upper, start, stop, softmax_scale_log2,
+    BLOCK_N: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """dS KF over the slots from `start` to `stop`; bounds as in `forward._attend`."""
+    zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+    for first_slot in range(start, stop, BLOCK_N):
+        k = k_desc.load([k_row + first_slot, 0])
+        v = v_desc.load([k_row + first_slot, 0])
+        p = tl.exp2(dot(q, tl.trans(k), zeros) * softmax_scale_log2 - lse_log2[:, None])
+        if CHECK_BOUNDS:
+            slot = first_slot + tl.arange(0, BLOCK_N)
+            allowed = slot[None, :] < upper[:, None]
+            if HAS_KEY_MASK:
+                allowed = allowed & (tl.load(key_mask_ptr + slot) != 0)[None, :]
+            p = tl.where(allowed, p, 0.0)
+        grad_scores = p * (dot(grad_out, tl.trans(v), zeros) - delta[:, None])
+        grad_query = dot(cast_rn(grad_scores, k.dtype), k, grad_query)
+    return grad_query
+
+
+@triton.jit
+def _sum_grad_query_kept(
+    grad_query, q, grad_out, delta, lse_log2,
+    k_desc, v_desc, k_row, key_mask_ptr, q_pos, slots, start, num_blocks, softmax_scale_log2,
+    BLOCK_N: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+):  # fmt: skip
+    """The kept groups, where dP = dO V^T: the same steps as in `forward._attend_kept`."""
+    zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+    for block in range(num_blocks + 1):
+        first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
+        lower = tl.where(block == 0, LEAD, tl.maximum(q_pos & -GROUP, LEAD + GROUP))
+        slot = first_slot + tl.arange(0, BLOCK_N)
+        k, v = k_desc.load([k_row + first_slot, 0]), v_desc.load([k_row + first_slot, 0])
+        present = slot < slots
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + slot) != 0)
+        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= q_pos[:, None]) & present[None, :]
+        p = tl.exp2(dot(q, tl.trans(k), zeros) * softmax_scale_log2 - lse_log2[:, None])
+        p = tl.where(allowed, p, 0.0)
+        grad_scores = p * (dot(grad_out, tl.trans(v), zeros) - delta[:, None])
+        grad_query = dot(cast_rn(grad_scores, k.dtype), k, grad_query)
+    return grad_query
+
+
+@triton.jit
+def grad_query_kernel(
+    q_desc, k_desc, v_desc, v_kept_desc, key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr,
+    grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d,
+    out_stride_b, out_stride_h, out_stride_l, key_mask_stride,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, softmax_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """dQ of BLOCK_M queries of one head. Layouts as in `forward.attention_forward_kernel`; grad_out is dO in any layout."""
+    KEPT: tl.constexpr = LEAD > 0
+    batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    if CAUSAL:  # the longest first
+        block = num_blocks - 1 - block
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    head_k = head // (num_heads // num_heads_k)
+    q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
+    if block * BLOCK_M >= seqlen_q:
+        return
+    leftpad = 0
+    if HAS_KEY_MASK:
+        leftpad = tl.load(leftpad_ptr + batch)
+        key_mask_ptr += batch.to(tl.int64) * key_mask_stride
+    seqlen_k -= leftpad
+    slots = seqlen_k + LEAD
+    q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
+    k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    q = q_desc.load([q_row, 0])
+    tokens = (q_start + rows).to(tl.int64)[:, None]
+    grad_out_ptr += batch.to(tl.int64) * grad_out_stride_b + head.to(tl.int64) * grad_out_stride_h
+    grad_out_ptrs = grad_out_ptr + tokens * grad_out_stride_l + columns.to(tl.int64)[None, :] * grad_out_stride_d
+    grad_out = cast_rn(tl.load(grad_out_ptrs, mask=where, other=0.0), q.dtype)
+    row_stats = q_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    delta, lse_log2 = tl.load(delta_ptr + row_stats), tl.load(stats_ptr + all_q_rows + row_stats)
+
+    q_pos, upper, begin, full, stop, open_start, open_blocks = slot_ranges(
+        rows, block * BLOCK_M, seqlen_k - seqlen_q + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+    grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if HAS_KEY_MASK:
+        full = begin
+    else:
+        grad_query = _sum_grad_query(
+            grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, upper, begin, full, softmax_scale_log2,
+            BLOCK_N, False, False,
+        )  # fmt: skip
+    grad_query = _sum_grad_query(
+        grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, upper, full, stop, softmax_scale_log2,
+        BLOCK_N, True, HAS_KEY_MASK,
+    )  # fmt: skip
+    if KEPT:
+        grad_query = _sum_grad_query_kept(
+            grad_query, q, grad_out, delta, lse_log2, k_desc, v_kept_desc, k_row, key_mask_ptr, q_pos, slots,
+            open_start, open_blocks, softmax_scale_log2, BLOCK_N, LEAD, HAS_KEY_MASK,
+        )  # fmt: skip
+
+    grad_query *= softmax_scale
+    if ROTATE:
+        grad_query = hadamard(grad_query, BLOCK_M, BLOCK_D)
+    grad_query_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    grad_query = cast_rn(grad_query, grad_query_ptr.dtype.element_ty)
+    tl.store(grad_query_ptr + tokens * out_stride_l + columns[None, :], grad_query, mask=where)
+
+
+@triton.jit
+def _sum_grad_key_value(
+    grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, stats_ptr, delta_ptr,
+    q_row, q_rows, qheads_per_kvhead, q_pos_offset, start, stop, softmax_scale_log2,
+    BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, CHECK_BOUNDS: tl.constexpr, QUANTIZE_PV: tl.constexpr,
+):  # fmt: skip
+    """dS^T QF and PF~^T (dO / l) over the queries from `start` to `stop`, of all heads that share the keys.
+
+    Scores are [keys, queries]. With CHECK_BOUNDS and CAUSAL a key is seen by the queries behind its group (QUANTIZE_PV), or by
+    all from itself on. grad_out: dO / l.
+    """
+    zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
+    tile = tl.arange(0, BLOCK_M)
+    num_blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+    # One loop over heads and blocks: nested, they would start the pipeline anew for each head.
+    for step in range(qheads_per_kvhead * num_blocks):
+        first_query = start + step % num_blocks * BLOCK_M
+        row = q_row + step // num_blocks * q_rows + first_query
+        q, grad_out = q_desc.load([row, 0]), grad_out_desc.load([row, 0])
+        row_max, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
+        p = tl.exp2(dot(k, tl.trans(q), zeros) * softmax_scale_log2 - row_max[None, :])
+        if CHECK_BOUNDS:
+            allowed = present[:, None]
+            if CAUSAL:
+                q_pos = (first_query + tile + q_pos_offset)[None, :]
+                allowed = allowed & (slot[:, None] < ((q_pos & -GROUP) if QUANTIZE_PV else q_pos + 1))
+            p = tl.where(allowed, p, 0.0)
+        p_fq = p
+        if QUANTIZE_PV:
+            groups = tl.reshape(p, (k.shape[0] // GROUP, GROUP, BLOCK_M))
+            groups = fake_quantize_p(groups, tl.max(groups, 1, keep_dims=True))
+            p_fq = tl.reshape(groups, (k.shape[0], BLOCK_M))
+        grad_value = dot(cast_rn(p_fq, q.dtype), grad_out, grad_value)
+        grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
+        grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+    return grad_key, grad_value
+
+
+@triton.jit
+def _sum_grad_key_value_kept(
+    grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, stats_ptr, delta_ptr,
+    q_row, q_rows, qheads_per_kvhead, q_pos_offset, group_mask, start, stop, softmax_scale_log2, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """The same for kept groups: dS^T QF and P^T dO.
+
+    Over the queries of a key's own group (`group_mask` -16), or over all behind it (0).
+
+    With 1 / l inside P: a kept key may outweigh the others by more than float32 can hold beside their maximum.
+    """
+    zeros = tl.zeros((k.shape[0], BLOCK_M), tl.float32)
+    tile = tl.arange(0, BLOCK_M)
+    num_blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
+    for step in range(qheads_per_kvhead * num_blocks):
+        first_query = start + step % num_blocks * BLOCK_M
+        row = q_row + step // num_blocks * q_rows + first_query
+        q, grad_out = q_desc.load([row, 0]), grad_out_desc.load([row, 0])
+        lse_log2, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
+        q_pos = (first_query + tile + q_pos_offset)[None, :]
+        allowed = present[:, None] & (slot[:, None] <= q_pos) & (slot[:, None] >= (q_pos & group_mask))
+        p = tl.exp2(dot(k, tl.trans(q), zeros) * softmax_scale_log2 - lse_log2[None, :])
+        p = tl.where(allowed, p, 0.0)
+        grad_value = dot(cast_rn(p, q.dtype), grad_out, grad_value)
+        grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
+        grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+    return grad_key, grad_value
+
+
+@triton.jit
+def grad_key_value_kernel(
+    q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc,
+    key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
+    out_stride_b, out_stride_h, out_stride_l, key_mask_stride,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, softmax_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of BLOCK_N slots of one key head, summed over the query heads that share them.
+
+    Layouts as in `grad_query_kernel`; scaled_grad_out: dO / l. Where groups are kept, block 0 has the sink group, for all of
+    whose queries P and V (v_kept) are not quantized. Excluded keys are not written.
+    """
+    KEPT: tl.constexpr = LEAD > 0
+    batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
+    q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
+    leftpad = 0
+    if HAS_KEY_MASK:
+        leftpad = tl.load(leftpad_ptr + batch)
+        key_mask_ptr += batch.to(tl.int64) * key_mask_stride
+    seqlen_k -= leftpad
+    slots = seqlen_k + LEAD
+    q_pos_offset = slots - seqlen_q
+    first_slot = block * BLOCK_N
+    if KEPT:
+        first_slot += LEAD + GROUP - BLOCK_N
+    if first_slot >= slots:
+        return
+    qheads_per_kvhead = num_heads // num_heads_k
+    q_row = first_row(batch, head_k * qheads_per_kvhead, num_heads, q_rows, q_start, 0, VARLEN)
+    k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    slot, columns = first_slot + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    present = (slot >= LEAD) & (slot < slots)
+    if HAS_KEY_MASK:
+        present = present & (tl.load(key_mask_ptr + slot, mask=present, other=0) != 0)
+    k, v = k_desc.load([k_row + first_slot, 0]), v_desc.load([k_row + first_slot, 0])
+    batch, head_k = batch.to(tl.int64), head_k.to(tl.int64)
+
+    grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    kept_from = 0
+    kept_until = 0
+    if KEPT:
+        kept_from = tl.maximum(first_slot - q_pos_offset, 0) // BLOCK_M * BLOCK_M
+        kept_until = tl.minimum(tl.maximum(first_slot + BLOCK_N - q_pos_offset, 0), seqlen_q)
+    if KEPT and block == 0:
+        kept_until = seqlen_q
+    else:
+        # Queries in [begin, full) see some of the slots, those from `full` on see all of them.
+        begin = 0
+        full = 0
+        if KEPT:
+            begin = tl.maximum(first_slot + GROUP - q_pos_offset, 0) // BLOCK_M * BLOCK_M
+            full = first_slot + BLOCK_N - q_pos_offset
+        elif CAUSAL:
+            begin = tl.maximum(first_slot - q_pos_offset, 0) // BLOCK_M * BLOCK_M
+            full = first_slot + BLOCK_N - 1 - q_pos_offset
+        # A last, shorter tile is bounded for everyone.
+        full = seqlen_q if HAS_KEY_MASK else tl.where(slots < first_slot + BLOCK_N, seqlen_q, full)
+        full = begin + tl.cdiv(tl.maximum(full - begin, 0), BLOCK_M) * BLOCK_M
+        grad_key, grad_value = _sum_grad_key_value(
+            grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, stats_ptr, delta_ptr + all_q_rows,
+            q_row, q_rows, qheads_per_kvhead, q_pos_offset, begin, tl.minimum(full, seqlen_q), softmax_scale_log2,
+            BLOCK_M, CAUSAL, True, QUANTIZE_PV,
+        )  # fmt: skip
+        if not HAS_KEY_MASK:
+            grad_key, grad_value = _sum_grad_key_value(
+                grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, stats_ptr, delta_ptr + all_q_rows,
+                q_row, q_rows, qheads_per_kvhead, q_pos_offset, full, seqlen_q, softmax_scale_log2,
+                BLOCK_M, CAUSAL, False, QUANTIZE_PV,
+            )  # fmt: skip
+    if QUANTIZE_PV:
+        grad_value *= 1.0 / P_GLOBAL_SCALE
+    if KEPT:
+        v = v_kept_desc.load([k_row + first_slot, 0])
+        grad_key, grad_value = _sum_grad_key_value_kept(
+            grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, stats_ptr + all_q_rows, delta_ptr,
+            q_row, q_rows, qheads_per_kvhead, q_pos_offset, tl.where(block == 0, 0, -GROUP), kept_from, kept_until,
+            softmax_scale_log2, BLOCK_M,
+        )  # fmt: skip
+
+    grad_key *= softmax_scale
+    if ROTATE:
+        grad_key = hadamard(grad_key, BLOCK_N, BLOCK_D)
+    where = present[:, None] & (columns < HEAD_DIM)[None, :]
+    offsets = batch * out_stride_b + head_k * out_stride_h
+    offsets += (k_start + leftpad + slot - LEAD).to(tl.int64)[:, None] * out_stride_l + columns[None, :]
+    tl.store(grad_key_ptr + offsets, cast_rn(grad_key, grad_key_ptr.dtype.element_ty), mask=where)
+    tl.store(grad_value_ptr + offsets, cast_rn(grad_value, grad_value_ptr.dtype.element_ty), mask=where)

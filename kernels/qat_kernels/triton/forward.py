@@ -1,0 +1,201 @@
+"""The forward of docs/NUMERICS.md, sections 3 and 4, as one Triton kernel. The reference is qat_kernels/reference.py.
+
+Q, K and V arrive quantized, in the layout of layout.py, and where groups are kept V as it is, too; P~ is quantized on the fly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import PAD, first_row, sequence, slot_of, slot_ranges, to_groups, to_tile
+from .nvfp4 import GROUP, P_GLOBAL_SCALE, cast_rn, dot, fake_quantize_p, mul_sub
+
+LN_2 = tl.constexpr(0.6931471805599453)
+_PAD = tl.constexpr(PAD)
+
+
+@triton.jit
+def online_softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS: tl.constexpr, F32X2: tl.constexpr = False):
+    """One step of the online softmax; scores as `to_groups` returns them.
+
+    Returns P~ of these scores, the largest P~ of each group, and the new state of the rows. Maxima are rounded up, so that
+    rescaling is by a power of two and leaves the codes of P~ as they were.
+    """
+    group_max = tl.max(tl.max(tl.max(scores, 5, keep_dims=True), 2, keep_dims=True), 4, keep_dims=True)
+    tile_max = tl.max(tl.max(tl.max(tl.max(tl.max(group_max, 5), 4), 3), 2), 1)
+    row_max_new = tl.maximum(row_max, tl.ceil(tile_max * softmax_scale_log2))
+    row_max_safe = row_max_new
+    if CHECK_BOUNDS:  # rows that have seen no key yet: everything is exp2(-inf) = 0
+        row_max_safe = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
+    p = tl.exp2(mul_sub(scores, softmax_scale_log2, row_max_safe[:, None, None, None, None, None], F32X2))
+    group_max = tl.exp2(group_max * softmax_scale_log2 - row_max_safe[:, None, None, None, None, None])
+    row_sum = row_sum * tl.exp2(row_max - row_max_safe) + tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(p, 5), 2), 3), 2), 1)
+    return p, group_max, row_max_safe, row_max_new, row_sum
+
+
+@triton.jit
+def _attend(
+    out, out_hp, row_sum, row_max,
+    q, k_desc, v_desc, k_row, key_mask_ptr, upper, start, stop, softmax_scale_log2,
+    BLOCK_N: tl.constexpr, ORDER: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    QUANTIZE_PV: tl.constexpr, OUT_HP: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
+
+    With CHECK_BOUNDS a row may see those below `upper`, otherwise all of them. With QUANTIZE_PV `out` is 2688 times too large
+    and takes PF~ VF, while `out_hp` takes P~ VF; otherwise `out` takes the unquantized P~.
+    """
+    for first_slot in range(start, stop, BLOCK_N):
+        k = k_desc.load([k_row + first_slot, 0])
+        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+        if CHECK_BOUNDS:
+            slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
+            allowed = slot[None, :] < upper[:, None]
+            if HAS_KEY_MASK:
+                allowed = allowed & (tl.load(key_mask_ptr + slot) != 0)[None, :]
+            scores = tl.where(allowed, scores, float("-inf"))
+        p, group_max, row_max_safe, row_max_new, row_sum = online_softmax_step(
+            to_groups(scores, ORDER), row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS
+        )  # fmt: skip
+        # Integer maxima seldom change: most tiles need no rescaling at all.
+        if tl.max((row_max_new > row_max).to(tl.int32), 0) != 0:
+            rescale = tl.exp2(row_max - row_max_safe)
+            out = out * rescale[:, None]
+            if OUT_HP:
+                out_hp = out_hp * rescale[:, None]
+        row_max = row_max_new
+        v = v_desc.load([k_row + first_slot, 0])
+        if OUT_HP:
+            out_hp = dot(to_tile(cast_rn(p, v.dtype)), v, out_hp)
+        if QUANTIZE_PV:
+            p = fake_quantize_p(p, group_max)
+        out = dot(to_tile(cast_rn(p, v.dtype)), v, out)
+    return out, out_hp, row_sum, row_max
+
+
+@triton.jit
+def _attend_kept(
+    out, out_hp, row_sum, row_max,
+    q, k_desc, v_desc, k_row, key_mask_ptr, q_pos, slots, start, num_blocks, softmax_scale_log2,
+    BLOCK_N: tl.constexpr, ORDER: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, OUT_HP: tl.constexpr,
+):  # fmt: skip
+    """The kept groups, with unquantized P~ and V: the sink group, then the open groups in `num_blocks` tiles from `start` on."""
+    for block in range(num_blocks + 1):
+        first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
+        lower = tl.where(block == 0, LEAD, tl.maximum(q_pos & -GROUP, LEAD + GROUP))
+        slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
+        k = k_desc.load([k_row + first_slot, 0])
+        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+        present = slot < slots
+        if HAS_KEY_MASK:
+            present = present & (tl.load(key_mask_ptr + slot) != 0)
+        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= q_pos[:, None]) & present[None, :]
+        scores = tl.where(allowed, scores, float("-inf"))
+        p, _, row_max_safe, row_max_new, row_sum = online_softmax_step(
+            to_groups(scores, ORDER), row_max, row_sum, softmax_scale_log2, True
+        )  # fmt: skip
+        rescale = tl.exp2(row_max - row_max_safe)
+        row_max = row_max_new
+        v = v_desc.load([k_row + first_slot, 0])
+        p = to_tile(cast_rn(p, v.dtype))
+        out = dot(p, v, out * rescale[:, None])
+        if OUT_HP:
+            out_hp = dot(p, v, out_hp * rescale[:, None])
+    return out, out_hp, row_sum, row_max
+
+
+@triton.jit
+def attention_forward_kernel(
+    q_desc, k_desc, v_desc, v_kept_desc, key_mask_ptr, leftpad_ptr, q_dot_k_shift_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    out_ptr, out_hp_ptr, lse_ptr, stats_ptr,
+    out_stride_b, out_stride_h, out_stride_l, out_stride_d,
+    lse_stride_b, lse_stride_h, key_mask_stride,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, k_shift_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
+    LEAD: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr,
+    OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head of one sequence.
+
+    q, k, v, v_kept: operands (layout.py); v is quantized with QUANTIZE_PV, v_kept, for the kept groups, never. out, out_hp (O'):
+    any strides, for packed sequences with batch stride 0. key_mask uint8, a row of k_rows for each sequence, by slot; leftpad
+    int32 [B]; cu_seqlens int32 [B + 1]; q_dot_k_shift, lse float32. stats float32 [2, all_q_rows]: row maximum and base-2
+    log-sum-exp of the scores of the quantized Q and K, +inf for rows without a (quantized) key, which makes their probabilities
+    zero.
+    """
+    KEPT: tl.constexpr = LEAD > 0
+    batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    if CAUSAL:  # the longest first
+        block = num_blocks - 1 - block
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    head_k = head // (num_heads // num_heads_k)
+    q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
+    q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
+    row_stats = stats_ptr
+    if STORE_STATS:
+        row_stats += q_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    if block * BLOCK_M >= seqlen_q:  # only padding; behind it, rows of the next sequence
+        if STORE_STATS and block * BLOCK_M < tl.cdiv(seqlen_q, _PAD) * _PAD:
+            tl.store(row_stats, float("inf"))
+            tl.store(row_stats + all_q_rows, float("inf"))
+        return
+    leftpad = 0
+    if HAS_KEY_MASK:
+        leftpad = tl.load(leftpad_ptr + batch)
+        key_mask_ptr += batch.to(tl.int64) * key_mask_stride
+    seqlen_k -= leftpad
+    slots = seqlen_k + LEAD
+    k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    inside = rows < seqlen_q
+    q = q_desc.load([q_row, 0])
+
+    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    out_hp = out
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+
+    q_pos, upper, begin, full, stop, open_start, open_blocks = slot_ranges(
+        rows, block * BLOCK_M, seqlen_k - seqlen_q + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
+    )  # fmt: skip
+    if HAS_KEY_MASK:
+        full = begin
+    else:
+        out, out_hp, row_sum, row_max = _attend(
+            out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, upper, begin, full, softmax_scale_log2,
+            BLOCK_N, ORDER, False, False, QUANTIZE_PV, OUT_HP,
+        )  # fmt: skip
+    out, out_hp, row_sum, row_max = _attend(
+        out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, upper, full, stop, softmax_scale_log2,
+        BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, OUT_HP,
+    )  # fmt: skip
+
+    if STORE_STATS:
+        tl.store(row_stats, tl.where(inside & (row_max != float("-inf")), row_max, float("inf")))
+    if QUANTIZE_PV:
+        out = out * (1.0 / P_GLOBAL_SCALE)
+    if KEPT:
+        out, out_hp, row_sum, row_max = _attend_kept(
+            out, out_hp, row_sum, row_max, q, k_desc, v_kept_desc, k_row, key_mask_ptr, q_pos, slots,
+            open_start, open_blocks, softmax_scale_log2,
+            BLOCK_N, ORDER, LEAD, HAS_KEY_MASK, OUT_HP,
+        )  # fmt: skip
+
+    empty = row_sum == 0.0
+    row_sum_safe = tl.where(empty, 1.0, row_sum)
+    lse_log2 = row_max + tl.log2(row_sum)
+    if STORE_STATS:
+        tl.store(row_stats + all_q_rows, tl.where(inside & ~empty, lse_log2, float("inf")))
+    lse = tl.where(empty, float("-inf"), lse_log2 * LN_2)
+    lse_offsets = batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + q_start + rows
+    if HAS_K_SHIFT:
+        lse += k_shift_scale * tl.load(q_dot_k_shift_ptr + lse_offsets, mask=inside, other=0.0)
+    tl.store(lse_ptr + lse_offsets, lse, mask=inside)
+    out_offsets = batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
+    out_offsets += (q_start + rows).to(tl.int64)[:, None] * out_stride_l + columns.to(tl.int64)[None, :] * out_stride_d
+    where = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(out_ptr + out_offsets, cast_rn(out / row_sum_safe[:, None], out_ptr.dtype.element_ty), mask=where)
+    if OUT_HP:
+        tl.store(out_hp_ptr + out_offsets, cast_rn(out_hp / row_sum_safe[:, None], out_hp_ptr.dtype.element_ty), mask=where)

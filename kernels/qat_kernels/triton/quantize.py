@@ -1,0 +1,180 @@
+"""The kernels that quantize Q, K and V: into operands of the attention kernels (layout.py), into 4.5 bits a value, and back.
+
+operands.py launches them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .layout import PAD, first_row, row_of, sequence
+from .nvfp4 import GROUP, cast_rn, e2m1_codes, e2m1_to_float, e4m3_bits, e4m3_to_float, hadamard, round_groups, signed_values
+
+_PAD = tl.constexpr(PAD)
+
+
+@triton.jit
+def _load_slots(
+    x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr,
+    stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows, columns,
+    HEAD_DIM: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """The BLOCK_L slots of this program: the values of these columns in float32, zero for what is no allowed token, which
+    slots are allowed, sequence and head, the token of each slot, the first row of the head, the slots, and whether to stop."""
+    batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    start, seqlen = sequence(cu_seqlens_ptr, batch, seqlen, VARLEN)
+    leftpad = 0
+    if HAS_KEY_MASK:
+        leftpad = tl.load(leftpad_ptr + batch)
+    slots = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    key = slots - LEAD
+    present = (key >= 0) & (key < seqlen - leftpad)
+    if HAS_KEY_MASK:  # excluded keys are never computed with, whatever they hold
+        present = present & (tl.load(key_mask_ptr + batch.to(tl.int64) * key_mask_stride + slots) != 0)
+    token = start + leftpad + key
+    columns = columns.to(tl.int64)
+    x_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    where = present[:, None] & (columns < HEAD_DIM)[None, :]
+    x = tl.load(x_ptr + token.to(tl.int64)[:, None] * stride_l + columns[None, :] * stride_d, mask=where, other=0.0)
+    row = first_row(batch, head, num_heads, rows, start, LEAD, VARLEN).to(tl.int64)
+    past_end = block * BLOCK_L >= tl.cdiv(seqlen - leftpad + LEAD, _PAD) * _PAD
+    return x.to(tl.float32), present, batch, head, token, row, slots, past_end
+
+
+@triton.jit
+def _store_rows(ptr, rows, columns, values, WIDTH: tl.constexpr, CHECK_BOUNDS: tl.constexpr):
+    """values into these columns of rows of WIDTH elements; CHECK_BOUNDS: some columns are beyond them."""
+    if CHECK_BOUNDS:
+        tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], values, mask=(columns < WIDTH)[None, :])
+    else:
+        tl.store(ptr + rows[:, None] * WIDTH + columns[None, :], values)
+
+
+@triton.jit
+def _store_columns(ptr, rows, columns, values, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, CHECK_BOUNDS: tl.constexpr):
+    """As `_store_rows`, but every HEIGHT rows lie by columns: WIDTH columns of HEIGHT elements."""
+    ptrs = ptr + (rows // HEIGHT * (WIDTH * HEIGHT) + rows % HEIGHT)[:, None] + columns[None, :] * HEIGHT
+    if CHECK_BOUNDS:
+        tl.store(ptrs, values, mask=(columns < WIDTH)[None, :])
+    else:
+        tl.store(ptrs, values)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, operand_ptr, codes_ptr, scales_ptr, q_dot_k_shift_ptr,
+    stride_b, stride_h, stride_l, stride_d, key_mask_stride, q_dot_k_shift_stride_b, q_dot_k_shift_stride_h,
+    num_heads, seqlen, num_blocks, rows, heads_per_k_shift, sign,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, ORDER: tl.constexpr,
+    IS_K: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
+    ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
+):  # fmt: skip
+    """K (IS_K) minus its shift, or Q times `sign`, quantized along the head dim.
+
+    For Q, q_dot_k_shift takes the product of each row with the shift.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    x, present, batch, head, token, row, slots, past_end = _load_slots(
+        x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr,
+        stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows, columns,
+        HEAD_DIM, BLOCK_L, LEAD, HAS_KEY_MASK, VARLEN,
+    )  # fmt: skip
+    if past_end:
+        return
+    if HAS_K_SHIFT:
+        k_shift = tl.load(k_shift_ptr + (head // heads_per_k_shift) * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
+        if IS_K:
+            x = tl.where(present[:, None], x - k_shift[None, :], 0.0)
+        else:  # what the log-sum-exp lacks when the keys are shifted
+            q_dot_k_shift_ptr += batch.to(tl.int64) * q_dot_k_shift_stride_b + head.to(tl.int64) * q_dot_k_shift_stride_h
+            tl.store(q_dot_k_shift_ptr + token, tl.sum(x * k_shift[None, :], 1), mask=present)
+    if not IS_K:
+        x = x * sign
+    if ROTATE:
+        x = hadamard(x, BLOCK_L, BLOCK_D)
+    groups = tl.reshape(x, (BLOCK_L, BLOCK_D // GROUP, GROUP))
+    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
+    ordered = row + row_of(slots, ORDER)
+    if STORE_CODES:
+        where = row + slots if STORE_OPERAND else ordered
+        low, high = tl.split(tl.reshape(e2m1_codes(groups, magnitude, finite), (BLOCK_L, BLOCK_D // 2, 2)))
+        pairs, group = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D // GROUP)
+        check_bounds: tl.constexpr = HEAD_DIM != BLOCK_D
+        _store_rows(codes_ptr, where, pairs, (low | (high << 4)).to(tl.uint8), HEAD_DIM // 2, check_bounds)
+        bits = tl.reshape(e4m3_bits(scale, finite), (BLOCK_L, BLOCK_D // GROUP))
+        _store_rows(scales_ptr, where, group, bits, HEAD_DIM // GROUP, check_bounds)
+    if STORE_OPERAND:
+        values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
+        _store_rows(operand_ptr, ordered, columns, cast_rn(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
+
+
+@triton.jit
+def quantize_tokens_kernel(
+    x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, quantized_ptr, unquantized_ptr, codes_ptr, scales_ptr,
+    stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, ORDER: tl.constexpr,
+    STORE_QUANTIZED: tl.constexpr, STORE_UNQUANTIZED: tl.constexpr, STORE_CODES: tl.constexpr, COL_MAJOR: tl.constexpr,
+):  # fmt: skip
+    """V, quantized along the tokens from the first allowed one on, and as it is: BLOCK_C columns of BLOCK_L slots."""
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x, _, _, _, _, row, slots, past_end = _load_slots(
+        x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr,
+        stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows, columns,
+        HEAD_DIM, BLOCK_L, LEAD, HAS_KEY_MASK, VARLEN,
+    )  # fmt: skip
+    if past_end:
+        return
+    where = row + row_of(slots, ORDER)
+    if STORE_UNQUANTIZED:
+        _store_rows(unquantized_ptr, where, columns, cast_rn(x, unquantized_ptr.dtype.element_ty), BLOCK_D, False)
+    if STORE_QUANTIZED or STORE_CODES:
+        groups = tl.reshape(x, (BLOCK_L // GROUP, GROUP, BLOCK_C))
+        magnitude, scale, finite = round_groups(groups, 1, FOUR_OVER_SIX)
+        if STORE_QUANTIZED:
+            values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_C))
+            _store_rows(quantized_ptr, where, columns, cast_rn(values, quantized_ptr.dtype.element_ty), BLOCK_D, False)
+        if STORE_CODES:
+            first_slot = row + tl.min(slots, 0)
+            pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
+            group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
+            codes = tl.reshape(e2m1_codes(groups, magnitude, finite), (BLOCK_L // 2, 2, BLOCK_C))
+            low, high = tl.split(tl.permute(codes, (0, 2, 1)))
+            codes = (low | (high << 4)).to(tl.uint8)
+            bits = tl.reshape(e4m3_bits(scale, finite), (BLOCK_L // GROUP, BLOCK_C))
+            if COL_MAJOR:
+                _store_columns(codes_ptr, pairs, columns, codes, HEAD_DIM, _PAD // 2, HEAD_DIM != BLOCK_D)
+                _store_columns(scales_ptr, group, columns, bits, HEAD_DIM, _PAD // GROUP, HEAD_DIM != BLOCK_D)
+            else:
+                _store_rows(codes_ptr, pairs, columns, codes, HEAD_DIM, HEAD_DIM != BLOCK_D)
+                _store_rows(scales_ptr, group, columns, bits, HEAD_DIM, HEAD_DIM != BLOCK_D)
+
+
+@triton.jit
+def unpack_kernel(
+    codes_ptr, scales_ptr, operand_ptr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, ALONG_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales into an operand: groups along the tokens (ALONG_TOKENS) or along the head dim."""
+    first_slot = tl.program_id(0).to(tl.int64) * BLOCK_L
+    slots, columns = first_slot + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
+    if ALONG_TOKENS:
+        valid = (columns < HEAD_DIM)[None, :]
+        pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
+        codes = tl.load(codes_ptr + pairs[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0).to(tl.int32)
+        codes = tl.reshape(tl.permute(tl.join(codes & 15, codes >> 4), (0, 2, 1)), (BLOCK_L // GROUP, GROUP, BLOCK_D))
+        group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
+        scales = tl.load(scales_ptr + group[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0)
+        values = e2m1_to_float(codes) * e4m3_to_float(scales)[:, None, :]
+    else:
+        pairs, group = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D // GROUP)
+        valid = (pairs < HEAD_DIM // 2)[None, :]
+        codes = tl.load(codes_ptr + slots[:, None] * (HEAD_DIM // 2) + pairs[None, :], mask=valid, other=0).to(tl.int32)
+        codes = tl.reshape(tl.join(codes & 15, codes >> 4), (BLOCK_L, BLOCK_D // GROUP, GROUP))
+        valid = (group < HEAD_DIM // GROUP)[None, :]
+        scales = tl.load(scales_ptr + slots[:, None] * (HEAD_DIM // GROUP) + group[None, :], mask=valid, other=0)
+        values = e2m1_to_float(codes) * e4m3_to_float(scales)[:, :, None]
+    values = cast_rn(tl.reshape(values, (BLOCK_L, BLOCK_D)), operand_ptr.dtype.element_ty)
+    _store_rows(operand_ptr, slots, columns, values, BLOCK_D, False)

@@ -1,0 +1,59 @@
+"""Put an export on the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .manifest import read_folder
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    exist_ok: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload a checkpoint for 4-bit attention",
+) -> str:
+    """Upload an export as one commit. The local folder is only read, whatever happens.
+
+    Args:
+        folder: what `export_checkpoint` wrote.
+        repo_id: `name` or `organization/name`; created if there is none.
+        private: whether a new repository is private; default: as the account says.
+        exist_ok: upload into a repository that exists; also how to go on after a failed upload.
+        token: access token with the right to write; default: that of `hf auth login`.
+        commit_message: of the one commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: the folder is no export, nobody is logged in, or the name is taken. Nothing has been uploaded then.
+        RuntimeError: the Hub refused or the connection broke; the message says how to go on.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    folder = Path(folder)
+    read_folder(folder)
+    api = HfApi(token=token)
+    try:
+        api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise ValueError("push_to_hub: no access token; run `hf auth login`, or pass token=...") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"push_to_hub: the Hub does not accept the access token ({error}); run `hf auth login`") from error
+    if not exist_ok and api.repo_exists(repo_id):
+        raise ValueError(
+            f"push_to_hub: the repository {repo_id} exists; choose another name, or pass exist_ok=True to add a commit to it"
+        )
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url
+    except Exception as error:
+        raise RuntimeError(
+            f"push_to_hub: uploading {folder} to {repo_id} failed: {error}\nThe export is complete on disk. To go on: "
+            f"push_to_hub({str(folder)!r}, {repo_id!r}, exist_ok=True); what has arrived is not sent again."
+        ) from error

@@ -1,0 +1,77 @@
+"""Check an export from end to end: hashes, metadata, weights, and what the loaded model makes of the reference input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from .golden_output import check_reference
+from .load import FLOATS, load_part
+from .manifest import ExportFolder, read_folder, weight_files
+
+
+def verify_checkpoint(folder: str | Path) -> list[str]:
+    """Check an export as far as that can be done without knowing what it was exported from.
+
+    Every file has the hash that was recorded; config, headers, index and K shifts belong together; every weight is finite,
+    and has in the loaded model the shape and the type that it has in the file; the model makes of the reference input what
+    it made when it was exported. All on the CPU. `python -m qat_patch verify FOLDER` does this in a process of its own.
+
+    Args:
+        folder: what `export_checkpoint` wrote.
+
+    Returns:
+        What was found, a line each.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    export = read_folder(folder)
+    report = [f"{export.folder}: {export.kind}, written by qat_patch {next(iter(export.metadata.values())).package_version}"]
+    report.append("every file is as it was exported")
+    files = sorted({file for path in (export.folder, *export.folder.iterdir()) if path.is_dir() for file in weight_files(path)})
+    report.append(f"{sum(map(_check_finite, files))} weights in {len(files)} files are finite")
+    for part, metadata in export.metadata.items():
+        name = part or export.kind
+        # Adapters alone may have been trained on a base of another type than it is stored in.
+        trained_in = export.references[part]["dtype"] if export.kind == "adapters" and part in export.references else None
+        model = load_part(export, part, next((x for x in FLOATS.values() if str(x) == f"torch.{trained_in}"), "auto"))
+        if export.kind != "adapters":
+            _check_shapes(export, part, model)
+        shifts = len(export.k_shift(part))
+        report.append(f"{name}: {len(metadata.modules)} modules patched as exported, {shifts} of them with a K shift")
+        if part not in export.references:
+            report.append(f"{name}: no reference output was recorded; export_checkpoint(..., example_inputs=...) records one")
+            continue
+        how = export.references[part]
+        for output, distance in check_reference(model, export.folder / part).items():
+            is_close = "bit-equal" if distance == 0 else f"within {distance:.1e} (relative L2)"
+            report.append(f"{name}: {output} {is_close} to what was recorded on {how['device']} with torch {how['torch']}")
+    return report
+
+
+def _check_finite(file: Path) -> int:
+    with safe_open(file, framework="pt") as weights:
+        names = list(weights.keys())
+        for name in names:
+            if not (x := weights.get_tensor(name)).isfinite().all():
+                count = int((~x.isfinite()).sum())
+                raise ValueError(f"verify: {file}: {name} holds {count} values that are not finite, of {x.numel()}")
+    return len(names)
+
+
+def _check_shapes(export: ExportFolder, part: str, model: torch.nn.Module) -> None:
+    # Names that transformers translates while it loads are its own to check.
+    state = model.state_dict()
+    for file in weight_files(export.folder / part):
+        with safe_open(file, framework="pt") as weights:
+            for name in state.keys() & set(weights.keys()):
+                stored, loaded = weights.get_tensor(name), state[name]
+                is_same = stored.shape == loaded.shape and torch.equal(stored.to(loaded.dtype), loaded)
+                if not is_same or torch.finfo(loaded.dtype).bits < torch.finfo(stored.dtype).bits:
+                    raise ValueError(
+                        f"verify: {file}: {name} is {stored.dtype} {list(stored.shape)}, and in the loaded model it is "
+                        f"{loaded.dtype} {list(loaded.shape)} of {'the same' if is_same else 'other'} values"
+                    )

@@ -1,0 +1,256 @@
+"""Encode videos and captions once, by the VAE and the text encoder of a Wan pipeline, to train its transformer on them.
+
+qat-patch prepare-wan-data --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --input clips --output latents
+
+--input holds metadata.jsonl or metadata.csv with file_name and caption (or text), or pairs of clip.mp4 and clip.txt. Of each
+clip the start is taken, at --fps: the largest of --num-frames that it fills, resized and centre-cropped to the one of
+--resolutions with the nearest aspect ratio. Clips that cannot be used are reported and left out.
+
+--output gets index.json and one safetensors file a clip:
+    latents        [C, F, h, w]      mean of the VAE's posterior, normalized as the pipeline normalizes
+    prompt_embeds  [tokens, D]       of the caption; the zeros that fill it up to 512 tokens are left out
+    condition      [4 + C, F, h, w]  image to video only: mask and latents of the first frame
+    image_embeds   [257, D]          image to video only, and not in Wan 2.2: the first frame, by the image encoder
+
+Run it again to go on after an interruption, or after adding clips: what is done, with this caption and from a video of this
+size, is not done again. Files made with other encoders or settings are refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from diffusers.training_utils import free_memory
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .wan_clips import Clip, Frames, list_clips
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+TEXT_LENGTH = 512
+"""Tokens that the pipelines fill prompts up to."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Encode what the command line names, and write the index.
+
+    Raises:
+        ValueError: input that cannot be understood, no Wan pipeline, sizes that do not fit it, an output folder made with
+            other settings, or no usable clip.
+    """
+    args = _parse(arguments)
+    if args.fps <= 0:
+        raise ValueError(f"--fps: expected a positive number, got {args.fps:g}")
+    clips, skipped = list_clips(args.input)
+    _encode_all(args, clips, skipped)
+    # The pipeline is out of scope: a program that goes on from here has its memory back.
+    free_memory()
+
+
+def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | WanImageToVideoPipeline:
+    """A Wan pipeline without its transformers: the VAE and the image encoder in float32, the text encoder in `dtype`.
+
+    Raises:
+        ValueError: there is no such pipeline, or it is none of Wan's.
+    """
+    try:
+        config = DiffusionPipeline.load_config(model)
+    except OSError as error:
+        raise ValueError(f"--model: expected a folder or Hub name of a Diffusers pipeline, got {model}: {error}") from error
+    kinds = {kind.__name__: kind for kind in (WanPipeline, WanImageToVideoPipeline)}
+    kind = kinds.get(config["_class_name"])
+    if kind is None:
+        raise ValueError(f"--model: expected one of {', '.join(kinds)}, got {model}, a {config['_class_name']}")
+    if kind is WanImageToVideoPipeline and config.get("expand_timesteps"):
+        raise ValueError(f"--model: {model} puts the first frame into the latents (expand_timesteps); that is not supported")
+    # Only the pipeline's own class knows that it can do without transformers; DiffusionPipeline would load them.
+    types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
+    return kind.from_pretrained(model, transformer=None, transformer_2=None, dtype=types).to(device)
+
+
+@torch.no_grad()
+def encode(
+    pipe: WanPipeline | WanImageToVideoPipeline, frames: torch.Tensor, caption: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The tensors of one clip, as at the top of this file, in `dtype` on the CPU.
+
+    Args:
+        pipe: as `load_pipeline` returns it.
+        frames: uint8 [frames, height, width, 3], of a size that the pipeline can make.
+        caption: what they show.
+        dtype: of what is returned; latents are computed in float32.
+    """
+    vae, device = pipe.vae, pipe.vae.device
+    video = pipe.video_processor.normalize(frames.to(device).permute(3, 0, 1, 2)[None] / 255)
+    # The mean, not a sample: Wan's own VAE returns nothing else, image to video is conditioned on it, and it is the same in
+    # every run. Normalized as by WanImageToVideoPipeline.prepare_latents; the inverse is in WanPipeline.__call__.
+    mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    latents = (vae.encode(video).latent_dist.mode() - mean) * (1.0 / std)
+    prompt_embeds, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
+    tokens = int(prompt_embeds[0].any(-1).nonzero().max()) + 1
+    tensors = {"latents": latents[0], "prompt_embeds": prompt_embeds[0, :tokens]}
+    if isinstance(pipe, WanImageToVideoPipeline):
+        # Given latents, it draws no noise.
+        _, condition = pipe.prepare_latents(
+            video[:, :, 0], 1, latents.shape[1], *video.shape[3:], len(frames), torch.float32, device, latents=latents
+        )
+        tensors["condition"] = condition[0]
+        if pipe.image_encoder is not None:
+            tensors["image_embeds"] = pipe.encode_image(frames[0].numpy(), device)[0]
+    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def fingerprint(module: torch.nn.Module, *constants: Any) -> str:
+    """A digest of names, shapes and first values of all weights: quick, and different for what was trained differently."""
+    digest = hashlib.sha256(json.dumps(constants).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _encode_all(args: argparse.Namespace, clips: list[Clip], skipped: dict[str, str]) -> None:
+    """Encode what is not done yet, then write the index of all that is, and report."""
+    dtype = getattr(torch, args.dtype)
+    pipe = load_pipeline(args.model, dtype, args.device)
+    settings = _settings(args, pipe)
+    done = {clip: _finished(args.output, clip, settings) for clip in clips}
+    pending = [clip for clip in clips if done[clip] is None]
+    data = Frames(args.input, pending, num_frames=args.num_frames, resolutions=args.resolutions, fps=args.fps)
+    loader = DataLoader(data, batch_size=None, num_workers=min(args.workers, len(pending)))
+    bar = tqdm(loader, desc="Encoding", unit="clip", initial=len(clips) - len(pending), total=len(clips))
+    for clip, (frames, reason) in zip(pending, bar, strict=True):
+        if frames is None:
+            skipped[clip.source] = reason
+            continue
+        file, (length, height, width, _) = _file(args.output, clip), frames.shape
+        record = dataclasses.asdict(clip) | {"frames": length, "height": height, "width": width, "fps": args.fps}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with _written_aside(file) as aside:
+            # One entry, for safetensors writes several in any order.
+            metadata = {"clip": json.dumps(record | {"settings": settings})}
+            save_file(encode(pipe, frames, clip.caption, dtype), aside, metadata)
+        done[clip] = _finished(args.output, clip, settings)
+
+    for source, reason in sorted(skipped.items()):
+        print(f"left out: {source}: {reason}")
+    entries = [entry for entry in done.values() if entry is not None]
+    if not entries:
+        raise ValueError(f"--input: none of the {len(skipped)} clips in {args.input} can be used; the reasons are above")
+    index = {"format_version": FORMAT_VERSION, "settings": settings, "clips": entries, "skipped": skipped}
+    with _written_aside(args.output / INDEX) as aside:
+        aside.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _summarize(args.output, entries, len(skipped))
+
+
+def _settings(args: argparse.Namespace, pipe: WanPipeline | WanImageToVideoPipeline) -> dict[str, Any]:
+    """What all clips of a folder share. Raises a ValueError where it does not fit the pipeline."""
+    temporal = pipe.vae_scale_factor_temporal
+    for number in args.num_frames:
+        if number < 1 or number % temporal != 1:
+            raise ValueError(f"--num-frames: expected a multiple of {temporal} plus 1, got {number}")
+    # Wan's transformers take patches of 2 x 2 latents.
+    multiple = 2 * pipe.vae_scale_factor_spatial
+    for height, width in args.resolutions:
+        if not height or not width or height % multiple or width % multiple:
+            raise ValueError(f"--resolutions: expected multiples of {multiple}, got {height}x{width}")
+    encoders = {"vae": fingerprint(pipe.vae, pipe.vae.config.latents_mean, pipe.vae.config.latents_std)}
+    for name in ("text_encoder", "image_encoder"):
+        if getattr(pipe, name, None) is not None:
+            encoders[name] = fingerprint(getattr(pipe, name))
+    return {
+        "pipeline": type(pipe).__name__,
+        **encoders,
+        "text_length": TEXT_LENGTH,
+        "num_frames": sorted(args.num_frames),
+        "resolutions": [list(size) for size in args.resolutions],
+        "fps": args.fps,
+        "dtype": args.dtype,
+    }
+
+
+def _file(output: Path, clip: Clip) -> Path:
+    return output / "clips" / f"{clip.source}.safetensors"
+
+
+def _finished(output: Path, clip: Clip, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The index entry of a clip that is done, as it is now, from the header of its file; else None.
+
+    Raises:
+        ValueError: it was done with other settings.
+    """
+    file = _file(output, clip)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            record = json.loads(tensors.metadata()["clip"])
+            shapes = {name: tensors.get_slice(name).get_shape() for name in sorted(tensors.keys())}
+    except (FileNotFoundError, SafetensorError):
+        return None
+    then = record.pop("settings")
+    if then != settings:
+        names = [name for name in settings | then if then.get(name) != settings.get(name)]
+        differences = "; ".join(f"{name} was {then.get(name)!r} and is {settings.get(name)!r}" for name in names)
+        raise ValueError(f"--output: {file} was made with other settings: {differences}; choose another folder")
+    is_same = dataclasses.asdict(clip).items() <= record.items()
+    return {"file": file.relative_to(output).as_posix(), **record, "shapes": shapes} if is_same else None
+
+
+@contextlib.contextmanager
+def _written_aside(file: Path) -> Iterator[Path]:
+    """A path to write to that becomes `file` when that succeeds, and goes when it fails."""
+    aside = file.with_name(f"{file.name}.incomplete")
+    try:
+        yield aside
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _summarize(output: Path, entries: list[dict[str, Any]], skipped: int) -> None:
+    print(f"{output / INDEX}: {len(entries)} clips; {skipped} left out")
+    sizes = Counter((entry["frames"], entry["height"], entry["width"]) for entry in entries)
+    for (frames, height, width), count in sorted(sizes.items()):
+        print(f"  {count} of {frames} frames, {height}x{width}")
+    if full := sum(entry["shapes"]["prompt_embeds"][0] == TEXT_LENGTH for entry in entries):
+        print(f"  {full} captions fill all {TEXT_LENGTH} tokens; what is longer was cut")
+    if others := len({*(output / "clips").rglob("*.safetensors")} - {output / entry["file"] for entry in entries}):
+        print(f"  {others} older files are not of clips in this input; the index leaves them out")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="qat-patch prepare-wan-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    # Its name is what argparse calls a wrong value.
+    def resolution(text: str) -> tuple[int, int]:
+        height, width = text.split("x")
+        return int(height), int(width)
+
+    def option(name: str, help: str, **kind: Any) -> None:
+        parser.add_argument(name, help=help + (" (default: %(default)s)" if "default" in kind else ""), **kind)
+
+    option("--model", "folder or Hub name of a Wan pipeline in Diffusers' format", required=True)
+    option("--input", "folder of videos and captions", required=True, type=Path)
+    option("--output", "folder for the index and the tensors", required=True, type=Path)
+    option("--num-frames", "lengths on offer, each a multiple of 4 plus 1", nargs="+", type=int, default=[81])
+    sizes = {"nargs": "+", "type": resolution, "default": [(480, 832), (832, 480)], "metavar": "HEIGHTxWIDTH"}
+    option("--resolutions", "sizes on offer, such as 480x832", **sizes)
+    option("--fps", "frames a second that videos are resampled to; Wan was trained at 16", type=float, default=16.0)
+    option("--dtype", "of what is stored, and of the text encoder", choices=["bfloat16", "float32"], default="bfloat16")
+    option("--device", "of the encoders", default="cuda" if torch.cuda.is_available() else "cpu")
+    option("--workers", "processes that decode videos ahead; 0: decode when needed", type=int, default=2)
+    return parser.parse_args(arguments)

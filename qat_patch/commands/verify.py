@@ -1,0 +1,20 @@
+"""qat-patch verify EXPORT: check an export from end to end."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from qat_patch.checkpoint.verify import verify_checkpoint
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what was found, a line each.
+
+    Raises:
+        ValueError: what is wrong with the export.
+    """
+    parser = argparse.ArgumentParser(prog="qat-patch verify", description=verify_checkpoint.__doc__)
+    parser.add_argument("folder", help="what export_checkpoint wrote")
+    options = parser.parse_args(arguments)
+    print("\n".join([*verify_checkpoint(options.folder), "verified"]))

@@ -1,0 +1,62 @@
+"""What this package needs to know of a host library: the contract of an adapter, one for each library."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from qat_kernels import QuantSpec
+from qat_patch.layer import AttentionLayer
+from qat_patch.metadata import AttentionMetadata
+
+
+class HostAdapter(Protocol):
+    """A module with these functions. None of them imports the host library before a model of it is there."""
+
+    MECHANISM: str
+    """What attention has to go through to be patched, in words."""
+
+    def owns(self, model: object) -> bool:
+        """Whether this is a model of the host library."""
+
+    def pipeline_models(self, pipeline: object) -> dict[str, torch.nn.Module]:
+        """The models to patch in a pipeline of the host library, by component name; empty for anything else."""
+
+    def stored_metadata(self, model: Any) -> AttentionMetadata | None:
+        """The metadata that an export left in the model's config."""
+
+    def attention_modules(self, model: Any) -> dict[str, torch.nn.Module]:
+        """What can be patched, by name."""
+
+    def original(self, model: Any, module: Any) -> Any:
+        """What runs there now, in the form that `restore` needs.
+
+        Raises:
+            ValueError: 4-bit attention runs there already.
+        """
+
+    def reason_to_skip(self, module: Any) -> str | None:
+        """Why a module keeps its original attention although that is no mistake of the user's."""
+
+    def problem(self, module: Any, spec: QuantSpec) -> str | None:
+        """Why 4-bit attention cannot compute what this module asks for."""
+
+    def apply(self, model: Any, layers: list[AttentionLayer]) -> None:
+        """Point the model at 4-bit attention."""
+
+    def switch(self, model: Any, layers: list[AttentionLayer]) -> None:
+        """Make the model run what its layers ask for now: 4-bit attention, or the original."""
+
+    def restore(self, model: Any, layers: list[AttentionLayer]) -> None:
+        """Undo `apply`, also a half-finished one."""
+
+    def replaced(self, model: Any, layer: AttentionLayer) -> str | None:
+        """What somebody put in the place of 4-bit attention since the patch, or None."""
+
+    def new_cache(self, model: Any, layers: list[AttentionLayer]) -> Any:
+        """An empty cache for generation that keeps K and V of the patched layers in NVFP4.
+
+        Raises:
+            ValueError: there can be none for this model.
+        """

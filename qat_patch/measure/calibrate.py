@@ -1,0 +1,181 @@
+"""Measure on real inputs: the mean keys that `k_shift` takes out, and what NVFP4 flushes to zero or saturates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qat_kernels.reference import rotated
+from qat_kernels.spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE
+from qat_patch.handle import PatchHandle
+from qat_patch.layer import AttentionCall, AttentionLayer
+from qat_patch.patch import get_handle
+
+FLUSHED_AT = 2.0**-11
+"""Groups whose largest magnitude is at most this are rounded to zero (docs/NUMERICS.md, section 1)."""
+SATURATED_ABOVE = E2M1_MAX * E4M3_MAX
+"""Larger magnitudes saturate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Which shares of a tensor's values NVFP4 cannot hold; both are 0 in a healthy layer."""
+
+    flushed: float
+    """Values that are not zero, in groups that are rounded to zero."""
+    saturated: float
+    """Values beyond the largest that NVFP4 holds."""
+
+
+def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, dict[str, Limits]]:
+    """Measure `k_shift`, the mean key of each key head as attention sees it, and put it into force.
+
+    The mean is over all keys that may be seen, of all batches, in float32; of a model that rotates positions, after it did.
+    Padding does not count. The model runs its original attention, without gradients and in evaluation mode, and is left
+    as it was but for `get_handle(model).k_shift`, which holds the result. With several processes (torch.distributed) each
+    passes its own batches, equally many, and all get the same shifts.
+
+    Args:
+        model: a patched model, a wrapper around one, or a patched Diffusers pipeline.
+        batches: what to call the model with: mappings of keyword arguments, sequences of positional ones, or tensors. A few
+            batches of real data do: the mean hardly depends on how many.
+
+    Returns:
+        By the names of the patched modules, by `query`, `key` and `value`: how much NVFP4 cannot hold (keys as they were
+        quantized before, without the new shift).
+
+    Raises:
+        ValueError: the model is not patched, there are no batches, or a patched module was never called.
+    """
+    means: dict[str, _Mean] = {}
+    counts: dict[str, dict[str, LimitCounts]] = {}
+
+    def observe(name: str, layer: AttentionLayer, call: AttentionCall) -> None:
+        means.setdefault(name, _Mean()).add(call)
+        counts[name] = count_limits(counts.get(name), layer, call)
+
+    handle = run_observed("calibrate", model, batches, observe)
+    for name, layer in handle.patched.items():
+        layer.k_shift = means[name].result()
+    return {name: {which: count.result() for which, count in of_layer.items()} for name, of_layer in counts.items()}
+
+
+def run_observed(what: str, model: Any, batches: Iterable[Any], observe: Any) -> PatchHandle:
+    """Run the batches through original attention, with `observe(name, layer, call)` for every call of a patched module.
+
+    Raises:
+        ValueError: as `calibrate`.
+    """
+    handle = get_handle(model)
+    if handle is None:
+        raise ValueError(f"{what}: the model is not patched; call patch_model first, which says what is to be quantized")
+    names = {layer: name for name, layer in handle.patched.items()}
+    seen, number = set(), 0
+
+    def observer(layer: AttentionLayer, call: AttentionCall) -> None:
+        seen.add(layer)
+        observe(names[layer], layer, call)
+
+    modules = [module for part in handle.models for module in part.modules()]
+    training = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        with torch.no_grad(), handle.observed(observer):
+            for batch in batches:
+                _call(model, batch)
+                number += 1
+    finally:
+        for module, was in zip(modules, training, strict=True):
+            module.training = was
+    if not number:
+        raise ValueError(f"{what}: expected at least one batch, got none")
+    if missing := [name for layer, name in names.items() if layer not in seen]:
+        raise ValueError(
+            f"{what}: these batches never reached {len(missing)} of {len(names)} patched modules, such as {missing[0]}; pass "
+            "batches that do, or exclude those modules from the patch"
+        )
+    return handle
+
+
+def _call(model: Any, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple | list):
+        model(*batch)
+    else:
+        model(batch)
+
+
+class _Mean:
+    """The running mean of keys, by key head."""
+
+    def __init__(self) -> None:
+        self.total: Any = 0.0  # float64 [key heads, head_dim] from the first call on
+        self.count: Any = 0.0
+
+    def add(self, call: AttentionCall) -> None:
+        key, mask = call.key.float(), call.key_mask
+        count = torch.tensor(key.shape[0] * key.shape[2], device=key.device)
+        if mask is not None:
+            key, count = torch.where(mask[:, None, :, None], key, 0.0), mask.sum()
+        self.total = self.total + key.sum((0, 2)).double()
+        self.count = self.count + count.double()
+
+    def result(self) -> torch.Tensor:
+        sums = torch.cat([self.total.flatten(), self.count.flatten()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        return (sums[:-1] / sums[-1].clamp(min=1)).view_as(self.total).float()
+
+
+@dataclasses.dataclass
+class LimitCounts:
+    """Running counts behind `Limits`."""
+
+    flushed: torch.Tensor | int = 0
+    saturated: torch.Tensor | int = 0
+    values: torch.Tensor | int = 0
+
+    def add(self, groups: torch.Tensor, values: torch.Tensor | int) -> None:
+        """Groups of values [..., 16]; `values` of them count, the others are zero."""
+        magnitude = groups.abs()
+        flushed = magnitude.amax(-1, keepdim=True) <= FLUSHED_AT
+        self.flushed = self.flushed + (flushed & (magnitude > 0)).sum()
+        self.saturated = self.saturated + (magnitude > SATURATED_ABOVE).sum()
+        self.values = self.values + values
+
+    def result(self) -> Limits:
+        values = max(1, int(self.values))
+        return Limits(flushed=int(self.flushed) / values, saturated=int(self.saturated) / values)
+
+
+def count_limits(counts: dict[str, LimitCounts] | None, layer: AttentionLayer, call: AttentionCall) -> dict[str, LimitCounts]:
+    """The counts by tensor with one more call, Q, K and V as the quantization meets them (docs/NUMERICS.md, section 6)."""
+    counts = counts or {"query": LimitCounts(), "key": LimitCounts(), "value": LimitCounts()}
+    query, key, value, mask = call.query.float(), call.key.float(), call.value.float(), call.key_mask
+    if (shift := layer.shift_on(key.device)) is not None:
+        key = key - shift[:, None]
+    query, key = rotated(query, layer.spec), rotated(key, layer.spec)
+    counts["query"].add(query.unflatten(-1, (-1, GROUP_SIZE)), query.numel())
+    seen: int | torch.Tensor = key.numel()
+    if mask is not None:
+        key, value = (torch.where(mask[:, None, :, None], x, 0.0) for x in (key, value))
+        seen = mask.sum() * (key.numel() // mask.numel())
+    counts["key"].add(key.unflatten(-1, (-1, GROUP_SIZE)), seen)
+    if layer.spec.pv == "nvfp4":
+        counts["value"].add(_token_groups(value, mask), seen)
+    return counts
+
+
+def _token_groups(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Groups along tokens, counted from the first allowed key: [B, Hk, D, groups, 16]."""
+    if mask is not None:
+        order = (torch.arange(mask.shape[1], device=mask.device) + mask.int().argmax(1, keepdim=True)) % mask.shape[1]
+        value = value.gather(2, order[:, None, :, None].expand_as(value))
+    value = torch.nn.functional.pad(value, (0, 0, 0, -value.shape[2] % GROUP_SIZE))
+    return value.mT.unflatten(-1, (-1, GROUP_SIZE))

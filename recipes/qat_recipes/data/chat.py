@@ -1,0 +1,103 @@
+"""Conversations as blocks of tokens for supervised fine-tuning: only what the assistant says last counts in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+
+from .json_lines import read_json_lines
+from .text import TextSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""What transformers and torch call a label that counts for nothing."""
+
+
+def load_chat(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> datasets.Dataset:
+    """Blocks of whole conversations: rows of `input_ids`, `position_ids` and `labels`, all int64 [sequence_length].
+
+    A row of the source is a list of messages, each with `role` and `content`, in the column `text_column` (default `messages`);
+    the last one is the assistant's. The tokenizer's chat template writes them out. Labels are the tokens of the last message and
+    IGNORED elsewhere, so that the prompt and the earlier turns are read and not learned. Conversations are packed in their
+    order, do not see each other, and are never cut: those longer than a block are left out, and the end of a block that the
+    next one does not fit into is filled up with end-of-text tokens.
+
+    Raises:
+        ValueError: rows that are no conversations, no chat template or one that rewrites the prompt once there is an answer, or
+            no conversation that fits.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("data.chat: the tokenizer has no chat template; take a model that was made for chats, or set one")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token), which fills up blocks; set one")
+    blocks: list[dict[str, list[int]]] = []
+    block: dict[str, list[int]] = {"input_ids": [], "position_ids": [], "labels": []}
+    found = too_long = 0
+
+    def close() -> None:
+        missing = sequence_length - len(block["input_ids"])
+        filling = {"input_ids": tokenizer.eos_token_id, "labels": IGNORED}
+        blocks.append({name: values + [filling.get(name, 0)] * missing for name, values in block.items()})
+        blocks[-1]["position_ids"][sequence_length - missing :] = range(missing)
+
+    for where, messages in _conversations(source):
+        prompt, tokens = _encode(where, messages, tokenizer)
+        found += 1
+        if len(tokens) > sequence_length:
+            too_long += 1
+            continue
+        if len(block["input_ids"]) + len(tokens) > sequence_length:
+            close()
+            block = {name: [] for name in block}
+        block["input_ids"] += tokens
+        block["position_ids"] += range(len(tokens))
+        block["labels"] += [IGNORED] * len(prompt) + tokens[len(prompt) :]
+    if block["input_ids"]:
+        close()
+    if not blocks:
+        raise ValueError(
+            f"{source.path}: {found} conversations, and {too_long} of them are longer than data.sequence_length "
+            f"({sequence_length}); give more data or a larger one"
+        )
+    if too_long:
+        print(f"{source.path}: {too_long} of {found} conversations are longer than {sequence_length} tokens and left out")
+    return datasets.Dataset.from_list(blocks[: source.blocks]).with_format("torch")
+
+
+def _encode(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The tokens before the last message, and all of them."""
+    is_chat = isinstance(messages, list) and len(messages) > 1
+    if not is_chat or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise ValueError(f"{where}: expected a list of at least two messages with role and content, got {str(messages)[:80]}")
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{where}: expected the last message to be the assistant's, got one of {messages[-1]['role']!r}")
+    write: Any = tokenizer.apply_chat_template
+    prompt = write(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
+    tokens = write(messages, tokenize=True, return_dict=False)
+    if tokens[: len(prompt)] != prompt or len(tokens) == len(prompt):
+        raise ValueError(
+            f"{where}: the chat template does not write the prompt as it stands before the answer; set another template"
+        )
+    return prompt, tokens
+
+
+def _conversations(source: TextSource) -> Iterator[tuple[str, Any]]:
+    column = source.text_column or "messages"
+    if source.is_local:
+        if not source.path.endswith(".jsonl"):
+            raise ValueError(f"data.chat: expected a .jsonl file or a dataset on the Hub, got {source.path}")
+        rows: Any = read_json_lines(Path(source.path), {column: list})
+    else:
+        split = source.split or "train"
+        rows = datasets.load_dataset(source.path, source.config, split=split, streaming=source.documents is not None)
+    for number, row in enumerate(rows, 1):
+        if source.documents is not None and number > source.documents:
+            return
+        if column not in row:
+            raise ValueError(f"{source.path}: there is no column {column!r}; set text_column to one of {', '.join(row)}")
+        yield f"{source.path}, row {number}", row[column]

@@ -1,0 +1,160 @@
+"""Clips as `qat-patch prepare-wan-data` encoded them: latents and text embeddings by index, and batches of one shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.data import Dataset, Sampler
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """Clips to train on, and held-out clips."""
+
+    train: str
+    """Folder that `qat-patch prepare-wan-data` wrote."""
+    eval: str | None = None
+    """Another such folder, of held-out clips. Either this, or `eval_fraction`, or neither."""
+    eval_fraction: float | None = None
+    """Hold out this part of the clips, the last ones by name."""
+
+    def __post_init__(self) -> None:
+        if self.eval is not None and self.eval_fraction is not None:
+            raise ValueError("data: eval and eval_fraction are both set; leave one out")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(f"data.eval_fraction: expected a number between 0 and 1, got {self.eval_fraction}")
+        if self.eval is not None and Path(self.eval).resolve() == Path(self.train).resolve():
+            raise ValueError(f"data.eval: {self.train} holds the clips to train on too; hold out others")
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether there are held-out clips."""
+        return self.eval is not None or self.eval_fraction is not None
+
+
+class EncodedClips(Dataset):
+    """Encoded clips by index, each a dict of tensors of the stored dtype.
+
+    latents [C, F, h, w], normalized as the pipeline's; prompt_embeds [text length, D], filled up with zeros; for image to
+    video condition [4 + C, F, h, w], to concatenate to noisy latents, and image_embeds [257, D] if the model takes any.
+
+    Args:
+        folder: what `qat-patch prepare-wan-data` wrote.
+        part: of its clips, which are in the order of their names.
+
+    Attributes:
+        clips: what the index says of each clip: caption, source, frames, height, width, fps and the shapes in its file.
+        settings: what all of them share: the encoders' fingerprints, the text length, dtype.
+        buckets: for each clip the sizes that clips of one batch must have in common.
+
+    Raises:
+        ValueError: the folder holds no index, one that cannot be read, or not all files that it lists.
+    """
+
+    def __init__(self, folder: str | Path, part: slice = slice(None)) -> None:
+        self.folder = Path(folder)
+        file = self.folder / INDEX
+        if not file.is_file():
+            raise ValueError(f"data: there is no {file}; expected a folder that qat-patch prepare-wan-data has finished")
+        try:
+            index = json.loads(file.read_text(encoding="utf-8"))
+            version, self.settings, self.clips = index["format_version"], index["settings"], index["clips"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"data: {file} is damaged ({error}); run qat-patch prepare-wan-data again") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"data: {file} has format_version {version}, and this program reads {FORMAT_VERSION}")
+        self.clips = self.clips[part]
+        missing = [clip["file"] for clip in self.clips if not (self.folder / clip["file"]).is_file()]
+        if missing:
+            what = f"{len(missing)} files that {file} lists are missing, {missing[0]} for one"
+            raise ValueError(f"data: {what}; run qat-patch prepare-wan-data again")
+
+    @property
+    def buckets(self) -> list[tuple[int, ...]]:
+        return [tuple(clip["shapes"]["latents"]) for clip in self.clips]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        file = self.folder / self.clips[index]["file"]
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"data: {file} is damaged ({error}); run qat-patch prepare-wan-data again") from error
+        embeds = tensors["prompt_embeds"]
+        tensors["prompt_embeds"] = torch.nn.functional.pad(embeds, (0, 0, 0, self.settings["text_length"] - len(embeds)))
+        return tensors
+
+
+class BucketBatches(Sampler[list[int]]):
+    """Batches of indices from one bucket each, shuffled anew in every epoch, from batch number `start` of the run to `stop`.
+
+    The order follows from the seed alone, so that a resumed run goes on exactly where the other one stopped. Every clip
+    comes in every epoch, and all batches are full: the last one of a bucket is filled up with clips from its front.
+
+    `stop - start` should be a multiple of the number of processes, which take batches in turn: Accelerate drops a rest.
+    """
+
+    drop_last = True
+
+    def __init__(self, buckets: Sequence[Hashable], batch_size: int, seed: int, start: int, stop: int) -> None:
+        self.buckets, self.batch_size, self.seed, self.start, self.stop = buckets, batch_size, seed, start, stop
+        self.batches_an_epoch = sum(math.ceil(clips / batch_size) for clips in Counter(buckets).values())
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches: list[list[int]] = []
+        for number in range(self.start, self.stop):
+            epoch, position = divmod(number, self.batches_an_epoch)
+            if position == 0 or not batches:
+                batches = self._epoch(epoch)
+            yield batches[position]
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        clips_of: dict[Hashable, list[int]] = {}
+        for index in torch.randperm(len(self.buckets), generator=generator).tolist():
+            clips_of.setdefault(self.buckets[index], []).append(index)
+        batches = []
+        for clips in clips_of.values():
+            for first in range(0, len(clips), self.batch_size):
+                batches.append([clips[(first + offset) % len(clips)] for offset in range(self.batch_size)])
+        # Or small buckets would always come last.
+        return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def load_clips(settings: VideoSettings) -> tuple[EncodedClips, EncodedClips | None]:
+    """Clips to train on and held-out clips (None if nothing is held out).
+
+    Raises:
+        ValueError: a folder that cannot be read, folders made by different encoders, or too few clips to hold some out.
+    """
+    train = EncodedClips(settings.train)
+    if settings.eval is not None:
+        evaluation = EncodedClips(settings.eval)
+        shared = ("pipeline", "vae", "text_encoder", "image_encoder", "text_length")
+        differing = [name for name in shared if train.settings.get(name) != evaluation.settings.get(name)]
+        if differing:
+            what = f"{settings.eval} and {settings.train} were made with different {', '.join(differing)}"
+            raise ValueError(f"data.eval: {what}; prepare both with the same model")
+        return train, evaluation
+    if settings.eval_fraction is None:
+        return train, None
+    held_out = max(1, round(len(train) * settings.eval_fraction))
+    if held_out >= len(train):
+        raise ValueError(f"data.eval_fraction: {settings.eval_fraction} of {len(train)} clips leaves none; give more clips")
+    return EncodedClips(settings.train, slice(-held_out)), EncodedClips(settings.train, slice(-held_out, None))

@@ -1,0 +1,153 @@
+"""Flow matching as the training examples of Diffusers do it: noisy latents, the velocity to predict, weighted timesteps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch.utils.data import Dataset
+
+from qat_recipes.data.video import EncodedClips
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimestepSettings:
+    """Which timesteps are trained how often and how much, in the terms of Diffusers' training examples."""
+
+    weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
+    """How timesteps are drawn (logit_normal, mode) or losses weighted (sigma_sqrt, cosmap); none: evenly."""
+    logit_mean: float = 0.0
+    """Mean of the logit of the drawn positions, for logit_normal."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit of the drawn positions, for logit_normal."""
+    mode_scale: float = 1.29
+    """How much the middle is preferred, for mode."""
+    flow_shift: float | None = None
+    """Shift of the noise levels; null: that of the pipeline's scheduler."""
+
+    def __post_init__(self) -> None:
+        schemes = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
+        for field in dataclasses.fields(self):
+            scheme = schemes.get(field.name, self.weighting_scheme)
+            if scheme != self.weighting_scheme and getattr(self, field.name) != field.default:
+                raise ValueError(f"timesteps.{field.name}: has no effect unless weighting_scheme is {scheme}; leave it out")
+        if self.logit_std <= 0:
+            raise ValueError(f"timesteps.logit_std: expected a positive number, got {self.logit_std}")
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            raise ValueError(f"timesteps.flow_shift: expected a positive number or null, got {self.flow_shift}")
+
+
+def noise_levels(scheduler: dict[str, Any] | None, flow_shift: float | None) -> tuple[torch.Tensor, int]:
+    """The noise levels that a model is trained on, falling from 1, and what a level of 1 is as a timestep.
+
+    Args:
+        scheduler: the config of the scheduler that samples; None if there is none.
+        flow_shift: instead of the scheduler's.
+
+    Raises:
+        ValueError: the scheduler is not one of flow matching with a fixed shift, or there is no shift at all.
+    """
+    if scheduler is None:
+        if flow_shift is None:
+            raise ValueError("timesteps.flow_shift: model.path has no scheduler that would say; set it, or give a pipeline")
+        scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    name = scheduler["_class_name"]
+    is_flow = name == "FlowMatchEulerDiscreteScheduler" or scheduler.get("use_flow_sigmas", False)
+    schedules = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    others = [kind for kind in schedules if scheduler.get(kind)]
+    others += [kind for kind in ("invert_sigmas", "shift_terminal") if scheduler.get(kind)]
+    if not is_flow or others:
+        got = f"{name} with {', '.join(others)}" if is_flow else f"{name} without use_flow_sigmas"
+        raise ValueError(f"model.path: expected a scheduler of flow matching with a fixed shift, as Wan's are, got {got}")
+    if flow_shift is None:
+        # UniPC and its relatives call it flow_shift. Both do the same with it.
+        flow_shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+    steps = scheduler.get("num_train_timesteps", 1000)
+    levels: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=flow_shift)
+    return levels.sigmas, steps
+
+
+@dataclasses.dataclass
+class FlowInputs:
+    """One batch of noisy latents."""
+
+    arguments: dict[str, torch.Tensor]
+    """What the transformer is called with."""
+    sigmas: torch.Tensor
+    """Noise levels, float32 [batch, 1, 1, 1, 1]."""
+    velocity: torch.Tensor
+    """What it should say: noise - latents, float32 [batch, C, F, h, w]."""
+
+
+class FlowMatching:
+    """Predict the velocity from clips to noise; a batch is one of `EncodedClips`, outputs are float32 [batch, C, F, h, w].
+
+    Args:
+        settings: which timesteps.
+        sigmas: the noise levels to train on, falling.
+        steps: a noise level times this is its timestep.
+    """
+
+    distance_name = "velocity_error"
+
+    def __init__(self, settings: TimestepSettings, sigmas: torch.Tensor, steps: int) -> None:
+        self.settings, self.sigmas, self.steps = settings, sigmas, steps
+
+    def inputs(self, batch: dict[str, torch.Tensor]) -> FlowInputs:
+        """Noise clips; noise and positions in the schedule are drawn here, unless the batch has its own."""
+        settings, latents = self.settings, batch["latents"].float()
+        noise = batch["noise"] if "noise" in batch else torch.randn_like(latents)
+        positions = batch.get("position")
+        if positions is None:
+            positions = compute_density_for_timestep_sampling(
+                settings.weighting_scheme, len(latents), settings.logit_mean, settings.logit_std, settings.mode_scale
+            )
+        # Some schemes draw 1 itself.
+        indices = (positions.cpu() * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
+        sigmas = self.sigmas[indices].to(latents.device)
+        levels = sigmas.view(-1, 1, 1, 1, 1)
+        noisy = (1 - levels) * latents + levels * noise
+        if "condition" in batch:
+            noisy = torch.cat([noisy, batch["condition"].float()], dim=1)
+        arguments = {"hidden_states": noisy, "timestep": sigmas * self.steps}
+        arguments["encoder_hidden_states"] = batch["prompt_embeds"].float()
+        if "image_embeds" in batch:
+            arguments["encoder_hidden_states_image"] = batch["image_embeds"].float()
+        return FlowInputs(arguments, levels, noise - latents)
+
+    def outputs(self, model: torch.nn.Module, inputs: FlowInputs) -> torch.Tensor:
+        return model(**inputs.arguments, return_dict=False)[0].float()
+
+    def loss(self, outputs: torch.Tensor, inputs: FlowInputs) -> torch.Tensor:
+        """Mean squared error of the velocity, weighted."""
+        weights = compute_loss_weighting_for_sd3(self.settings.weighting_scheme, inputs.sigmas)
+        return (weights * (outputs - inputs.velocity).square()).mean()
+
+    def distance(self, outputs: torch.Tensor, teacher_outputs: torch.Tensor) -> torch.Tensor:
+        """Mean squared error against the teacher's velocity."""
+        return (outputs - teacher_outputs.float()).square().mean()
+
+
+class HeldOutClips(Dataset):
+    """Each clip at several timesteps, evenly spread over the schedule, with noise that is the same in every measurement.
+
+    Args:
+        clips: dicts of tensors by index, with `latents`.
+        timesteps: how many for each clip.
+        seed: of the noise.
+    """
+
+    def __init__(self, clips: EncodedClips | Sequence[dict[str, torch.Tensor]], timesteps: int, seed: int) -> None:
+        self.clips, self.timesteps, self.seed = clips, timesteps, seed
+
+    def __len__(self) -> int:
+        return len(self.clips) * self.timesteps
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        clip = self.clips[index // self.timesteps]
+        noise = torch.randn(clip["latents"].shape, generator=torch.Generator().manual_seed(self.seed + index))
+        return clip | {"noise": noise, "position": torch.tensor((index % self.timesteps + 0.5) / self.timesteps)}

@@ -1,0 +1,129 @@
+"""The task of a causal language model of Transformers: predict the next token of texts, or the answer in conversations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qat_recipes.data.chat import IGNORED, load_chat
+from qat_recipes.data.streaming import StreamedBlocks, WindowBatches
+from qat_recipes.data.text import ShuffledBatches, TextSettings, load_blocks, load_source
+from qat_recipes.training.task import FineTuning, FineTuningSettings
+
+TOKENS_AT_ONCE = 1024
+"""Whose log-probabilities are held while a distance is computed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(FineTuningSettings):
+    """Fine-tune a causal language model for 4-bit attention."""
+
+    data: TextSettings
+    """Text to train on and to measure on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_eval(self.data.has_eval)
+
+
+class NextToken:
+    """Next-token prediction in packed documents, none of which attends to another.
+
+    A batch holds `input_ids` and `position_ids`, both int64 [batch, length]; a document starts where a position is 0. With
+    `labels`, also int64 [batch, length], these are what is to be predicted. Outputs are logits [batch, length, vocabulary].
+    """
+
+    distance_name = "kl"
+
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """The batch, and where its documents start in the rows one after the other, as for FlashAttention."""
+        starts = (batch["position_ids"] == 0).flatten().nonzero().squeeze(1)
+        bounds = functional.pad(starts, (0, 1), value=batch["position_ids"].numel()).int()
+        longest = int(bounds.diff().max())
+        return batch | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+    def outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        # With a cache transformers would let documents attend to those before them. With labels it would compute a loss too.
+        return model(**{name: x for name, x in inputs.items() if name != "labels"}, use_cache=False).logits
+
+    def loss(self, outputs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Mean cross-entropy of the tokens that have another of their document before them.
+
+        Of conversations only of those that have labels. Batches with fewer of them, because more documents start in them, weigh
+        as much as others.
+        """
+        targets = inputs.get("labels", inputs["input_ids"]).masked_fill(inputs["position_ids"] == 0, IGNORED)
+        return functional.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
+
+    def distance(self, outputs: torch.Tensor, teacher_outputs: torch.Tensor) -> torch.Tensor:
+        """Mean KL(teacher || student) over tokens, computed in float32."""
+        outputs, teacher_outputs = outputs.flatten(0, 1), teacher_outputs.flatten(0, 1)
+        parts = zip(outputs.split(TOKENS_AT_ONCE), teacher_outputs.split(TOKENS_AT_ONCE), strict=True)
+        # Computed again in the backward pass: log-probabilities of a few tokens are all that is ever held.
+        sums = [checkpoint(_kl_sum, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.stack(sums).sum() / len(outputs)
+
+
+def _kl_sum(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    student, teacher = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return functional.kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+class LanguageModeling(FineTuning[Settings]):
+    """A language model learns to predict the next token: the task of the loop."""
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    train_data: StreamedBlocks | datasets.Dataset
+
+    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+        window, blocks = settings.data.streaming, settings.calibration_batches * settings.batch_size * accelerator.num_processes
+        if window is not None and blocks > window:
+            raise ValueError(
+                f"settings.calibration_batches: a stream remembers a window of {window} blocks (data.streaming), and these are "
+                f"{blocks}; take fewer, or a larger window"
+            )
+        self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision or "main"}
+        self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
+        # Files that have to be downloaded or cached are so once.
+        with accelerator.main_process_first():
+            self.train_data, self.eval_data = self._data(settings.data)
+        super().__init__(settings)
+        self.objective, self.eval_batch_size = NextToken(), settings.batch_size
+
+    def load(self) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(**self.source, dtype=self.settings.load_dtype)
+
+    def _data(self, data: TextSettings) -> tuple[StreamedBlocks | datasets.Dataset, datasets.Dataset | None]:
+        if data.streaming is None:
+            return load_blocks(data, self.tokenizer, load_chat if data.chat else load_source)
+        train = StreamedBlocks(data.train, self.tokenizer, data.sequence_length, data.streaming)
+        if data.eval is None:
+            return train, None
+        return train, load_source(data.eval, self.tokenizer, data.sequence_length)
+
+    def batches(self, start: int, stop: int) -> Sampler[list[int]]:
+        settings = self.settings
+        if isinstance(self.train_data, StreamedBlocks):
+            return WindowBatches(self.train_data.window, settings.batch_size, settings.seed, start, stop)
+        return ShuffledBatches(len(self.train_data), settings.batch_size, settings.seed, start, stop)
+
+    def data_state(self, batches: int) -> dict[str, Any] | None:
+        if isinstance(self.train_data, StreamedBlocks):
+            return self.train_data.state_dict(batches * self.settings.batch_size)
+        return None
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        if isinstance(self.train_data, StreamedBlocks):
+            self.train_data.load_state_dict(state)
+
+    @staticmethod
+    def tokens(batch: dict[str, torch.Tensor]) -> int:
+        return batch["input_ids"].numel()

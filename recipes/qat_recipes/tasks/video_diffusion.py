@@ -1,0 +1,156 @@
+"""The task of a Wan transformer: predict velocities of noisy clips, which `qat-patch prepare-wan-data` encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+
+from qat_recipes.data.video import BucketBatches, EncodedClips, VideoSettings, load_clips
+from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
+
+from .flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
+from .samples import Samples, SampleSettings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WanSettings(ModelSettings):
+    """The pipeline whose transformer is trained, or a transformer without one."""
+
+    transformer: Literal["transformer", "transformer_2"] = "transformer"
+    """Which transformer of the pipeline; Wan 2.2 has two, for high and for low noise, and each is trained on its part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(FineTuningSettings):
+    """Fine-tune a Wan transformer for 4-bit attention."""
+
+    model: WanSettings
+    """The pipeline whose transformer is trained, or a transformer without one."""
+    data: VideoSettings
+    """Clips to train on and to measure on."""
+    timesteps: TimestepSettings = dataclasses.field(default_factory=TimestepSettings)
+    """Which timesteps are trained how often and how much."""
+    eval_timesteps: int = 4
+    """Measure each held-out clip at so many timesteps, evenly spread over the schedule."""
+    samples: SampleSettings | None = None
+    """Videos to look at while the model learns; null: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_eval(self.data.has_eval)
+        if self.eval_timesteps < 1:
+            raise ValueError(f"settings.eval_timesteps: expected at least 1, got {self.eval_timesteps}")
+        if self.samples is not None and not self.data.has_eval:
+            raise ValueError("samples: they are of held-out clips, and there are none; set data.eval or data.eval_fraction")
+        if self.samples is not None and self.samples.every > self.steps:
+            raise ValueError(f"samples.every: expected at most steps ({self.steps}), got {self.samples.every}")
+        if self.lora and self.lora.export == "adapters" and self.model.transformer != "transformer":
+            raise ValueError("lora.export: adapters alone can be exported of `transformer` only; expected merged")
+
+
+class VideoDiffusion(FineTuning[Settings]):
+    """A Wan transformer learns to predict velocities: the task of the loop."""
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    eval_batch_size = 1  # clips of any sizes follow each other
+    train_data: EncodedClips
+
+    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+        self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision}
+        self.accelerator = accelerator
+        self.pipeline = self._pipeline(settings)
+        self.train_data, clips = load_clips(settings.data)
+        with accelerator.main_process_first():
+            super().__init__(settings)
+            self.objective = FlowMatching(settings.timesteps, *self._noise_levels())
+        for each in (self.train_data, clips):
+            if each is not None:
+                check_clips(self.model, each)
+        self.eval_data = None if clips is None else HeldOutClips(clips, settings.eval_timesteps, settings.seed)
+        self.samples: Samples | None = None
+        if settings.samples is not None and clips is not None:
+            self.samples = Samples(settings.samples, self.source, self.model, self.handle, clips)
+
+    def load(self) -> torch.nn.Module:
+        source = self.source if self.pipeline is None else self.source | {"subfolder": self.settings.model.transformer}
+        try:
+            name = WanTransformer3DModel.load_config(**source).get("_class_name")
+        except OSError as error:
+            raise ValueError(f"model.path: expected a Wan pipeline or transformer in Diffusers' format: {error}") from error
+        if name != WanTransformer3DModel.__name__:
+            raise ValueError(f"model.path: expected a {WanTransformer3DModel.__name__}, got a {name}")
+        return WanTransformer3DModel.from_pretrained(**source, dtype=self.settings.load_dtype)
+
+    def batches(self, start: int, stop: int) -> BucketBatches:
+        return BucketBatches(self.train_data.buckets, self.settings.batch_size, self.settings.seed, start, stop)
+
+    def tokens(self, batch: dict[str, torch.Tensor]) -> int:
+        """Patches of latents, as self-attention sees them."""
+        latents = batch["latents"]
+        config: Any = self.handle.models[0].config
+        return latents.numel() // (latents.shape[1] * math.prod(config.patch_size))
+
+    def after_step(self, step: int) -> dict[str, float]:
+        settings = self.settings
+        if self.samples is None or not (step == 0 or settings.is_due(self.samples.settings.every, step)):
+            return {}
+        folder = Path(settings.output_dir) / "samples" / f"step-{step}"
+        return self.samples.write(folder, self.accelerator.device, is_writer=self.accelerator.is_main_process)
+
+    @staticmethod
+    def _pipeline(settings: Settings) -> dict[str, Any] | None:
+        """The config of the pipeline, or None of a transformer without one. Refuses what does not fit it."""
+        model = settings.model
+        try:
+            config = DiffusionPipeline.load_config(model.path, revision=model.revision)
+        except OSError:
+            config = None
+        if (config or {"transformer": ...}).get(model.transformer) in (None, [None, None]):
+            raise ValueError(f"model.transformer: {model.path} has no {model.transformer}")
+        if config is None and settings.samples is not None:
+            raise ValueError(f"samples: {model.path} has no VAE to make videos with; give a whole pipeline, or leave them out")
+        if config is not None and config.get("expand_timesteps"):
+            raise ValueError(f"model.path: {model.path} has a timestep for each token (expand_timesteps); that is not supported")
+        if settings.samples is not None and config.get("boundary_ratio") is not None:
+            raise ValueError("samples: they would need the other transformer of this pipeline too; sample from the export")
+        return config
+
+    def _noise_levels(self) -> tuple[torch.Tensor, int]:
+        """The noise levels that this transformer is there for."""
+        scheduler = None
+        if self.pipeline is not None:
+            scheduler = FlowMatchEulerDiscreteScheduler.load_config(**self.source, subfolder="scheduler")
+        sigmas, steps = noise_levels(scheduler, self.settings.timesteps.flow_shift)
+        boundary = None if self.pipeline is None else self.pipeline.get("boundary_ratio")
+        if boundary is not None:
+            # As WanPipeline chooses between them.
+            is_high = sigmas >= boundary
+            sigmas = sigmas[is_high if self.settings.model.transformer == "transformer" else ~is_high]
+        return sigmas, steps
+
+
+def check_clips(model: torch.nn.Module, clips: EncodedClips) -> None:
+    """Raise a ValueError if a transformer cannot take these clips."""
+    config: Any = model.config
+    for clip in clips.clips:
+        shapes = clip["shapes"]
+        channels, *sizes = shapes["latents"]
+        needed = {
+            "latent channels": (config.out_channels, channels),
+            "input channels": (config.in_channels, channels + shapes.get("condition", [0])[0]),
+            "text embeddings of size": (config.text_dim, shapes["prompt_embeds"][-1]),
+            "image embeddings of size": (config.image_dim, shapes.get("image_embeds", [None])[-1]),
+            "latents beyond whole patches": ([0, 0, 0], [n % m for n, m in zip(sizes, config.patch_size, strict=True)]),
+        }
+        for what, (expected, got) in needed.items():
+            if expected != got:
+                raise ValueError(
+                    f"data: {clip['file']} in {clips.folder} does not fit the model: expected {what} {expected}, got {got}; "
+                    "prepare the clips with the pipeline of this model"
+                )

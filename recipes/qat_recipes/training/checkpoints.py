@@ -1,0 +1,133 @@
+"""Checkpoints of a run: written aside and renamed when complete, checked before anything is loaded, the newest kept."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from qat_patch.checkpoint import integrity
+
+FORMAT_VERSION = 2
+MANIFEST = "checkpoint.json"
+"""Written last: the state that the recipe gave, and size and SHA-256 of every other file, sealed by a hash of its own."""
+
+
+def steps_in(output_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, ascending. Whether they are complete is for `check` to say."""
+    found = {}
+    for folder in output_dir.glob("checkpoint-*"):
+        if name := re.fullmatch(r"checkpoint-(\d+)", folder.name):
+            found[int(name[1])] = folder
+    return dict(sorted(found.items()))
+
+
+def find(output_dir: Path, resume: str) -> Path:
+    """The folder that `resume` means: `latest` of the run in output_dir, or a path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if resume != "latest":
+        return Path(resume)
+    found = steps_in(output_dir)
+    if not found:
+        raise ValueError(f"resume=latest: there is no checkpoint in {output_dir}; leave resume out to start from the beginning")
+    return found[max(found)]
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Read the state stored in a checkpoint, after checking that every file is there and unchanged.
+
+    Raises:
+        ValueError: the checkpoint is missing, incomplete or damaged, or of another format version; the message names the
+            newest one beside it that is not. Which one to go on from is for people to decide.
+    """
+    state, problem = _read(folder)
+    if problem is not None:
+        good = newest_complete(folder.parent)
+        advice = f"resume={good} is complete; remove what is newer first" if good else "there is no other beside it"
+        raise ValueError(f"resume: {folder} {problem}; {advice}")
+    return state
+
+
+def newest_complete(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is complete and unchanged."""
+    return next((folder for folder in reversed(steps_in(output_dir).values()) if _read(folder)[1] is None), None)
+
+
+def save(
+    accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], *, attach: list[Path], keep: int | None
+) -> None:
+    """Write checkpoint-{step}. Every process calls this; the folder gets its name when it is complete and on disk.
+
+    Args:
+        accelerator: holds model, optimizer and what else was prepared or registered; random states are saved too.
+        output_dir: the run's folder.
+        step: optimizer steps done.
+        state: plain values that `check` returns.
+        attach: files to copy into the checkpoint.
+        keep: remove all but the newest so many checkpoints; None keeps all.
+
+    Raises:
+        RuntimeError: it could not be written, the disk being full for one. The older checkpoints are as they were.
+    """
+    folder = output_dir / f"checkpoint-{step}"
+    aside = output_dir / f"{folder.name}.incomplete"
+    try:
+        if accelerator.is_main_process:
+            _remove_leftovers(output_dir)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for file in attach:
+                shutil.copyfile(file, aside / file.name)
+            manifest = {"format_version": FORMAT_VERSION, "state": state, "files": integrity.fingerprints(aside)}
+            (aside / MANIFEST).write_text(json.dumps(integrity.sealed(manifest), indent=2), encoding="utf-8")
+            integrity.sync(aside)
+            aside.rename(folder)
+            integrity.sync(output_dir, recursive=False)
+    # torch and safetensors have exceptions of their own for a full disk.
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        good = newest_complete(output_dir)
+        raise RuntimeError(
+            f"checkpoint: writing {folder} failed: {error}\nThe run stops; "
+            + (
+                f"its newest complete checkpoint is {good}. Make room, and go on with resume=latest"
+                if good
+                else "it has no checkpoint"
+            )
+        ) from error
+    if accelerator.is_main_process and keep is not None:
+        for old in list(steps_in(output_dir).values())[:-keep]:
+            # First the name: what is half removed must not look like a checkpoint.
+            old.rename(old.with_name(f"{old.name}.incomplete"))
+        _remove_leftovers(output_dir)
+    accelerator.wait_for_everyone()
+
+
+def _remove_leftovers(output_dir: Path) -> None:
+    for leftover in output_dir.glob("checkpoint-*.incomplete"):
+        shutil.rmtree(leftover)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The state, and what is wrong with the checkpoint."""
+    if not folder.is_dir():
+        return {}, "does not exist"
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if (version := content["format_version"]) != FORMAT_VERSION:
+            return {}, f"has format_version {version!r}, and this program reads {FORMAT_VERSION}"
+        manifest = integrity.unsealed(content)
+    except FileNotFoundError:
+        return {}, f"is incomplete: it has no {MANIFEST}"
+    except (ValueError, LookupError, TypeError) as error:
+        return {}, f"is damaged: {MANIFEST} cannot be read ({error})"
+    return manifest["state"], integrity.what_changed(folder, manifest["files"])

@@ -1,0 +1,50 @@
+"""The log of a run: metrics.jsonl, one line a step, and the trackers of Accelerate."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from qat_recipes.command_line import flatten, to_dict, to_yaml
+
+from .settings import TrainingSettings
+
+
+class Log:
+    """What a run logs. The first thing of a run that writes."""
+
+    def __init__(self, settings: TrainingSettings, accelerator: Accelerator, checkpoint: Path | None) -> None:
+        self.accelerator, self.file = accelerator, Path(settings.output_dir) / "metrics.jsonl"
+        self.files = [self.file, self.file.with_name("settings.yaml")]
+        """What a checkpoint takes along."""
+        accelerator.wait_for_everyone()  # until all have found output_dir free
+        if accelerator.is_main_process:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            (self.file.parent / "settings.yaml").write_text(to_yaml(settings), encoding="utf-8")
+            if checkpoint is None:
+                self.file.touch()
+            else:
+                # The log as it was at the checkpoint: what came after it will come again.
+                shutil.copyfile(checkpoint / self.file.name, self.file)
+        # Trackers take numbers and text.
+        flat = flatten(to_dict(settings)).items()
+        config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat}
+        accelerator.init_trackers("qat_patch", config=config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add what was measured in a step; 0 is before the first."""
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def summary(self) -> dict[str, float]:
+        """The last training loss, and the held-out losses before the first step and after the last, by name."""
+        records = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+        summary = {"train_loss": next(record["loss"] for record in reversed(records) if "loss" in record)}
+        for when, record in (("before", records[0]), ("after", records[-1])):
+            summary |= {f"{name}_{when}": value for name, value in record.items() if name.startswith("eval_")}
+        return summary

@@ -1,0 +1,222 @@
+"""The training loop of every recipe, on Accelerate. What is learned, and from what, is for the task to say."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from qat_recipes.command_line import flatten, to_dict, to_yaml
+
+from . import checkpoints, nonfinite
+from .adapters import has_adapters, save_adapters_only
+from .calibration import Calibration
+from .diagnostics import FlopCount, quantization_errors
+from .log import Log
+from .objective import evaluate, make_teacher
+from .optimization import WeightAverage, compile_blocks, make_optimizer
+from .settings import TrainingSettings
+from .start import BOOKKEEPING, make_accelerator, starting_point
+from .step import Stepper, is_finite
+from .task import Task
+
+
+def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) -> dict[str, float]:
+    """Run or resume a training, and export the result to output_dir/export.
+
+    Args:
+        settings: of the run.
+        make_task: called once, when the settings and the checkpoint to resume from have been checked.
+
+    Returns:
+        The last training loss, and the held-out losses before the first step and after the last, by name.
+
+    Raises:
+        ValueError: output_dir holds another run, a checkpoint that does not fit or is damaged, or too little data.
+            Nothing has been written to output_dir then.
+        FloatingPointError: loss or gradients of too many steps are not finite.
+        RuntimeError: a checkpoint cannot be written. Older ones are as they were.
+    """
+    run = _Run(settings, make_task)
+    batches = run.begin()
+    is_shown = run.accelerator.is_local_main_process
+    bar = tqdm(range(run.done + 1, settings.steps + 1), initial=run.done, total=settings.steps, disable=not is_shown)
+    for step in bar:
+        values = run.step(step, batches)
+        bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {values['tokens_per_second']:.0f} tokens/s")
+        run.log.write(step, values | run.measure(step))
+        if settings.is_due(settings.checkpoint_every, step):
+            run.save(step)
+    return run.finish()
+
+
+class _Run:
+    """Everything that a training needs, in the order in which it has to be made."""
+
+    def __init__(self, settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) -> None:
+        self.settings, self.output_dir = settings, Path(settings.output_dir)
+        self.accelerator = accelerator = make_accelerator(settings)
+        self.checkpoint, state = starting_point(settings, accelerator)
+        self.done, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped_steps"]
+        set_seed(settings.seed, device_specific=True, deterministic=settings.deterministic)
+        self.task = task = make_task(accelerator)
+        self.teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
+        if has_adapters(task.model):
+            save_adapters_only(accelerator)
+        if state["data"] is not None:
+            task.restore_data(state["data"])
+        loader, eval_loader = _loaders(settings, task, accelerator.num_processes, self.done)
+        optimizer = make_optimizer(settings, task.model)
+        if settings.compile:
+            compile_blocks(task.model, task.handle, settings.compile)
+        self.model, optimizer, self.loader, self.eval_loader = accelerator.prepare(task.model, optimizer, loader, eval_loader)
+        if accelerator.is_fsdp2:
+            # Accelerate does so for other models: sharding casts weights, but not what is computed between the layers.
+            self.model.forward = accelerator.autocast()(self.model.forward)
+        # Not prepared but registered: Accelerate would step it once a process.
+        schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
+        accelerator.register_for_checkpointing(self.scheduler)
+        self.average = WeightAverage(task.model, settings.ema_decay, accelerator) if settings.ema_decay else None
+        self.calibration = Calibration(task.handle, accelerator) if settings.calibration_batches else None
+        self.flops = FlopCount(task.objective, task.handle, task.model, accelerator.device)
+        accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
+        self.log = Log(settings, accelerator, self.checkpoint)
+        self.stepper = Stepper(
+            settings=settings,
+            task=task,
+            accelerator=accelerator,
+            model=self.model,
+            optimizer=optimizer,
+            teacher=self.teacher,
+        )
+
+    def begin(self) -> Iterator[Any]:
+        """Go on from the checkpoint, or calibrate and measure; returns the batches of the steps to come."""
+        batches = iter(self.loader)
+        if self.checkpoint is not None:
+            self.accelerator.load_state(str(self.checkpoint), strict=not has_adapters(self.task.model))
+        else:
+            if self.calibration:
+                first = list(itertools.islice(batches, self.settings.calibration_batches))
+                self.calibration.measure(self.task.objective, self.model, first)
+                batches = itertools.chain(first, batches)
+            if before := self.measure(0):
+                self.log.write(0, before)
+        self.model.train()
+        return batches
+
+    def step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
+        """Make a step; returns what goes into the log about it.
+
+        Raises:
+            FloatingPointError: it was not finite, and no more of such steps may be skipped.
+        """
+        settings, device = self.settings, self.accelerator.device
+        began = time.perf_counter()
+        values = {"learning_rate": self.scheduler.get_last_lr()[0]}
+        seen = [next(batches) for _ in range(settings.accumulation_steps)]
+        operations = sum(self.flops.of(self.model, batch) for batch in seen)
+        is_detailed = settings.layers_every > 0 and step % settings.layers_every == 0
+        errors = quantization_errors(self.task.objective, self.model, seen[0], device) if is_detailed else {}
+        values |= self.stepper.step(seen, is_detailed=is_detailed)
+        self.scheduler.step()
+        if not is_finite(values):
+            values = self._skip(step, seen, values)
+        elif self.average:
+            self.average.step()
+        seconds = time.perf_counter() - began
+        values |= {"tokens_per_second": values["tokens"] / seconds} | self.flops.speed(operations, seconds)
+        values["peak_memory_gib"] = _peak_memory(device)
+        self.tokens += values["tokens"]
+        values["tokens"] = self.tokens
+        return values | errors
+
+    def _skip(self, step: int, batches: list[Any], values: dict[str, float]) -> dict[str, float]:
+        """Count and store a step that was not finite; returns what of it is."""
+        self.skipped += 1
+        limit = self.settings.max_skipped_steps
+        where = nonfinite.save_batches(self.output_dir, step, batches, values, self.accelerator.process_index)
+        if self.skipped > limit:
+            raise FloatingPointError(nonfinite.advice(self.output_dir, step, values, where, limit))
+        return {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped_steps": self.skipped}
+
+    def measure(self, step: int) -> dict[str, float]:
+        """What is due after a step (0: before the first): held-out losses, and what the task measures."""
+        settings, task, values = self.settings, self.task, {}
+        with self._averaged():
+            if self.eval_loader is not None and (step == 0 or settings.is_due(settings.eval_every, step)):
+                values = evaluate(
+                    task.objective,
+                    self.model,
+                    task.handle,
+                    self.eval_loader,
+                    self.accelerator,
+                    teacher=self.teacher,
+                    seed=settings.seed,
+                )
+            return values | task.after_step(step)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RuntimeError: it cannot be written.
+        """
+        settings, processes = self.settings, self.accelerator.num_processes
+        state = {"step": step, "tokens": self.tokens, "skipped_steps": self.skipped, "processes": processes}
+        batches_done = step * settings.accumulation_steps * processes
+        state |= {"settings": to_dict(settings), "data": self.task.data_state(batches_done)}
+        checkpoints.save(self.accelerator, self.output_dir, step, state, attach=self.log.files, keep=settings.keep_checkpoints)
+
+    def finish(self) -> dict[str, float]:
+        """Export; returns the summary of the log."""
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()
+        summary = self.log.summary()
+        weights = accelerator.get_state_dict(self.model) if accelerator.is_fsdp2 else None  # all processes take part
+        # Without autocast, in which an export's reference output could not be computed again.
+        accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if accelerator.is_main_process:
+            settings = flatten(to_dict(self.settings)).items()
+            chosen = {name: x for name, x in settings if x is not None and name not in BOOKKEEPING}
+            with self._averaged():
+                self.task.export(self.output_dir / "export", {"tokens": self.tokens} | chosen, summary, weights)
+        accelerator.wait_for_everyone()  # a process that ends while another still exports takes that one down
+        accelerator.end_training()
+        return summary
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has its averaged weights, if there are any."""
+        return self.average.in_place() if self.average else contextlib.nullcontext()
+
+
+def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, DataLoader | None]:
+    batches_a_step = settings.accumulation_steps * processes
+    # With generators of their own the loaders draw nothing from the global one, which a checkpoint restores.
+    order = task.batches(done * batches_a_step, settings.steps * batches_a_step)
+    loader = DataLoader(task.train_data, batch_sampler=order, generator=torch.Generator())
+    if task.eval_data is None:
+        return loader, None
+    return loader, DataLoader(task.eval_data, task.eval_batch_size, generator=torch.Generator())
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB since the start: of the GPU, or on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Kilobytes, but bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

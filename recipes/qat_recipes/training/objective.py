@@ -1,0 +1,140 @@
+"""What a step minimizes: the loss of the task, the distance to the model's own unquantized self, or a mix of both."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_batch_size, fsdp2_prepare_model
+from torch.utils.data import DataLoader
+
+from qat_patch import PatchHandle, unpatch_model
+
+from .adapters import has_adapters, without_adapters
+
+
+class Objective(Protocol):
+    """What is learned, in steps, so that two models can be given the same inputs."""
+
+    distance_name: str
+    """What the distance to the teacher is called in the log."""
+
+    def inputs(self, batch: Any) -> Any:
+        """What the model is given, and what it should say. Every random number is drawn here."""
+
+    def outputs(self, model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        """What the model says. `model` is the task's, as Accelerate prepared it, or the teacher."""
+
+    def loss(self, outputs: torch.Tensor, inputs: Any) -> torch.Tensor:
+        """Mean loss of a batch, a scalar."""
+
+    def distance(self, outputs: torch.Tensor, teacher_outputs: torch.Tensor) -> torch.Tensor:
+        """How far the outputs are from the teacher's, a scalar: 0 where they are equal."""
+
+
+class CalledWithBatch(torch.nn.Module):
+    """A model, as Accelerate prepared it, that is called with a batch of the loader: what qat_patch can run by itself."""
+
+    def __init__(self, objective: Objective, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.objective, self.model = objective, model
+
+    def forward(self, *items: Any, **named: Any) -> torch.Tensor:
+        return self.objective.outputs(self.model, self.objective.inputs(named or list(items)))
+
+
+Teacher = Callable[[torch.nn.Module, Any], torch.Tensor]
+"""Gives the outputs of the starting weights with original attention, without gradients: teacher(model, inputs), where
+`model` is the student as Accelerate prepared it."""
+
+
+def make_teacher(objective: Objective, model: torch.nn.Module, handle: PatchHandle, accelerator: Accelerator) -> Teacher:
+    """The teacher of a model that is not trained nor prepared yet.
+
+    If the model has adapters it is its own teacher, with these off: no memory. Else the teacher is a copy.
+    """
+    if has_adapters(model):
+
+        def itself(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+            was_training = model.training
+            model.eval()
+            # All of it is over before the student's forward pass, which gradient checkpointing runs again later.
+            with torch.no_grad(), handle.disabled(), without_adapters(model):
+                outputs = objective.outputs(model, inputs)
+            model.train(was_training)
+            return outputs
+
+        return itself
+
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    unpatch_model(frozen)
+    # Not `accelerator.prepare`, which would write it into every checkpoint.
+    frozen = fsdp2_prepare_model(accelerator, frozen) if accelerator.is_fsdp2 else frozen.to(accelerator.device)
+
+    def another(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            return objective.outputs(frozen, inputs)
+
+    return another
+
+
+def losses(
+    objective: Objective, model: torch.nn.Module, batch: Any, teacher: Teacher | None, distillation: float
+) -> dict[str, torch.Tensor]:
+    """`loss`, which is to be minimized, and with a teacher both of its parts, `task_loss` and the distance by its name."""
+    inputs = objective.inputs(batch)
+    target = None if teacher is None else teacher(model, inputs)
+    outputs = objective.outputs(model, inputs)
+    loss = objective.loss(outputs, inputs)
+    if target is None:
+        return {"loss": loss}
+    distance = objective.distance(outputs, target)
+    mixed = distance if distillation == 1 else (1 - distillation) * loss + distillation * distance
+    return {"loss": mixed, "task_loss": loss, objective.distance_name: distance}
+
+
+@torch.no_grad()
+def evaluate(
+    objective: Objective,
+    model: torch.nn.Module,
+    handle: PatchHandle,
+    loader: DataLoader,
+    accelerator: Accelerator,
+    *,
+    teacher: Teacher | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Means over held-out data: `eval_loss_original` with original and `eval_loss_fp4` with 4-bit attention.
+
+    Also the distance between the two, such as `eval_kl_between`, which is what quantization changes; with a teacher the distances
+    to it, such as `eval_kl_original` and `eval_kl_fp4`. Both kinds of attention see the
+    same inputs, and the random numbers of the training are left alone. With several processes the last batch is filled up
+    with samples from the front.
+    """
+    was_training = model.training
+    model.eval()
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    samples: dict[str, list[torch.Tensor]] = {}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for batch in loader:
+            inputs = objective.inputs(batch)
+            target = None if teacher is None else teacher(model, inputs)
+            outputs, measured = {}, {}
+            for name, attention in (("original", handle.disabled), ("fp4", contextlib.nullcontext)):
+                with attention():
+                    outputs[name] = objective.outputs(model, inputs)
+                measured[f"eval_loss_{name}"] = objective.loss(outputs[name], inputs)
+                if target is not None:
+                    measured[f"eval_{objective.distance_name}_{name}"] = objective.distance(outputs[name], target)
+            measured[f"eval_{objective.distance_name}_between"] = objective.distance(outputs["fp4"], outputs["original"])
+            for key, value in measured.items():
+                value = value.float().repeat(find_batch_size(batch))
+                samples.setdefault(key, []).append(accelerator.gather_for_metrics(value))
+    model.train(was_training)
+    # The losses of both kinds first, then the distances.
+    return {key: torch.cat(samples[key]).double().mean().item() for key in sorted(samples, key=lambda key: "loss" not in key)}

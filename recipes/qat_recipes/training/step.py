@@ -1,0 +1,71 @@
+"""One optimizer step: gradients averaged over batches and processes, clipped, and weights that move if all of it is finite."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .diagnostics import gradient_norms
+from .objective import Teacher, losses
+from .settings import TrainingSettings
+from .task import Task
+
+
+@dataclasses.dataclass(kw_only=True)
+class Stepper:
+    """Makes the steps of a run."""
+
+    settings: TrainingSettings
+    """Of the run."""
+    task: Task
+    """What is learned."""
+    accelerator: Accelerator
+    """Prepared what follows."""
+    model: torch.nn.Module
+    """The task's, as Accelerate prepared it."""
+    optimizer: torch.optim.Optimizer
+    """Moves its weights."""
+    teacher: Teacher | None
+    """For distillation."""
+
+    def step(self, batches: list[Any], *, is_detailed: bool) -> dict[str, float]:
+        """Losses, averaged over batches and processes, gradient norm before clipping, and tokens.
+
+        If it is to be detailed, gradient norms of the layers too.
+
+        The weights stay as they are if any of it is not finite; all processes agree on that.
+        """
+        settings, task, accelerator = self.settings, self.task, self.accelerator
+        sums: dict[str, torch.Tensor] = {}
+        limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
+        # Around the backward pass too, where gradient checkpointing runs the forward pass again.
+        with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
+            for batch in batches:
+                with accelerator.accumulate(self.model):
+                    values = losses(task.objective, self.model, batch, self.teacher, settings.distillation)
+                    accelerator.backward(values["loss"])
+                values["tokens"] = torch.tensor(task.tokens(batch))
+                for name, value in values.items():
+                    value = value.detach().to(accelerator.device, torch.float32)
+                    sums[name] = sums[name] + value if name in sums else value
+        layers = gradient_norms(self.model) if is_detailed else {}
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist(), strict=True))
+        tokens = int(totals.pop("tokens"))
+        batches_a_step = settings.accumulation_steps * accelerator.num_processes
+        means = {name: total / batches_a_step for name, total in totals.items()}
+        measured: dict[str, float] = {**means, "grad_norm": float(norm), "tokens": tokens, **layers}
+        if is_finite(measured):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return measured
+
+
+def is_finite(measured: dict[str, float]) -> bool:
+    """Whether a step moved the weights."""
+    return math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])

@@ -1,0 +1,179 @@
+"""What a recipe trains: what the loop asks of it, and what the recipes for Transformers and Diffusers models share."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
+
+from .adapters import LoraSettings, add_adapters
+from .objective import Objective
+from .settings import TrainingSettings
+
+
+class Task(Protocol):
+    """What the loop asks for."""
+
+    model: torch.nn.Module
+    """Patched; what is trained of it is float32."""
+    handle: PatchHandle
+    """The patch of the model."""
+    objective: Objective
+    """What it learns."""
+    train_data: Dataset
+    """Samples by index; torch's default collation makes batches of them."""
+    eval_data: Dataset | None
+    """Held-out samples, if eval_every is set."""
+    eval_batch_size: int
+    """How many of these fit into a batch."""
+
+    def batches(self, start: int, stop: int) -> Sampler[list[int]]:
+        """Batches of indices of train_data, from batch number `start` of the run to `stop`; they follow from the seed alone.
+
+        Raises:
+            ValueError: there are too few samples.
+        """
+
+    def data_state(self, batches: int) -> dict[str, Any] | None:
+        """What has to be remembered of the data, besides the seed, to go on after so many batches: plain values, or None."""
+        return None
+
+    def restore_data(self, state: dict[str, Any]) -> None:
+        """Go on from what `data_state` gave; called before the first batch of a resumed run, if it gave anything."""
+        raise RuntimeError(f"{type(self).__name__}: expected no state of the data, since data_state gives none, got {state}")
+
+    def tokens(self, batch: Any) -> int:
+        """Number of tokens in a batch."""
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Called by all processes after every step, and with 0 before the first; what it measures goes into the log.
+
+        Must leave model and generators alone.
+        """
+
+    def export(
+        self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
+    ) -> None:
+        """Write the trained model with what is known about the run. Only the main process calls this.
+
+        `weights` is the whole state_dict if the model is sharded over processes, else None.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model to start from."""
+
+    path: str
+    """Name on the Hub, or a folder."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory, a third slower."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the exported weights; held-out losses are measured before this rounding."""
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and self.is_local:
+            raise ValueError(f"model.revision: only models on the Hub have one, and {self.path} is local; leave it out")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` is a folder."""
+        return Path(self.path).exists()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FineTuningSettings(TrainingSettings):
+    """How a model of Transformers or Diffusers is fine-tuned. A recipe adds its data."""
+
+    model: ModelSettings
+    """The model to start from."""
+    lora: LoraSettings | None = None
+    """Train adapters; null: all weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora and self.lora.export == "adapters" and self.model.export_dtype != "float32":
+            raise ValueError(
+                f"model.export_dtype: adapters alone are exported in float32, got {self.model.export_dtype}; leave it out, or "
+                "set lora.export to merged"
+            )
+        if self.lora and self.lora.base_dtype == "bfloat16" and self.mixed_precision is None:
+            raise ValueError("lora.base_dtype: expected float32 or null without mixed_precision=bf16, got bfloat16")
+
+    @property
+    def load_dtype(self) -> torch.dtype:
+        """What the model is loaded in: float32 where its weights are trained."""
+        if self.lora is None:
+            return torch.float32
+        return getattr(torch, self.lora.base_dtype or ("float32" if self.mixed_precision is None else "bfloat16"))
+
+
+Settings = TypeVar("Settings", bound=FineTuningSettings)
+
+
+class FineTuning(Task, Generic[Settings]):
+    """Full fine-tuning, or adapters, of one model. A recipe says how to load it, and adds data and objective."""
+
+    lora_targets: ClassVar[tuple[str, ...]]
+    """The projections of attention."""
+    tokenizer: Any = None
+    """Goes into the export."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.model, self.handle = self._build()
+
+    def load(self) -> torch.nn.Module:
+        """The model to start from, in `settings.load_dtype`: autocast makes the copies that mixed precision computes with."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Nothing, unless a recipe says so."""
+        return {}
+
+    def export(
+        self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
+    ) -> None:
+        model, source, lora = self.model, self.settings.model, self.settings.lora
+        if weights is not None:
+            model, _ = self._build()
+            model.load_state_dict(weights)
+        alone = lora is not None and lora.export == "adapters"
+        base_model = str(Path(source.path).resolve()) if source.is_local else source.path
+        export_checkpoint(
+            model,
+            folder,
+            tokenizer=self.tokenizer,
+            training=training,
+            metrics=metrics,
+            # Adapters alone are nothing without it; else a path of this machine is of no use to others.
+            base_model=base_model if alone or not source.is_local else None,
+            dtype=None if alone else getattr(torch, source.export_dtype),
+            merge_adapters=not alone,
+        )
+
+    def _build(self) -> tuple[torch.nn.Module, PatchHandle]:
+        """Load, add adapters, patch."""
+        settings, model = self.settings, self.load()
+        if settings.model.gradient_checkpointing:
+            # Diffusers', Transformers', and that of its older releases.
+            names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+            next(getattr(model, name) for name in names if hasattr(model, name))()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Weights in a mapped file lie at any address, and matrix products on a CPU round by address.
+                if parameter.device.type == "cpu":
+                    parameter.data = parameter.data.clone()
+        if get_handle(model) is not None:
+            # An export of ours is patched as it was exported; here the settings say how.
+            unpatch_model(model)
+        if settings.lora is not None:
+            model = add_adapters(model, settings.lora, self.lora_targets, settings.seed)
+        return model, patch_model(model, settings.qat)

@@ -1,0 +1,94 @@
+"""Attention of others, which is timed beside ours: PyTorch's own, SageAttention and FlashInfer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from scripts.bench.shapes import Shape, inputs, packing
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def peers(shape: Shape, device: str) -> dict[str, Attention]:
+    """Others' attention by name. What cannot run the shape on this device is left out, and said so."""
+    if device == "cpu":
+        return {} if shape.packed else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
+    if shape.packed:
+        found = {"varlen_attn": varlen(shape, device)}
+    else:
+        found = {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape), "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, shape)}
+        found |= installed(shape)
+    small = shape if shape.packed else shape._replace(queries=64, keys=64)
+    for name, peer in list(found.items()):
+        try:
+            peer(*(x.detach() for x in inputs(small, device, torch.bfloat16)[:3]))
+        except (RuntimeError, ImportError, TypeError, ValueError, AssertionError) as error:
+            print(f"  {name}: left out: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            del found[name]
+    return found
+
+
+def sdpa(backend: SDPBackend, shape: Shape) -> Attention:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=shape.heads != shape.key_heads)
+
+    return call
+
+
+def varlen(shape: Shape, device: str) -> Attention:
+    """PyTorch's own FlashAttention-2 for packed sequences; its newer versions call `is_causal` a window."""
+    documents = packing(shape.documents(), device)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        known = inspect.signature(varlen_attn).parameters
+        options = {"window_size": (-1, 0 if shape.causal else -1)} if "window_size" in known else {"is_causal": shape.causal}
+        if shape.heads != shape.key_heads and "enable_gqa" in known:
+            options["enable_gqa"] = True
+        elif shape.heads != shape.key_heads:
+            k, v = (x.repeat_interleave(shape.heads // shape.key_heads, 1) for x in (k, v))
+        bounds, longest = documents["cu_seqlens_q"], documents["max_seqlen_q"]
+        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+
+    return call
+
+
+def installed(shape: Shape) -> dict[str, Attention]:
+    """Attention of other packages, forward only, where they are there."""
+    found: dict[str, Attention] = {}
+    if not shape.forward_only or shape.heads != shape.key_heads:
+        return found
+    try:
+        from sageattn3 import sageattn3_blackwell
+
+        found["sageattention3"] = lambda q, k, v: sageattn3_blackwell(q, k, v, is_causal=shape.causal)
+    except ImportError:
+        pass
+    try:
+        from sageattention import sageattn
+
+        found["sageattention"] = lambda q, k, v: sageattn(q, k, v, is_causal=shape.causal)
+    except ImportError:
+        pass
+    try:
+        import flashinfer
+    except ImportError:
+        return found
+
+    def one_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        options = {"causal": shape.causal, "kv_layout": "HND"}
+        each = [
+            flashinfer.single_prefill_with_kv_cache(a.mT.mT.transpose(0, 1), b, c, **options)
+            for a, b, c in zip(q, k, v, strict=True)
+        ]
+        return torch.stack(each).transpose(1, 2)
+
+    found["flashinfer"] = one_by_one
+    return found

@@ -1,0 +1,118 @@
+"""Tables in Markdown and pictures of what `python -m scripts.bench` and scripts.bench.decode wrote as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from scripts.bench.attention import INFERENCE, TRAINING
+from scripts.bench.shapes import Shape
+
+Result = dict[str, Any]
+
+
+def report(results: list[Result], png: Path | None) -> str:
+    """The table; the picture goes to `png`."""
+    about = results[0]
+    tabulate = attention_table
+    if "ms" in about:
+        tabulate = decode_table
+    elif "tokens_per_second" in about:
+        tabulate = generation_table
+    lines, bars, axis = tabulate(results)
+    if png is not None:
+        draw(bars, axis, png)
+    head = ", ".join(f"{key} {about[key]}" for key in ("device", "torch", "triton", "dtype") if key in about)
+    return "\n".join((head, "", *lines))
+
+
+Table = tuple[list[str], dict[str, dict[str, float]], str]
+"""Lines of Markdown; the lengths of bars by group and name; what they mean."""
+
+
+def attention_table(results: list[Result]) -> Table:
+    """Milliseconds, and those of ours relative to FlashAttention-2; bars are TFLOP/s."""
+    by_row: dict[tuple[Shape, str], dict[str, Result]] = {}
+    for each in results:
+        shape = Shape(*(each[field] for field in Shape._fields))
+        by_row.setdefault((shape, each["what"]), {})[each["name"]] = each
+    names = list(dict.fromkeys(each["name"] for each in results))
+    ours = [name for name in names if name in TRAINING | INFERENCE]
+    titles = ["shape", "", *(f"{name}, ms" for name in names), *(f"{name} / FlashAttention-2" for name in ours)]
+    lines = head(titles)
+    bars: dict[str, dict[str, float]] = {}
+    for (shape, what), row in by_row.items():
+        seconds = {name: row[name]["seconds"][1] for name in names if name in row}
+        base = next((seconds[name] for name in ("sdpa flash", "varlen_attn") if name in seconds), None)
+        cells = [f"{1e3 * seconds[name]:.2f}" if name in seconds else "" for name in names]
+        cells += [f"{seconds[name] / base:.2f}" if base and name in seconds else "" for name in ours]
+        lines.append(line([shape, what, *cells]))
+        bars[f"{shape}\n{what}"] = {name: shape.flops(what != "forward") / s / 1e12 for name, s in seconds.items()}
+    return lines, bars, "TFLOP/s (4 B H Lq Lk D, 3.5 times that with backward)"
+
+
+def decode_table(results: list[Result]) -> Table:
+    """A step of attention from the FP4 cache, against the fastest from BF16; bars are how often BF16's time is ours."""
+    lines = head(["batch", "tokens", "fp4 cache, ms", "best bf16 sdpa, ms", "", "times faster", "cache bytes, fp4 / bf16"])
+    bars = {}
+    for (batch, tokens), row in by_cell(results).items():
+        ours, theirs = row["fp4 cache"], min((each for name, each in row.items() if name != "fp4 cache"), key=lambda x: x["ms"])
+        faster = theirs["ms"] / ours["ms"]
+        cells = [f"{ours['ms']:.3f}", f"{theirs['ms']:.3f}", theirs["name"].split()[-1], f"{faster:.2f}"]
+        lines.append(line([batch, f"{tokens:,}", *cells, f"{ours['bytes'] / theirs['bytes']:.3f}"]))
+        bars[f"batch {batch}, {tokens:,} tokens"] = {
+            "time, against the best BF16 SDPA": faster, "bytes, against BF16": theirs["bytes"] / ours["bytes"]
+        }  # fmt: skip
+    return lines, bars, "BF16 / FP4 cache"
+
+
+def generation_table(results: list[Result]) -> Table:
+    """`generate` from a BF16 and from the FP4 cache; bars are tokens per second after the first."""
+    lines = head(["batch", "prompt", "layers", "", "first token, s", "tokens/s after it", "tokens/s in all", "cache, MB"])
+    bars = {}
+    for (batch, tokens), row in by_cell(results).items():
+        for name, each in row.items():
+            rates = [f"{rate:.0f}" for rate in (each["tokens_per_second"][1], each["tokens_per_second_in_all"])]
+            cells = [f"{each['first_token_seconds']:.2f}", *rates, f"{each['cache_bytes'] / 1e6:.0f}"]
+            lines.append(line([batch, f"{tokens:,}", each["layers"], name, *cells]))
+        bars[f"batch {batch}, {tokens:,} tokens"] = {name: each["tokens_per_second"][1] for name, each in row.items()}
+    return lines, bars, "tokens per second, after the first"
+
+
+def by_cell(results: list[Result]) -> dict[tuple[int, int], dict[str, Result]]:
+    """By batch and length, then by name."""
+    rows: dict[tuple[int, int], dict[str, Result]] = {}
+    for each in results:
+        rows.setdefault((each["batch"], each["length"]), {})[each["name"]] = each
+    return rows
+
+
+def head(titles: list[str]) -> list[str]:
+    return [line(titles), "|---" * len(titles) + "|"]
+
+
+def line(cells: list[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def draw(groups: dict[str, dict[str, float]], axis: str, png: Path) -> None:
+    """A bar for each name, in groups."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.6 * len(groups)))
+    height = 0.8 / len(names)
+    for index, name in enumerate(names):
+        bars = [(n, row[name]) for n, row in enumerate(groups.values()) if name in row]
+        places = [n + (index - (len(names) - 1) / 2) * height for n, _ in bars]
+        drawn = axes.barh(places, [length for _, length in bars], height, label=name)
+        axes.bar_label(drawn, fmt=lambda x: f"{x:.0f}" if x >= 10 else f"{x:.2g}", fontsize=7, padding=2)
+    axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(axis)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(png, dpi=120)

@@ -1,0 +1,168 @@
+"""Time a training step through 4-bit attention against one through PyTorch's SDPA, interleaved, in the same model.
+
+python -m scripts.bench.training wan2.1-1.3b --json wan.json
+python -m scripts.bench.training qwen3-14b-lora --json qwen3.json
+
+A step is forward, backward with gradient checkpointing, and AdamW, in bfloat16, on random weights and inputs of the real sizes:
+Wan 2.1 T2V 1.3B, all weights, 81 frames of 480x832; Qwen3-14B with LoRA of rank 16, 4096 tokens. Prints the median and the spread
+(quartiles) of the seconds of a step, the peak of memory, and both as multiples of SDPA's. Nothing is timed unless the two losses
+agree and all gradients are finite. `--tiny` runs small models, to see that all of it works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import qat_patch
+from scripts.arguments import new_parser
+from scripts.bench.harness import machine, write
+
+LOSSES_AGREE = 0.1
+"""How far the losses may lie apart, relative to SDPA's."""
+
+
+class Problem(NamedTuple):
+    """A model and how to get its loss."""
+
+    model: torch.nn.Module
+    loss: Callable[[], torch.Tensor]
+    what: str
+
+
+def wan(device: str, tiny: bool) -> Problem:
+    """Flow matching on a video latent: 21 x 60 x 104, in patches of 1 x 2 x 2 that is 32,760 tokens."""
+    from diffusers import WanTransformer3DModel
+
+    sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960, "text_dim": 4096}
+    latent = (1, 16, 21, 60, 104)
+    if tiny:
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64, "text_dim": 32}
+        latent = (1, 16, 3, 8, 8)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = WanTransformer3DModel(**sizes, freq_dim=256, in_channels=16, out_channels=16).to(torch.bfloat16).train()
+        video, noise = (torch.randn(latent, dtype=torch.bfloat16) for _ in range(2))
+        text = torch.randn(1, 512, sizes["text_dim"], dtype=torch.bfloat16)
+        timestep = torch.tensor([500])
+    model.enable_gradient_checkpointing()
+
+    def loss() -> torch.Tensor:
+        velocity = model((video + noise) / 2, timestep, text, return_dict=False)[0]
+        return (velocity.float() - (noise - video).float()).square().mean()
+
+    return Problem(model, loss, f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G weights, latent {latent}")
+
+
+def qwen3_lora(device: str, tiny: bool) -> Problem:
+    """Next tokens of one sequence."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    sizes = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8}
+    sizes |= {"head_dim": 128, "intermediate_size": 17408, "vocab_size": 151936, "rope_theta": 1e6}
+    tokens = 4096
+    if tiny:
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"head_dim": 16, "intermediate_size": 64, "vocab_size": 128}
+        tokens = 64
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes), dtype=torch.bfloat16, attn_implementation="sdpa").train()
+        ids = torch.randint(sizes["vocab_size"], (1, tokens))
+    # Older releases of transformers know it by another name.
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    model.enable_input_require_grads()
+    weights = sum(p.numel() for p in model.parameters())
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    what = f"{weights / 1e9:.2f} G weights, LoRA of rank 16, {tokens} tokens"
+    return Problem(model, lambda: model(ids, labels=ids, use_cache=False).loss, what)
+
+
+PROBLEMS = {"wan2.1-1.3b": wan, "qwen3-14b-lora": qwen3_lora}
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Check, time, print; returns what was measured."""
+    parser = new_parser("scripts.bench.training", __doc__)
+    parser.add_argument("problem", choices=PROBLEMS)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default: 5)")
+    parser.add_argument("--tiny", action="store_true", help="small models")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error(f"--rounds: expected at least 2, got {options.rounds}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = machine(device, "bfloat16") | {"problem": options.problem, "tiny": options.tiny}
+    print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    problem = PROBLEMS[options.problem](device, options.tiny)
+    print(problem.what, flush=True)
+    handle = qat_patch.patch_model(problem.model)
+    attentions = {"sdpa": handle.disabled, "4-bit": contextlib.nullcontext}
+    check(problem, attentions)
+    results = []
+    for name, (seconds, peak) in measure(problem, attentions, device, options.rounds).items():
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        results.append(about | {"name": name, "seconds": [low, median, high], "peak_bytes": peak})
+        print(f"  {name:6} {median:9.3f} s ({low:.3f} to {high:.3f})" + (f"  peak {peak / 2**30:.2f} GiB" if peak else ""))
+    sdpa, ours = results
+    memory = f", {ours['peak_bytes'] / sdpa['peak_bytes']:.3f} x the memory" if sdpa["peak_bytes"] else ""
+    print(f"  4-bit is {ours['seconds'][1] / sdpa['seconds'][1]:.3f} x the time{memory}")
+    write(results, options.json)
+    return results
+
+
+Attentions = dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]
+
+
+def check(problem: Problem, attentions: Attentions) -> None:
+    """End the program unless the losses agree, without being the same, and all gradients are finite."""
+    losses = {}
+    for name, attention in attentions.items():
+        problem.model.zero_grad()
+        with attention():
+            loss = problem.loss()
+            loss.backward()
+        losses[name] = loss.item()
+        finite = torch.stack([p.grad.isfinite().all() for p in problem.model.parameters() if p.grad is not None])
+        if not finite.all():
+            raise SystemExit(f"bench.training: {name}: {int((~finite).sum())} gradients are not finite; nothing timed")
+    apart = abs(losses["4-bit"] - losses["sdpa"]) / losses["sdpa"]
+    print("  losses: " + ", ".join(f"{name} {loss:.5f}" for name, loss in losses.items()), flush=True)
+    if not 0 < apart < LOSSES_AGREE:
+        raise SystemExit(f"bench.training: losses: expected a difference in (0, {LOSSES_AGREE}), got {apart:.2e}; nothing timed")
+
+
+def measure(problem: Problem, attentions: Attentions, device: str, rounds: int) -> dict[str, tuple[list[float], int]]:
+    """Seconds of every round and the peak of memory in bytes, the two taking turns; the first round warms up."""
+    parameters = [p for p in problem.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in attentions}
+    peaks = dict.fromkeys(attentions, 0)
+    for round_number in range(rounds + 1):
+        for name, attention in attentions.items():
+            optimizer.zero_grad()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            synchronize()
+            began = time.perf_counter()
+            with attention():
+                problem.loss().backward()
+            optimizer.step()
+            synchronize()
+            if round_number:
+                seconds[name].append(time.perf_counter() - began)
+                if device == "cuda":
+                    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+    return {name: (seconds[name], peaks[name]) for name in attentions}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The attentions that experiments compare, by name, in a model of Transformers or Diffusers.
+
+| name | attention |
+|---|---|
+| `original` | the model's own |
+| `nvfp4`, `pv_bf16` | docs/NUMERICS.md, with V and P in NVFP4 or not, as `patch_model` puts it in force |
+| `nvfp4+rotate+k_shift` | the same with options: `rotate`, `four_over_six`, `k_shift` |
+| `sage3`, `d_from_o`, ... | a baseline of `scripts.evidence.attention.baselines`, through the host's own seams |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+import qat_patch
+from qat_kernels import QuantSpec
+from qat_patch import AttnQATConfig
+from qat_patch.hosts.diffusers import adapter as diffusers_adapter
+from qat_patch.hosts.transformers import adapter as transformers_adapter
+from qat_patch.hosts.transformers.attention import compact_mask
+from qat_patch.layer import under_autocast
+from scripts.evidence.attention.baseline_attention import baseline_attention
+from scripts.evidence.attention.baselines import BASELINES, Baseline
+
+_SPECS = {"nvfp4": QuantSpec(), "pv_bf16": QuantSpec(pv="bf16")}
+_OPTIONS = ("rotate", "four_over_six", "k_shift")
+_DISPATCH = "dispatch_attention_fn"
+
+
+class Handle(Protocol):
+    """An attention in force; `qat_patch.PatchHandle` is one."""
+
+    def disabled(self) -> AbstractContextManager[None]:
+        """Inside, the model runs its original attention. Run a checkpointed backward inside too."""
+
+
+@contextlib.contextmanager
+def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] = ()) -> Iterator[Handle]:
+    """Inside, the model runs the attention of that name; afterwards its own again.
+
+    Args:
+        model: a model of Transformers or Diffusers, or a wrapper around one (PEFT, DDP), that is not patched.
+        name: see above.
+        calibration: for `k_shift`, batches that the model is called with, as `qat_patch.calibrate` takes them.
+
+    Raises:
+        ValueError: no such name, an option without effect, or `k_shift` without batches.
+    """
+    check_name(name)
+    if name == "original":
+        yield _Baselines([])
+    elif name in BASELINES:
+        baselines = _Baselines(_replacements(model, name))
+        with baselines.in_force():
+            yield baselines
+    else:
+        spec, shifted = _options_of(name)
+        with qat_patch.patch_model(model, AttnQATConfig(spec=spec)) as handle:
+            if shifted:
+                qat_patch.calibrate(model, calibration)
+            yield handle
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError unless there is such an attention."""
+    if name != "original" and name not in BASELINES:
+        _options_of(name)
+
+
+def _options_of(name: str) -> tuple[QuantSpec, bool]:
+    """The spec of a name, and whether keys are shifted."""
+    base, *options = name.split("+")
+    if base not in _SPECS or not set(options) <= set(_OPTIONS) or len(set(options)) < len(options):
+        known = ", ".join(["original", *_SPECS, *BASELINES])
+        raise ValueError(
+            f"attention: expected one of {known}, the second and third with any of +{' +'.join(_OPTIONS)}; got {name!r}"
+        )
+    chosen = {option: True for option in options if option != "k_shift"}
+    return QuantSpec(pv=_SPECS[base].pv, **chosen), "k_shift" in options
+
+
+class _Baselines:
+    """Pairs of calls that put a baseline in force and take it out again; without any, the model's own attention."""
+
+    def __init__(self, replacements: list[tuple[Any, Any]]) -> None:
+        self.replacements = replacements
+        self.active = False
+
+    @contextlib.contextmanager
+    def in_force(self, yes: bool = True) -> Iterator[None]:
+        before = self.active
+        try:
+            self._switch(yes)
+            yield
+        finally:
+            self._switch(before)
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return self.in_force(False)
+
+    def _switch(self, yes: bool) -> None:
+        if yes != self.active:
+            self.active = yes
+            for put, take in self.replacements:
+                (put if yes else take)()
+
+
+def _replacements(model: torch.nn.Module, name: str) -> list[tuple[Any, Any]]:
+    for module in model.modules():
+        if transformers_adapter.owns(module):
+            return [_in_transformers(module, name)]
+        if diffusers_adapter.owns(module):
+            return [_in_diffusers(attention, BASELINES[name]) for attention in _attention_modules(module)]
+    raise ValueError(f"attention: expected a model of transformers or diffusers, got {type(model).__name__}")
+
+
+def _in_transformers(model: torch.nn.Module, name: str) -> tuple[Any, Any]:
+    """A name in transformers' registries, where the function for it keeps no state."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    registered = f"baseline_{name}"
+    AttentionInterface.register(registered, functools.partial(_transformers_forward, BASELINES[name]))
+    AttentionMaskInterface.register(registered, compact_mask)
+    original = transformers_adapter.original(model, model)
+    return functools.partial(model.set_attn_implementation, registered), functools.partial(
+        model.set_attn_implementation, original
+    )
+
+
+def _transformers_forward(
+    baseline: Baseline,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface, causal: [B, H, Lq, D] and [B, Hk, Lk, D] -> [B, Lq, H, D]."""
+    key_mask = _key_mask(attention_mask)
+    packed = [name for name in kwargs if name.startswith("cu_seq_lens") and kwargs[name] is not None]
+    if dropout or kwargs.get("sliding_window") or packed or not module.is_causal:
+        raise ValueError("baselines in Transformers: expected causal attention without dropout, windows or packed samples")
+    # Without a mask there may be a static cache behind the tokens.
+    filled = key_mask.shape[1] if key_mask is not None else key.shape[2] if query.shape[2] == 1 else query.shape[2]
+    query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
+    out = baseline_attention(query, key, value, baseline=baseline, causal=True, scale=scaling, key_mask=key_mask)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    modules = diffusers_adapter.attention_modules(model).values()
+    return [module for module in modules if diffusers_adapter.reason_to_skip(module) is None]
+
+
+def _in_diffusers(module: torch.nn.Module, baseline: Baseline) -> tuple[Any, Any]:
+    """A processor of the module's own: the stock one's code, for which the dispatcher is another function."""
+    stock = module.processor
+    call = inspect.unwrap(type(stock).__call__)
+    namespace = call.__globals__ | {_DISPATCH: functools.partial(_diffusers_forward, baseline)}
+    replaced = types.FunctionType(call.__code__, namespace, call.__name__, call.__defaults__, call.__closure__)
+    replaced.__kwdefaults__ = call.__kwdefaults__
+    processor = object.__new__(type(f"Baseline{type(stock).__name__}", (type(stock),), {"__call__": replaced}))
+    processor.__dict__.update(stock.__dict__)
+    return functools.partial(setattr, module, "processor", processor), functools.partial(setattr, module, "processor", stock)
+
+
+def _diffusers_forward(
+    baseline: Baseline,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,  # told by the shapes
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,  # this is it
+    parallel_config: Any = None,
+) -> torch.Tensor:
+    """diffusers' dispatcher: query [B, Lq, H, D], key and value [B, Lk, Hk, D] -> [B, Lq, H, D]."""
+    if dropout_p or attention_kwargs or parallel_config is not None:
+        raise ValueError("baselines in Diffusers: expected attention without dropout, extra arguments or context parallelism")
+    query, key, value = (x.transpose(1, 2) for x in under_autocast(query, key, value))
+    options = {"causal": is_causal, "scale": scale, "key_mask": _key_mask(attn_mask)}
+    return baseline_attention(query, key, value, baseline=baseline, **options).transpose(1, 2)
+
+
+def _key_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """bool [B, keys] of a mask that is the same for all heads and queries."""
+    if mask is None:
+        return None
+    rows = mask[:, None, None] if mask.ndim == 2 else mask
+    if rows.dtype != torch.bool or rows.ndim != 4 or rows.shape[1:3] != (1, 1):
+        raise ValueError(
+            f"baselines: expected no mask, or bool [batch, 1, 1, keys] for padding, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    return rows[:, 0, 0]

@@ -1,0 +1,52 @@
+"""docs/EVIDENCE.md with every table and figure as the JSON in docs/evidence has it.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->` in the document; what stands there is replaced. Figures are PNG
+files in docs/evidence. An experiment has a module with TABLES and FIGURES, by name: functions of the results, `results(FILE)`
+being the entries of docs/evidence/FILE.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from scripts.evidence.report import ablations as report_ablations
+from scripts.evidence.report import serve as report_serve
+from scripts.evidence.report import trained as report_trained
+from scripts.evidence.report import untrained as report_untrained
+from scripts.evidence.report import video as report_video
+from scripts.evidence.results import FOLDER, Entry, Results
+
+DOCUMENT = FOLDER.parent / "EVIDENCE.md"
+EXPERIMENTS = (report_untrained, report_trained, report_ablations, report_serve, report_video)
+Load = Callable[[str], dict[str, Entry]]
+_TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str, results: Load) -> str:
+    """The document with its tables as the results have them.
+
+    Raises:
+        ValueError: the document has a table that no experiment makes, or lacks one.
+    """
+    tables = {name: make for experiment in EXPERIMENTS for name, make in experiment.TABLES.items()}
+    wanted = [match[1] for match in _TABLE.findall(text)]
+    if sorted(wanted) != sorted(tables):
+        raise ValueError(f"EVIDENCE.md: expected each of the tables {sorted(tables)} once, got {sorted(wanted)}")
+    return _TABLE.sub(lambda match: f"{match[1]}{tables[match[2]](results) or '*Not measured yet.*'}\n{match[4]}", text)
+
+
+def load(folder: Path) -> Load:
+    """Reads the files of a folder, each once; a file that is not there has no entries."""
+    return lru_cache(maxsize=None)(lambda name: Results(folder / f"{name}.json").entries())
+
+
+def write(document: Path, folder: Path) -> None:
+    """Write the tables into a document, and the figures into the folder that the results come from."""
+    results = load(folder)
+    document.write_text(render(document.read_text(encoding="utf-8"), results), encoding="utf-8")
+    for experiment in EXPERIMENTS:
+        for name, draw in experiment.FIGURES.items():
+            draw(results, folder / f"{name}.png")

@@ -1,0 +1,114 @@
+"""qat-patch generate on exports of every kind."""
+
+import av
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qat_patch import AttnQATConfig, PatchHandle, QuantSpec, export_checkpoint, patch_model
+from qat_patch.commands import generate
+from qat_patch.hosts.diffusers import adapter as diffusers_adapter
+from support.models.tiny_qwen3 import tiny_qwen3
+from support.models.tiny_wan import TEXT_DIM, tiny_pipeline, tiny_tokenizer
+
+SIZE = ["--height=16", "--width=32", "--num-frames=5", "--steps=3"]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Exports of a language model, a pipeline and a transformer, and the pipeline that the transformer is from."""
+    folder = tmp_path_factory.mktemp("exports")
+    model = tiny_qwen3()
+    patch_model(model, AttnQATConfig(exclude=["*.0.*"]))
+    export_checkpoint(model, folder / "text", tokenizer=tiny_tokenizer())
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(folder / "base")
+    patch_model(pipe)
+    export_checkpoint(pipe, folder / "pipeline")
+    export_checkpoint(pipe.transformer, folder / "transformer")
+    save_file({"prompt_embeds": torch.randn(7, TEXT_DIM)}, folder / "clip.safetensors")
+    return folder
+
+
+def shape(file):
+    with av.open(str(file)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return len(frames), *frames[0].shape
+
+
+def test_text(exports, capsys):
+    generate.main([str(exports / "text"), "--prompt", "a red square", "--max-new-tokens=5", "--min-new-tokens=5"])
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("a red square")
+    assert last == "[4-bit attention in 2 of 3 attention modules; eager implementation, cpu]"
+
+
+def test_text_where_some_layers_leave_v_unquantized(tmp_path, capsys):
+    model = tiny_qwen3()
+    patch_model(model, AttnQATConfig(overrides={"*.1.*": QuantSpec(pv="bf16")}))
+    export_checkpoint(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    generate.main([str(tmp_path / "out"), "--prompt", "a red square", "--max-new-tokens=5"])
+    assert "4-bit attention in 3 of 3 attention modules" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("export", ["pipeline", "transformer"])
+def test_video(exports, tmp_path, capsys, export):
+    base = ["--pipeline", str(exports / "base")] if export == "transformer" else []
+    arguments = [str(exports / export), *base, *SIZE, "--prompt=a red square", "--output"]
+    generate.main([*arguments, str(tmp_path / "new" / "out.mp4")])
+    assert shape(tmp_path / "new" / "out.mp4") == (5, 16, 32, 3)
+    out = capsys.readouterr().out
+    assert "5 frames of 32x16" in out and "4-bit attention in 4 of 4 attention modules" in out
+
+
+def test_prompt_embeddings_need_no_text_encoder(exports, tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("the text encoder ran")
+
+    monkeypatch.setattr("diffusers.WanPipeline._get_t5_prompt_embeds", forbidden)
+    arguments = [str(exports / "transformer"), "--pipeline", str(exports / "base"), *SIZE]
+    generate.main([*arguments, "--prompt-embeds", str(exports / "clip.safetensors"), "--output", str(tmp_path / "out.mp4")])
+    assert shape(tmp_path / "out.mp4")[0] == 5
+    save_file({"latents": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no prompt_embeds"):
+        generate.main([*arguments, "--prompt-embeds", str(tmp_path / "other.safetensors"), "--output=x.mp4"])
+
+
+def test_first_steps_in_original_attention(exports, tmp_path, monkeypatch):
+    calls, attention = [], diffusers_adapter.attention
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(diffusers_adapter, "attention", count)
+    arguments = [str(exports / "pipeline"), *SIZE, "--prompt=a", "--guidance-scale=1", "--output", str(tmp_path / "out.mp4")]
+    generate.main(arguments)
+    assert len(calls) == 3 * 4
+    calls.clear()
+    generate.main([*arguments, "--original-first=1", "--original-last=1"])
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["text"], "--prompt: needed"),
+        (["text", "--prompt=a", "--steps=3"], "--steps: has no effect, for .*text generates text"),
+        (["pipeline", "--prompt=a", "--output=x.mp4", "--max-new-tokens=3"], "--max-new-tokens: has no effect"),
+        (["pipeline", "--prompt=a"], "needs --output"),
+        (["pipeline", "--output=x.mp4"], "one of --prompt and --prompt-embeds"),
+        (["pipeline", "--prompt=a", "--output=x.mp4", "--pipeline=base"], "is a whole pipeline"),
+        (["transformer", "--prompt=a", "--output=x.mp4"], "is a transformer alone; name the pipeline"),
+        (["base", "--prompt=a", "--output=x.mp4"], "load it with its own library and call patch_model"),
+    ],
+)
+def test_mistakes(exports, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate.main([str(exports / arguments[0]), *arguments[1:]])
+
+
+def test_says_what_ran_not_what_was_asked(exports, capsys, monkeypatch):
+    monkeypatch.setattr(PatchHandle, "patched", property(lambda handle: {}))
+    with pytest.raises(ValueError, match="missing"):
+        generate.main([str(exports / "text"), "--prompt", "a"])

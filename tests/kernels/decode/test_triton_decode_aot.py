@@ -1,0 +1,113 @@
+"""The machine code of the decode kernels, compiled ahead of time: what it may not do, and how much it does for each value."""
+
+from collections import Counter
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+from support.kernels.aot import SHARED_MEMORY, believe_in, instructions, loops, usage
+
+KERNELS = ["append_kernel", "split_kernel", "combine_kernel"]
+LENGTH, TILE_KEYS = 32768, 128
+
+
+class Code(NamedTuple):
+    name: str
+    registers: int
+    spilled: int
+    """Bytes of local memory of a thread."""
+    shared: int
+    threads: int
+    loop: Counter
+    """Instructions of the longest loop, each with its modifiers."""
+
+
+def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bool = False, **spec: bool) -> list[Code]:
+    """What `KVCache.attention` on a filled cache launches, for Qwen3-14B's heads. Belongs into a process of its own."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    from qat_kernels import KVCache, QuantSpec
+    from qat_kernels.decode import launch as decode_launch
+    from qat_kernels.decode.cache import RECENT_TOKENS
+
+    believe_in(arch)
+    for kernels in (decode_launch._append_kernel_for, decode_launch._attend_kernels_for):
+        kernels.cache_clear()  # of another architecture
+    run, compiled = JITFunction.run, []
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        cubin, threads = kernel.asm["cubin"], 32 * kernel.metadata.num_warps
+        longest = max(loops(instructions(cubin)), key=lambda loop: loop[-1].address - loop[0].address, default=[])
+        loop = Counter(each.name for each in longest)
+        compiled.append(Code(self.__name__, *usage(cubin)[:2], kernel.metadata.shared, threads, loop))
+        return kernel
+
+    q, k = (torch.empty(8, heads, new, head_dim, dtype=torch.bfloat16, device="meta") for heads in (40, 8))
+    shift = torch.empty(8, head_dim, device="meta") if shifted else None
+    cache, mask = KVCache(), None
+    cache.length, cache.spec = LENGTH, QuantSpec(**spec)
+    cache._grow(k)
+    cache._resize(RECENT_TOKENS, k)
+    if masked:
+        mask, cache._leftpad = (
+            torch.empty(8, LENGTH, dtype=torch.bool, device="meta"),
+            torch.empty(8, dtype=torch.int32, device="meta"),
+        )
+    with (
+        mock.patch.object(JITFunction, "run", only_compile),
+        mock.patch.object(CompiledKernel, "__getitem__", lambda *_: lambda *_: None),
+        mock.patch.object(decode_launch, "arch_of", lambda _: arch),
+        mock.patch.object(decode_launch, "check_device", lambda _: None),
+        mock.patch.object(decode_launch, "_processors", lambda _: 132),
+    ):
+        decode_launch.append(cache._tensors(cache.spec), k, k, mask, shift)
+        decode_launch.attend(cache._tensors(cache.spec), q, mask, shift, 0.1)
+    return compiled
+
+
+def assert_fits(arch: int, compiled: list[Code]) -> None:
+    assert [kernel.name for kernel in compiled] == KERNELS
+    for kernel in compiled:
+        assert kernel.spilled == 0, (arch, kernel)
+        assert kernel.registers > 16 and kernel.shared <= SHARED_MEMORY[arch] * 1024, (arch, kernel)
+
+
+def test_one_token_is_decoded_with_few_instructions(compiler):
+    """Qwen3-14B. What a value takes: 15/8 instructions to bring its code into place, 1/2 to scale it, 1/4 for the tensor cores
+    (16 rows, of which 5 are query heads); softmax and the quantization of P, on each score, are the rest. With 128 registers
+    four programs share a processor.
+    """
+    futures = {arch: compiler.submit(compile_decode, arch, 128, 1, False) for arch in SHARED_MEMORY}
+    for arch, future in futures.items():
+        compiled = future.result()
+        assert_fits(arch, compiled)
+        loop, values = compiled[1].loop, 2 * TILE_KEYS * 128 / compiled[1].threads
+        assert sum(n for name, n in loop.items() if name.startswith("HMMA.16816")) == values / 4
+        assert sum(n for name, n in loop.items() if name.startswith("HMUL2")) <= values / 2 + values / 8 * (arch < 89)
+        assert loop.total() < (6.2 if arch >= 89 else 7.2) * values, (arch, loop)
+        # Codes come 16 bytes at a time, and what is unpacked stays in the registers of its lane: only P is stored there.
+        assert loop["LDGSTS.E.BYPASS.128"] >= 8 and not any(name.startswith(("LDL", "STL", "LDG.E.U8")) for name in loop)
+        assert sum(n for name, n in loop.items() if name.startswith("STSM")) <= 2
+        assert arch < 89 or compiled[1].registers <= 128
+
+
+def test_other_calls_fit_one_architecture_each(compiler):
+    """The rest is `slow`."""
+    calls = [(90, 64, 1, True), (120, 128, 5, True), (80, 128, 1, True), (90, 80, 1, False)]
+    futures = [(call[0], compiler.submit(compile_decode, *call)) for call in calls]
+    futures.append((90, compiler.submit(compile_decode, 90, 128, 1, True, shifted=True, rotate=True, four_over_six=True)))
+    for arch, future in futures:
+        assert_fits(arch, future.result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize("new", [1, 5])
+def test_all_calls_fit(head_dim, new, compiler):
+    calls = [(arch, head_dim, new, masked) for arch in SHARED_MEMORY for masked in (False, True)]
+    for call, future in [(call, compiler.submit(compile_decode, *call)) for call in calls]:
+        assert_fits(call[0], future.result())

@@ -1,0 +1,98 @@
+"""explain and `qat-patch doctor`: what runs, and why nothing faster does."""
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from qat_kernels import QuantSpec, attention, explain
+from qat_kernels.fp4 import launch as fp4_launch
+from qat_patch.cli import main
+
+HALF = torch.zeros(1, 2, 16, 32, dtype=torch.bfloat16)
+
+
+def on_gpu(capability):
+    """As if the machine had one of this compute capability: neither checks nor words touch the device."""
+    arch = 10 * capability[0] + capability[1]
+    return (
+        mock.patch("qat_kernels.triton.launch.check_device", lambda device: None),
+        mock.patch("qat_kernels.fp4.launch.arch_of", lambda device: arch),
+        mock.patch("qat_kernels.dispatch.resolve", lambda device, dtype: "triton"),
+    )
+
+
+def test_on_a_cpu_eager_runs_and_the_rest_says_why_not():
+    fp4, triton, eager = explain(HALF, HALF, HALF).splitlines()
+    for line in (fp4, triton):
+        assert "cannot run: expected tensors on an NVIDIA GPU, got cpu" in line
+    assert eager == "eager: runs, in PyTorch"
+    assert explain(HALF, HALF, HALF, impl="triton").splitlines()[1].startswith("triton: would raise: expected tensors on")
+    with pytest.raises(ValueError, match="expected tensors on an NVIDIA GPU"):
+        attention(HALF, HALF, HALF, impl="triton")
+
+
+def test_words_for_gpus_with_and_without_fp4_units():
+    for capability, words in (
+        ((9, 0), "emulated in BF16, since sm_90 has no FP4 units"),
+        ((12, 0), "could run, on FP4 units (compiled and inspected"),
+    ):
+        with ExitStack() as stack:
+            for patch in on_gpu(capability):
+                stack.enter_context(patch)
+            fp4, triton, eager = explain(HALF, HALF, HALF).splitlines()
+            assert words in fp4 and "pass impl='fp4'" in fp4 and "not been measured" in fp4
+            assert triton.startswith("triton: runs, as fused kernels")
+            assert eager == "eager: could run, in PyTorch: pass impl='eager'"
+            assert "it has no gradient" in explain(HALF, HALF, HALF, needs_gradient=True).splitlines()[0]
+            assert "float64 is for eager only" in explain(*[HALF.double()] * 3).splitlines()[1]
+            wide = torch.zeros(1, 2, 16, 256, dtype=torch.bfloat16)
+            assert "emulated in BF16" in explain(wide, wide, wide).splitlines()[0]
+
+
+def test_fp4_has_no_gradient():
+    q = HALF.clone().requires_grad_()
+    with pytest.raises(ValueError, match="impl='fp4' has no gradient"):
+        attention(q, HALF, HALF, impl="fp4")
+    with pytest.raises(ValueError, match="use impl='eager' for float64"):
+        attention(*[HALF.double()] * 3, impl="fp4")
+
+
+def test_old_triton_cannot_compile_for_sm_100():
+    with mock.patch.object(fp4_launch, "TRITON", (3, 6)):
+        assert "Triton 3.6 cannot compile it for sm_100; 3.9 can" in fp4_launch.why_not_native(100, 128)
+        assert fp4_launch.why_not_native(120, 128) is None
+        assert fp4_launch.choose(100, 128, QuantSpec().pv) == fp4_launch._EMULATED
+
+
+def test_doctor_prints_machine_versions_and_what_runs(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    for text in (
+        "torch",
+        torch.__version__,
+        "triton",
+        "transformers",
+        "cpu: ",
+        "training (bfloat16",
+        "eager: runs",
+        "handle.cache()",
+    ):
+        assert text in out
+    gpu = SimpleNamespace(name="GPU", major=9, minor=0, total_memory=80 << 30)
+    with (
+        mock.patch("torch.cuda.device_count", lambda: 1),
+        mock.patch("torch.cuda.get_device_properties", lambda device: gpu),
+        mock.patch("torch.empty", lambda *shape, **options: HALF),
+    ):
+        main(["doctor"])
+    assert "cuda:0: GPU, sm_90, 80 GiB" in capsys.readouterr().out
+
+
+def test_commands_are_listed(capsys):
+    for arguments in ([], ["docter"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "usage: qat-patch" in capsys.readouterr().err

@@ -1,0 +1,72 @@
+"""The Triton kernels compile for every architecture of the tile table, without spilling, without a GPU."""
+
+import pytest
+
+from support.kernels.aot import SHARED_MEMORY, Compiled, compile_kernels
+
+KERNELS = {
+    "unpack_kernel",
+    "quantize_rows_kernel",
+    "quantize_tokens_kernel",
+    "attention_forward_kernel",
+    "preprocess_kernel",
+    "grad_query_kernel",
+    "grad_key_value_kernel",
+}
+
+
+def assert_all_fit(compiler, problems: list[tuple[int, int, bool]], **options) -> None:
+    """Every kernel of these architectures, head dims and causalities: nothing spilled, and shared memory suffices."""
+    futures = {problem: compiler.submit(compile_kernels, *problem, **options) for problem in problems}
+    for (arch, head_dim, causal), future in futures.items():
+        compiled = future.result()
+        assert {kernel.name for kernel in compiled} == KERNELS
+        for kernel in compiled:
+            assert kernel.spilled_in_loops == 0, (arch, head_dim, causal, kernel)
+            assert_launchable(arch, kernel)
+
+
+def assert_launchable(arch: int, kernel: Compiled) -> None:
+    assert kernel.registers > 16, (arch, kernel)  # else it is a trap
+    assert kernel.shared <= SHARED_MEMORY[arch] * 1024, (arch, kernel)
+    assert kernel.tensor_memory <= 512, (arch, kernel)
+
+
+def test_causal_kernels_for_head_dim_128_fit_every_architecture(compiler):
+    assert_all_fit(compiler, [(arch, 128, True) for arch in SHARED_MEMORY])
+
+
+def test_other_kernels_fit_one_architecture_each(compiler):
+    """The rest of the table is `slow`."""
+    assert_all_fit(compiler, [(90, 128, False), (120, 64, True), (80, 64, False)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_whole_table_fits(head_dim, causal, compiler):
+    assert_all_fit(compiler, [(arch, head_dim, causal) for arch in SHARED_MEMORY])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 192])
+def test_head_dims_between_the_entries_compile(head_dim, causal, compiler):
+    for arch in SHARED_MEMORY:
+        for kernel in compiler.submit(compile_kernels, arch, head_dim, causal).result():
+            assert_launchable(arch, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float16"}, {"dtype": "float32"}, {"masked": True}, {"rotate": True}, {"pv": "bf16"}], ids=str
+)
+def test_variants_compile(options, compiler):
+    """They may spill: the tiles are chosen for bfloat16 without a key mask."""
+    import torch
+
+    options = {name: getattr(torch, value) if name == "dtype" else value for name, value in options.items()}
+    for arch in SHARED_MEMORY:
+        for causal in (False, True):
+            for kernel in compiler.submit(compile_kernels, arch, 128, causal, **options).result():
+                assert_launchable(arch, kernel)

@@ -1,0 +1,232 @@
+"""The Triton quantization kernels against the eager ones, bit for bit: docs/NUMERICS.md, sections 1, 2, 6 and 7."""
+
+import pytest
+import torch
+
+from qat_kernels import QuantSpec, nvfp4, pack, quantize, reference
+from qat_kernels.nvfp4 import scaled_codes
+from support.kernels import oracle
+from support.kernels.interpreter import on
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = ({}, {"four_over_six": True})
+
+
+def spread(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Gaussian numbers whose size varies over many binades, from flushed to saturated."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.rand(shape, generator=generator) * 24 - 12
+    return (torch.randn(shape, generator=generator) * exponents.exp2()).to(dtype)
+
+
+def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, is_k: bool = True, lead: int = 0, order: int = 64, **options):
+    """Codes, scales (as bytes) and values of the kernel for `axis`, each tested to be the same when made from the codes.
+
+    Of each head the slots from `lead` on, in their order; what is behind the tokens is tested to be zeros.
+    """
+    from qat_kernels.triton import operands
+
+    batch, heads, length, head_dim = x.shape
+    along_tokens = axis == -2
+    sequences = operands.Sequences(batch, heads, length, length, lead=lead)
+    shapes = operands.Codes.shapes(sequences, head_dim, along_tokens=along_tokens)
+    codes = operands.Codes(*(torch.full(shape, 99, dtype=torch.uint8, device=device) for shape in shapes))
+    options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    if (mask := options.pop("mask", None)) is not None:
+        options["allowed"] = operands.allowed_keys(mask, sequences)
+    if along_tokens:
+        (operand,) = operands.quantize_tokens(x.to(device), sequences, order=order, codes=codes, **options)
+    else:
+        operand = operands.quantize_rows(x.to(device), sequences, is_k=is_k, order=order, codes=codes, **options)
+    rows = torch.arange(sequences.all_rows)
+    if order:  # row 8 j + 2 t + b of each 64 (32) holds register (j, b) of thread t, which has all (half) of a group
+        place, threads = rows % order, 64 // order
+        j, t, b = place // 8, place // 2 % 4, place % 2
+        slots = rows - place + t // threads * 16 + t % threads * (16 // threads) + 2 * j + b
+        assert slots.sort().values.equal(rows)
+        rows = slots.argsort()
+    in_order = operand.cpu()[rows]
+    unpacked = operands.unpack(codes, operand.dtype, along_tokens=along_tokens).cpu()
+    torch.testing.assert_close(unpacked, in_order, rtol=0, atol=0, equal_nan=True)
+    values = in_order.view(batch, heads, sequences.rows, -1)
+    outside = values.nan_to_num()  # a group that is not finite is NaN to its end
+    assert not outside[..., head_dim:].any() and not outside[:, :, lead + length :].any() and not outside[:, :, :lead].any()
+    parts = [part.cpu().view(batch, heads, -1, part.shape[1]) for part in codes]
+    per_code, per_scale = (2, 16) if along_tokens else (1, 1)
+    cut = [
+        part[:, :, lead // step : -(-(lead + length) // step)] for part, step in zip(parts, (per_code, per_scale), strict=True)
+    ]
+    return [*cut, values[:, :, lead : lead + length, :head_dim]]
+
+
+def quantize_eagerly(axis: int, x: torch.Tensor, **options) -> list[torch.Tensor]:
+    codes, scales = quantize(x, axis=axis, **options)
+    return [pack(codes, axis=axis), scales.view(torch.uint8), scaled_codes(x, axis=axis, **options)]
+
+
+def assert_same_bits(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Signed zeros included; any NaN equals any other. Values may have a narrower dtype that holds them exactly."""
+    for a, b in zip(actual, expected, strict=True):
+        b = b.to(a.dtype)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        if a.is_floating_point():
+            assert torch.equal(a.signbit() | a.isnan(), b.signbit() | b.isnan())
+
+
+def share_of_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    return min(((a == b) | (a != a) & (b != b)).double().mean().item() for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 33, 48), (1, 2, 130, 16), (1, 1, 17, 128)], ids=str)
+def test_codes_scales_and_values_equal_the_eager_ones(shape, dtype, axis, device):
+    x = spread(*shape, dtype=dtype)
+    x[0, 0, 3, :4] = torch.tensor([0.0, -0.0, torch.nan, 1.0])
+    x[0, -1, 16, 1] = -torch.inf
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("neighbour", [-1, 0, 1])
+def test_ties_and_their_neighbours_under_every_scale(neighbour, axis, device):
+    """Each midpoint of two codes times each of the 126 scales, or the float32 next to it; a 6 pins the scale."""
+    ties = torch.tensor([midpoint for midpoint, _ in oracle.E2M1_TIES])
+    groups = torch.cat([ties, -ties, torch.zeros(1), torch.full((1,), 6.0)]) * oracle.E4M3[1:, None].float()
+    if neighbour:
+        groups[:, :14] = groups[:, :14].nextafter(groups[:, :14] * (2 if neighbour > 0 else 0))
+    groups = torch.cat([groups, groups[:2]])[None, None]  # 128 of them, for a head dim must be a multiple of 16
+    x = groups if axis == -1 else groups.mT
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_every_scale_is_rounded_as_the_eager_one(axis, device):
+    """Maxima at, above and below the midpoints of neighbouring E4M3 values, and beyond both ends."""
+    midpoints = (oracle.E4M3[:-1] + oracle.E4M3[1:]).float() / 2
+    near = torch.cat([midpoints, midpoints.nextafter(midpoints * 2), midpoints.nextafter(midpoints * 0)])
+    amax = torch.cat([near * 6, torch.tensor([0.0, 1e-30, 2e-5, 2688.0, 3000.0, 60000.0])])
+    x = torch.zeros(1, 2, 192, 16)
+    x[..., 3] = amax.view(2, 192)
+    x = x if axis == -1 else x.mT
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_four_over_six(dtype, axis, device):
+    x = torch.randn(2, 2, 70, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x[0] = spread(2, 70, 64).to(dtype)
+    actual = on(device, quantize_on_device, axis, x, four_over_six=True)
+    assert_same_bits(actual, quantize_eagerly(axis, x, four_over_six=True))
+    assert share_of_equal(actual, quantize_eagerly(axis, x)) < 0.9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_values_do_not_depend_on_whether_codes_are_stored(head_dim, dtype, device):
+    """A forward with a gradient stores them, one without does not: what is trained is what is served, with every option."""
+    x = torch.randn(2, 2, 1000 if device == "cuda" else 70, head_dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+    with_codes, without = on(device, operands_with_and_without_codes, x)
+    assert torch.equal(with_codes, without)
+
+
+def operands_with_and_without_codes(x: torch.Tensor, *, device: str) -> list[torch.Tensor]:
+    from qat_kernels.triton import operands
+
+    batch, heads, length, head_dim = x.shape
+    sequences = operands.Sequences(batch, heads, length, length)
+    shapes = operands.Codes.shapes(sequences, head_dim, along_tokens=False)
+    codes = operands.Codes(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
+    options = {"is_k": True, "rotate": True, "four_over_six": True}
+    return [operands.quantize_rows(x.to(device), sequences, codes=given, **options).cpu() for given in (codes, None)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_shift_and_rotation(head_dim, dtype, device):
+    """Query heads 2 and 3 read row 1 of a shift of two key heads; coarse inputs make every sum exact."""
+    generator = torch.Generator().manual_seed(3)
+    x = ((torch.randn(1, 4, 20, head_dim, generator=generator) * 8).round() / 8).to(dtype)
+    k_shift = (torch.randn(2, head_dim, generator=generator) * 8).round() / 8
+    repeated = k_shift.repeat_interleave(2, 0)[:, None]
+    actual = on(device, quantize_on_device, -1, x, k_shift=k_shift, rotate=True)
+    expected = quantize_eagerly(-1, reference.rotated(x.float() - repeated, QuantSpec(rotate=True)))
+    assert_same_bits(actual, expected)
+    assert torch.equal(on(device, dot_with_shift, x, k_shift), (x.float() * repeated).sum(-1))
+
+
+def dot_with_shift(x: torch.Tensor, k_shift: torch.Tensor, *, device: str) -> torch.Tensor:
+    from qat_kernels.triton import operands
+
+    q_dot_k_shift = torch.empty(x.shape[:3], device=device)
+    sequences = operands.Sequences(x.shape[0], x.shape[1], x.shape[2], x.shape[2])
+    operands.quantize_rows(x.to(device), sequences, is_k=False, k_shift=k_shift.to(device), q_dot_k_shift=q_dot_k_shift)
+    return q_dot_k_shift.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_queries_take_a_sign_and_keep_their_order(device):
+    x = spread(2, 2, 50, 32)
+    negated = on(device, quantize_on_device, -1, x, is_k=False, order=0, negate=True)
+    assert_same_bits(negated, quantize_eagerly(-1, -x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("order", [0, 32, 64])
+def test_a_lead_moves_the_slots_and_an_order_permutes_them(order, axis, device):
+    x = spread(2, 2, 50, 32)
+    assert_same_bits(on(device, quantize_on_device, axis, x, lead=112, order=order), quantize_eagerly(axis, x))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_tokens_are_zeros_and_groups_start_at_the_first_allowed_one(dtype, device):
+    x = spread(3, 2, 50, 32, dtype=dtype)
+    mask = torch.ones(3, 50, dtype=torch.bool)
+    mask[1, :21] = False
+    mask[:, 30:33] = False
+    mask[2, 40:] = False
+    first = [0, 21, 0]
+    zeroed = torch.where(mask[:, None, :, None], x, 0.0)
+    x = torch.where(mask[:, None, :, None], x, torch.nan)
+    for axis in (-1, -2):
+        codes, scales, values = on(device, quantize_on_device, axis, x, mask=mask)
+        for row, start in enumerate(first):
+            expected = quantize_eagerly(axis, zeroed[row, :, start:])
+            slots, groups = expected[0].shape[1], expected[1].shape[1]
+            assert_same_bits([codes[row, :, :slots], scales[row, :, :groups], values[row, :, : 50 - start]], expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize(
+    "transform", [lambda x: x.transpose(1, 2), lambda x: x.mT, lambda x: x[..., ::2, :], lambda x: x[:, :1].expand(-1, 3, -1, -1)]
+)
+def test_strides_do_not_matter(transform, axis, device):
+    x = transform(spread(2, 32, 16, 32, dtype=torch.bfloat16))
+    assert_same_bits(on(device, quantize_on_device, axis, x), quantize_eagerly(axis, x.contiguous()))
+
+
+@pytest.mark.gpu
+def test_addresses_beyond_32_bits():
+    """2^31 elements and more: the last rows are quantized like a copy of them."""
+    from qat_kernels.triton import operands
+
+    x = torch.empty(2, 40, 215040, 128, dtype=torch.bfloat16, device="cuda").normal_()
+    assert x.numel() > 2**31
+    sequences = operands.Sequences(2, 40, 215040, 215040)
+    tail = x[-1, -1, -4096:]
+    queries = operands.quantize_rows(x, sequences, is_k=False)
+    assert torch.equal(queries[-4096:], nvfp4.scaled_codes(tail).to(x.dtype))
+    del queries
+    (values,) = operands.quantize_tokens(x, sequences)
+    assert torch.equal(values[-4096:], nvfp4.scaled_codes(tail, axis=-2).to(x.dtype))

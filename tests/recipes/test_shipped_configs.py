@@ -1,0 +1,52 @@
+"""The shipped YAML files as they are, but for a tiny model, small data and few steps: what a user starts ends with an export."""
+
+import math
+import shutil
+
+import pytest
+
+import finetune_qwen3
+import finetune_wan
+from qat_patch import get_handle, load_checkpoint
+from support.models.tiny_clips import write_clips
+from support.models.tiny_recipe import write_inputs
+from support.models.tiny_wan import tiny_pipeline
+from support.runs.runs import RECIPES, command_line, log, reset_accelerate
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+CONFIGS = RECIPES / "configs"
+
+
+def texts(folder):
+    """Many short documents, so that packed blocks hold several."""
+    write_inputs(folder)
+    shutil.copy(folder / "train.jsonl", folder / "eval.jsonl")
+    changes = {"model.path": folder / "model", "data.sequence_length": 64, "warmup_steps": 1}
+    for name in ("train", "eval"):
+        changes |= {f"data.{name}.{key}": "null" for key in ("config", "documents")}
+        changes[f"data.{name}.path"] = folder / f"{name}.jsonl"
+    return changes | {"data.eval.split": "null"}
+
+
+def clips(folder):
+    tiny_pipeline(layers=1).save_pretrained(folder / "model")
+    write_clips(folder / "clips", 8)
+    changes = {"model.path": folder / "model", "data.train": folder / "clips", "data.eval_fraction": 0.3}
+    return changes | {"samples.every": 2, "samples.inference_steps": 2}
+
+
+@pytest.mark.parametrize("name", ["qwen3_14b", "wan2_1_1_3b", "wan2_1_14b"])
+def test_runs_to_an_export(name, tmp_path):
+    recipe, inputs = (finetune_qwen3, texts) if name.startswith("qwen3") else (finetune_wan, clips)
+    changes = inputs(tmp_path) | {"output_dir": tmp_path / "run", "steps": 4, "report_to": "[]"}
+    changes |= dict.fromkeys(("eval_every", "checkpoint_every", "layers_every"), 2)
+    try:
+        recipe.main([f"--config={CONFIGS / name}.yaml", *command_line(changes)])
+    finally:
+        reset_accelerate()
+    records = log(tmp_path / "run")
+    assert [record["step"] for record in records] == list(range(5))
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    assert any(key.startswith("quantization_error/") for key in records[2])
+    handle = get_handle(load_checkpoint(tmp_path / "run" / "export"))
+    assert handle.patched

@@ -1,0 +1,110 @@
+"""scripts.bench.sizing and docs/SIZING.md: what is measured is the recipes' step, and the table is what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from scripts.bench import sizing
+from scripts.bench.sizing_report import FILE, Line, fit, report
+
+GIB = 2**30
+
+
+def test_every_method_runs_and_a_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sizing.MeasuredVideo, "sample", small_clip)
+    file = tmp_path / "memory.json"
+    cases = [(name, method, (32, 48)) for name in sizing.TINY for method in sizing.METHODS]
+    sizing.measure(file, sizing.TINY, cases[:1], seconds=1e9)
+    first = json.loads(file.read_text())
+    assert [(case["model"], case["method"]) for case in first["cases"]] == [cases[0][:2]]
+    sizing.measure(file, sizing.TINY, cases, seconds=0)
+    assert json.loads(file.read_text()) == first and "run it again for the rest" in capsys.readouterr().out
+    sizing.measure(file, sizing.TINY, cases, seconds=1e9)
+    results = json.loads(file.read_text())
+    assert [(case["model"], case["method"], tuple(case["tokens"])) for case in results["cases"]] == cases
+    assert "LoRA: 32: ran, not measured on a CPU, 48: ran" in capsys.readouterr().out
+    # Nothing is left to do.
+    sizing.measure(file, sizing.TINY, cases, seconds=0)
+    assert json.loads(file.read_text()) == results
+    with pytest.raises(ValueError, match="expected lengths of which memory was measured, on a GPU, got none"):
+        report(file)
+    monkeypatch.setattr(sizing, "machine", lambda: {"device": "another"})
+    with pytest.raises(ValueError, match=r"measured on .*CPU.*, and this is .*another"):
+        sizing.measure(file, sizing.TINY, cases, seconds=0)
+
+
+def small_clip(self, tokens):
+    return {"latents": torch.randn(16, tokens // 16, 8, 8), "prompt_embeds": torch.randn(512, self.config["text_dim"])}
+
+
+def test_what_is_measured_is_the_peak_of_each_length(monkeypatch):
+    """Not of the first step, in which optimizer states are still missing; and lengths that do not fit are none."""
+    monkeypatch.setattr(sizing.torch.cuda, "is_available", lambda: True)
+    peaks = iter((1.0, 2.0, 3.5))
+
+    def train(settings, make_task):
+        assert settings.steps == 4 and settings.mixed_precision == "bf16" and settings.load_dtype == torch.bfloat16
+        with open(f"{settings.output_dir}/metrics.jsonl", "w") as log:
+            for peak in peaks:
+                print(json.dumps({"peak_memory_gib": peak}), file=log)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(sizing, "train", train)
+    model = sizing.TINY["Qwen3 tiny"]
+    assert sizing.peaks_of("Qwen3 tiny", model, "LoRA", (16, 32, 48)) == [2 * GIB, round(3.5 * GIB), None]
+
+
+def test_weights_are_those_of_the_published_models():
+    # The numbers of parameters in the files on the Hub.
+    published = {"Wan 2.1 1.3B": 1_418_996_800, "Qwen3 0.6B": 596_049_920, "Qwen3 14B": 14_768_307_200}
+    assert {name: sizing.weights(sizing.MODELS[name]) for name in published} == published
+
+
+def case(model="Qwen3 4B", method="full", tokens=(4096, 8192, 16_384), peaks=(20, 30, 50)):
+    return {"model": model, "method": method, "tokens": tokens, "peak_bytes": [p and round(p * GIB) for p in peaks]}
+
+
+def test_the_line():
+    weights = GIB
+    line = fit(case(), weights)
+    assert line == Line(pytest.approx(10 * GIB), pytest.approx(10 * GIB / 4096), 16 * GIB, 16_384, 0)
+    # Never less than the weights.
+    assert line.bytes(1024) == 16 * GIB and line.bytes(32_768) == pytest.approx(90 * GIB)
+    assert fit(case(peaks=(20, 33, 50)), weights).error == pytest.approx(1 - 30 / 33)
+    assert fit(case(peaks=(20, 30, None)), weights).longest == 8192
+    assert fit(case(peaks=(20, None, None)), weights) is None
+
+
+def test_the_table(tmp_path):
+    file = tmp_path / "h200_memory.json"
+    weights = {"Wan 2.1 1.3B": 10**9, "Qwen3 4B": 10**9, "Qwen3 14B": 14 * 10**9}
+    cases = [
+        case(),
+        case("Qwen3 14B", "LoRA", peaks=(30, 40, None)),
+        case("Wan 2.1 1.3B", "LoRA", (7800, 17_160, 32_760), (10, 19.4, 35)),
+    ]
+    file.write_text(json.dumps({"about": {"device": "H200", "torch": "2"}, "weights": weights, "cases": cases}))
+    text = report(file)
+    rows = {tuple(cells[:2]): cells[3:] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 10}
+    # 90 % of 24 GiB hold 10 + tokens / 409.6 GiB; what exceeds 16,384 tokens was not measured.
+    assert rows["Qwen3 4B", "full"][:4] == ["4,096", "7,168", "13,312", "~24,576"]
+    assert rows["Qwen3 4B", "full"][-1] == "~32,768"
+    # 2.5 times 8,192, and no further.
+    assert rows["Qwen3 14B", "LoRA"] == ["-", "3,072", "~9,216", "~20,480", *["~20,480"] * 3]
+    assert rows["Qwen3 14B", "full"] == ["-"] * 6 + ["-"] and rows["Wan 2.1 1.3B", "full"] == ["?"] * 7
+    # 1,560 tokens a latent frame of 480p, 3,600 of 720p; 480p x 81 frames was measured.
+    assert rows["Wan 2.1 1.3B", "LoRA"][0] == "45 / 17" and rows["Wan 2.1 1.3B", "LoRA"][3:] == [
+        "81 / ~73",
+        "81 / ~81",
+        "81 / ~81",
+        "81 / ~81",
+    ]
+    assert "8,192: 40.00; 16,384: does not fit" in text and "device H200, torch 2" in text
+
+
+def test_the_file_is_fresh():
+    measured = sorted((FILE.parent / "benchmarks").glob("*_memory.json"))
+    texts = [report(file) for file in measured]
+    now = [FILE.read_text(encoding="utf-8")] if FILE.exists() else []
+    assert now == texts, "run python -m scripts.bench.sizing report docs/benchmarks/GPU_memory.json, of the only such file"

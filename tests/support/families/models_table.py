@@ -1,0 +1,61 @@
+"""docs/MODELS.md, from the families and modes that the tests run. From the root of the project:
+
+PYTHONPATH=.:tests python tests/support/families/models_table.py
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from support.families import diffusers_families, transformers_families
+from support.families.families import Family
+from tests.patch.diffusers import test_diffusers_families
+from tests.patch.transformers import test_transformers_families
+
+FILE = Path(__file__).parents[3] / "docs" / "MODELS.md"
+HEAD = """# Models and modes
+
+Written by `tests/support/families/models_table.py` from what the tests run; do not edit. Every cell is a test on a tiny model of
+that family, in `tests/patch/*/test_*_families.py` (those that compile run with `-m slow`, but for a few).
+
+- **yes**: works. Numbers are checked, not only that it runs: switched off and unpatched bit-equal to the stock model, as many
+  calls of attention as the architecture has, gradients finite and non-zero wherever the stock model's are.
+- **no**: refused with the message of that number.
+- **-**: does not apply: diffusers has no such mode for this model, or fails in it without a patch too (a test makes sure).
+"""
+
+
+def render() -> str:
+    """The whole file."""
+    sections = [HEAD]
+    hosts = (
+        ("Diffusers", diffusers_families, test_diffusers_families.MODES),
+        ("Transformers", transformers_families, test_transformers_families.MODES),
+    )
+    for host, families, modes in hosts:
+        sections += [f"## {host}\n", _table(families.FAMILIES, modes)]
+        sections += ["Refused as a whole:\n", *[f"- {family.name}: `{family.refused}`" for family in families.REFUSED], ""]
+    return "\n".join(sections)
+
+
+def _table(families: list[Family], modes: Iterable[str]) -> str:
+    messages = list(dict.fromkeys(message for family in families for message in family.refused_modes.values()))
+    lines = [f"| | {' | '.join(modes)} |", f"|---|{'---|' * len(list(modes))}"]
+    for family in families:
+        cells = []
+        for mode in modes:
+            if mode in family.not_applicable:
+                cells.append("-")
+            elif mode in family.refused_modes:
+                cells.append(f"no ({messages.index(family.refused_modes[mode]) + 1})")
+            else:
+                cells.append("yes")
+        lines.append(f"| {family.name} | {' | '.join(cells)} |")
+    lines += ["", *[f"{number}. `{message}`" for number, message in enumerate(messages, 1)], ""]
+    notes = [
+        f"- {family.name}: `AttnQATConfig(exclude={list(family.config.exclude)})`" for family in families if family.config.exclude
+    ]
+    return "\n".join(lines + ([*notes, ""] if notes else []))
+
+
+if __name__ == "__main__":
+    FILE.write_text(render(), encoding="utf-8")

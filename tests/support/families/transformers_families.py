@@ -1,0 +1,87 @@
+"""Tiny language models of Transformers, a family each."""
+
+import transformers
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+
+from qat_patch import AttnQATConfig
+from support.families.families import Family
+from support.models.tiny_qwen3 import VOCAB, token_ids
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+def causal_lm(config, **overrides):
+    # Another way through the experts of a mixture knows no float64.
+    options = {"experts_implementation": "batched_mm"} if "Moe" in config else {}
+    return lambda: AutoModelForCausalLM.from_config(getattr(transformers, config)(**SIZES | overrides), **options)
+
+
+def inputs():
+    return {"input_ids": token_ids(length=40)}
+
+
+FAMILIES = [
+    Family("Qwen3", causal_lm("Qwen3Config", head_dim=32), inputs, calls=2),
+    Family(
+        "Qwen3-MoE",
+        causal_lm("Qwen3MoeConfig", head_dim=32, num_experts=4, num_experts_per_tok=4, moe_intermediate_size=32),
+        inputs,
+        calls=2,
+    ),
+    Family("Qwen2", causal_lm("Qwen2Config"), inputs, calls=2),
+    Family("Llama", causal_lm("LlamaConfig"), inputs, calls=2),
+    Family("Mistral (no window)", causal_lm("MistralConfig", sliding_window=None), inputs, calls=2),
+    Family(
+        "Gemma 3 (full layers)",
+        causal_lm("Gemma3TextConfig", num_hidden_layers=4, head_dim=16, sliding_window=16, layer_types=GEMMA3_LAYERS),
+        inputs,
+        calls=2,
+        skipped=2,
+        config=AttnQATConfig(exclude=["*.0.self_attn", "*.2.self_attn"]),
+    ),
+    Family("SmolLM3", causal_lm("SmolLM3Config"), inputs, calls=2),
+    Family("Phi-3", causal_lm("Phi3Config", sliding_window=None), inputs, calls=2),
+    Family(
+        "GPT-2",
+        causal_lm("GPT2Config", n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+        inputs,
+        calls=2,
+    ),
+]
+REFUSED = [
+    Family("Mistral with a window", causal_lm("MistralConfig", sliding_window=16), refused="a sliding window (16)"),
+    Family(
+        "Gemma 3, all layers",
+        causal_lm("Gemma3TextConfig", num_hidden_layers=4, head_dim=16, sliding_window=16, layer_types=GEMMA3_LAYERS),
+        refused="AttnQATConfig(exclude=['model.layers.0.self_attn', 'model.layers.2.self_attn'])",
+    ),
+    Family(
+        "Gemma 2",
+        causal_lm("Gemma2Config", head_dim=16, layer_types=["full_attention"] * 2),
+        refused="a soft cap of the scores (50.0)",
+    ),
+    Family(
+        "gpt-oss",
+        causal_lm("GptOssConfig", head_dim=16, num_local_experts=2, layer_types=["full_attention"] * 2),
+        refused="attention sinks (s_aux)",
+    ),
+    Family("Bloom", causal_lm("BloomConfig", n_head=4), refused="found no attention in BloomForCausalLM"),
+    Family(
+        "T5",
+        lambda: T5ForConditionalGeneration(T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=VOCAB)),
+        refused="a position bias (position_bias)",
+    ),
+    Family("MPT", causal_lm("MptConfig", d_model=64, n_heads=4, n_layers=1), refused="found no attention in MptForCausalLM"),
+]

@@ -1,0 +1,136 @@
+"""Ahead-of-time compilation of the Triton kernels for a GPU that is not there, and what the machine code uses."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}
+"""KiB that one block may use, by architecture (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+
+
+class Instruction(NamedTuple):
+    address: int
+    name: str
+    """With its modifiers, without its predicate."""
+    operands: str
+
+
+class Compiled(NamedTuple):
+    name: str
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of local memory a thread needs for what its registers cannot hold."""
+    spilled_in_loops: int
+    """Instructions that use local memory in the loops over tiles. What a kernel puts aside before such a loop and takes back
+    behind it, a few numbers, costs nothing."""
+    shared: int
+    """Bytes of shared memory."""
+    tensor_memory: int
+    """Columns of tensor memory (sm_100); a block has 512. Triton compiles a kernel that needs more into a single trap."""
+
+
+def believe_in(arch: int) -> None:
+    """Tell Triton of a GPU of this architecture, which does not exist: for a process of its own."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    driver = mock.Mock()
+    driver.get_current_device.return_value = arch  # part of the key of Triton's caches
+    driver.get_current_stream.return_value = 0
+    driver.get_current_target.return_value = GPUTarget("cuda", arch, 32)
+    triton.runtime.driver.set_active(driver)
+
+
+def compile_kernels(
+    arch: int,
+    head_dim: int,
+    causal: bool,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    needs_gradient: bool = True,
+    masked: bool = False,
+    **spec,
+) -> list[Compiled]:
+    """Every kernel that a forward and (with `needs_gradient`) a backward would launch on the architecture.
+
+    The launcher itself runs, on tensors without memory, with launches replaced by compilations. Belongs into a process
+    of its own (`believe_in`).
+    """
+    from triton.runtime.jit import JITFunction
+
+    from qat_kernels import QuantSpec
+    from qat_kernels.spec import reads_value
+    from qat_kernels.triton import launch as training_launch
+
+    believe_in(arch)
+    run, compiled = JITFunction.run, []
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        used = kernel.metadata
+        compiled.append(Compiled(self.__name__, *usage(kernel.asm["cubin"]), used.shared, used.tmem_size))
+
+    spec = QuantSpec(**spec)
+    q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4))
+    mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
+    options = {"spec": spec, "causal": causal, "scale": 0.1}
+    with (
+        mock.patch.object(JITFunction, "run", only_compile),
+        mock.patch.object(training_launch, "arch_of", lambda _: arch),
+        mock.patch.object(training_launch, "check_device", lambda _: None),
+    ):
+        forward = training_launch.forward(q, k, k, mask, None, with_gradient=needs_gradient, **options)
+        if needs_gradient:
+            value = k if reads_value(spec, causal) else None
+            saved = (value, q, forward.stats, forward.codes)
+            training_launch.backward(q, *saved, mask, key_shape=k.shape, **options)
+    return compiled
+
+
+def usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, bytes of local memory, and how often a loop over matrix products goes there."""
+    printed = _cuobjdump("--dump-resource-usage", cubin)
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", printed).groups())
+    return registers, stack + local, _local_accesses_in_loops(instructions(cubin)) if stack + local else 0
+
+
+def instructions(cubin: bytes) -> list[Instruction]:
+    """The machine code."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]*)([^;]*);", _cuobjdump("--dump-sass", cubin))
+    return [Instruction(int(address, 16), name, operands) for address, name, operands in found]
+
+
+def loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """What lies between the ends of every backward jump."""
+    jumps = ((each.address, re.search(r"0x([0-9a-f]+)", each.operands)) for each in code if each.name.startswith("BRA"))
+    ends = [(int(target[1], 16), address) for address, target in jumps if target and int(target[1], 16) < address]
+    return [[each for each in code if start <= each.address <= stop] for start, stop in ends]
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """What the tool that comes with Triton prints."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _local_accesses_in_loops(code: list[Instruction]) -> int:
+    """Loads and stores of local memory in innermost loops that have matrix instructions."""
+    bodies = loops(code)
+    innermost = [
+        body
+        for body in bodies
+        if any("MMA" in each.name for each in body)
+        and not any(body[0].address <= b[0].address and b[-1].address < body[-1].address for b in bodies)
+    ]
+    assert innermost
+    return sum(each.name.startswith(("STL", "LDL")) for body in innermost for each in body)

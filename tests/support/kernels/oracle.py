@@ -1,0 +1,233 @@
+"""Test oracle: the numerics of docs/NUMERICS.md, dense, in float64, one head at a time.
+
+Written from docs/NUMERICS.md alone and meant to be read next to it: explicit value tables for the two rounding
+grids (section 1), full [Lq, Lk] score matrices (sections 3 and 4), and two independent backwards, the formulas of
+section 5 and autograd through its straight-through rule. Nothing here is fast, and nothing here is shared with the
+implementations that it checks.
+
+Only phi, k - k_shift and the rotation run in float32, because the sections 1 and 6 put them there.
+"""
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+GROUP = 16
+P_GLOBAL_SCALE = 2688.0  # g of P~ (section 2): 448 * 6
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+# Midpoints between neighbours of E2M1, and whether a tie goes up (to the even code): the list of section 1.
+E2M1_TIES = [(0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)]
+# All 127 finite non-negative e4m3 values; the position in the table is the bit pattern.
+E4M3 = torch.tensor(
+    [(c & 7) * 2.0**-9 if c < 8 else (8 + (c & 7)) * 2.0 ** ((c >> 3) - 10) for c in range(127)], dtype=torch.float64
+)
+
+
+def _e4m3_rn(x):
+    """Nearest e4m3 value of x >= 0, ties to the even bit pattern, saturating at 448 (docs/NUMERICS.md, section 1)."""
+    x = x.double()
+    above = torch.searchsorted(E4M3, x.contiguous()).clamp(1, 126)
+    to_below, to_above = x - E4M3[above - 1], E4M3[above] - x
+    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+    return E4M3[torch.where(up, above, above - 1)]
+
+
+def _e2m1_rn(x):
+    """Position in E2M1 of the value nearest to x >= 0, by the tie list of docs/NUMERICS.md, section 1; 0 for NaN."""
+    index = torch.zeros(x.shape, dtype=torch.int64)
+    for midpoint, tie_goes_up in E2M1_TIES:
+        index += (x >= midpoint) if tie_goes_up else (x > midpoint)
+    return index
+
+
+def phi(x, axis, g=1.0, four_over_six=False):
+    """NVFP4 and back in groups of 16 along `axis`: docs/NUMERICS.md, section 1; `four_over_six`: section 6.
+
+    Returns xf (float64), codes (uint8, sign << 3 | e2m1 bits) and scales (float64, ceil(n / 16) along `axis`).
+    """
+    x = x.detach().to(torch.float32).movedim(axis, -1)
+    n = x.shape[-1]
+    groups = (n + GROUP - 1) // GROUP
+    x = torch.nn.functional.pad(x, (0, groups * GROUP - n)).reshape(*x.shape[:-1], groups, GROUP)
+    global_scale = torch.tensor(g, dtype=torch.float32)
+    amax = x.abs().amax(-1, keepdim=True)
+
+    def round_with(divisor):
+        s = _e4m3_rn((amax * global_scale) / torch.full_like(amax, divisor)).clamp(2.0**-9, 448.0).float()
+        s = s.masked_fill(~amax.isfinite(), math.nan)
+        index = _e2m1_rn(((x * global_scale) / s).abs())
+        # In units of the power of two below amax, at most 1/2, squared in float32 and cut to 28 bits behind the point.
+        error = (E2M1[index] * s.double() - (x * global_scale).abs().double()).float().double().abs()
+        error = torch.ldexp(error, 1 - torch.frexp(amax * global_scale).exponent).clamp(max=0.5).float().square()
+        return index, s, (error.double() * 2**28).floor().sum(-1, keepdim=True)
+
+    index, s, error = round_with(6.0)
+    if four_over_six:
+        index4, s4, error4 = round_with(4.0)
+        better = error4 < error
+        index, s = torch.where(better, index4, index), torch.where(better, s4, s)
+    sign = torch.signbit(x)
+    xf = torch.where(sign, -E2M1[index], E2M1[index]) * s.double() / g
+    codes = (sign.long() * 8 + index).to(torch.uint8)
+    xf, codes = (t.flatten(-2)[..., :n].movedim(-1, axis) for t in (xf, codes))
+    return xf, codes, s.double().squeeze(-1).movedim(-1, axis)
+
+
+def hadamard(d):
+    """Sylvester-Hadamard matrix of size d with entries +-1/8, float32 (docs/NUMERICS.md, section 6)."""
+    if d < 1 or d & (d - 1):
+        raise ValueError(f"rotate needs a power of two, not {d}")
+    signs = [[-1.0 if (i & j).bit_count() % 2 else 1.0 for j in range(d)] for i in range(d)]
+    return torch.tensor(signs, dtype=torch.float32) / 8
+
+
+def _straight_through(x, xf):
+    """x + detach(xf - x), with the value exactly xf (docs/NUMERICS.md, section 5).
+
+    The sum in the order written there is off by an ulp of float64, which is enough to flip a code of P~.
+    """
+    return xf.detach() + (x - x.detach())
+
+
+def _quantize_rows(x, shift, rotate, four_over_six):
+    """QF or KF of one head: shift, rotate and phi along the head dim (docs/NUMERICS.md, sections 2 and 6)."""
+    rounded = x.detach().to(torch.float32)
+    if shift is not None:
+        x, rounded = x - shift.double(), rounded - shift.float()
+    if rotate:
+        h = hadamard(x.shape[-1])
+        x, rounded = x @ h.double(), rounded @ h
+    return _straight_through(x, phi(rounded, -1, four_over_six=four_over_six)[0])
+
+
+def _ceil_max(s):
+    """Ceiled row maximum, -inf for rows without a key (docs/NUMERICS.md, section 3)."""
+    # The extra column lets rows of zero keys have a maximum.
+    return torch.cat([s, s.new_full((s.shape[0], 1), -math.inf)], -1).amax(-1, keepdim=True).ceil()
+
+
+def _head(q, k, v, valid, q_pos, *, pv, rotate, four_over_six, scale, shift):
+    """Forward of one head, differentiable by the rule of section 5 (docs/NUMERICS.md, sections 3 and 4).
+
+    `k` and `v` start at the first allowed key of the sequence, so that groups along tokens start at index 0. `q_pos` is
+    the position of every query on the same axis for causal attention, else None.
+    """
+    k, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (k, v))
+    j = torch.arange(k.shape[0])
+    allowed = valid.expand(q.shape[0], -1)
+    kept = torch.zeros_like(allowed)
+    if q_pos is not None:
+        allowed = allowed & (j <= q_pos[:, None])
+        kept = (j // GROUP == 0) | (j // GROUP == q_pos[:, None] // GROUP)
+
+    qf = _quantize_rows(q, None, rotate, four_over_six)
+    kf = _quantize_rows(k, shift, rotate, four_over_six)
+    factor = scale * 64 / q.shape[-1] if rotate else scale
+    s = (qf @ kf.T * (factor * math.log2(math.e))).masked_fill(~allowed, -math.inf)
+
+    # Codes of P~ are those against m; everything else is relative to the maximum of all keys, kept ones included, an
+    # integer too, so the change of reference is an exact power of two and nothing overflows.
+    m = _ceil_max(s.detach().masked_fill(kept, -math.inf))
+    top = _ceil_max(s.detach())
+    top = torch.where(top == -math.inf, 0.0, top)
+    exp_scores = torch.exp2(s - top)
+    row_sum = exp_scores.sum(-1, keepdim=True)
+    norm = torch.where(row_sum == 0, 1.0, row_sum)
+    p = exp_scores / norm
+    if pv == "nvfp4":
+        p_tilde = torch.where(allowed & ~kept, torch.exp2(s.detach() - m), 0.0)
+        pf = _straight_through(p, phi(p_tilde, -1, g=P_GLOBAL_SCALE)[0] * torch.exp2(m - top) / norm)
+        vf = _straight_through(v, phi(v, 0, four_over_six=four_over_six)[0])
+    elif pv == "bf16":
+        pf, vf = p, v
+    else:
+        raise ValueError(f"pv={pv!r}")
+    high = p.masked_fill(~kept, 0.0) @ v
+    return SimpleNamespace(
+        out=pf.masked_fill(kept, 0.0) @ vf + high,
+        out_hp=p.masked_fill(kept, 0.0) @ vf + high,
+        lse=(top + torch.log2(row_sum)).squeeze(-1) * math.log(2),
+        m=m.squeeze(-1), p=p, pf=pf, kept=kept, qf=qf, kf=kf, v=v, vf=vf, factor=factor,
+    )  # fmt: skip
+
+
+def _heads(q, k, v, *, pv="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None):
+    """Yields (b, h, kv, first, _head(...)) for every query head (docs/NUMERICS.md, Notation, sections 3 and 4)."""
+    q, k, v = q.double(), k.double(), v.double()
+    (batch, heads, lq, d), (kv_heads, lk) = q.shape, k.shape[1:3]
+    scale = d**-0.5 if scale is None else scale
+    for b in range(batch):
+        valid = torch.ones(lk, dtype=torch.bool) if key_mask is None else key_mask[b]
+        first = int(valid.nonzero()[0]) if valid.any() else lk
+        q_pos = torch.arange(lq) + (lk - lq) - first if causal else None
+        for h in range(heads):
+            kv = h // (heads // kv_heads)
+            shift = None if k_shift is None else k_shift[kv]
+            head = _head(
+                q[b, h], k[b, kv, first:], v[b, kv, first:], valid[first:], q_pos,
+                pv=pv, rotate=rotate, four_over_six=four_over_six, scale=scale, shift=shift,
+            )  # fmt: skip
+            if shift is not None:
+                head.lse = head.lse + scale * (q[b, h] @ shift.double())
+            yield b, h, kv, first, head
+
+
+@torch.no_grad()
+def attention(q, k, v, *, pv="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None):
+    """The forward, docs/NUMERICS.md, sections 3, 4 and 6: dict of "out" O, "out_hp" O', "lse" and "row_max" m (float64)."""
+    options = {"pv": pv, "rotate": rotate, "four_over_six": four_over_six, "causal": causal, "scale": scale}
+    out, row = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:-1], dtype=torch.float64)
+    result = {"out": out, "out_hp": out.clone(), "lse": row, "row_max": row.clone()}
+    for b, h, _, _, head in _heads(q, k, v, key_mask=key_mask, k_shift=k_shift, **options):
+        for name, value in (("out", head.out), ("out_hp", head.out_hp), ("lse", head.lse), ("row_max", head.m)):
+            result[name][b, h] = value
+    return result
+
+
+def _score_gradients(head, do):
+    """dP and D of one head (docs/NUMERICS.md, section 5)."""
+    dp = torch.where(head.kept, do @ head.v.T, do @ head.vf.T)
+    return dp, (do * head.out_hp).sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def backward(q, k, v, grad_out, **options):
+    """(dq, dk, dv) by the formulas of docs/NUMERICS.md, section 5; options as for `attention`."""
+    dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v))
+    for b, h, kv, first, head in _heads(q, k, v, **options):
+        do = grad_out[b, h].double()
+        dp, delta = _score_gradients(head, do)
+        ds = head.p * (dp - delta)
+        back = hadamard(q.shape[-1]).double().T if options.get("rotate") else torch.eye(q.shape[-1], dtype=torch.float64)
+        dq[b, h] = head.factor * ds @ head.kf @ back
+        dk[b, kv, first:] += head.factor * ds.T @ head.qf @ back
+        dv[b, kv, first:] += torch.where(head.kept, head.p, head.pf).T @ do
+    return dq, dk, dv
+
+
+@torch.no_grad()
+def uncancelled(q, k, v, grad_out, **options):
+    """The norms that dQ and dK would have if nothing cancelled: |dP| + |D| for dP - D, magnitudes in the products after it.
+
+    Where softmax saturates, dP - D is an exact zero whose roundoff is relative to these norms and not to the gradient's.
+    """
+    squares = torch.zeros(2, dtype=torch.float64)
+    for b, h, _, _, head in _heads(q, k, v, **options):
+        dp, delta = _score_gradients(head, grad_out[b, h].double())
+        ds = head.factor * head.p * (dp.abs() + delta.abs())
+        squares += torch.stack([x.square().sum() for x in (ds @ head.kf.abs(), ds.T @ head.qf.abs())])
+    if options.get("rotate"):
+        squares *= q.shape[-1] / 64  # the rotation back multiplies norms by sqrt(D) / 8
+    return squares.sqrt()
+
+
+@torch.enable_grad()
+def autograd_backward(q, k, v, grad_out, **options):
+    """(dq, dk, dv) by autograd through the straight-through rule of docs/NUMERICS.md, section 5; options as above."""
+    leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
+    outs, grads = [], []
+    for b, h, _, _, head in _heads(*leaves, **options):
+        outs.append(head.out)
+        grads.append(grad_out[b, h].double())
+    return torch.autograd.grad(outs, leaves, grads)

@@ -1,0 +1,123 @@
+"""Run under torchrun by test_two_ranks.py: patched models on two ranks against the same on one, forward and backward."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import qat_patch
+from support.models.lively_wan import tiny_wan, wan_inputs
+from support.models.tiny_qwen3 import tiny_qwen3, token_ids
+
+
+def step(model, inputs):
+    out = model(**inputs, return_dict=False)[0]
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def context_parallel(kind):
+    # diffusers asks for the accelerators of this machine. Told that the CPU is one, it does the same over gloo.
+    torch._C._get_accelerator = lambda: torch.device("cpu")
+    torch.accelerator.device_count = lambda: 1
+    inputs = wan_inputs(i2v=False)
+    inputs["hidden_states"] = torch.randn(2, 4, 4, 8, 6, generator=torch.Generator().manual_seed(2))  # 48 tokens, 24 a rank
+    one, two, late = tiny_wan(), tiny_wan(), tiny_wan()
+    qat_patch.patch_model(one)
+    qat_patch.calibrate(one, [inputs])
+    expected, gradients = step(one, inputs)
+    config = ContextParallelConfig(**{f"{kind}_degree": 2})
+    two.enable_parallelism(config=config)
+    handle = qat_patch.patch_model(two, k_shift=qat_patch.get_handle(one).k_shift)
+    out, found = step(two, inputs)
+    # Groups of 16 tokens lie across the ranks, and yet:
+    assert torch.equal(out, expected)
+    for name, gradient in gradients.items():
+        dist.all_reduce(found[name])  # each rank has what its tokens contribute
+        assert ((found[name] - gradient).norm() / gradient.norm()).item() < 1e-5, name
+    assert found.keys() == gradients.keys()
+    if kind == "ulysses":  # PyTorch's own attention knows no ring
+        with handle.disabled():
+            assert not torch.equal(step(two, inputs)[0], out)
+
+    with pytest.raises(ValueError, match="plain self-attention, got a mask, or a measurement such as calibrate"):
+        qat_patch.calibrate(two, [inputs | {"return_dict": False}])
+    with pytest.raises(ValueError, match="<4-bit attention of blocks.0.attn1, .*enable parallelism before patch_model"):
+        qat_patch.patch_model(late)
+        late.enable_parallelism(config=ContextParallelConfig(**{f"{kind}_degree": 2}))
+    uneven = tiny_wan()
+    uneven.enable_parallelism(config=ContextParallelConfig(**{f"{kind}_degree": 2, f"{kind}_anything": True}))
+    qat_patch.patch_model(uneven)
+    with pytest.raises(ValueError, match="got ulysses_anything or ring_anything; set them to False"):
+        step(uneven, inputs)
+
+
+def calibration():
+    """Every rank measures its own batches, and all get the mean of all."""
+    batches = [token_ids(seed=seed) for seed in range(4)]
+    model = tiny_qwen3()
+    handle = qat_patch.patch_model(model)
+    qat_patch.calibrate(model, batches[dist.get_rank() :: 2])
+    found = handle.k_shift
+    everywhere = [None, None]
+    dist.all_gather_object(everywhere, found)
+    assert all(torch.equal(everywhere[0][name], everywhere[1][name]) for name in found)
+    with torch.no_grad():
+        alone = tiny_qwen3()
+        handle = qat_patch.patch_model(alone)
+        seen = []
+        with handle.observed(lambda layer, call: seen.append((layer.name, call.key.mean((0, 2))))):
+            for batch in batches:
+                alone(batch)
+    for name, shift in found.items():
+        expected = torch.stack([mean for layer, mean in seen if layer == name]).mean(0)
+        assert torch.allclose(shift, expected, atol=1e-5)
+
+
+def data_parallel(shard):
+    """DDP and FSDP2: every rank has half of the batch, and the mean gradient is that of the whole."""
+    for build, inputs, call in (
+        (tiny_wan, wan_inputs(i2v=False), lambda model, inputs: model(**inputs, return_dict=False)[0]),
+        (tiny_qwen3, {"input_ids": token_ids()}, lambda model, inputs: model(**inputs, use_cache=False).logits),
+    ):
+        one, two = build(), build()
+        handle = qat_patch.patch_model(one)
+        with torch.no_grad():
+            keys = {}
+            with handle.observed(lambda layer, call, keys=keys: keys.setdefault(layer.name, call.key.mean((0, 2)))):
+                call(one, inputs)
+        qat_patch.unpatch_model(one)
+        for model in (one, two):
+            qat_patch.patch_model(model, k_shift=keys)
+        call(one, inputs).square().mean().backward()
+        if shard:
+            for block in two.blocks if build is tiny_wan else two.model.layers:
+                fully_shard(block, mesh=init_device_mesh("cpu", (2,)))
+            parallel = fully_shard(two, mesh=init_device_mesh("cpu", (2,)))
+        else:
+            parallel = torch.nn.parallel.DistributedDataParallel(two)
+        assert qat_patch.get_handle(parallel) is qat_patch.get_handle(two)
+        mine = {name: x[dist.get_rank()].unsqueeze(0) for name, x in inputs.items()}
+        call(parallel, mine).square().mean().backward()
+        found = {name: p.grad.full_tensor() if shard else p.grad for name, p in two.named_parameters()}
+        for name, parameter in one.named_parameters():
+            error = (found[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-6)
+            assert error < 1e-4, (name, error)
+
+
+KINDS = {
+    "ulysses": lambda: context_parallel("ulysses"),
+    "ring": lambda: context_parallel("ring"),
+    "calibrate": calibration,
+    "ddp": lambda: data_parallel(shard=False),
+    "fsdp2": lambda: data_parallel(shard=True),
+}
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    KINDS[sys.argv[1]]()
+    dist.destroy_process_group()
