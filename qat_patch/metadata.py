@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qat_kernels import QuantSpec
@@ -18,8 +18,12 @@ METHOD = "qat_patch"
 """`quant_method` in a Transformers config, and the key of the metadata in a safetensors header."""
 CONFIG_KEYS = {"transformers": "quantization_config", "diffusers": "attention_quantization"}
 """Where the metadata stands in a model's config, by host library."""
+RECORD = "_qat_patch_record"
+"""The attribute of a model with the metadata that it was saved with, where its config has no place for them."""
 FORMAT_VERSION = 2
 """Of the metadata and of the folder. Raised whenever an older version of this package could misread what this one writes."""
+
+_MOST_PATTERNS, _LONGEST_PATTERN = 4096, 512
 
 
 def numerics(spec: QuantSpec) -> dict[str, Any]:
@@ -118,6 +122,7 @@ class AttentionMetadata:
             raise ValueError(f"attention metadata: training: expected a mapping or null, got {training!r}")
         if not isinstance(groups, list) or not groups:
             raise ValueError(f"attention metadata: groups: expected a list of groups of modules, got {groups!r}")
+        _check_patterns(values["attention"])
         specs: dict[str, QuantSpec] = {}
         for group in groups:
             specs |= _read_group(group, specs)
@@ -133,6 +138,14 @@ class AttentionMetadata:
     def is_ours(values: Any) -> bool:
         """Whether these are metadata of this package at all, of whatever version."""
         return isinstance(values, dict) and values.get("quant_method") == METHOD
+
+    def renamed(self, rename: Callable[[str], str]) -> AttentionMetadata:
+        """The same for a class in which modules have other names. Its config lists them: patterns cannot be renamed."""
+        specs = {rename(name): spec for name, spec in self.specs.items()}
+        spec = next(iter(specs.values()))
+        others = {name: other for name, other in specs.items() if other != spec}
+        config = AttnQATConfig(spec=spec, include=tuple(specs), overrides=others)
+        return dataclasses.replace(self, config=config, specs=specs)
 
     def check_patched(self, patched: Mapping[str, QuantSpec]) -> None:
         """Raise a ValueError unless exactly the modules of the export were patched, each as it was. `patched`: specs by name."""
@@ -171,6 +184,20 @@ def check_all_keys(what: str, values: Any, known: list[str]) -> None:
     for key in known:
         if key not in values:
             raise ValueError(f"{what}: the key {key!r} is missing; the export is damaged")
+
+
+def _check_patterns(attention: Any) -> None:
+    """Refuse patterns that would take long to match with a ValueError: they may come from strangers."""
+    found = [attention.get(key) for key in ("include", "exclude", "overrides")] if isinstance(attention, dict) else []
+    for patterns in found:
+        if not isinstance(patterns, list | dict):
+            continue
+        longest = max((len(pattern) for pattern in patterns if isinstance(pattern, str)), default=0)
+        if len(patterns) > _MOST_PATTERNS or longest > _LONGEST_PATTERN:
+            raise ValueError(
+                f"attention metadata: attention: expected at most {_MOST_PATTERNS} patterns of {_LONGEST_PATTERN} characters, "
+                f"got {len(patterns)} with up to {longest}; the export is damaged, or hostile"
+            )
 
 
 def _read_group(group: Any, others: dict[str, QuantSpec]) -> dict[str, QuantSpec]:

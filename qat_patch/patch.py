@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ def patch_model(
     """Switch a model to 4-bit attention, in place. Parameters and state_dict keys stay as they are.
 
     Args:
-        model: a Transformers causal language model, a Diffusers transformer, a module around one (such as a PEFT model),
-            or a Diffusers pipeline, of which `transformer` and `transformer_2` are patched and nothing else. The names of
-            modules start in each model, without `transformer.`.
+        model: a Transformers causal language model, a Diffusers transformer or ControlNet, a module around one model (such as
+            a PEFT model), or a Diffusers pipeline, also a modular one, of which `transformer` and `transformer_2` are patched
+            and nothing else; the receipt names what else could be. The names of modules start in each model, without
+            `transformer.`.
         config: which modules, and what is quantized. Default: what an export of this package stored in the model's
             config, else `AttnQATConfig()`, every attention module in NVFP4.
         k_shift: vectors that are subtracted from keys before these are quantized, float32 [key heads, head_dim], by the names
@@ -33,11 +34,11 @@ def patch_model(
 
     Raises:
         ValueError: the model is patched already, has no attention that can be patched, needs something that 4-bit attention
-            cannot do, or the K shifts of its export are missing. Nothing has been changed then.
+            cannot do, or the K shifts of its export are missing; there are several models in a module; or this version of the
+            host library is not supported. Nothing has been changed then.
     """
-    taken = {name: _handle(root) is not None for name, root in _roots(model).items()}
-    if any(taken.values()):
-        which = " and ".join(name for name, patched in taken.items() if patched) or "this model"
+    if taken := _handles(model):
+        which = " and ".join(name for name in taken if name) or "this model"
         raise ValueError(f"patch_model: {which} is patched already; call unpatch_model first to patch it differently")
     plans = {prefix: make_plan(host, part, config, with_shifts=k_shift is not None) for prefix, host, part in _parts(model)}
     skipped = [f"{name}: {reason}" for plan in plans.values() for name, reason in plan.skipped.items()]
@@ -48,7 +49,7 @@ def patch_model(
     try:
         for plan in plans.values():
             setattr(plan.model, HANDLE, PatchHandle({"": plan}))
-            plan.adapter.apply(plan.model, plan.layers)
+            plan.apply()
     except BaseException:
         restore(plans.values())
         raise
@@ -70,12 +71,14 @@ def unpatch_model(model: Any) -> None:
 def get_handle(model: Any) -> PatchHandle | None:
     """The handle of a patched model (also through a wrapper such as DDP or PEFT), or None.
 
-    Of a pipeline: one handle for those of its transformers that are patched; each of them has a handle of its own too.
+    Of a pipeline, or of a module around several models: one handle for all that are patched; each has a handle of its own too.
     """
-    handles = {name: handle for name, root in _roots(model).items() if (handle := _handle(root)) is not None}
+    handles = _handles(model)
     if not handles or "" in handles:
         return handles.get("")
-    return PatchHandle({f"{name}.": handle.plans[""] for name, handle in handles.items()})
+    others = next((models for adapter in ADAPTERS.values() if (models := adapter.other_models(model))), {})
+    untouched = {name: type(other).__name__ for name, other in others.items() if not _handles(other)}
+    return PatchHandle({f"{name}.": handle.plans[""] for name, handle in handles.items()}, untouched)
 
 
 def require_handle(model: Any) -> PatchHandle:
@@ -90,8 +93,14 @@ def require_handle(model: Any) -> PatchHandle:
     return handle
 
 
-def _handle(root: torch.nn.Module) -> PatchHandle | None:
-    return next((handle for module in root.modules() if (handle := module.__dict__.get(HANDLE)) is not None), None)
+def _handles(model: Any) -> dict[str, PatchHandle]:
+    """The handles of the patched models in a model or pipeline by their names; of a single model under the empty name."""
+    handles = {}
+    for name, root in _roots(model).items():
+        patched = _outermost(root, lambda module: HANDLE in vars(module))
+        for path, module in patched.items():
+            handles[".".join(filter(None, (name, path if len(patched) > 1 else "")))] = vars(module)[HANDLE]
+    return handles
 
 
 def _roots(model: Any) -> dict[str, torch.nn.Module]:
@@ -105,14 +114,40 @@ def _parts(model: Any) -> list[tuple[str, str, torch.nn.Module]]:
     """The models to patch as (prefix of their module names, host, model)."""
     parts = []
     for name, root in _roots(model).items():
-        for module in root.modules():
-            host = next((host for host, adapter in ADAPTERS.items() if adapter.owns(module)), None)
-            if host is not None:
-                parts.append((f"{name}." if name else "", host, module))
-                break
+        found = _outermost(root, _host_of)
+        if len(found) > 1:
+            names = [f"{path} ({type(module).__name__})" for path, module in found.items()]
+            raise ValueError(
+                f"patch_model: expected a module around one model, got a {type(root).__name__} around {len(found)}: "
+                f"{', '.join(names)}; patch those that you mean, one by one: patch_model(module.{next(iter(found))})"
+            )
+        parts += [(f"{name}." if name else "", host, module) for module in found.values() if (host := _host_of(module))]
     if not parts:
         raise ValueError(
             f"patch_model: expected a model of {' or '.join(ADAPTERS)}, or a diffusers pipeline with a transformer, "
             f"got {type(model).__module__}.{type(model).__name__}"
         )
     return parts
+
+
+def _host_of(module: torch.nn.Module) -> str | None:
+    return next((host for host, adapter in ADAPTERS.items() if adapter.owns(module)), None)
+
+
+def _outermost(module: torch.nn.Module, wanted: Callable[[torch.nn.Module], Any]) -> dict[str, torch.nn.Module]:
+    """The modules that are wanted by name, without what is inside them; each once, whatever other names it has."""
+    found: dict[str, torch.nn.Module] = {}
+    seen: set[torch.nn.Module] = set()
+
+    def walk(inner: torch.nn.Module, path: str) -> None:
+        if inner in seen:
+            return
+        seen.add(inner)
+        if wanted(inner):
+            found[path] = inner
+            return
+        for name, child in inner.named_children():
+            walk(child, f"{path}.{name}" if path else name)
+
+    walk(module, "")
+    return found

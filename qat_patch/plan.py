@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from .config import AttnQATConfig
+from .first_call import unwatch, watch
 from .hosts import ADAPTERS, HostAdapter
 from .layer import AttentionLayer
+from .versions import check_version
 
 HANDLE = "_qat_handle"
 """The attribute of a patched model that holds its handle."""
@@ -41,18 +44,51 @@ class Plan:
         handle = self.model.__dict__.get(HANDLE)
         return handle is not None and self in handle.plans.values()
 
+    def replaced(self, layer: AttentionLayer) -> str | None:
+        """What somebody put in the place of a patched module's attention since the patch, or None."""
+        try:
+            module = self.model.get_submodule(layer.name)
+        except AttributeError:
+            return "a model without this module"
+        return self.adapter.replaced(module, layer)
+
     def describe(self, layer: AttentionLayer) -> str:
         """What the receipt says about a patched module."""
         options = [name for name in ("rotate", "four_over_six") if getattr(layer.spec, name)]
         options += ["k_shift"] if layer.k_shift is not None else []
-        found = self.adapter.replaced(self.model, layer) if self.in_force else None
-        lost = f" - LOST: {found} was put in its place after the patch" if found else ""
-        return ", ".join([f"QK nvfp4, PV {layer.spec.pv}", *options]) + lost
+        return f"{', '.join([f'QK nvfp4, PV {layer.spec.pv}', *options])} - {self._calls(layer)}"
+
+    def _calls(self, layer: AttentionLayer) -> str:
+        """What became of the calls of a patched module."""
+        if self.in_force and (found := self.replaced(layer)):
+            return f"LOST: {found} was put in its place after the patch"
+        if layer.reached:
+            return "reached"
+        around = [self.model.get_submodule(name) for name in _prefixes(layer.name)] if self.in_force else []
+        called = [other for other in self.patched if other.reached or other.traced]
+        if layer.traced or (called and any(module._compiled_call_impl is not None for module in around)):
+            return "compiled"
+        hooks = [hook for module in around if (hook := self.adapter.skipping_hook(module))]
+        if layer.skipped_by or (called and hooks):
+            return f"skipped by {layer.skipped_by or hooks[0]}"
+        return "not yet called"
+
+    def apply(self) -> None:
+        """Patch the model, and have the first call of each module checked."""
+        self.adapter.apply(self.model, self.layers)
+        watch(self.host, self.model, self.patched)
+
+
+def _prefixes(name: str) -> list[str]:
+    """A module's name and those of the modules around it, from the inside out, the model itself last."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
 
 
 def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *, with_shifts: bool) -> Plan:
     """Decides for every attention module of a model, and refuses with a ValueError what cannot be; changes nothing."""
     adapter = ADAPTERS[host]
+    check_version("patch_model", sys.modules[host])
     if config is None and (metadata := adapter.stored_metadata(model)) is not None:
         if metadata.k_shift is not None and not with_shifts:
             raise ValueError(
@@ -78,7 +114,7 @@ def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *
         if is_patched and (problem := adapter.problem(module, spec)) is not None:
             refused[name] = problem
         original = adapter.original(model, module)
-        layers.append(AttentionLayer(name=name, spec=spec, is_patched=is_patched, original=original))
+        layers.append(AttentionLayer(name=name, spec=spec, is_patched=is_patched, original=original, prepare=adapter.prepare))
     if refused:
         raise ValueError(_refusal(model, config, refused))
     config.check_overrides(layer.name for layer in layers if layer.is_patched)
@@ -105,6 +141,11 @@ def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, s
 def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> None:
     """Give layers their K shifts, by prefixed name; raises a ValueError for what is no shift of a patched module."""
     layers = {prefix + layer.name: layer for prefix, plan in plans.items() for layer in plan.patched}
+    shapes = {
+        prefix + layer.name: plan.adapter.key_shape(plan.model.get_submodule(layer.name))
+        for prefix, plan in plans.items()
+        for layer in plan.patched
+    }
     for name, shift in shifts.items():
         if name not in layers:
             raise ValueError(
@@ -113,6 +154,11 @@ def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> No
         if not isinstance(shift, torch.Tensor) or shift.dtype != torch.float32 or shift.ndim != 2:
             got = f"{shift.dtype} {list(shift.shape)}" if isinstance(shift, torch.Tensor) else repr(shift)
             raise ValueError(f"patch_model: k_shift[{name!r}]: expected float32 [key heads, head_dim], got {got}")
+        if shapes[name] not in (None, tuple(shift.shape)):
+            raise ValueError(
+                f"patch_model: k_shift[{name!r}]: expected [key heads, head_dim] of this module, {list(shapes[name] or ())}, got "
+                f"{list(shift.shape)}; measure it on this model"
+            )
         layers[name].k_shift = shift.detach()
 
 
@@ -120,5 +166,6 @@ def restore(plans: Iterable[Plan]) -> None:
     """Undo those plans that are in force."""
     for plan in plans:
         if plan.in_force:
+            unwatch(plan.model)
             plan.adapter.restore(plan.model, plan.layers)
             delattr(plan.model, HANDLE)

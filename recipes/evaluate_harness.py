@@ -19,8 +19,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qat_patch import AttnQATConfig, PatchHandle, get_handle, load_checkpoint, patch_model
-from qat_patch.checkpoint.manifest import MANIFEST
+from qat_patch.checkpoint.load import load_tokenizer
+from qat_patch.checkpoint.trust.download import holds_export
 from qat_recipes.command_line import read_settings
+from qat_recipes.data.text import check_vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class Settings:
 
     model: str
     """Folder that export_checkpoint wrote, or any model that qat_patch can patch: a folder, or a name on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; null: main."""
     qat: AttnQATConfig | None = None
     """What is patched and what is quantized, of a model that is no export; null: all in NVFP4."""
     tasks: tuple[str, ...]
@@ -79,7 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     if unknown := sorted(set(settings.tasks) - set(manager.match_tasks(list(settings.tasks)))):
         raise ValueError(f"settings.tasks: lm-eval has no {', '.join(unknown)}; `lm_eval ls tasks` lists what it has")
     model, handle = _load(settings)
-    lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(settings.model), batch_size=settings.batch_size)
+    if holds_export(settings.model, settings.revision):
+        tokenizer = load_tokenizer(settings.model, revision=settings.revision)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model, **_revision(settings))
+    check_vocabulary(tokenizer, cast(Any, model).get_input_embeddings().num_embeddings)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     results: dict[str, dict[str, Any]] = {}
     for name in settings.attention:
@@ -103,16 +112,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     return results
 
 
+def _revision(settings: Settings) -> dict[str, str]:
+    return {} if settings.revision is None else {"revision": settings.revision}
+
+
 def _load(settings: Settings) -> tuple[torch.nn.Module, PatchHandle]:
     """The model, patched."""
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (Path(settings.model) / MANIFEST).is_file():
+    if holds_export(settings.model, settings.revision):
         if settings.qat is not None:
             raise ValueError(f"settings.qat: {settings.model} is an export and says itself what is patched; leave it out")
-        model = load_checkpoint(settings.model, dtype=dtype, device=device)
+        model = load_checkpoint(settings.model, revision=settings.revision, dtype=dtype, device=device)
         return model, cast(PatchHandle, get_handle(model))
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype).eval().to(device)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, **_revision(settings)).eval().to(device)
     return model, patch_model(model, settings.qat or AttnQATConfig())
 
 

@@ -12,11 +12,12 @@ from typing import cast
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from qat_patch import PatchHandle, get_handle, load_checkpoint
+from qat_patch.checkpoint.load import load_tokenizer
 from qat_recipes.command_line import read_settings
-from qat_recipes.data.text import TextSource, load_source
+from qat_recipes.data.documents import TextSource
+from qat_recipes.data.text import check_vocabulary, load_source
 from qat_recipes.tasks.language_modeling import NextToken
 from qat_recipes.training.objective import evaluate
 
@@ -26,7 +27,9 @@ class Settings:
     """Measure an exported language model on held-out text."""
 
     model: str
-    """Folder that export_checkpoint wrote."""
+    """Folder that export_checkpoint wrote, or its name on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; null: main."""
     text: TextSource
     """The text to measure on."""
     sequence_length: int
@@ -44,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Measure as the command line says; prints and returns the losses."""
     settings = read_settings(Settings, arguments)
     accelerator = Accelerator()
-    model = load_checkpoint(settings.model, device=accelerator.device)
-    blocks = load_source(settings.text, AutoTokenizer.from_pretrained(settings.model), settings.sequence_length)
+    model = load_checkpoint(settings.model, revision=settings.revision, device=accelerator.device)
+    tokenizer = load_tokenizer(settings.model, revision=settings.revision)
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings)
+    blocks = load_source(settings.text, tokenizer, settings.sequence_length)
     loader = accelerator.prepare(DataLoader(blocks, settings.batch_size))
     handle = cast(PatchHandle, get_handle(model))  # exports are loaded patched
     losses = evaluate(NextToken(), model, handle, loader, accelerator)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import load
 from safetensors.torch import load_file
 
 from scripts.arguments import new_parser
@@ -81,8 +81,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
             elif name.endswith(".safetensors"):
                 yield from _different(load_file(a / name), load_file(b / name), f"{folder}/{name}")
             elif not name.startswith("random_states"):
-                # Written by the runs above, on this machine.
-                yield from _different(*(torch.load(x / name, weights_only=False) for x in (a, b)), f"{folder}/{name}")
+                yield from _different(*(load(x / name, weights_only=True) for x in (a, b)), f"{folder}/{name}")
     yield from _different(_log(one), _log(other), "metrics.jsonl")
 
 
@@ -112,10 +111,7 @@ def _run_with_kills(recipe: str, settings: list[str], run: Path, kills: int, gen
     in_write = generator.randrange(kills)
     total = None
     while len(killed) < kills:
-        resume = [f"resume={'latest' if any(run.glob('checkpoint-*[0-9]')) else 'null'}"]
-        if resume == ["resume=null"]:
-            shutil.rmtree(run, ignore_errors=True)
-        process = _start(recipe, [*settings, *resume], run)
+        process = _start(recipe, [*settings, "resume=latest"], run)
         start = _first_step(process, run)
         total = total or _steps(run)
         # So that there is something left for the kills that follow.
@@ -135,10 +131,7 @@ def _run_with_kills(recipe: str, settings: list[str], run: Path, kills: int, gen
     if len(killed) < kills:
         _finish(process, run)
         raise SystemExit(f"the run was over after {len(killed)} kills; give it more steps")
-    resume = "latest" if kept else "null"
-    if not kept:
-        shutil.rmtree(run)
-    _finish(_start(recipe, [*settings, f"resume={resume}"], run), run)
+    _finish(_start(recipe, [*settings, "resume=latest"], run), run)
     return killed
 
 

@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     if not missing:
         return [file for file, _, _ in wanted]
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = make_pipeline(options.folder, options.pipeline, torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    pipe = pipe.to(device)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    pipe = make_pipeline(options.folder, options.pipeline, dtype, component=options.component).to(device)
     pipe.set_progress_bar_config(disable=True)
     options.output.mkdir(parents=True, exist_ok=True)
     renamed = {"steps": "num_inference_steps"}
@@ -114,6 +114,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=5, help="videos of each prompt (default: 5, VBench's number)")
     parser.add_argument("--limit", type=int, help="only the first so many prompts")
     parser.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
+    parser.add_argument("--component", help="which transformer of that pipeline the export is, if it does not say so")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     for name, what in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4n + 1"), ("steps", "denoising steps")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the pipeline's)")

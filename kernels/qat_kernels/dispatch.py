@@ -100,11 +100,11 @@ def explain(
     for name in SPEED:
         problem = why_not(name, q.device, q.dtype, needs_gradient)
         if name == chosen:
-            state = f"would raise: {problem}" if problem else f"runs, {how(name, q.device, q.shape[-1])}"
+            state = f"would raise: {problem}" if problem else f"runs, {how(name, q.device, q.shape[-1], spec)}"
         elif problem:
             state = f"cannot run: {problem}"
         else:
-            state = f"could run, {how(name, q.device, q.shape[-1])}: pass impl={name!r}"
+            state = f"could run, {how(name, q.device, q.shape[-1], spec)}: pass impl={name!r}"
             if impl == "auto" and SPEED.index(name) < SPEED.index(chosen):
                 state += " (`auto` does not take it yet: its speed has not been measured)"
         lines.append(f"{name}: {state}")
@@ -126,14 +126,14 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype, needs_gradient:
     return None
 
 
-def how(impl: str, device: torch.device, head_dim: int) -> str:
+def how(impl: str, device: torch.device, head_dim: int, spec: QuantSpec) -> str:
     """What an implementation that can run multiplies with."""
     if impl == "eager":
         return "in PyTorch"
     if impl == "triton":
         return "as fused kernels that multiply the exact FP4 values in 16 bits"
     kernels = fp4_kernels()
-    reason = kernels.why_not_native(kernels.arch_of(device), head_dim)
+    reason = kernels.why_not_native(kernels.arch_of(device), head_dim, spec.pv)
     return (
         f"emulated in BF16, since {reason}" if reason else "on FP4 units (compiled and inspected by its authors, not run there)"
     )

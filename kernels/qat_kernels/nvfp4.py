@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .spec import E2M1_MAX, E4M3_MAX, ERROR_ONE, GROUP_SIZE, SCALE_MIN
+from .transforms import transformed
 
 _INV_POW2_BITS = 254 << 23
 """Less the exponent bits of a float32, the bits of one over the power of two below it."""
@@ -39,8 +40,10 @@ def quantize(x: torch.Tensor, *, axis: int = -1, global_scale: float = 1.0, four
         Codes and scales. A group whose largest magnitude is not finite has the scale NaN and codes of magnitude zero.
 
     Raises:
-        ValueError: `x` is not a floating-point tensor with at least one dimension, or `axis` is out of range.
+        ValueError: `x` is not a floating-point tensor with at least one dimension, or `axis` is out of range; or a derivative is
+            asked for: rounding has none, and only `attention` stands for one.
     """
+    _refuse_derivatives("quantize", x)
     groups = _to_groups(x, axis)
     rounded, scale = _round_groups(groups, global_scale, four_over_six)
     magnitude = rounded.abs().nan_to_num(nan=0.0)
@@ -78,7 +81,12 @@ def dequantize(
 
 
 def fake_quantize(x: torch.Tensor, *, axis: int = -1, global_scale: float = 1.0, four_over_six: bool = False) -> torch.Tensor:
-    """`dequantize(*quantize(x))` in one pass, in the shape and dtype of `x`. With g = 1 it is exact in bfloat16."""
+    """`dequantize(*quantize(x))` in one pass, in the shape and dtype of `x`. With g = 1 it is exact in bfloat16.
+
+    Raises:
+        ValueError: as `quantize` does.
+    """
+    _refuse_derivatives("fake_quantize", x)
     return (scaled_codes(x, axis=axis, global_scale=global_scale, four_over_six=four_over_six) / global_scale).to(x.dtype)
 
 
@@ -107,6 +115,14 @@ def unpack(packed: torch.Tensor, size: int, *, axis: int = -1) -> torch.Tensor:
         raise ValueError(f"unpack: {size} codes take {-(-size // 2)} bytes along axis {axis}, got {packed.shape[-1]}")
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     return codes[..., :size].movedim(-1, axis)
+
+
+def _refuse_derivatives(name: str, x: torch.Tensor) -> None:
+    if transformed() or (torch.is_grad_enabled() and x.requires_grad):
+        raise ValueError(
+            f"{name}: expected a call without derivatives, got one under torch.func or forward mode, or a tensor that requires a "
+            "gradient: rounding has no derivative; detach it, or call under torch.no_grad()"
+        )
 
 
 def _to_groups(x: torch.Tensor, axis: int) -> torch.Tensor:

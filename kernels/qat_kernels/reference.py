@@ -137,6 +137,40 @@ def backward(
     return grad_query.flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
+def tangent(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tangents: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    *,
+    spec: QuantSpec,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """docs/NUMERICS.md, section 5: the tangent of O along those of Q, K and V, in the shape, strides and dtype of `query`."""
+    ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
+    query_tangent, key_tangent, value_tangent = _prepare_tangents(*tangents, key_mask, spec, ops)
+    out = torch.empty_like(query).zero_()
+    for chunk in _chunks(ops):
+        rows, keys = chunk.rows, chunk.keys
+        scores = query_tangent[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, :keys].mT
+        scores += ops.query[:, :, :, rows].flatten(2, 3) @ key_tangent[:, :, :keys].mT
+        scores *= ops.softmax_scale
+        p, p_fq = chunk.p / chunk.row_sum_safe, chunk.p_fq / chunk.row_sum_safe
+        p_tangent = scores.sub_((p * scores).sum(-1, keepdim=True)).mul_(p)
+        product: torch.Tensor | float = 0.0
+        for columns, kept in chunk.kept_columns(ops):
+            product = product + (p_tangent[..., columns] * kept) @ ops.value[:, :, columns]
+            product += (p[..., columns] * kept) @ value_tangent[:, :, columns]
+        if chunk.kept is not None:
+            _fill(ops, p_tangent, chunk.kept, 0.0)
+        product = p_tangent @ ops.value_fq[:, :, :keys] + p_fq @ value_tangent[:, :, :keys] + product
+        out[:, :, rows] = ops.by_head(product)
+    return out
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic, and of LSE."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -215,8 +249,8 @@ def _prepare(
         positions = torch.arange(query.shape[2], device=query.device)[None] + (key.shape[2] - query.shape[2])
     if key_mask is not None:
         leftpad, order = _alignment(key_mask)
+        key, value = (_align(x, key_mask) for x in (key, value))
         key_mask = key_mask.gather(1, order)  # what wraps around is excluded, being before the first allowed key
-        key, value = (torch.where(key_mask[:, None, :, None], _reorder(x, order), 0.0) for x in (key, value))
         positions = None if positions is None else positions - leftpad
     # Contiguous, because a matrix product of strided operands may sum in another order: strides must not show in the bits.
     query, key, value = query.float().contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
@@ -236,6 +270,19 @@ def _prepare(
         softmax_scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
     )
+
+
+def _prepare_tangents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None, spec: QuantSpec, ops: _Operands
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tangents as `ops` has what they belong to: aligned, rotated, by key head; never quantized."""
+    if key_mask is not None:
+        key, value = (_align(x, key_mask) for x in (key, value))
+    query, key, value = (x.to(ops.query.dtype).contiguous() for x in (query, key, value))
+    if spec.rotate:
+        rotation = _hadamard(query.shape[-1], query.device).to(query.dtype)
+        query, key = query @ rotation, key @ rotation
+    return query.unflatten(1, (key.shape[1], -1)), key, value
 
 
 def rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -325,6 +372,12 @@ def _alignment(key_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def _align(x: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B, K, Lk, D] from the first allowed one on, zero where excluded."""
+    _, order = _alignment(key_mask)
+    return torch.where(key_mask.gather(1, order)[:, None, :, None], _reorder(x, order), 0.0)
 
 
 def _unalign(grad: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:

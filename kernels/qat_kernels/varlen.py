@@ -109,6 +109,27 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
+def tangent(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tangents: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    k_shift: torch.Tensor | None,
+    packing: Packing,
+    *,
+    spec: QuantSpec,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    """`reference.tangent` of every document."""
+    out = torch.empty_like(query)
+    for rows, keys in packing.documents(len(query), len(key)):
+        q, k, v = _alone(query, rows), _alone(key, keys), _alone(value, keys)
+        dq, dk, dv = (_alone(x, where) for x, where in zip(tangents, (rows, keys, keys), strict=True))
+        _alone(out, rows).copy_(reference.tangent(q, k, v, (dq, dk, dv), None, k_shift, spec=spec, causal=causal, scale=scale))
+    return out
+
+
 def _alone(x: torch.Tensor, tokens: slice) -> torch.Tensor:
     """A view of one document of [total, H, D] as a batch of one, [1, H, L, D]."""
     return x[tokens].transpose(0, 1)[None]

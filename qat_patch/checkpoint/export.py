@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,29 @@ from safetensors.torch import load_file, save_file
 
 from qat_patch.metadata import CONFIG_KEYS, METHOD, AttentionMetadata
 from qat_patch.patch import get_handle, require_handle
-from qat_patch.version import __version__
 
+from .adapters import LoraFormat, adapter_layers, adapter_owner, merged_state, save_adapter
+from .exportable import (
+    check_adapters,
+    check_attention,
+    check_components,
+    check_weights,
+    component_name,
+    plain_values,
+    public_class,
+)
+from .golden_output import dtype_of, live_outputs, write_reference
 from .golden_output import example_inputs as default_inputs
-from .golden_output import write_reference
 from .integrity import written_aside
 from .k_shift import write_k_shift
-from .load import load_part
-from .manifest import ExportFolder, weight_files, write_manifest
+from .load import COMPONENT, load_part, load_pipeline
+from .manifest import ExportFolder, leave_out_unknown_keys, write_manifest
 from .model_card import model_card
+from .record import attention_in_force
+from .trust.headers import weight_files
+from .weights import as_dtype, exported_dtype, offloaded_weights, quantized_by_others
 
+_log = logging.getLogger(__name__)
 _SHARD_SIZE = "5GB"
 
 
@@ -35,96 +49,107 @@ def export_checkpoint(
     training: dict[str, Any] | None = None,
     metrics: dict[str, float] | None = None,
     base_model: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     merge_adapters: bool = True,
+    lora_format: LoraFormat = "diffusers",
+    component: str | None = None,
     example_inputs: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a patched model as a folder that its host library loads, with or without this package.
 
     Weights and their names are those of the model. The config and the headers of the safetensors files carry the attention
     metadata; without this package the folder loads as a model with ordinary attention. K shifts stand in a file beside them. The
-    folder is written aside, loaded once on the CPU to record what it makes of a reference input (`python -m qat_patch verify`
-    repeats that), and renamed when it is complete.
+    folder is written aside, loaded once on the CPU and compared with the model by what both make of a reference input
+    (`python -m qat_patch verify` repeats that), and renamed when it is complete.
 
     Args:
         model: a patched Transformers model, Diffusers transformer or Diffusers pipeline (which is saved whole), or a wrapper
             around a model.
         folder: where to; must not exist.
         tokenizer: saved into the folder too.
-        training: how the weights were trained, plain values; goes into the metadata and the model card.
+        training: how the weights were trained, plain values; goes into the metadata and the model card. Names of files and
+            folders of this machine are left out.
         metrics: what was measured, for the model card: name -> value.
         base_model: name or folder of the model that was fine-tuned; needed to export adapters alone.
-        dtype: cast floating-point weights to it; default: as they are.
-        merge_adapters: add PEFT adapters to the exported weights (the model itself keeps them). False: export the adapters
-            alone, in PEFT's format; `load_checkpoint` then loads `base_model` too.
+        dtype: cast floating-point weights to it, but for those that the host library keeps in float32; default: as they are.
+        merge_adapters: add PEFT adapters to the exported weights, as strongly as they act now and not at all where they are
+            switched off (the model itself keeps them). False: export the one adapter that is in force alone; its strength is
+            multiplied into its weights, and its name becomes `default`. `load_checkpoint` then loads `base_model` too.
+        lora_format: how adapters alone of a Diffusers model are named. "diffusers": as `pipe.load_lora_weights` and
+            `pipe.save_lora_weights` name them; "comfyui": as ComfyUI does (Wan only), which `pipe.load_lora_weights` reads too.
+        component: which component of its pipeline a Diffusers transformer is, "transformer" or "transformer_2". Default: as the
+            model was loaded, if its pipeline was loaded from a folder or from the Hub.
         example_inputs: the reference input, as tensors by argument name of the model's forward. Default: made from the
-            config of a language model or a Wan transformer; other models have no reference without it.
+            config of a model that reads token ids or a Wan transformer; other models have no reference without it.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is not patched, the folder exists, or the arguments do not fit the model. Nothing has been
-            written then.
+        ValueError: the model is not patched, the folder exists, the arguments do not fit the model, the host library could not
+            load what would be written, or it would compute something else. Nothing has been written then.
     """
     folder = Path(folder)
     handle = get_handle(model)
     if handle is None:
         raise ValueError("export_checkpoint: the model is not patched; patch_model says what an export is to run")
+    handle.check_in_force("export_checkpoint")
     if folder.exists():
         raise ValueError(f"export_checkpoint: {folder} exists; choose another folder or remove it")
+    dtype = as_dtype(dtype, "export_checkpoint")
+    training = plain_values(training)
     is_pipeline = not isinstance(model, torch.nn.Module)
-    modules = (module for part in handle.models for module in part.named_modules())
-    if fused := next((name for name, module in modules if getattr(module, "fused_projections", False)), None):
-        raise ValueError(
-            "export_checkpoint: expected separate projections, which is how models load, got those of fuse_qkv_projections "
-            f"({fused}); call unfuse_qkv_projections() on the model"
-        )
-    adapters = [part for part in handle.models if _adapter_layers(part)]
-    if is_pipeline and (dtype is not None or adapters):
-        raise ValueError(
-            "export_checkpoint: a pipeline is saved as it is: expected no dtype and no adapters; fuse and unload adapters, and "
-            "cast the pipeline, or export pipe.transformer"
-        )
-    if not merge_adapters and (not adapters or base_model is None or dtype is not None):
-        raise ValueError(
-            "export_checkpoint: merge_adapters=False needs a model with adapters and base_model, and takes no dtype; got "
-            f"{len(adapters)} models with adapters, base_model={base_model!r}, dtype={dtype}"
-        )
-    if merge_adapters:
-        for part in adapters:
-            _check_mergeable(part)
+    kind = "pipeline" if is_pipeline else "model" if merge_adapters else "adapters"
+    check_attention(handle)
+    check_adapters(model, handle, kind, base_model, dtype, lora_format)
+    if kind != "adapters":
+        check_weights(handle)
+    classes = {id(part): public_class(part, handle.host) for part in handle.models}
+    if is_pipeline:
+        check_components(model)
+        parts = {_component_of(part, model): part for part in handle.models}
+    else:
+        parts = {"": handle.models[0]}
+    component = component_name(component, handle, is_pipeline=is_pipeline)
+    references: dict[str, Any] = {}
+    found = {name: example_inputs or default_inputs(part, handle.host) for name, part in parts.items()}
+    inputs = {name: x for name, x in found.items() if x is not None}
+    # Computed, as all that can fail for a reason in the model, before anything is written.
+    merged = _plain(parts[""], dtype) if kind == "model" else None
+    live = {
+        name: live_outputs(part if is_pipeline else _outermost(model, part), inputs[name], is_default=not example_inputs)
+        for name, part in parts.items()
+        if name in inputs
+    }
     with written_aside(folder) as partial:
         if is_pipeline:
             model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
-            parts = {_component_of(part, model): part for part in handle.models}
-            metadata = {name: _add_metadata(partial / name, part, training) for name, part in parts.items()}
-        elif merge_adapters:
-            parts = {"": handle.models[0]}
-            _save(_plain(parts[""], dtype), partial)
-            metadata = {"": _add_metadata(partial, parts[""], training)}
+        elif merged is not None:
+            merged.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
         else:
-            parts = {"": model}
-            metadata = {"": _save_adapters(model, handle.models[0], partial, training)}
-        kind = "pipeline" if is_pipeline else "model" if merge_adapters else "adapters"
-        export = ExportFolder(folder=partial, kind=kind, metadata=metadata, base_model=None if merge_adapters else base_model)
-        references = {}
-        for name, part in parts.items():
-            inputs = example_inputs or default_inputs(handle.models[0], handle.host)
-            if inputs is not None:
-                # Read back what was written. Adapters alone would need the base model a second time.
-                written = load_part(export, name) if merge_adapters else part
-                references[name] = write_reference(written, inputs, partial / name)
+            save_adapter(model, handle.host, partial, lora_format)
+        metadata = {
+            name: _add_metadata(partial / name, part, training, component, kind, classes[id(part)])
+            for name, part in parts.items()
+        }
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        leave_out_unknown_keys(partial)
+        export = ExportFolder(folder=partial, kind=kind, metadata=metadata, base_model=None if merge_adapters else base_model)
+        for name, written in _read_back(export, model, parts).items():
+            if name in live:
+                expected = None if quantized_by_others(parts[name]) else live[name]
+                is_exact = _is_exact(parts[name]) and _is_exact(written)
+                references[name] = write_reference(written, inputs[name], partial / name, expected, is_exact=is_exact)
         first = next(iter(metadata.values()))
         write_manifest(dataclasses.replace(export, references=references))
         card = model_card(
             first,
+            model=model if is_pipeline else handle.models[0],
             library=handle.host,
-            class_name=type(model if is_pipeline else handle.models[0]).__name__,
             metrics=metrics or {},
             base_model=base_model,
+            component=component,
             is_adapter=not merge_adapters,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -137,99 +162,98 @@ def _component_of(part: Any, pipeline: Any) -> str:
     return next(name for name, component in components.items() if any(module is part for module in component.modules()))
 
 
-def _check_mergeable(model: Any) -> None:
-    """Refuse with a ValueError what adapters have besides a change of one layer's weights."""
-    for name, module in model.named_modules():
-        if hasattr(module, "modules_to_save") or hasattr(module, "token_adapter"):
-            raise ValueError(
-                f"export_checkpoint: expected adapters that change the weights of layers, got {name}, a copy of a module that "
-                "PEFT trained whole or in part (modules_to_save, trainable_token_indices); export what merge_and_unload() returns"
-            )
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return
-    tied = {id(x) for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x is not None}
-    if name := next((name for name, layer in _adapter_layers(model).items() if id(layer) in tied), None):
-        raise ValueError(
-            f"export_checkpoint: {name} has adapters, and the model shares its weights between input and output embeddings, of "
-            "which the adapters change one; leave both out of target_modules, or train with config.tie_word_embeddings=False"
+def _outermost(model: torch.nn.Module, part: torch.nn.Module) -> torch.nn.Module:
+    """What computes with adapters: what PEFT has wrapped around a model, else the model."""
+    owner = adapter_owner(model)
+    return part if owner is None else owner
+
+
+def _read_back(export: ExportFolder, model: Any, parts: dict[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """What was written, loaded as `load_checkpoint` and `verify_checkpoint` do.
+
+    Adapters alone whose base model is somewhere else cannot be: then it is the model itself, if its weights are ordinary.
+    """
+    if export.base_model is not None and not _is_here(export.base_model):
+        _log.warning(
+            "export_checkpoint: %s is not on this machine, so the adapters were not read back; `qat-patch verify` does that",
+            export.base_model,
         )
-
-
-def _save(model: Any, folder: Path) -> None:
-    """`save_pretrained` without our quantizer, which writes metadata of its own and refuses to leave K shifts behind."""
-    quantizer = model.__dict__.pop("hf_quantizer", None)
+        return {} if quantized_by_others(parts[""]) else {"": _outermost(model, parts[""])}
+    if export.kind == "pipeline":
+        pipeline = load_pipeline(export)
+        return {name: getattr(pipeline, name) for name in parts}
     try:
-        model.save_pretrained(folder, max_shard_size=_SHARD_SIZE)
-    finally:
-        if quantizer is not None:
-            model.hf_quantizer = quantizer
+        return {"": load_part(export, "", dtype_of(parts[""]) if export.kind == "adapters" else "auto")}
+    except ValueError as error:
+        way_out = "; export merged weights (merge_adapters=True)" if export.kind == "adapters" else ""
+        raise ValueError(f"export_checkpoint: what would be written cannot be loaded: {error}{way_out}") from error
 
 
-def _add_metadata(folder: Path, part: Any, training: dict[str, Any] | None) -> AttentionMetadata:
+def _is_here(name: str) -> bool:
+    """Whether a model is a folder, or in the cache of the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("config.json", "model_index.json")
+    if Path(name).exists():
+        return True
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    except ValueError:  # no name that the Hub could know
+        return False
+
+
+def _is_exact(model: torch.nn.Module) -> bool:
+    return all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) for x in model.parameters())
+
+
+def _add_metadata(
+    folder: Path, part: Any, training: dict[str, Any] | None, component: str | None, kind: str, class_name: str
+) -> AttentionMetadata:
     """Put the metadata of a saved model into its config and weights, and K shifts beside them."""
-    metadata, host = _metadata(folder, part, training), require_handle(part).host
+    found = attention_in_force(part)
+    assert found is not None  # the handle of the caller
+    metadata, host = dataclasses.replace(found[0], training=training), require_handle(part).host
+    write_k_shift(folder, found[1])
+    header = {METHOD: metadata.to_json()} | ({} if component is None else {COMPONENT: component})
     for file in weight_files(folder):
-        _add_header(file, metadata)
+        with safe_open(file, framework="pt") as weights:
+            stored = weights.metadata() or {}
+        save_file(load_file(file), file, metadata={"format": "pt", **stored, **header})
+    if kind == "adapters":
+        return metadata
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
+    if host == "diffusers":
+        config["_class_name"] = class_name
+    else:
+        config["architectures"] = [class_name]
+    # At the end, and in its order: of the patterns in a config the first one counts.
+    config.pop(CONFIG_KEYS[host], None)
     config[CONFIG_KEYS[host]] = metadata.to_dict()
-    # In its order: of the patterns in a config the first one counts.
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return metadata
 
 
-def _metadata(folder: Path, part: Any, training: dict[str, Any] | None) -> AttentionMetadata:
-    handle = require_handle(part)
-    return AttentionMetadata(
-        config=handle.config,
-        specs=handle.specs,
-        k_shift=write_k_shift(folder, handle.k_shift),
-        package_version=__version__,
-        training=training,
-    )
-
-
-def _add_header(file: Path, metadata: AttentionMetadata) -> None:
-    with safe_open(file, framework="pt") as weights:
-        header = weights.metadata() or {}
-    save_file(load_file(file), file, metadata={"format": "pt", **header, METHOD: metadata.to_json()})
-
-
-def _save_adapters(model: Any, part: Any, folder: Path, training: dict[str, Any] | None) -> AttentionMetadata:
-    """PEFT's files, with the metadata in their headers."""
-    if hasattr(part, "save_lora_adapter"):
-        part.save_lora_adapter(folder)
-    elif hasattr(model, "peft_config"):
-        model.save_pretrained(folder)
-        (folder / "README.md").unlink(missing_ok=True)
-    else:
-        raise ValueError("export_checkpoint: pass the PEFT model itself, not the model inside or a wrapper around it")
-    metadata = _metadata(folder, part, training)
-    for file in weight_files(folder):
-        _add_header(file, metadata)
-    return metadata
-
-
-def _adapter_layers(model: Any) -> dict[str, Any]:
-    """The layers that PEFT has put adapters into, by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
-
-
-def _plain(model: Any, dtype: torch.dtype | None) -> torch.nn.Module:
+def _plain(model: Any, dtype: torch.dtype | None) -> Any:
     """The model to save: itself, or a copy of its skeleton with adapters merged and weights cast."""
-    adapters = _adapter_layers(model)
-    if not adapters and dtype is None:
+    adapters, state = adapter_layers(model), model.state_dict()
+    is_offloaded = any(x.is_meta for x in state.values())
+    if not adapters and dtype is None and not is_offloaded:
         return model
-    state = model.state_dict()
+    if is_offloaded:
+        state |= offloaded_weights(model)
+        if lost := next((key for key, x in state.items() if x.is_meta), None):
+            raise ValueError(
+                f"export_checkpoint: {lost} has no values: PEFT leaves adapters without them where the layer is on disk; load "
+                "the model into memory and add them there"
+            )
+    own = {key: x.dtype for key, x in state.items()}
     for name, layer in adapters.items():
-        stored = {key: x.dtype for key, x in layer.get_base_layer().state_dict().items()}
-        # In float32, so that the sum of weights and adapters is rounded once, to what is saved.
-        merged = copy.deepcopy(layer).float()
-        merged.merge(safe_merge=True)
+        merged = merged_state(name, layer, state)
         state = {key: x for key, x in state.items() if not key.startswith(f"{name}.")}
-        state |= {f"{name}.{key}": x.to(dtype or stored[key]) for key, x in merged.get_base_layer().state_dict().items()}
-    if dtype is not None:
-        state = {key: x.to(dtype) if x.is_floating_point() else x for key, x in state.items()}
+        own |= {f"{name}.{key}": x.dtype for key, x in layer.get_base_layer().state_dict().items()}
+        state |= {f"{name}.{key}": x for key, x in merged.items()}
+    state = {key: x.to(exported_dtype(model, key, own[key], dtype)) for key, x in state.items()}
     with torch.device("meta"):
         plain: Any = _build(model)
     plain.load_state_dict(state, assign=True)

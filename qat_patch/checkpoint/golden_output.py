@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ _TOKENS = 40
 """More than two groups of 16, and no multiple of 16."""
 _NUMBERS = 1 << 16
 """Of an output only so many numbers are stored, evenly spread over it."""
+_EXACT = 1e-4
+_ROUNDED = 0.1
+"""Relative L2 that an export may differ by from the model that is exported: in float32 on the same processor, and else."""
 _ORIGINAL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ORIGINAL_TOLERANCE_LOW = 3e-2
 """Relative L2 that another processor or library may differ by in original attention, in bfloat16 and float16."""
 
 
 def example_inputs(model: Any, host: str) -> dict[str, torch.Tensor] | None:
-    """Arguments of a model's forward, made from its config: of a causal language model or a Wan transformer, else None."""
+    """Arguments of a model's forward, made from its config: of a model that reads token ids or a Wan transformer, else None."""
     generator = torch.Generator().manual_seed(0)
     if host == "transformers":
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # that of a layer with adapters too
-        return {"input_ids": torch.randint(vocabulary, (1, _TOKENS), generator=generator)}
+        return _token_ids(model, generator) if model.main_input_name == "input_ids" else None
     if type(model).__name__.removeprefix("FSDP") != "WanTransformer3DModel":
         return None
     config = model.config
@@ -42,30 +45,101 @@ def example_inputs(model: Any, host: str) -> dict[str, torch.Tensor] | None:
     return inputs
 
 
-def write_reference(model: torch.nn.Module, inputs: dict[str, torch.Tensor], folder: Path) -> dict[str, Any]:
-    """Run a patched model with both kinds of attention and store input and outputs in a folder.
+def _token_ids(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # that of a layer with adapters too
+    ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
+    config = model.config.to_dict()
+    # Ids that stand for images, videos and sounds would have to come with them.
+    media = {
+        x for key, x in config.items() if isinstance(x, int) and re.match(r"(image|video|vision|audio|boi|eoi)_.*token", key)
+    }
+    if media:
+        other = next(x for x in range(vocabulary) if x not in media)
+        ids = torch.where(torch.isin(ids, torch.tensor(sorted(media))), other, ids)
+    if not config.get("is_encoder_decoder"):
+        return {"input_ids": ids}
+    if isinstance(end := config.get("eos_token_id"), int):
+        ids = torch.where(ids == end, (end + 1) % vocabulary, ids)
+        ids[:, -1] = end  # classifiers look for it
+    return {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+
+
+def live_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, is_default: bool) -> dict[str, torch.Tensor]:
+    """What the model that is exported makes of the reference input, with both kinds of attention.
+
+    Raises:
+        ValueError: an input is no tensor, the model cannot run it, or the output is not finite.
+    """
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"export_checkpoint: example_inputs: expected tensors by argument name, got {name}={value!r}")
+    try:
+        outputs = _outputs(model, inputs)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        whose = "made from its config; pass example_inputs=..." if is_default else "of example_inputs"
+        raise ValueError(
+            f"export_checkpoint: {type(model).__name__} cannot run the reference input {', '.join(inputs)}, {whose}: "
+            f"{error or type(error).__name__}"
+        ) from error
+    _check_finite(outputs)
+    return outputs
+
+
+def write_reference(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], folder: Path, live: dict[str, torch.Tensor] | None, *, is_exact: bool
+) -> dict[str, Any]:
+    """Run a model that was read back with both kinds of attention, and store input and outputs in a folder.
+
+    Args:
+        model: read back from what was written.
+        inputs: tensors by argument name.
+        folder: where to.
+        live: what the exported model itself made of them; None: it has weights of another kind (quantized ones).
+        is_exact: nothing but the order of sums may make a difference: no narrow types, no other processor.
 
     Returns:
         How it was computed, for the manifest.
 
     Raises:
-        ValueError: an input is no tensor, or the output is not finite.
+        ValueError: the output is not finite, or not that of the model that is exported.
     """
-    for name, value in inputs.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"export_checkpoint: example_inputs: expected tensors by argument name, got {name}={value!r}")
     outputs = _outputs(model, inputs)
+    _check_finite(outputs)
+    if live is not None:
+        _check_same(outputs, live, is_exact=is_exact)
+    stored = {f"input.{name}": x.detach().cpu().contiguous() for name, x in inputs.items()}
+    save_file(stored | outputs, folder / REFERENCE)
+    dtype = str(dtype_of(model)).removeprefix("torch.")
+    return {"device": _device(model).type, "dtype": dtype, "torch": torch.__version__}
+
+
+def _check_finite(outputs: dict[str, torch.Tensor]) -> None:
     for name, x in outputs.items():
         if not x.isfinite().all():
             raise ValueError(
                 f"export_checkpoint: the {name} of the model for a reference input is not finite; its weights are broken, or "
-                f"{x.dtype} is too narrow for them"
+                "their type is too narrow for them"
             )
-    stored = {f"input.{name}": x.detach().cpu().contiguous() for name, x in inputs.items()}
-    save_file(stored | outputs, folder / REFERENCE)
-    parameter = next(model.parameters())
-    dtype = str(_dtype(model)).removeprefix("torch.")
-    return {"device": parameter.device.type, "dtype": dtype, "torch": torch.__version__}
+
+
+def _check_same(written: dict[str, torch.Tensor], live: dict[str, torch.Tensor], *, is_exact: bool) -> None:
+    quantization = _distance(live["output"], live["original_output"])
+    # Other codes may come out where numbers are rounded otherwise, and then it is quantization noise that differs.
+    limits = {
+        "original_output": _EXACT if is_exact else _ROUNDED,
+        "output": max(_EXACT, quantization / 2) if is_exact else _ROUNDED + 1.5 * quantization,
+    }
+    for name, limit in limits.items():
+        distance = _distance(written[name], live[name]) if written[name].shape == live[name].shape else float("inf")
+        if not distance <= limit:
+            raise ValueError(
+                f"export_checkpoint: what would be written computes something else than the model does: for a reference input "
+                f"the {name} differs by {distance:.2e} (relative L2), expected at most {limit:.2e}; nothing was written. The "
+                "model holds something that is not part of its weights, attention or adapters, or its patch was replaced; "
+                "print(get_handle(model)) shows the patch"
+            )
 
 
 def check_reference(model: torch.nn.Module, folder: Path) -> dict[str, float]:
@@ -87,7 +161,7 @@ def check_reference(model: torch.nn.Module, folder: Path) -> dict[str, float]:
     limits = {
         # Rounding noise flips single codes: that stays far below what quantization itself changes.
         "output": _distance(stored["output"], stored["original_output"]) / 2,
-        "original_output": _ORIGINAL_TOLERANCE.get(_dtype(model), _ORIGINAL_TOLERANCE_LOW),
+        "original_output": _ORIGINAL_TOLERANCE.get(dtype_of(model), _ORIGINAL_TOLERANCE_LOW),
     }
     for name, distance in distances.items():
         # Written so that NaN fails.
@@ -104,7 +178,7 @@ def _outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[st
     """What the model makes of the inputs, with 4-bit and with original attention: float32 [at most 65,536]."""
     was_training = model.training
     model.eval()
-    device, dtype = next(model.parameters()).device, _dtype(model)
+    device, dtype = _device(model), dtype_of(model)
     inputs = {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
     handle = require_handle(model)
     output = _first(model(**inputs))
@@ -119,8 +193,17 @@ def _first(output: Any) -> torch.Tensor:
     return numbers[:: max(1, len(numbers) // _NUMBERS)].float().cpu().contiguous()
 
 
-def _dtype(model: torch.nn.Module) -> torch.dtype:
+def dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """In what a model takes its inputs."""
     return getattr(model, "dtype", None) or next(model.parameters()).dtype
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    """Where a model computes; weights on disk or in other memory come there for each call (Accelerate's hooks)."""
+    for module in model.modules():
+        if (hook := getattr(module, "_hf_hook", None)) is not None and getattr(hook, "execution_device", None) is not None:
+            return torch.device(hook.execution_device)
+    return next(model.parameters()).device
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

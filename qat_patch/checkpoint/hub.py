@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .manifest import read_folder
+from .trust.opening import opened
 
 
 def push_to_hub(
@@ -16,7 +16,7 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Upload a checkpoint for 4-bit attention",
 ) -> str:
-    """Upload an export as one commit. The local folder is only read, whatever happens.
+    """Upload an export as one commit: what its manifest lists, the manifest and README.md. The local folder is only read.
 
     Args:
         folder: what `export_checkpoint` wrote.
@@ -36,24 +36,24 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    folder = Path(folder)
-    read_folder(folder)
-    api = HfApi(token=token)
-    try:
-        api.whoami()
-    except LocalTokenNotFoundError as error:
-        raise ValueError("push_to_hub: no access token; run `hf auth login`, or pass token=...") from error
-    except HfHubHTTPError as error:
-        raise ValueError(f"push_to_hub: the Hub does not accept the access token ({error}); run `hf auth login`") from error
-    if not exist_ok and api.repo_exists(repo_id):
-        raise ValueError(
-            f"push_to_hub: the repository {repo_id} exists; choose another name, or pass exist_ok=True to add a commit to it"
-        )
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url
-    except Exception as error:
-        raise RuntimeError(
-            f"push_to_hub: uploading {folder} to {repo_id} failed: {error}\nThe export is complete on disk. To go on: "
-            f"push_to_hub({str(folder)!r}, {repo_id!r}, exist_ok=True); what has arrived is not sent again."
-        ) from error
+    with opened(folder) as export:
+        api = HfApi(token=token)
+        try:
+            api.whoami()
+        except LocalTokenNotFoundError as error:
+            raise ValueError("push_to_hub: no access token; run `hf auth login`, or pass token=...") from error
+        except HfHubHTTPError as error:
+            raise ValueError(f"push_to_hub: the Hub does not accept the access token ({error}); run `hf auth login`") from error
+        if not exist_ok and api.repo_exists(repo_id):
+            raise ValueError(
+                f"push_to_hub: the repository {repo_id} exists; choose another name, or pass exist_ok=True to add a commit to it"
+            )
+        try:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            # The private copy: what the manifest lists, the manifest and the model card, and nothing else.
+            return api.upload_folder(repo_id=repo_id, folder_path=export.folder, commit_message=commit_message).commit_url
+        except Exception as error:
+            raise RuntimeError(
+                f"push_to_hub: uploading {folder} to {repo_id} failed: {error}\nThe export is complete on disk. To go on: "
+                f"push_to_hub({str(folder)!r}, {repo_id!r}, exist_ok=True); what has arrived is not sent again."
+            ) from error

@@ -3,31 +3,64 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+_DIGITS = 16
+"""Of the random part of a name."""
+
 
 @contextlib.contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name when all of it is on disk, or disappears after an error."""
+    """A new folder beside `folder` that takes its name when all of it is on disk, or disappears after an error.
+
+    What a process that was killed has left there is removed: each holds a lock on its folder, which the system takes from the
+    dead. The mode of the folder is as the umask says.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        sync(partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    # Nobody else may look at the new folder before it is locked.
+    with _locked(folder.parent):
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}-{'[0-9a-f]' * _DIGITS}"):
+            with contextlib.suppress(OSError), _locked(leftover, wait=False):
+                shutil.rmtree(leftover)
+        partial = folder.parent / f".{folder.name}-{secrets.token_hex(_DIGITS // 2)}"
+        partial.mkdir()
+        lock = contextlib.ExitStack()
+        lock.enter_context(_locked(partial))
+    with lock:
+        try:
+            yield partial
+            sync(partial)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     sync(folder.parent, recursive=False)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """A lock on a folder, which ends with this process at the latest.
+
+    Raises:
+        OSError: somebody else has it, and we do not wait.
+    """
+    import fcntl  # only POSIX systems have it, and loading does not need it
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(folder: Path, *, recursive: bool = True) -> None:

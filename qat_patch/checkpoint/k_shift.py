@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from qat_patch.metadata import AttentionMetadata
 
 from . import integrity
+from .trust.file_names import K_SHIFT
 
-K_SHIFT = "qat_patch_k_shift.safetensors"
-"""A float32 tensor [key heads, head dim] for each module that has a K shift, by its name."""
 _Content = TypeVar("_Content")
 
 
-def write_k_shift(folder: Path, shifts: dict[str, torch.Tensor]) -> str | None:
-    """Store K shifts (module name -> float32 [key heads, head dim]) beside the weights; returns the SHA-256 of the file."""
-    if not shifts:
-        return None
-    save_file({name: x.detach().cpu().contiguous() for name, x in shifts.items()}, folder / K_SHIFT)
-    return integrity.sha256(folder / K_SHIFT)
+def digest(shifts: dict[str, torch.Tensor]) -> str | None:
+    """The SHA-256 of the file that `write_k_shift` makes of K shifts; None if there are none."""
+    return hashlib.sha256(_file(shifts)).hexdigest() if shifts else None
+
+
+def write_k_shift(folder: Path, shifts: dict[str, torch.Tensor]) -> None:
+    """Store K shifts (module name -> float32 [key heads, head dim]) beside the weights; no file if there are none."""
+    if shifts:
+        (folder / K_SHIFT).write_bytes(_file(shifts))
+
+
+def _file(shifts: dict[str, torch.Tensor]) -> bytes:
+    return save({name: x.detach().cpu().contiguous() for name, x in shifts.items()})
 
 
 def read_k_shift(file: Path, metadata: AttentionMetadata) -> dict[str, torch.Tensor]:
@@ -49,6 +56,10 @@ def read_k_shift(file: Path, metadata: AttentionMetadata) -> dict[str, torch.Ten
                 f"load_checkpoint: {file}: expected finite float32 tensors [key heads, head dim] by module name, got "
                 f"{name} {x.dtype} {list(x.shape)}"
             )
+    if not shifts:
+        raise ValueError(
+            f"load_checkpoint: {file} holds no K shift, and the attention metadata says that there are; the export is damaged"
+        )
     return shifts
 
 

@@ -10,19 +10,33 @@ from safetensors import safe_open
 
 from qat_patch.patch import get_handle, patch_model, require_handle, unpatch_model
 
-from .manifest import ExportFolder, read_folder, weight_files
+from .adapters import LORA_FILE, load_adapter
+from .manifest import ExportFolder
+from .trust.building import building, check_complete, rename, settle
+from .trust.headers import weight_files
+from .trust.opening import base_model, opened, said_plainly
+from .trust.plain_json import read_json
+from .weights import as_dtype, set_stored_types, stored_dtype
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""As safetensors spells them."""
+COMPONENT = "qat_patch_component"
+"""In the headers of weights: which component of a pipeline they are of."""
 
 
-def load_checkpoint(folder: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device | None = None) -> Any:
+def load_checkpoint(
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device | None = None,
+) -> Any:
     """Load an export and patch it as it was.
 
-    All files are compared with their hashes first. Nothing is unpickled, and no code in the folder is run.
+    All files are compared with their hashes first, and loaded from what was compared. Nothing is unpickled, and no code in the
+    folder is run; SECURITY.md says what is promised. Loads in several threads wait for each other.
 
     Args:
-        folder: what `export_checkpoint` wrote.
+        folder: what `export_checkpoint` wrote, or its name on the Hub.
+        revision: branch, tag or commit on the Hub; default: main.
         dtype: of the weights; default: as exported.
         device: where to move the model.
 
@@ -31,48 +45,109 @@ def load_checkpoint(folder: str | Path, *, dtype: torch.dtype | str = "auto", de
         mode; of an export of adapters alone the base model with these adapters. `get_handle` has the receipt.
 
     Raises:
-        ValueError: the folder is no export of this package, of another format version, incomplete, changed or damaged, or
-            the host library cannot load what is in it.
+        ValueError: the folder is no export of this package, of another format version, incomplete, changed or damaged, could
+            run code, or the host library cannot load what is in it.
     """
-    export = read_folder(folder)
-    model = _load_pipeline(export, dtype) if export.kind == "pipeline" else load_part(export, "", dtype)
+    dtype = dtype if dtype == "auto" else as_dtype(dtype, "load_checkpoint") or "auto"
+    with opened(folder, revision) as export, said_plainly(export.name, export.folder):
+        model = load_pipeline(export, dtype) if export.kind == "pipeline" else load_part(export, "", dtype)
     return model if device is None else model.to(device)
+
+
+def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer that was exported with a language model, with the checks of `load_checkpoint`.
+
+    Raises:
+        ValueError: as `load_checkpoint`, or there is none.
+    """
+    from transformers import AutoTokenizer
+
+    with opened(folder, revision) as export, said_plainly(export.name, export.folder):
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = _hosted("transformers", [export.folder], lambda: AutoTokenizer.from_pretrained(export.folder, **options))
+        tokenizer.name_or_path = export.name
+    return tokenizer
 
 
 def load_part(export: ExportFolder, part: str, dtype: torch.dtype | str = "auto") -> torch.nn.Module:
     """One patched model of an export, by subfolder, on the CPU."""
-    host = export.host(part)
-    load = _adapters if export.kind == "adapters" else {"transformers": _causal_lm, "diffusers": _transformer}[host]
-    return _finished(export, part, _hosted(host, export.folder / part, lambda: load(export, part, dtype)))
+    host, folder = export.host(part), export.folder / part
+    if export.kind == "adapters":
+        with base_model(export) as base:
+            model = _hosted(host, [folder, base], lambda: _adapters(export, part, base, dtype))
+            return _finished(export, part, model, [folder, base])
+    load = {"transformers": _model, "diffusers": _transformer}[host]
+    return _finished(export, part, _hosted(host, [folder], lambda: load(export, part, dtype)), [folder])
 
 
-def _load_pipeline(export: ExportFolder, dtype: torch.dtype | str) -> Any:
+def component_of(folder: Path) -> str | None:
+    """Which component of a pipeline a transformer is, or its adapters are for, if the export says so."""
+    with safe_open(weight_files(folder)[0], framework="pt") as weights:
+        return (weights.metadata() or {}).get(COMPONENT)
+
+
+def load_pipeline(export: ExportFolder, dtype: torch.dtype | str = "auto") -> Any:
+    """A whole pipeline, patched as it was exported, on the CPU."""
     from diffusers import DiffusionPipeline
 
+    folders = [folder for folder in sorted(export.folder.iterdir()) if folder.is_dir() and weight_files(folder)]
     dtypes: Any = dtype
     if dtype == "auto":
-        folders = {file.parent for file in export.folder.glob("*/*.safetensors")}
-        dtypes = {"default": torch.float32} | {folder.name: _stored_dtype(folder) for folder in sorted(folders)}
-    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+        dtypes = {"default": torch.float32} | {folder.name: stored_dtype(folder) for folder in folders}
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    # Diffusers wants to be told what was left out.
+    index = read_json(export.folder / "model_index.json")
+    options |= {name: None for name, value in index.items() if value == [None, None]}
     load = DiffusionPipeline.from_pretrained
-    pipeline = _hosted("diffusers", export.folder, lambda: load(export.folder, dtype=dtypes, **options))
+    pipeline = _hosted("diffusers", folders, lambda: load(export.folder, dtype=dtypes, **options))
+    rename(pipeline, export.folder, export.name)
+    for folder in folders:
+        component = getattr(pipeline, folder.name, None)
+        if not isinstance(component, torch.nn.Module):
+            raise ValueError(
+                f"load_checkpoint: {folder} holds weights, and model_index.json no model of that name; the export is damaged"
+            )
+        rename(component, export.folder, export.name)
+        check_complete(folder, component)
+        if dtype == "auto":
+            set_stored_types(folder, component)
+        settle([folder], component)
     for part in export.metadata:
         model = getattr(pipeline, part)
         _check_names(export.folder / part, model)
         _patch(export, part, model)
-        _finished(export, part, model)
+        export.metadata[part].check_patched(require_handle(model).specs)
     return pipeline
 
 
-def _causal_lm(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
+def _class_in(config: dict[str, Any]) -> Any:
+    """The class of transformers that a config names."""
+    import transformers
 
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures: expected one class of models of transformers, got {names!r}")
+    return found
+
+
+def _model(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
+    folder = export.folder / part
     # Our quantizer patches it.
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-    model, info = AutoModelForCausalLM.from_pretrained(export.folder / part, dtype=dtype, **options)
+    config = read_json(folder / "config.json")
+    model_class = _class_in(config)
+    if (expected := getattr(model_class.config_class, "model_type", None)) != config.get("model_type"):
+        raise ValueError(
+            f"model_type: expected {expected!r}, which is that of {model_class.__name__}, got {config.get('model_type')!r}"
+        )
+    model, info = model_class.from_pretrained(folder, dtype=dtype, **options)
     # Transformers makes up what is missing.
     if wrong := {what: sorted(map(str, names)) for what, names in info.items() if names}:
         raise ValueError(f"the weights are not those of the config: {wrong}")
+    if dtype == "auto":
+        set_stored_types(folder, model)
     return model.eval()
 
 
@@ -82,20 +157,21 @@ def _transformer(export: ExportFolder, part: str, dtype: torch.dtype | str) -> t
     folder = export.folder / part
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     # Diffusers has no "auto"; without the argument it loads float32.
-    model = AutoModel.from_pretrained(str(folder), dtype=_stored_dtype(folder) if dtype == "auto" else dtype, **options)
+    model = AutoModel.from_pretrained(str(folder), dtype=stored_dtype(folder) if dtype == "auto" else dtype, **options)
     _check_names(folder, model)
+    if dtype == "auto":
+        set_stored_types(folder, model)
     _patch(export, part, model)
     return model.eval()
 
 
-def _adapters(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
-    assert export.base_model is not None  # the manifest of adapters names it
-    base = export.base_model
+def _adapters(export: ExportFolder, part: str, base: Path, dtype: torch.dtype | str) -> torch.nn.Module:
+    common = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     if export.host(part) == "transformers":
         from peft import PeftModel
-        from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = _base_class(export).from_pretrained(base, dtype=dtype, **common)
+        rename(model, base, str(export.base_model))
         if get_handle(model) is not None:
             # The base is an export itself: patched as that one says, where this one counts.
             unpatch_model(model)
@@ -104,41 +180,55 @@ def _adapters(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torc
     else:
         from diffusers import AutoModel
 
-        subfolder = {} if (Path(base) / "config.json").is_file() else {"subfolder": "transformer"}
-        options = {"use_safetensors": True, "trust_remote_code": False} | ({} if dtype == "auto" else {"dtype": dtype})
-        model = AutoModel.from_pretrained(base, **subfolder, **options)
+        subfolder = {} if (base / "config.json").is_file() else {"subfolder": component_of(export.folder) or "transformer"}
+        options = common | ({} if dtype == "auto" else {"dtype": dtype})
+        model = AutoModel.from_pretrained(str(base), **subfolder, **options)
+        rename(model, base, str(export.base_model))
         _patch(export, part, model)
-        model.load_lora_adapter(str(export.folder), prefix=None, weight_name="pytorch_lora_weights.safetensors")
+        load_adapter(model, export.folder / LORA_FILE)
     return model.eval()
+
+
+def _base_class(export: ExportFolder) -> Any:
+    """The class of the model that adapters of PEFT belong to: as PEFT names it, or of the task that PEFT names."""
+    import transformers
+
+    config = read_json(export.folder / "adapter_config.json")
+    if mapping := config.get("auto_mapping"):
+        return _class_in({"architectures": [mapping.get("base_model_class")]})
+    by_task = {
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+        "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+        "FEATURE_EXTRACTION": transformers.AutoModel,
+    }
+    return by_task.get(str(config.get("task_type")), transformers.AutoModelForCausalLM)
 
 
 def _patch(export: ExportFolder, part: str, model: torch.nn.Module) -> None:
     patch_model(model, export.metadata[part].config, k_shift=export.k_shift(part))
 
 
-def _finished(export: ExportFolder, part: str, model: torch.nn.Module) -> torch.nn.Module:
-    """Check that it was patched as the metadata says, and move weights out of the mapped file.
-
-    There they start at any address, and CPU matrix products round by address.
-    """
+def _finished(export: ExportFolder, part: str, model: torch.nn.Module, folders: list[Path]) -> torch.nn.Module:
+    """Check that a model was patched as the metadata says, and settle it."""
     export.metadata[part].check_patched(require_handle(model).specs)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.device.type == "cpu":
-                parameter.data = parameter.data.clone()
+    rename(model, export.folder / part, export.name)
+    settle(folders, model)
     return model
 
 
-def _hosted(host: str, folder: Path, load: Any) -> Any:
-    """Whatever goes wrong inside a host library names the folder."""
+def _hosted(host: str, folders: list[Path], load: Any) -> Any:
+    """Whatever goes wrong inside a host library names the folder. One thread at a time: loading changes globals of torch."""
     try:
-        return load()
+        with building(folders):
+            return load()
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(
-            f"load_checkpoint: {host} cannot load {folder}: {error or type(error).__name__}; config and weights do not belong "
-            f"together, or this version of {host} does not know the model"
+            f"load_checkpoint: {host} cannot load {folders[0]}: {error or type(error).__name__}; config and weights do not "
+            f"belong together, or this version of {host} does not know the model"
         ) from error
 
 
@@ -154,13 +244,3 @@ def _check_names(folder: Path, model: torch.nn.Module) -> None:
         raise ValueError(
             f"load_checkpoint: the weights in {folder} are not those of its config; missing: {missing[:3]}, extra: {extra[:3]}"
         )
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the weights in a folder, where a model may keep some of them in float32."""
-    types: set[torch.dtype] = set()
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as weights:
-            types |= {FLOATS.get(weights.get_slice(name).get_dtype(), torch.float32) for name in set(weights.keys())}
-    narrow = types - {torch.float32}
-    return narrow.pop() if len(narrow) == 1 else torch.float32

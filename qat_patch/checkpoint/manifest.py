@@ -6,31 +6,24 @@ Nothing is ever unpickled and no code of a folder is ever run: whatever could le
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from qat_patch.metadata import CONFIG_KEYS, FORMAT_VERSION, METHOD, AttentionMetadata, check_all_keys, check_format_version
+from qat_patch.metadata import CONFIG_KEYS, FORMAT_VERSION, AttentionMetadata, check_all_keys, check_format_version
 
 from . import integrity
-from .k_shift import K_SHIFT, read_k_shift, readable
+from .k_shift import read_k_shift
+from .trust import allowed_keys, file_names
+from .trust.file_names import K_SHIFT, MANIFEST, README, REFERENCE, check_plain
+from .trust.headers import check_weights, weight_files, weight_sizes
+from .trust.plain_json import parse_json, read_json
+from .trust.private_copy import PrivateCopy
 
-MANIFEST = "qat_patch.json"
-"""Written last: what kind of export this is, and size and SHA-256 of every file that loading may read."""
-REFERENCE = "qat_patch_reference.safetensors"
-"""Beside the weights of a model: an input, and what the exported model makes of it; see reference.py."""
-_BESIDE = {K_SHIFT, REFERENCE}
 _KINDS = ("model", "pipeline", "adapters")
-# What a host library might open; other files, such as pictures of a model card, may be added to an export.
-_READABLE = {".json", ".safetensors", ".gguf", ".msgpack", ".h5", ".model", ".jinja"}
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-# In a config these make a host library run code from elsewhere.
-_HOSTILE_KEYS = {"auto_map", "attn_implementation", "_attn_implementation", "custom_pipelines", "custom_generate"}
 _MANIFEST_KEYS = ["format_version", "package_version", "kind", "base_model", "attention", "references", "files"]
 
 
@@ -47,6 +40,8 @@ class ExportFolder:
     """Of adapters: what they belong to."""
     references: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """By subfolder, where one was recorded: device, dtype and torch version that computed the reference output."""
+    name: str = ""
+    """Of an export that is being loaded: how the user calls it; `folder` is a private copy then."""
 
     def host(self, part: str) -> str:
         """The host library of a model by subfolder."""
@@ -63,6 +58,7 @@ class ExportFolder:
 def write_manifest(export: ExportFolder) -> None:
     """Complete a folder: nothing but the model card may change in it any more."""
     adapters = export.kind == "adapters"
+    check_written(export)
     manifest = {
         "format_version": FORMAT_VERSION,
         "package_version": next(iter(export.metadata.values())).package_version,
@@ -70,162 +66,151 @@ def write_manifest(export: ExportFolder) -> None:
         "base_model": export.base_model,
         "attention": export.metadata[""].to_dict() if adapters else None,
         "references": export.references,
-        "files": {name: record for name, record in integrity.fingerprints(export.folder).items() if name != "README.md"},
+        "files": {name: record for name, record in integrity.fingerprints(export.folder).items() if name != README},
     }
     (export.folder / MANIFEST).write_text(
         json.dumps(integrity.sealed(manifest), indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
 
 
-def read_folder(folder: str | Path) -> ExportFolder:
-    """Read and check an export, all of it but the values of its weights.
+def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
+    """Check an export, all of it but the values of its weights, while it is taken over into a private folder.
+
+    Args:
+        copy: its files, open.
+        name: how the user calls it.
 
     Raises:
         ValueError: the folder is no export, of another format version, incomplete, changed or damaged; its parts do not
             belong together; or it holds something that could run code.
     """
-    folder = Path(folder)
-    manifest = read_json(folder / MANIFEST, _no_export(folder))
+    where = f"{copy.source / MANIFEST}"
+    if MANIFEST not in copy.files:
+        raise ValueError(f"load_checkpoint: {where} does not exist; {_no_export(copy)}")
+    content = copy.read(MANIFEST)
+    manifest = parse_json(where, content)
+    if AttentionMetadata.is_ours(manifest):
+        raise ValueError(
+            f"load_checkpoint: {copy.source} was saved by save_pretrained and is no export; load it with its own library and "
+            "call patch_model, which finds what was patched"
+        )
     # The version comes first: another one may seal in another way.
-    check_format_version(f"{folder / MANIFEST}", manifest)
+    check_format_version(where, manifest)
     try:
         manifest = integrity.unsealed(manifest)
     except ValueError as error:
-        raise ValueError(f"load_checkpoint: {folder / MANIFEST} is damaged: {error}; get a fresh copy, or export again") from None
-    check_all_keys(f"{folder / MANIFEST}", manifest, _MANIFEST_KEYS)
-    _check_manifest(folder, manifest)
-    _check_names(folder, manifest)
-    if changed := integrity.what_changed(folder, manifest["files"]):
-        raise ValueError(f"load_checkpoint: {folder} {changed}; get a fresh copy, or export again")
-    kind = manifest["kind"]
-    metadata = {}
-    for part, stored in _stored_metadata(folder, manifest).items():
-        metadata[part] = _read_metadata(folder / part, stored)
-        _check_weights(folder / part, stored)
+        raise ValueError(f"load_checkpoint: {where} is damaged: {error}; get a fresh copy, or export again") from None
+    check_all_keys(where, manifest, _MANIFEST_KEYS)
+    _check_manifest(where, manifest)
+    kind, recorded = manifest["kind"], manifest["files"]
+    index = parse_json("model_index.json", copy.read("model_index.json")) if "model_index.json" in copy.files else {}
+    parts = [part for part, value in index.items() if isinstance(value, list) and part.isidentifier()]
+    file_names.check_names(str(copy.source), copy.files, recorded, kind, parts)
+    taken = copy.take([name for name in {*recorded, *file_names.MAY_COME_LATER} if name in copy.files])
+    copy.put(MANIFEST, content)
+    _check_configs(copy.folder, kind)
+    if (changed := _what_changed(recorded, taken)) is not None:
+        raise ValueError(f"load_checkpoint: {copy.source} {changed}; get a fresh copy, or export again")
+    metadata = _check_parts(copy.folder, manifest)
     unknown = manifest["references"].keys() - metadata.keys()
     if unknown:
-        raise ValueError(f"load_checkpoint: {folder / MANIFEST}: references: there is no model {min(unknown)!r}")
+        raise ValueError(f"load_checkpoint: {where}: references: there is no model {min(unknown)!r}")
     return ExportFolder(
-        folder=folder, kind=kind, metadata=metadata, base_model=manifest["base_model"], references=manifest["references"]
+        folder=copy.folder,
+        kind=kind,
+        metadata=metadata,
+        base_model=manifest["base_model"],
+        references=manifest["references"],
+        name=name,
     )
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a saved model, without those that this package puts beside them."""
-    return sorted(file for file in folder.glob("*.safetensors") if file.name not in _BESIDE)
-
-
-def read_json(file: Path, missing: str = "the export is incomplete") -> dict[str, Any]:
-    """A JSON object of an export.
+def leave_out_unknown_keys(folder: Path) -> None:
+    """Rewrite those configs of a folder that hold what loading would refuse, and no library knows.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: one holds what could run code.
     """
-    if not file.is_file():
-        raise ValueError(f"load_checkpoint: {file} does not exist; {missing}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"load_checkpoint: {file} is not JSON ({error}); the export is damaged") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"load_checkpoint: {file}: expected a JSON object, got {type(content).__name__}; the export is damaged")
-    return content
+    for file in sorted(folder.rglob("*.json")):
+        if file.name in allowed_keys.CONFIGS:
+            config = read_json(file)
+            if (plain := allowed_keys.plain_config(str(file), file.name, config)) != config:
+                file.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return content
+def check_written(export: ExportFolder) -> None:
+    """Raise a ValueError unless an export that was just written can be loaded, as far as names and configs say."""
+    names = [file.relative_to(export.folder).as_posix() for file in export.folder.rglob("*") if not file.is_dir()]
+    recorded = [name for name in names if name not in (MANIFEST, README)]
+    parts = [folder.name for folder in export.folder.iterdir() if folder.is_dir()]
+    file_names.check_names(str(export.folder), names, recorded, export.kind, parts)
+    _check_configs(export.folder, export.kind)
 
 
-def _no_export(folder: Path) -> str:
-    if any((folder / name).is_file() for name in ("config.json", "model_index.json")):
+def _what_changed(recorded: dict[str, Any], taken: dict[str, tuple[int, str]]) -> str | None:
+    """What is wrong with the files that were taken over, or None if they are those that the manifest lists."""
+    for name, record in recorded.items():
+        if name not in taken:
+            return f"is incomplete: {name} is missing"
+        size, digest = taken[name]
+        if size != record["bytes"]:
+            return f"is damaged: {name} has {size} bytes and was written with {record['bytes']}"
+        if digest != record["sha256"]:
+            return f"is damaged: the content of {name} has changed since it was written"
+    return None
+
+
+def _check_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, AttentionMetadata]:
+    """The metadata of the models in a folder, after a look at the headers of all weights and at the sizes in the configs."""
+    stored = _stored_metadata(folder, manifest)
+    metadata = {part: _read_metadata(folder / part, values) for part, values in stored.items()}
+    components = [each.name for each in folder.iterdir() if each.is_dir() and weight_files(each)]
+    for part in sorted({*stored, *components, *([""] if weight_files(folder) else [])}):
+        check_weights(folder / part, stored.get(part))
+    for file in sorted(folder.rglob("*config.json")):
+        if file.name in ("config.json", "scheduler_config.json"):
+            allowed_keys.check_sizes(str(file), file.name, read_json(file), *weight_sizes(file.parent))
+    return metadata
+
+
+def _check_configs(folder: Path, kind: str) -> None:
+    for file in sorted(folder.rglob("*.json")):
+        if file.name not in allowed_keys.CONFIGS:
+            continue
+        config = read_json(file)
+        if kind == "model" and file == folder / "config.json":
+            # The metadata have checks of their own.
+            config.pop(CONFIG_KEYS[_host(config)], None)
+        allowed_keys.check_config(str(file), file.name, config)
+
+
+def _no_export(copy: PrivateCopy) -> str:
+    if any(name in copy.files for name in ("config.json", "model_index.json")):
         return "it was not written by this version's export_checkpoint; load it with its own library and call patch_model"
     return "expected a folder that export_checkpoint wrote"
 
 
-def _check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
     kind, base, recorded, references = (manifest[key] for key in ("kind", "base_model", "files", "references"))
     is_adapter = kind == "adapters"
     for key, is_right, expected in (
-        ("kind", kind in _KINDS, " or ".join(_KINDS)),
+        ("kind", isinstance(kind, str) and kind in _KINDS, " or ".join(_KINDS)),
         ("base_model", isinstance(base, str) if is_adapter else base is None, "a name for adapters, else null"),
         ("attention", is_adapter or manifest["attention"] is None, "metadata for adapters, else null"),
         ("references", isinstance(references, dict), "a mapping"),
         ("files", isinstance(recorded, dict) and bool(recorded), "a mapping of files"),
     ):
         if not is_right:
-            raise ValueError(f"load_checkpoint: {folder / MANIFEST}: {key}: expected {expected}, got {manifest[key]!r}")
+            raise ValueError(f"load_checkpoint: {where}: {key}: expected {expected}, got {manifest[key]!r}")
     for name, record in recorded.items():
-        check_all_keys(f"load_checkpoint: {folder / MANIFEST}: files", record, ["bytes", "sha256"])
-        _check_file_name(folder / MANIFEST, name)
+        check_all_keys(f"load_checkpoint: {where}: files", record, ["bytes", "sha256"])
+        check_plain(where, name)
     for part, record in references.items():
-        check_all_keys(f"load_checkpoint: {folder / MANIFEST}: references", record, ["device", "dtype", "torch"])
-        if not all(isinstance(value, str) for value in record.values()):
-            raise ValueError(f"load_checkpoint: {folder / MANIFEST}: references: expected texts, got {record!r}")
+        check_all_keys(f"load_checkpoint: {where}: references", record, ["device", "dtype", "torch"])
+        if not all(isinstance(value, str) and re.fullmatch(r"[\w.+:-]{1,64}", value, re.ASCII) for value in record.values()):
+            raise ValueError(f"load_checkpoint: {where}: references: expected short texts, got {record!r}")
         if str(Path(part, REFERENCE)) not in recorded:
-            raise ValueError(f"load_checkpoint: {folder / MANIFEST}: references: {part!r} has no {REFERENCE}")
-
-
-def _check_file_name(where: Path, name: Any) -> None:
-    """File names from inside a file: in the folder, plainly."""
-    if not isinstance(name, str) or not re.fullmatch(r"(?:\w[\w.+-]*/)*\w[\w.+-]*", name):
-        raise ValueError(
-            f"load_checkpoint: {where}: expected names of files in the folder, without .. and the like, got {name!r}; the export "
-            "is damaged, or hostile"
-        )
-
-
-def _check_names(folder: Path, manifest: dict[str, Any]) -> None:
-    """Nothing but what was exported lies where a host library might find it."""
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        if file.suffix.lower() in _PICKLES or file.suffix == ".py":
-            raise ValueError(
-                f"load_checkpoint: {folder} holds {name}, which could run code, and no export does; remove it, or get the folder "
-                "from someone you trust"
-            )
-        if file.suffix.lower() in _READABLE and name not in manifest["files"] and name != MANIFEST:
-            raise ValueError(
-                f"load_checkpoint: {folder} holds {name}, which was not there when it was exported; remove it, or export again"
-            )
-    if manifest["kind"] != "adapters" and (folder / "adapter_config.json").exists():
-        raise ValueError(f"load_checkpoint: {folder} is an export of a {manifest['kind']} and holds adapters too; remove them")
-    for file in sorted(folder.rglob("*.json")):
-        if file.name in ("config.json", "model_index.json", "adapter_config.json", "generation_config.json"):
-            _check_config(file)
-
-
-def _check_config(file: Path) -> None:
-    config = read_json(file)
-    stack: list[Any] = [{key: value for key, value in config.items() if key not in CONFIG_KEYS.values()}]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, dict):
-            if found := sorted(_HOSTILE_KEYS & value.keys()):
-                raise ValueError(
-                    f"load_checkpoint: {file} sets {found[0]!r}, which could run code from elsewhere, and no export does; remove "
-                    "it, or get the folder from someone you trust"
-                )
-            stack += value.values()
-        elif isinstance(value, list):
-            stack += value
-    if file.name != "model_index.json":
-        return
-    for name, value in config.items():
-        is_right = isinstance(value, str) if name == "_class_name" else not isinstance(value, list) or _is_component(value)
-        if not is_right:
-            raise ValueError(
-                f"load_checkpoint: {file}: {name}: expected a class of diffusers or transformers, got {value!r}; nothing "
-                "else is loaded"
-            )
-
-
-def _is_component(value: list[Any]) -> bool:
-    return value == [None, None] or (
-        len(value) == 2 and value[0] in ("diffusers", "transformers") and isinstance(value[1], str) and value[1].isidentifier()
-    )
+            raise ValueError(f"load_checkpoint: {where}: references: {part!r} has no {REFERENCE}")
 
 
 def _stored_metadata(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -255,43 +240,3 @@ def _read_metadata(folder: Path, stored: Any) -> AttentionMetadata:
             "damaged"
         )
     return AttentionMetadata.from_dict(stored)
-
-
-def _check_weights(folder: Path, metadata: dict[str, Any]) -> None:
-    """The headers of the weights hold the metadata of the config, and their index, if there is one, tells the truth."""
-    weights = weight_files(folder)
-    if not weights:
-        raise ValueError(f"load_checkpoint: there are no safetensors weights in {folder}; the export is incomplete")
-    place: dict[str, str] = {}
-    for file in weights:
-        header, names = readable(file, functools.partial(_read_header, file))
-        if header != metadata:
-            raise ValueError(
-                f"load_checkpoint: the attention metadata in {file.name} differs from the one in the config of {folder}; the "
-                "files come from different exports, or one was edited"
-            )
-        place |= dict.fromkeys(names, file.name)
-    indices = sorted(folder.glob("*.index.json"))
-    if len(weights) > 1 and len(indices) != 1:
-        raise ValueError(
-            f"load_checkpoint: {folder} holds {len(weights)} files of weights and {len(indices)} indices; expected one"
-        )
-    for file in indices:
-        weight_map = read_json(file).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(
-                f"load_checkpoint: {file}: weight_map: expected a mapping, got {weight_map!r}; the export is damaged"
-            )
-        for name in weight_map.values():
-            _check_file_name(file, name)
-        if weight_map != place:
-            wrong = sorted(name for name in {*weight_map, *place} if weight_map.get(name) != place.get(name))
-            raise ValueError(
-                f"load_checkpoint: {file}: says that {wrong[0]} is in {weight_map.get(wrong[0])}, and it is in "
-                f"{place.get(wrong[0])}; the export is damaged"
-            )
-
-
-def _read_header(file: Path) -> tuple[Any, list[str]]:
-    with safe_open(file, framework="pt") as weights:
-        return json.loads((weights.metadata() or {}).get(METHOD, "null")), list(weights.keys())

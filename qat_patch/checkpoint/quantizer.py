@@ -5,8 +5,9 @@ Importing this module imports transformers; `register_when_imported` is how the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -17,6 +18,15 @@ from qat_patch.metadata import METHOD, AttentionMetadata
 from qat_patch.patch import patch_model
 
 from .k_shift import K_SHIFT, read_k_shift
+
+
+class Saving(NamedTuple):
+    """A call of `save_pretrained`."""
+
+    state_dict: Any
+    """What it was told to save, or None."""
+    write_beside: Callable[[], None]
+    """Writes what stands beside the weights."""
 
 
 @register_quantization_config(METHOD)
@@ -41,9 +51,16 @@ class QATPatchQuantizer(HfQuantizer):
     is_qat_trainable = True
     is_compileable = True
 
+    saving: Saving | None = None
+    """Set while the model is saved."""
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         metadata = self.quantization_config.metadata
         shifts = {} if metadata.k_shift is None else read_k_shift(_beside_the_weights(model, K_SHIFT), metadata)
+        rename = _new_names(model, metadata)
+        if rename is not None:
+            metadata, shifts = metadata.renamed(rename), {rename(name): x for name, x in shifts.items()}
+            self.quantization_config.metadata = metadata
         metadata.check_patched(patch_model(model, metadata.config, k_shift=shifts).specs)
         model.is_quantized = False  # the weights are not: .half() and .float() are fine
         return model
@@ -51,11 +68,24 @@ class QATPatchQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        metadata = self.quantization_config.metadata
-        if metadata.k_shift is not None:
-            raise ValueError("save_pretrained: it would leave the K shifts of this model behind; use qat_patch.export_checkpoint")
-        return None, {METHOD: metadata.to_json()}
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        assert self.saving is not None  # record.py saves by way of this
+        self.saving.write_beside()
+        return self.saving.state_dict, {METHOD: self.quantization_config.metadata.to_json()}
+
+
+def _new_names(model: Any, metadata: AttentionMetadata) -> Callable[[str], str] | None:
+    """How to rename modules where a model is loaded without its head, or with another (`AutoModel` of a language model)."""
+    names = {name for name, _ in model.named_modules()}
+    if metadata.specs.keys() <= names:
+        return None
+    prefix = f"{model.base_model_prefix}."
+    ways: tuple[Callable[[str], str], ...] = (
+        lambda name: name.partition(".")[2],
+        lambda name: prefix + name,
+        lambda name: prefix + name.partition(".")[2],
+    )
+    return next((rename for rename in ways if names.issuperset(map(rename, metadata.specs))), None)
 
 
 def _beside_the_weights(model: Any, name: str) -> Path:

@@ -1,41 +1,61 @@
-"""Brings our quantizer into transformers without importing transformers: now if it is loaded, else when it is."""
+"""Brings our quantizer and records into the host libraries without importing them: now if they are loaded, else when they are."""
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_REGISTRY = "transformers.quantizers.auto"
+from .record import record_in_diffusers, record_in_peft, record_in_transformers
 
 
 def register_when_imported() -> None:
-    """Import our quantizer as soon as transformers' registry of quantizers exists."""
-    if _REGISTRY in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Enter each module of a host library as soon as it exists."""
+    missing = {}
+    for name, enter in _ENTRIES.items():
+        if name in sys.modules:
+            enter(sys.modules[name])
+        else:
+            missing[name] = enter
+    if missing and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(missing))
 
 
-def _register() -> None:
+def _register_quantizer(registry: ModuleType) -> None:
     from . import quantizer  # noqa: F401  (it registers itself)
 
 
+_ENTRIES: dict[str, Callable[[Any], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
+    "transformers.modeling_utils": record_in_transformers,
+    "diffusers.models.modeling_utils": record_in_diffusers,
+    "peft.peft_model": record_in_peft,
+}
+
+
 class _Finder(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: it adds `enter` to what runs when one of these modules is imported."""
+
+    def __init__(self, entries: dict[str, Callable[[Any], None]]) -> None:
+        self.entries = entries
+
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _REGISTRY:
+        enter = self.entries.pop(name, None)
+        if enter is None:
             return None
-        sys.meta_path.remove(self)
+        if not self.entries:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 run(module)
-                _register()
+                enter(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -8,11 +8,14 @@ import torch
 from safetensors import safe_open
 
 from .golden_output import check_reference
-from .load import FLOATS, load_part
-from .manifest import ExportFolder, read_folder, weight_files
+from .load import load_part, load_pipeline
+from .manifest import ExportFolder
+from .trust.headers import weight_files
+from .trust.opening import opened, printable, said_plainly
+from .weights import FLOATS
 
 
-def verify_checkpoint(folder: str | Path) -> list[str]:
+def verify_checkpoint(folder: str | Path, *, revision: str | None = None) -> list[str]:
     """Check an export as far as that can be done without knowing what it was exported from.
 
     Every file has the hash that was recorded; config, headers, index and K shifts belong together; every weight is finite,
@@ -20,7 +23,8 @@ def verify_checkpoint(folder: str | Path) -> list[str]:
     it made when it was exported. All on the CPU. `python -m qat_patch verify FOLDER` does this in a process of its own.
 
     Args:
-        folder: what `export_checkpoint` wrote.
+        folder: what `export_checkpoint` wrote, or its name on the Hub.
+        revision: branch, tag or commit on the Hub; default: main.
 
     Returns:
         What was found, a line each.
@@ -28,16 +32,22 @@ def verify_checkpoint(folder: str | Path) -> list[str]:
     Raises:
         ValueError: what is wrong.
     """
-    export = read_folder(folder)
-    report = [f"{export.folder}: {export.kind}, written by qat_patch {next(iter(export.metadata.values())).package_version}"]
+    with opened(folder, revision) as export, said_plainly(export.name, export.folder):
+        return [printable(line) for line in _verified(export)]
+
+
+def _verified(export: ExportFolder) -> list[str]:
+    report = [f"{export.name}: {export.kind}, written by qat_patch {next(iter(export.metadata.values())).package_version}"]
     report.append("every file is as it was exported")
     files = sorted({file for path in (export.folder, *export.folder.iterdir()) if path.is_dir() for file in weight_files(path)})
     report.append(f"{sum(map(_check_finite, files))} weights in {len(files)} files are finite")
+    pipeline = load_pipeline(export, "auto") if export.kind == "pipeline" else None
     for part, metadata in export.metadata.items():
         name = part or export.kind
         # Adapters alone may have been trained on a base of another type than it is stored in.
         trained_in = export.references[part]["dtype"] if export.kind == "adapters" and part in export.references else None
-        model = load_part(export, part, next((x for x in FLOATS.values() if str(x) == f"torch.{trained_in}"), "auto"))
+        dtype = next((x for x in FLOATS.values() if str(x) == f"torch.{trained_in}"), "auto")
+        model = load_part(export, part, dtype) if pipeline is None else getattr(pipeline, part)
         if export.kind != "adapters":
             _check_shapes(export, part, model)
         shifts = len(export.k_shift(part))

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from qat_patch.checkpoint.load import load_checkpoint
+from qat_kernels import explain
+from qat_patch.checkpoint.load import component_of, load_checkpoint, load_tokenizer
+from qat_patch.checkpoint.trust.download import export_folder
+from qat_patch.checkpoint.trust.opening import printable
 from qat_patch.handle import PatchHandle
 from qat_patch.patch import require_handle
 
@@ -23,6 +27,7 @@ _TEXT_ONLY = ("max_new_tokens", "min_new_tokens")
 _VIDEO_ONLY = (
     "output",
     "pipeline",
+    "component",
     "prompt_embeds",
     "negative_prompt",
     "height",
@@ -40,6 +45,7 @@ _VIDEO_ONLY = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Generate as the command line says; prints text, or writes a video."""
     options = _parse(arguments)
+    options.folder = export_folder(options.folder, options.revision)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     is_video = (options.folder / "model_index.json").is_file() or _is_diffusers(options.folder)
     for name in _TEXT_ONLY if is_video else _VIDEO_ONLY:
@@ -47,24 +53,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kind = "video" if is_video else "text"
             raise ValueError(f"--{name.replace('_', '-')}: has no effect, for {options.folder} generates {kind}; leave it out")
     handle = (_video if is_video else _text)(options, device)
-    total = len(handle.patched) + len(handle.skipped)
-    print(f"\n[4-bit attention in {len(handle.patched)} of {total} attention modules; eager implementation, {device}]")
+    modules = f"{len(handle.patched)} of {len(handle.patched) + len(handle.skipped)} attention modules"
+    print(f"\n[4-bit attention in {modules}; {_implementation(handle)} implementation, {device}]")
+
+
+def _implementation(handle: PatchHandle) -> str:
+    """What attention runs on the device and in the type of the model."""
+    model, layer = handle.models[0], next(iter(handle.patched.values()))
+    query = torch.empty(1, 1, 16, 64, device=next(model.parameters()).device, dtype=cast(Any, model).dtype)
+    report = explain(query, query, query, spec=layer.spec, needs_gradient=False)
+    return next(line.partition(":")[0] for line in report.splitlines() if ": runs" in line)
 
 
 def _text(options: argparse.Namespace, device: str) -> PatchHandle:
-    from transformers import AutoTokenizer
-
     if options.prompt is None:
         raise ValueError("--prompt: needed to generate text")
     model = load_checkpoint(options.folder, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    tokenizer = load_tokenizer(options.folder)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
     limits = {name: getattr(options, name) for name in _TEXT_ONLY if getattr(options, name) is not None}
     handle = require_handle(model)
-    cache = {"past_key_values": handle.cache()} if all(x.spec.pv == "nvfp4" for x in handle.patched.values()) else {}
+    cache = {cache_argument(model): handle.cache()} if any(x.spec.pv == "nvfp4" for x in handle.patched.values()) else {}
     tokens = model.generate(**inputs, **cache, **{"max_new_tokens": 64} | limits, do_sample=False)
-    print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+    print(printable(tokenizer.decode(tokens[0], skip_special_tokens=True)))
     return handle
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What a model of transformers calls the cache that it is given: `cache` from 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _video(options: argparse.Namespace, device: str) -> PatchHandle:
@@ -73,7 +90,8 @@ def _video(options: argparse.Namespace, device: str) -> PatchHandle:
     if options.output is None or (options.prompt is None) == (options.prompt_embeds is None):
         raise ValueError("a video needs --output FILE.mp4 and one of --prompt and --prompt-embeds")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    pipe = make_pipeline(options.folder, options.pipeline, dtype, needs_text=options.prompt_embeds is None).to(device)
+    needs_text = options.prompt_embeds is None
+    pipe = make_pipeline(options.folder, options.pipeline, dtype, component=options.component, needs_text=needs_text).to(device)
     handle = require_handle(pipe)
     names = {"steps": "num_inference_steps"}
     call: dict[str, Any] = {
@@ -95,18 +113,28 @@ def _video(options: argparse.Namespace, device: str) -> PatchHandle:
     return handle
 
 
-def make_pipeline(folder: Path, pipeline: str | None, dtype: torch.dtype, *, needs_text: bool = True) -> Any:
+def make_pipeline(
+    folder: Path, pipeline: str | None, dtype: torch.dtype, *, component: str | None = None, needs_text: bool = True
+) -> Any:
     """A pipeline with patched transformer: of an export of one, or of a transformer alone within the pipeline that is named.
 
+    Args:
+        folder: what `export_checkpoint` wrote.
+        pipeline: of an export of a transformer alone: folder or Hub name of the pipeline around it.
+        dtype: of the weights.
+        component: which transformer of the pipeline it takes the place of, if the export does not say so.
+        needs_text: whether prompts are to be encoded.
+
     Raises:
-        ValueError: `pipeline` is missing, or has no effect.
+        ValueError: `pipeline` is missing, or has no effect, or it is not clear which transformer of the pipeline was exported.
     """
     import diffusers
 
     model = load_checkpoint(folder, dtype=dtype)
     if not isinstance(model, torch.nn.Module):
-        if pipeline is not None:
-            raise ValueError(f"--pipeline: has no effect, for {folder} is a whole pipeline; leave it out")
+        for option, value in (("pipeline", pipeline), ("component", component)):
+            if value is not None:
+                raise ValueError(f"--{option}: has no effect, for {folder} is a whole pipeline; leave it out")
         return model
     if pipeline is None:
         raise ValueError(
@@ -115,8 +143,26 @@ def make_pipeline(folder: Path, pipeline: str | None, dtype: torch.dtype, *, nee
         )
     text_encoder = {} if needs_text else {"text_encoder": None, "tokenizer": None}
     # By its own class: DiffusionPipeline.from_pretrained drops a transformer that it is given, and loads the stored one.
-    pipeline_class = getattr(diffusers, diffusers.DiffusionPipeline.load_config(pipeline)["_class_name"])
-    return pipeline_class.from_pretrained(pipeline, transformer=model, dtype=dtype, **text_encoder)
+    config = diffusers.DiffusionPipeline.load_config(pipeline)
+    component = _slot(folder, component, pipeline, config)
+    return getattr(diffusers, config["_class_name"]).from_pretrained(pipeline, **{component: model}, dtype=dtype, **text_encoder)
+
+
+def _slot(folder: Path, component: str | None, pipeline: str, config: dict[str, Any]) -> str:
+    """The component of a pipeline that an exported transformer takes the place of."""
+    stored = component_of(folder)
+    if component is not None and stored not in (None, component):
+        raise ValueError(f"--component: {folder} is an export of {stored}, got {component}; leave it out")
+    known = [name for name in ("transformer", "transformer_2") if config.get(name) not in (None, [None, None])]
+    component = component or stored or (known[0] if len(known) == 1 else None)
+    if component is None:
+        raise ValueError(
+            f"--component: {pipeline} has {' and '.join(known)}, and {folder} does not say which of them it is; name it, or "
+            "export again with component=..."
+        )
+    if component not in known:
+        raise ValueError(f"--pipeline: {folder} is an export of {component}, and {pipeline} has only {', '.join(known)}")
+    return component
 
 
 def _embeds(file: Path, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -140,7 +186,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="qat-patch generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="what export_checkpoint wrote")
+    parser.add_argument("folder", type=Path, help="what export_checkpoint wrote, or its name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument("--prompt", help="text to continue, or what the video shows")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     text = parser.add_argument_group("text")
@@ -149,6 +196,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     video = parser.add_argument_group("video")
     video.add_argument("--output", type=Path, metavar="FILE.mp4", help="where to")
     video.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
+    video.add_argument("--component", help="which transformer of that pipeline the export is, if it does not say so")
     video.add_argument("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: a clip of prepare-wan-data")
     video.add_argument("--negative-prompt", help="what the video does not show")
     for name, what in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4n + 1"), ("steps", "denoising steps")):

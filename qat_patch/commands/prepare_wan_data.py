@@ -2,9 +2,9 @@
 
 qat-patch prepare-wan-data --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --input clips --output latents
 
---input holds metadata.jsonl or metadata.csv with file_name and caption (or text), or pairs of clip.mp4 and clip.txt. Of each
-clip the start is taken, at --fps: the largest of --num-frames that it fills, resized and centre-cropped to the one of
---resolutions with the nearest aspect ratio. Clips that cannot be used are reported and left out.
+--input holds metadata.jsonl or metadata.csv with file_name (or video) and caption (or text, or prompt), or pairs of clip.mp4
+and clip.txt. Of each clip the start is taken, at --fps: the largest of --num-frames that it fills, resized and centre-cropped to
+the one of --resolutions with the nearest aspect ratio. Clips that cannot be used are reported and left out.
 
 --output gets index.json and one safetensors file a clip:
     latents        [C, F, h, w]      mean of the VAE's posterior, normalized as the pipeline normalizes
@@ -13,7 +13,7 @@ clip the start is taken, at --fps: the largest of --num-frames that it fills, re
     image_embeds   [257, D]          image to video only, and not in Wan 2.2: the first frame, by the image encoder
 
 Run it again to go on after an interruption, or after adding clips: what is done, with this caption and from a video of this
-size, is not done again. Files made with other encoders or settings are refused.
+content, is not done again. Files made with other encoders or settings are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,15 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from qat_patch.checkpoint import integrity, lock
+
 from .wan_clips import Clip, Frames, list_clips
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
 TEXT_LENGTH = 512
 """Tokens that the pipelines fill prompts up to."""
+_ASIDE = ".incomplete"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         ValueError: input that cannot be understood, no Wan pipeline, sizes that do not fit it, an output folder made with
-            other settings, or no usable clip.
+            other settings or in use by another process, or no usable clip.
     """
     args = _parse(arguments)
     if args.fps <= 0:
@@ -124,9 +128,22 @@ def fingerprint(module: torch.nn.Module, *constants: Any) -> str:
 
 def _encode_all(args: argparse.Namespace, clips: list[Clip], skipped: dict[str, str]) -> None:
     """Encode what is not done yet, then write the index of all that is, and report."""
-    dtype = getattr(torch, args.dtype)
-    pipe = load_pipeline(args.model, dtype, args.device)
+    pipe = load_pipeline(args.model, getattr(torch, args.dtype), args.device)
     settings = _settings(args, pipe)
+    with lock.locked(args.output, "--output"):
+        _encode_into(args, pipe, settings, clips, skipped)
+
+
+def _encode_into(
+    args: argparse.Namespace,
+    pipe: WanPipeline | WanImageToVideoPipeline,
+    settings: dict[str, Any],
+    clips: list[Clip],
+    skipped: dict[str, str],
+) -> None:
+    """The same for a folder that belongs to this process."""
+    for leftover in args.output.rglob(f"*{_ASIDE}"):
+        leftover.unlink()
     done = {clip: _finished(args.output, clip, settings) for clip in clips}
     pending = [clip for clip in clips if done[clip] is None]
     data = Frames(args.input, pending, num_frames=args.num_frames, resolutions=args.resolutions, fps=args.fps)
@@ -142,7 +159,7 @@ def _encode_all(args: argparse.Namespace, clips: list[Clip], skipped: dict[str, 
         with _written_aside(file) as aside:
             # One entry, for safetensors writes several in any order.
             metadata = {"clip": json.dumps(record | {"settings": settings})}
-            save_file(encode(pipe, frames, clip.caption, dtype), aside, metadata)
+            save_file(encode(pipe, frames, clip.caption, getattr(torch, args.dtype)), aside, metadata)
         done[clip] = _finished(args.output, clip, settings)
 
     for source, reason in sorted(skipped.items()):
@@ -150,7 +167,10 @@ def _encode_all(args: argparse.Namespace, clips: list[Clip], skipped: dict[str, 
     entries = [entry for entry in done.values() if entry is not None]
     if not entries:
         raise ValueError(f"--input: none of the {len(skipped)} clips in {args.input} can be used; the reasons are above")
-    index = {"format_version": FORMAT_VERSION, "settings": settings, "clips": entries, "skipped": skipped}
+    with ThreadPoolExecutor() as pool:
+        names = [entry["file"] for entry in entries]
+        digests = dict(zip(names, pool.map(lambda name: integrity.sha256(args.output / name), names), strict=True))
+    index = {"format_version": FORMAT_VERSION, "settings": settings, "clips": entries, "sha256": digests, "skipped": skipped}
     with _written_aside(args.output / INDEX) as aside:
         aside.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _summarize(args.output, entries, len(skipped))
@@ -204,14 +224,15 @@ def _finished(output: Path, clip: Clip, settings: dict[str, Any]) -> dict[str, A
         names = [name for name in settings | then if then.get(name) != settings.get(name)]
         differences = "; ".join(f"{name} was {then.get(name)!r} and is {settings.get(name)!r}" for name in names)
         raise ValueError(f"--output: {file} was made with other settings: {differences}; choose another folder")
-    is_same = dataclasses.asdict(clip).items() <= record.items()
-    return {"file": file.relative_to(output).as_posix(), **record, "shapes": shapes} if is_same else None
+    if not dataclasses.asdict(clip).items() <= record.items():
+        return None
+    return {"file": file.relative_to(output).as_posix(), **record, "shapes": shapes}
 
 
 @contextlib.contextmanager
 def _written_aside(file: Path) -> Iterator[Path]:
     """A path to write to that becomes `file` when that succeeds, and goes when it fails."""
-    aside = file.with_name(f"{file.name}.incomplete")
+    aside = file.with_name(f"{file.name}{_ASIDE}")
     try:
         yield aside
         aside.replace(file)

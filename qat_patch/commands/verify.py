@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: what is wrong with the export.
     """
     parser = argparse.ArgumentParser(prog="qat-patch verify", description=verify_checkpoint.__doc__)
-    parser.add_argument("folder", help="what export_checkpoint wrote")
+    parser.add_argument("folder", help="what export_checkpoint wrote, or its name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     options = parser.parse_args(arguments)
-    print("\n".join([*verify_checkpoint(options.folder), "verified"]))
+    print("\n".join([*verify_checkpoint(options.folder, revision=options.revision), "verified"]))

@@ -16,12 +16,17 @@ class HostAdapter(Protocol):
 
     MECHANISM: str
     """What attention has to go through to be patched, in words."""
+    REPLACED_BY: str
+    """The method of a model, or of its attention modules, that puts other attention in the place of what runs there."""
 
     def owns(self, model: object) -> bool:
         """Whether this is a model of the host library."""
 
     def pipeline_models(self, pipeline: object) -> dict[str, torch.nn.Module]:
         """The models to patch in a pipeline of the host library, by component name; empty for anything else."""
+
+    def other_models(self, pipeline: object) -> dict[str, torch.nn.Module]:
+        """The models in a pipeline that could be patched too, and are not unless they are asked for, by component name."""
 
     def stored_metadata(self, model: Any) -> AttentionMetadata | None:
         """The metadata that an export left in the model's config."""
@@ -42,6 +47,12 @@ class HostAdapter(Protocol):
     def problem(self, module: Any, spec: QuantSpec) -> str | None:
         """Why 4-bit attention cannot compute what this module asks for."""
 
+    def prepare(self, original: Any) -> object:
+        """Make this process know 4-bit attention in place of what ran before: for a patched model that is unpickled."""
+
+    def key_shape(self, module: Any) -> tuple[int, int] | None:
+        """Key heads and head dim, as far as the module tells."""
+
     def apply(self, model: Any, layers: list[AttentionLayer]) -> None:
         """Point the model at 4-bit attention."""
 
@@ -51,8 +62,14 @@ class HostAdapter(Protocol):
     def restore(self, model: Any, layers: list[AttentionLayer]) -> None:
         """Undo `apply`, also a half-finished one."""
 
-    def replaced(self, model: Any, layer: AttentionLayer) -> str | None:
-        """What somebody put in the place of 4-bit attention since the patch, or None."""
+    def replaced(self, module: Any, layer: AttentionLayer) -> str | None:
+        """What somebody put in the place of a module's 4-bit attention since the patch, or None."""
+
+    def skipping_hook(self, module: Any) -> str | None:
+        """The name of a hook of the host library on this module that may skip what is in it on purpose, or None."""
+
+    def why_not_reached(self, module: Any) -> str:
+        """Why a call of a patched module may end without 4-bit attention, in words."""
 
     def new_cache(self, model: Any, layers: list[AttentionLayer]) -> Any:
         """An empty cache for generation that keeps K and V of the patched layers in NVFP4.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class Limits:
     """Values beyond the largest that NVFP4 holds."""
 
 
-def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, dict[str, Limits]]:
+def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()) -> dict[str, dict[str, Limits]]:
     """Measure `k_shift`, the mean key of each key head as attention sees it, and put it into force.
 
     The mean is over all keys that may be seen, of all batches, in float32; of a model that rotates positions, after it did.
@@ -43,36 +45,71 @@ def calibrate(model: Any, batches: Iterable[Any]) -> dict[str, dict[str, Limits]
         model: a patched model, a wrapper around one, or a patched Diffusers pipeline.
         batches: what to call the model with: mappings of keyword arguments, sequences of positional ones, or tensors. A few
             batches of real data do: the mean hardly depends on how many.
+        exclude: patterns of patched modules that get no shift and lose none, such as `("*.attn2",)` of Wan's image to video: they
+            attend to the keys of the text and to those of the image, whose means differ, and a module has one shift.
 
     Returns:
-        By the names of the patched modules, by `query`, `key` and `value`: how much NVFP4 cannot hold (keys as they were
-        quantized before, without the new shift).
+        By the names of the patched modules that were measured, by `query`, `key` and `value`: how much NVFP4 cannot hold (keys
+        as they were quantized before, without the new shift).
 
     Raises:
-        ValueError: the model is not patched, there are no batches, or a patched module was never called.
+        ValueError: the model is not patched or lost its patch, there are no batches, a patched module was never called, one
+            attends to several sets of keys in one call, or a pattern fits none. The shifts are as they were then.
     """
     means: dict[str, _Mean] = {}
     counts: dict[str, dict[str, LimitCounts]] = {}
+    keys_of_call: dict[str, torch.Tensor] = {}
 
     def observe(name: str, layer: AttentionLayer, call: AttentionCall) -> None:
+        if any(fnmatchcase(name, pattern) for pattern in exclude):
+            return
+        if not call.causal:
+            _check_one_set_of_keys(name, keys_of_call.setdefault(name, call.key), call.key)
         means.setdefault(name, _Mean()).add(call)
         counts[name] = count_limits(counts.get(name), layer, call)
 
-    handle = run_observed("calibrate", model, batches, observe)
+    handle = _handle_in_force("calibrate", model)
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in handle.patched):
+            raise ValueError(
+                f"calibrate: exclude: the pattern {pattern!r} matches no patched module; there are {', '.join(handle.patched)}"
+            )
+    run_observed("calibrate", model, batches, observe, begin=lambda name: keys_of_call.pop(name, None))
     for name, layer in handle.patched.items():
-        layer.k_shift = means[name].result()
+        if name in means:
+            layer.k_shift = means[name].result()
     return {name: {which: count.result() for which, count in of_layer.items()} for name, of_layer in counts.items()}
 
 
-def run_observed(what: str, model: Any, batches: Iterable[Any], observe: Any) -> PatchHandle:
-    """Run the batches through original attention, with `observe(name, layer, call)` for every call of a patched module.
+def _check_one_set_of_keys(name: str, first: torch.Tensor, key: torch.Tensor) -> None:
+    """Raise a ValueError if a module attends to other keys than before in the same call; the first ones of all are the same."""
+    length = min(first.shape[2], key.shape[2])
+    if first is not key and not torch.equal(first[:, :, :length], key[:, :, :length]):
+        raise ValueError(
+            f"calibrate: {name} attends to several sets of keys in one call (such as those of a text and of an image): expected "
+            "one, for a module has one K shift, and the mean over all of them fits none; leave such modules without a shift: "
+            f"calibrate(model, batches, exclude=['*.{name.rpartition('.')[2]}'])"
+        )
+
+
+def _handle_in_force(what: str, model: Any) -> PatchHandle:
+    handle = get_handle(model)
+    if handle is None:
+        raise ValueError(f"{what}: the model is not patched; call patch_model first, which says what is to be quantized")
+    handle.check_in_force(what)
+    return handle
+
+
+def run_observed(
+    what: str, model: Any, batches: Iterable[Any], observe: Any, begin: Callable[[str], Any] | None = None
+) -> PatchHandle:
+    """Run the batches through original attention, with `observe(name, layer, call)` for every call of a patched module's
+    attention, and `begin(name)` when a call of the module begins.
 
     Raises:
         ValueError: as `calibrate`.
     """
-    handle = get_handle(model)
-    if handle is None:
-        raise ValueError(f"{what}: the model is not patched; call patch_model first, which says what is to be quantized")
+    handle = _handle_in_force(what, model)
     names = {layer: name for name, layer in handle.patched.items()}
     seen, number = set(), 0
 
@@ -80,6 +117,12 @@ def run_observed(what: str, model: Any, batches: Iterable[Any], observe: Any) ->
         seen.add(layer)
         observe(names[layer], layer, call)
 
+    hooks = []
+    if begin is not None:
+        for prefix, plan in handle.plans.items():
+            for layer in plan.patched:
+                start = functools.partial(_begin, begin, prefix + layer.name)
+                hooks.append(plan.model.get_submodule(layer.name).register_forward_pre_hook(start))
     modules = [module for part in handle.models for module in part.modules()]
     training = [module.training for module in modules]
     try:
@@ -90,6 +133,8 @@ def run_observed(what: str, model: Any, batches: Iterable[Any], observe: Any) ->
                 _call(model, batch)
                 number += 1
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, was in zip(modules, training, strict=True):
             module.training = was
     if not number:
@@ -100,6 +145,10 @@ def run_observed(what: str, model: Any, batches: Iterable[Any], observe: Any) ->
             "batches that do, or exclude those modules from the patch"
         )
     return handle
+
+
+def _begin(begin: Callable[[str], Any], name: str, *_: Any) -> None:
+    begin(name)
 
 
 def _call(model: Any, batch: Any) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
 from qat_kernels import explain
 from qat_kernels.dispatch import why_not
+from qat_patch.version import __version__
+from qat_patch.versions import SUPPORTED, is_supported
 
-PACKAGES = ("qat-patch", "torch", "triton", "transformers", "diffusers", "accelerate", "peft")
 HEAD_DIM = 128
 
 
 def report() -> str:
     """The report, a few lines for each device."""
-    lines = [f"machine    {platform.system()} {platform.machine()}, Python {platform.python_version()}"]
-    lines += [f"{name:10} {_version(name)}" for name in PACKAGES]
+    lines = [f"{'machine':12} {platform.system()} {platform.machine()}, Python {platform.python_version()}"]
+    lines.append(f"{'qat-patch':12} {__version__}")
+    lines += [f"{name:12} {_version(name)}" for name in (*SUPPORTED, "triton")]
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     for device in devices:
         lines += ["", f"{device}: {_describe(device)}"]
@@ -31,10 +34,31 @@ def report() -> str:
 
 
 def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
+    """What the package says when it is imported, which pip's metadata need not know (`2.13.0+cpu`)."""
+    if importlib.util.find_spec(name) is None:
         return "not installed"
+    try:
+        found = str(_imported(name).__version__)
+    except Exception as error:  # a report that stops at the first broken package helps nobody
+        return f"BROKEN: the import fails with {type(error).__name__}: {error}"
+    return found if is_supported(name, found) else f"{found}  NOT SUPPORTED: expected {','.join(SUPPORTED[name])}"
+
+
+def _imported(name: str) -> Any:
+    match name:
+        case "accelerate":
+            import accelerate as package
+        case "diffusers":
+            import diffusers as package
+        case "peft":
+            import peft as package
+        case "transformers":
+            import transformers as package
+        case "triton":
+            import triton as package
+        case _:
+            package = torch
+    return package
 
 
 def _describe(device: torch.device) -> str:

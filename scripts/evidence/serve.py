@@ -26,7 +26,7 @@ import torch
 
 from qat_kernels import attention
 from qat_patch import export_checkpoint, get_handle, load_checkpoint
-from qat_patch.hosts.transformers.attention import compact_mask
+from qat_patch.hosts.transformers import masks
 from qat_patch.layer import AttentionLayer, under_autocast
 from qat_recipes.training.settings import TrainingSettings
 from scripts.evidence.attention.by_name import attention_in
@@ -141,7 +141,7 @@ def implementation(model: torch.nn.Module, name: str) -> Iterator[None]:
     registered = f"qat_fp4_{name}"
     by_module = {model.get_submodule(module): layer for module, layer in layers.items()}
     AttentionInterface.register(registered, partial(_forward, by_module, name))
-    AttentionMaskInterface.register(registered, compact_mask)
+    AttentionMaskInterface.register(registered, masks.make_mask)
     patched = model.config._attn_implementation
     model.set_attn_implementation(registered)
     try:
@@ -162,9 +162,11 @@ def _forward(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, for whole sequences without padding."""
-    if attention_mask is not None:
-        raise ValueError("serve: expected whole windows, for which there is no mask")
+    if masks.read(attention_mask, query.shape[2], key.shape[2]) != (query.shape[2], None, None):
+        raise ValueError("serve: expected whole windows, without padding")
     layer = layers[module]
+    if layer.probed:
+        layer.note_call()
     query, key, value = under_autocast(query, key, value)
     options = {"spec": layer.spec, "k_shift": layer.shift_on(query.device), "impl": impl}
     return attention(query, key, value, causal=True, scale=scaling, **options).transpose(1, 2).contiguous(), None

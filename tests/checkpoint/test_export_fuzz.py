@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from qat_patch.checkpoint import integrity
 from support.models.exports import outcome
+from support.models.hostile_configs import mutate
 from support.runs.runs import reseal
 
 # --- damage: bits flip, files are cut, emptied, exchanged or lost, and the manifest knows nothing of it.
@@ -55,35 +56,6 @@ def test_damage_is_found(originals, tmp_path, original):
 
 
 # --- hostile: the same, and the manifest lies, as someone who means harm would have it.
-
-
-WEIRD = [None, True, -1, 0, 10**30, 1.5, "", "x", "../x", "/etc/passwd", "a\x00b", [], [[]], {}, {"a": {}}]
-CHANGES = ["replace", "delete", "add"]
-
-
-def places(value, path=()):
-    """Every key and index of nested JSON."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def mutate(content, generator):
-    path = generator.choice(list(places(content)))
-    target = content
-    for key in path[:-1]:
-        target = target[key]
-    change = generator.choice(CHANGES)
-    if change == "replace":
-        target[path[-1]] = generator.choice(WEIRD)
-    elif change == "delete":
-        del target[path[-1]]
-    elif isinstance(target, dict):
-        target[f"new_{path[-1]}"] = generator.choice(WEIRD)
-    else:
-        target.append(generator.choice(WEIRD))
-    return path
 
 
 def block_of(config):

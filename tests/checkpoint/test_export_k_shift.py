@@ -69,11 +69,14 @@ def test_language_model(tmp_path, monkeypatch, shard_size):
     assert torch.equal(logits(load_checkpoint(tmp_path / "again")), logits(model))
 
 
-def test_save_pretrained_refuses_to_leave_them_behind(tmp_path):
+def test_save_pretrained_takes_them_along(tmp_path):
     export_checkpoint(patched(), tmp_path / "out")
     loaded = load_checkpoint(tmp_path / "out")
-    with pytest.raises(ValueError, match="would leave the K shifts of this model behind; use qat_patch.export_checkpoint"):
-        loaded.save_pretrained(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "out" / FILE).read_bytes()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert_same(again, loaded)
+    assert torch.equal(logits(again), logits(loaded))
 
 
 def test_adapters(tmp_path):

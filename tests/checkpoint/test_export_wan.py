@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline, WanTransformer3DModel
 from safetensors import safe_open
 
 from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, get_handle, load_checkpoint, patch_model, unpatch_model
@@ -115,8 +115,10 @@ def test_dtype(tmp_path):
     loaded = load_checkpoint(tmp_path / "out")
     assert loaded.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
     assert load_checkpoint(tmp_path / "out", dtype=torch.float32).dtype == torch.float32
+    kept = {name for name in model.state_dict() if set(name.split(".")) & {*WanTransformer3DModel._keep_in_fp32_modules}}
+    assert kept and len(kept) < len(model.state_dict())
     for name, x in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name].float(), x.bfloat16().float()), name
+        assert torch.equal(loaded.state_dict()[name].float(), x if name in kept else x.bfloat16().float()), name
     assert model.dtype == torch.float32
 
 

@@ -108,6 +108,42 @@ def test_mistakes(exports, arguments, message):
         generate.main([str(exports / arguments[0]), *arguments[1:]])
 
 
+@pytest.mark.parametrize("component", ["transformer", "transformer_2"])
+def test_the_slot_of_an_expert(tmp_path, component):
+    """Wan 2.2 has two transformers of one shape: nothing else would tell them apart."""
+    stored = tiny_pipeline(transformer_2=True, layers=1)
+    stored.save_pretrained(tmp_path / "base")
+    trained = getattr(stored, component)
+    with torch.no_grad():
+        trained.proj_out.bias.fill_(7.0)
+    patch_model(trained)
+    export_checkpoint(trained, tmp_path / "said", component=component)
+    export_checkpoint(trained, tmp_path / "unsaid")
+
+    def biases(*arguments, **options):
+        pipe = generate.make_pipeline(*arguments, torch.float32, **options)
+        return {name: getattr(pipe, name).proj_out.bias[0].item() == 7.0 for name in ("transformer", "transformer_2")}
+
+    other = {"transformer": "transformer_2", "transformer_2": "transformer"}[component]
+    base = str(tmp_path / "base")
+    assert biases(tmp_path / "said", base) == {component: True, other: False}
+    assert biases(tmp_path / "unsaid", base, component=component) == {component: True, other: False}
+    with pytest.raises(ValueError, match="has transformer and transformer_2, and .*unsaid does not say which of them it is"):
+        generate.make_pipeline(tmp_path / "unsaid", base, torch.float32)
+    with pytest.raises(ValueError, match=f"said is an export of {component}, got {other}"):
+        generate.make_pipeline(tmp_path / "said", base, torch.float32, component=other)
+    tiny_pipeline(layers=1).save_pretrained(tmp_path / "one")
+    if component == "transformer_2":
+        with pytest.raises(ValueError, match="said is an export of transformer_2, and .*one has only transformer"):
+            generate.make_pipeline(tmp_path / "said", str(tmp_path / "one"), torch.float32)
+
+
+def test_the_implementation_is_asked_for(exports, capsys, monkeypatch):
+    monkeypatch.setattr(generate, "explain", lambda *args, **kwargs: "triton: runs, as fused kernels\neager: could run")
+    generate.main([str(exports / "text"), "--prompt", "a", "--max-new-tokens=1"])
+    assert capsys.readouterr().out.rstrip().endswith("2 of 3 attention modules; triton implementation, cpu]")
+
+
 def test_says_what_ran_not_what_was_asked(exports, capsys, monkeypatch):
     monkeypatch.setattr(PatchHandle, "patched", property(lambda handle: {}))
     with pytest.raises(ValueError, match="missing"):

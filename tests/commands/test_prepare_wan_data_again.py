@@ -6,10 +6,22 @@ import sys
 import time
 from pathlib import Path
 
+import av
+import numpy
 import pytest
 
+from qat_patch.checkpoint.lock import locked
 from qat_patch.commands import prepare_wan_data
-from support.models.clips_to_prepare import CAPTIONS, arguments, contents, make_clips, moving_square, prepare, write_video
+from support.models.clips_to_prepare import (
+    CAPTIONS,
+    WIDE,
+    arguments,
+    contents,
+    make_clips,
+    moving_square,
+    prepare,
+    write_video,
+)
 
 
 @pytest.fixture
@@ -118,3 +130,33 @@ def test_other_settings_and_encoders_are_refused(wan_models, clips, prepared, tm
             prepare(wan_models / model, clips, tmp_path, *more)
     assert encoded == []
     assert contents(tmp_path) == before
+
+
+def test_a_video_of_the_same_size_is_another_one(wan_models, tmp_path, encoded):
+    clips, output = tmp_path / "in", tmp_path / "out"
+    clips.mkdir()
+    for level in (20, 200):
+        with av.open(str(clips / "a.avi"), "w") as container:
+            stream = container.add_stream("rawvideo", rate=16)
+            (stream.height, stream.width), stream.pix_fmt = WIDE, "yuv420p"
+            for _ in range(5):
+                picture = numpy.full((*WIDE, 3), level, numpy.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        os.utime(clips / "a.avi", (10**9, 10**9))
+        (clips / "a.txt").write_text("a square", encoding="utf-8")
+        prepare(wan_models / "t2v", clips, output)
+    assert encoded == ["a square"] * 2
+
+
+def test_two_at_once_and_what_a_killed_one_left(wan_models, clips, prepared, tmp_path):
+    # What a process leaves that is killed while it writes.
+    (tmp_path / "clips/sub").mkdir(parents=True)
+    (tmp_path / "clips/sub/long.mkv.safetensors.incomplete").write_bytes(b"half")
+    (tmp_path / ".lock").write_text('{"host": "here", "pid": 1}', encoding="utf-8")
+    before = contents(tmp_path)
+    with locked(tmp_path, "--output"), pytest.raises(ValueError, match=f"--output: .* is in use by process {os.getpid()} on"):
+        prepare(wan_models / "t2v", clips, tmp_path)
+    assert contents(tmp_path).keys() == before.keys() - {".lock"}
+    prepare(wan_models / "t2v", clips, tmp_path)
+    assert contents(tmp_path) == contents(prepared)

@@ -1,6 +1,7 @@
 """Clips as commands/wan_clips.py finds them with their captions, and reads them: length, rate, size and turn."""
 
 import csv
+import hashlib
 import json
 import struct
 
@@ -111,6 +112,51 @@ def test_wrong_metadata(tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         list_clips(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.csv", "video,prompt\na.mp4,a cat, on a mat\n", r"row 1: .* got \[' on a mat'\] beyond them.* got 'a cat'"),
+        ("metadata.csv", "video,prompt,prompt\na.mp4,a,b\n", "columns with different names, got video, prompt, prompt"),
+        ("metadata.csv", 'video,prompt\na.mp4,"a\n', "after row 0: no CSV: unexpected end of data"),
+        ("metadata.csv", "video,file_name,prompt\na.mp4,b.mp4,a\n", "one column of each kind"),
+        ("metadata.csv", "video,text,prompt\na.mp4,b,a\n", "row 1: .*got video, text, prompt .*one column of each kind"),
+        (
+            "metadata.jsonl",
+            '{"video": "a.mp4", "prompt": "a"}\n\n{"vidoe": "b.mp4", "prompt": "a"}',
+            "row 3: .* got vidoe, prompt",
+        ),
+        ("metadata.jsonl", '{"video": "a.mp4", "prompt": ["a"]}', r"row 1: expected text in video and prompt, got .*\['a'\]"),
+    ],
+)
+def test_tables_that_would_be_read_in_part(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        list_clips(tmp_path)
+
+
+@pytest.mark.parametrize("columns", [("video", "prompt"), ("file_name", "prompt"), ("video", "text")])
+def test_other_names_of_columns(tmp_path, columns, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    for name, rows in (
+        ("metadata.csv", f"{','.join(columns)},start\n" + 'a.mp4,"a cat, on a mat",3\n'),
+        ("metadata.jsonl", json.dumps({columns[0]: "a.mp4", columns[1]: "a cat, on a mat", "start": 3})),
+    ):
+        (tmp_path / name).write_text(rows, encoding="utf-8")
+        (clip,), skipped = list_clips(tmp_path)
+        assert (clip.source, clip.caption, skipped) == ("a.mp4", "a cat, on a mat", {})
+        assert clip.video_sha256 == hashlib.sha256(b"video").hexdigest()
+        assert f"{name}: not used: start" in capsys.readouterr().out
+        (tmp_path / name).unlink()
+
+
+def test_captions_of_nothing_are_reported(tmp_path):
+    for name in ("a.mp4", "a.txt", "b.mpeg", "b.txt"):
+        (tmp_path / name).write_text("a")
+    found, skipped = list_clips(tmp_path)
+    assert [clip.source for clip in found] == ["a.mp4"]
+    assert skipped == {"b.txt": "there is no video of this name (.avi, .m4v, .mkv, .mov, .mp4, .webm)"}
 
 
 @pytest.mark.parametrize("name", ["a.txt", "metadata.csv"])

@@ -60,11 +60,40 @@ def test_fp4_has_no_gradient():
         attention(*[HALF.double()] * 3, impl="fp4")
 
 
-def test_old_triton_cannot_compile_for_sm_100():
-    with mock.patch.object(fp4_launch, "TRITON", (3, 6)):
-        assert "Triton 3.6 cannot compile it for sm_100; 3.9 can" in fp4_launch.why_not_native(100, 128)
-        assert fp4_launch.why_not_native(120, 128) is None
-        assert fp4_launch.choose(100, 128, QuantSpec().pv) == fp4_launch._EMULATED
+@pytest.mark.parametrize(
+    ("triton", "arch", "known"),
+    [
+        ((3, 6), 100, "3.9"),
+        ((3, 8), 100, "3.9"),
+        ((3, 10), 100, "3.9"),
+        ((3, 10), 120, "3.6, 3.7, 3.8, 3.9"),
+        ((4, 0), 121, "3.8, 3.9"),
+        ((3, 9), 110, "no version"),
+        ((3, 9), 130, "no version"),
+    ],
+)
+@pytest.mark.parametrize("pv", ["nvfp4", "bf16"])
+def test_what_is_not_known_to_compile_well_is_emulated_and_explained(triton, arch, known, pv):
+    with ExitStack() as stack:
+        for patch in (*on_gpu(divmod(arch, 10)), mock.patch.object(fp4_launch, "TRITON", triton)):
+            stack.enter_context(patch)
+        line = explain(HALF, HALF, HALF, spec=QuantSpec(pv=pv)).splitlines()[0]
+        version = ".".join(map(str, triton))
+        assert (
+            f"emulated in BF16, since Triton {version} is not known to compile it well for sm_{arch}, head_dim 32, pv={pv!r}"
+            in line
+        )
+        assert f"(known: {known})" in line
+        for head_dim in (16, 64, 128):
+            assert fp4_launch.choose(arch, head_dim, pv) == fp4_launch._EMULATED
+
+
+def test_what_is_known_to_compile_well_is_taken():
+    for triton, arch, block_d, pv in fp4_launch.ON_FP4_UNITS:
+        with mock.patch.object(fp4_launch, "TRITON", triton):
+            for head_dim in (block_d, block_d - 16):
+                assert fp4_launch.why_not_native(arch, head_dim, pv) is None
+                assert fp4_launch.choose(arch, head_dim, pv) != fp4_launch._EMULATED
 
 
 def test_doctor_prints_machine_versions_and_what_runs(capsys):

@@ -147,10 +147,10 @@ def test_error_is_that_of_the_same_inputs():
         handle = patch_model(model)
         for name in NAMES:  # one at a time, so that its inputs are those of the original model
             for other, layer in handle.patched.items():
-                layer.enabled = other == name
+                layer.off = int(other != name)
             model(ids)
     for layer in handle.patched.values():
-        layer.enabled = True
+        layer.off = 0
     report = sensitivity(model, [ids])
     for index, layer in enumerate(report.layers):
         original, quantized = outputs[index][0], outputs[index][1 + index]
@@ -212,9 +212,14 @@ def test_diffusers_models_and_pipelines():
     report = sensitivity(model, [batch, batch])
     assert [layer.name for layer in report.layers] == ["blocks.0.attn1", "blocks.0.attn2"]
     assert all(0.005 < layer.error < 0.5 for layer in report.layers)
-    calibrate(model, [batch])
-    # text and image keys are attended by two calls of one module: their mean counts both
-    assert handle.k_shift["blocks.0.attn2"].shape == (2, 32)
+    # text and image keys are attended by two calls of one module: one mean fits neither
+    with pytest.raises(ValueError, match=r"blocks.0.attn2 attends to several sets of keys.*exclude=\['\*.attn2'\]"):
+        calibrate(model, [batch])
+    assert handle.k_shift == {} and all(layer.observer is None for layer in handle.patched.values())
+    with pytest.raises(ValueError, match=r"exclude: the pattern '\*.attn3' matches no patched module"):
+        calibrate(model, [batch], exclude=["*.attn3"])
+    assert list(calibrate(model, [batch], exclude=["*.attn2"])) == list(handle.k_shift) == ["blocks.0.attn1"]
+    assert handle.k_shift["blocks.0.attn1"].shape == (2, 32)
     assert not torch.equal(velocity(model), patched)
     with handle.disabled():
         assert torch.equal(velocity(model), before)

@@ -18,6 +18,7 @@ from qat_kernels.api import attention
 from qat_kernels.arguments import Impl, validate
 from qat_kernels.dispatch import needs_triton, resolve
 from qat_kernels.spec import GROUP_SIZE, NVFP4, QuantSpec
+from qat_kernels.transforms import transformed
 
 from .byte_layout import BLOCK_BYTES, BLOCK_SCALES, BLOCK_TOKENS, CacheTensors, group_places, pack_rows, row_words, unpack_rows
 
@@ -117,7 +118,7 @@ class KVCache:
 
         Raises:
             ValueError: as `qat_kernels.attention`; the inputs do not continue what the cache holds; V is not quantized
-                (`pv="bf16"`); or a gradient is asked for. The cache is as it was then.
+                (`pv="bf16"`); or a derivative is asked for. The cache is as it was then.
         """
         self._check(q, k, v, spec, key_mask, k_shift, impl)
         impl = resolve(q.device, q.dtype) if impl == "auto" else impl
@@ -202,6 +203,8 @@ class KVCache:
             )
         elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             problem = "it has no gradient; expected a call under torch.no_grad(), or tensors that require no gradient"
+        elif transformed():
+            problem = "it has no derivative; expected a call outside of torch.func and forward mode"
         elif q.shape[2] != k.shape[2] or not q.shape[2]:
             problem = f"expected as many queries as new keys, and at least one, got {q.shape[2]} and {k.shape[2]}"
         elif self.length and spec != self.spec:

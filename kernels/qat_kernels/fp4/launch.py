@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
+from triton import next_power_of_2
 
 from qat_kernels.spec import PVFormat, QuantSpec
 from qat_kernels.triton.device import arch_of, check_device, on_device
@@ -24,7 +25,6 @@ from qat_kernels.varlen import Packing, lse_shape
 from .kernel import TRITON, inference_kernel
 
 _MIN_BLOCK_D = 64
-"""FP4 units contract 64 elements at a time."""
 
 
 class Tile(NamedTuple):
@@ -48,26 +48,54 @@ _TILES: dict[tuple[int, PVFormat], Tile] = {
     (120, "bf16"): Tile(128, 32, 8, 2, 32),
 }
 _EMULATED = Tile(64, 64, 8, 2, 64)
-_TRITON_FOR_SM_100 = (3, 9)
-"""Triton 3.6 cannot compile two products with scales for sm_100; the versions between were not tried."""
 NATIVE_HEAD_DIM = 128
 """FP4 units serve head dims up to this one; with 256 the accumulator alone fills the registers of sm_120."""
 
 
-def why_not_native(arch: int, head_dim: int) -> str | None:
-    """Why the products do not run on FP4 units, for an architecture (100 for sm_100) and a head dim; None if they do."""
+class Compiled(NamedTuple):
+    """What the machine code of the kernel depends on most."""
+
+    triton: tuple[int, int]
+    arch: int
+    block_d: int
+    """The head dim, padded to a power of two."""
+    pv: PVFormat
+
+
+def _compiled(triton: tuple[int, int], *archs: int) -> set[Compiled]:
+    return {Compiled(triton, arch, block_d, pv) for arch in archs for block_d in (64, 128) for pv in get_args(PVFormat)}
+
+
+ON_FP4_UNITS = _compiled((3, 6), 120) | _compiled((3, 7), 120) | _compiled((3, 8), 120, 121)
+ON_FP4_UNITS |= _compiled((3, 9), 100, 103, 120, 121)
+"""Whose machine code was inspected and multiplies on FP4 units as it should; all else is emulated. What 3.6 to 3.8 lack of the
+last line stops their compiler. tests/kernels/fp4/test_triton_inference_aot.py holds the table to the Triton that is installed."""
+
+
+def why_not_native(arch: int, head_dim: int, pv: PVFormat) -> str | None:
+    """Why the products do not run on FP4 units, for an architecture (100 for sm_100) and a problem; None if they do."""
     if arch < 100:
         return f"sm_{arch} has no FP4 units (sm_100 and sm_120 have)"
     if head_dim > NATIVE_HEAD_DIM:
         return f"head_dim {head_dim} is above {NATIVE_HEAD_DIM}"
-    if arch < 120 and TRITON < _TRITON_FOR_SM_100:
-        return f"Triton {TRITON[0]}.{TRITON[1]} cannot compile it for sm_{arch}; {'.'.join(map(str, _TRITON_FOR_SM_100))} can"
-    return None
+    known = [each.triton for each in sorted(ON_FP4_UNITS) if each[1:] == (arch, padded_head_dim(head_dim), pv)]
+    if TRITON in known:
+        return None
+    versions = ", ".join(f"{major}.{minor}" for major, minor in known)
+    return (
+        f"Triton {TRITON[0]}.{TRITON[1]} is not known to compile it well for sm_{arch}, head_dim {head_dim}, pv={pv!r} "
+        f"(known: {versions or 'no version'})"
+    )
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Columns of the kernel's tiles: FP4 units contract 64 elements at a time."""
+    return max(_MIN_BLOCK_D, next_power_of_2(head_dim))
 
 
 def choose(arch: int, head_dim: int, pv: PVFormat) -> Tile:
     """The tile for an architecture, a head dim and the format of P and V."""
-    return _EMULATED if why_not_native(arch, head_dim) else _TILES[120 if arch >= 120 else 100, pv]
+    return _EMULATED if why_not_native(arch, head_dim, pv) else _TILES[120 if arch >= 120 else 100, pv]
 
 
 def forward(
@@ -117,7 +145,7 @@ def forward(
                 value, problem.key, allowed=allowed, quantized=False, four_over_six=spec.four_over_six, codes=v, col_major=True
             )
         num_blocks = problem.query.blocks(tile.block_m)
-        constants = problem.constants | {"BLOCK_D": max(_MIN_BLOCK_D, problem.block_d)}
+        constants = problem.constants | {"BLOCK_D": padded_head_dim(head_dim)}
         inference_kernel[(problem.query.batch * problem.query.num_heads * num_blocks,)](
             *q, *k, *(v or (None, None)), value, *key_mask_pointers(allowed), q_dot_k_shift,
             problem.query.cu_seqlens, problem.key.cu_seqlens, out, lse,
@@ -125,7 +153,7 @@ def forward(
             *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.softmax_scale_log2, scale,
             **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ORDER=tile.order, HAS_KEY_MASK=allowed is not None,
             QUANTIZE_PV=v is not None, HAS_K_SHIFT=k_shift is not None,
-            NATIVE=why_not_native(arch, head_dim) is None, HW_CONVERT=arch >= 100,
+            NATIVE=why_not_native(arch, head_dim, spec.pv) is None, HW_CONVERT=arch >= 100,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from functools import lru_cache
-from types import FunctionType
+import copy
+import re
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +13,26 @@ import torch
 from qat_kernels import QuantSpec
 from qat_patch.config import head_dim_problem
 from qat_patch.layer import AttentionLayer
-from qat_patch.metadata import CONFIG_KEYS, METHOD, AttentionMetadata
+from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
 
-from .attention import LAYER, attention_forward, compact_mask
+from . import masks, packed_samples
+from .attention import CHECKED, COMPUTED, LAYER, WITHOUT_EFFECT, attention_forward
+from .source import attention_code
 
 MECHANISM = "transformers' AttentionInterface"
+REPLACED_BY = "set_attn_implementation"
 NAME = "qat_fp4"
-"""The name of 4-bit attention among transformers' attention implementations."""
+"""The name of 4-bit attention among transformers' attention implementations. What follows it says what ran there before."""
+_CONFIG = "_qat_config"
+"""The attribute of a module that is not patched, and has a config of its own for that time, that holds the one of its model."""
+_ARGUMENTS = frozenset(
+    {
+        # Those of every attention function, and those that ask for nothing where they are None: a look at the module, or each
+        # call, tells.
+        "module", "query", "key", "value", "attention_mask", "dropout", "softcap", "s_aux", "sliding_window", "output_attentions",
+    }
+) | COMPUTED | WITHOUT_EFFECT  # fmt: skip
+"""What a module may pass to attention by name."""
 
 
 def owns(model: object) -> bool:
@@ -32,9 +45,16 @@ def pipeline_models(pipeline: object) -> dict[str, torch.nn.Module]:
     return {}
 
 
+def other_models(pipeline: object) -> dict[str, torch.nn.Module]:
+    """None, as above."""
+    return {}
+
+
 def stored_metadata(model: Any) -> AttentionMetadata | None:
     """The metadata that an export of this package left in the model's config."""
-    stored = getattr(model.config, CONFIG_KEYS["transformers"], None)
+    stored = getattr(model, RECORD, None) or getattr(model.config, CONFIG_KEYS["transformers"], None)
+    if isinstance(stored, AttentionMetadata):
+        return stored
     if isinstance(metadata := getattr(stored, "metadata", None), AttentionMetadata):
         return metadata  # transformers has made our quantizer's config of it
     return AttentionMetadata.from_dict(stored) if AttentionMetadata.is_ours(stored) else None
@@ -57,100 +77,218 @@ def original(model: Any, module: Any) -> str:
     Raises:
         ValueError: 4-bit attention is in force already (a submodel of a patched model, or a shared config).
     """
-    name = model.config._attn_implementation
-    if name == NAME:
+    name = module.config._attn_implementation
+    if _is_ours(name):
         raise ValueError(
             "patch_model: this model's config already names 4-bit attention: it is part of a patched model, or shares its "
             "config object; patch the outer model, or build each model from a config of its own"
         )
-    return name
+    return name or "eager"
 
 
 def reason_to_skip(module: Any) -> str | None:
     """Why a module cannot have 4-bit attention although that is no mistake of the user's."""
-    kind: Any = type(module)
-    if not _asks_the_interface(kind):
-        return f"its {kind.__name__} never calls {MECHANISM}"
+    if attention_code(module) is None:
+        return f"its {type(module).__name__} never calls {MECHANISM}"
     return None if module.is_causal else "not causal: only decoder self-attention is supported"
-
-
-@lru_cache
-def _asks_the_interface(kind: Any) -> bool:
-    """Whether the code of a class of attention modules mentions the interface; some accept any name and go their own way."""
-    return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in _functions(kind))
-
-
-def _functions(kind: type) -> Iterator[FunctionType]:
-    """The methods of a class, and those of its bases that are in use: not overridden, or called through `super`."""
-    for name, _ in inspect.getmembers(kind, inspect.isfunction):
-        for base in kind.__mro__:
-            if inspect.isfunction(method := vars(base).get(name)):
-                yield (function := inspect.unwrap(method))
-                if "super" not in function.__code__.co_names:
-                    break
 
 
 def problem(module: Any, spec: QuantSpec) -> str | None:
     """Why 4-bit attention cannot compute what this module asks for."""
     config = module.config
+    dropout = getattr(module, "attention_dropout", 0.0)
+    head_dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+    kinds = getattr(config, "layer_types", None) or []
     found = {
         "a sliding window": getattr(module, "sliding_window", None) or _config_window(module),
         "a soft cap of the scores": getattr(config, "attn_logit_softcapping", None),
         "attention sinks": "s_aux" if getattr(module, "sinks", None) is not None else None,
         "a position bias": "position_bias" if getattr(module, "has_relative_attention_bias", None) is not None else None,
-        "dropout": getattr(module, "attention_dropout", 0.0) or None,
+        "chunks of tokens": getattr(config, "attention_chunk_size", None)
+        if _kind(kinds, module) == "chunked_attention"
+        else None,
+        "dropout": (dropout.p if isinstance(dropout, torch.nn.Dropout) else dropout) or None,
     }
     for what, value in found.items():
         if value is not None:
             return f"{what} ({value})" + ("; set it to 0 in the config" if what == "dropout" else "")
-    return head_dim_problem(getattr(module, "head_dim", None), spec)
+    code = attention_code(module)
+    if code is not None and code.keywords is not None and (unknown := sorted(code.keywords - _ARGUMENTS)):
+        return f"its {type(module).__name__} passes {', '.join(unknown)} to attention, which is not known here"
+    if code is not None and code.uses_mask is not None:
+        return f"its {type(module).__name__} makes a mask of its own: {code.uses_mask}"
+    value_dim = getattr(module, "v_head_dim", head_dim)
+    if None not in (head_dim, value_dim) and value_dim != head_dim:
+        return f"values of {value_dim} elements beside keys of {head_dim}; expected as many"
+    return head_dim_problem(head_dim, spec)
+
+
+def _kind(kinds: Sequence[str], module: Any) -> str | None:
+    """What the config calls the attention of this layer."""
+    number = module.layer_idx
+    return kinds[number] if number is not None and number < len(kinds) else None
+
+
+def prepare(original: Any) -> str:
+    """Register 4-bit attention and its masks beside what ran before; transformers looks both up by the name that comes back."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    before = original or "eager"
+    name = f"{NAME}_{re.sub('flash|[^a-z0-9_]', '', before)}"  # nothing that transformers takes for what it knows
+    AttentionInterface.register(name, partial(attention_forward, original=before))
+    AttentionMaskInterface.register(name, partial(masks.make_mask, original=before))
+    return name
+
+
+def key_shape(module: Any) -> tuple[int, int] | None:
+    """Key heads and head dim, as far as the module tells: some models have another number of heads in each layer."""
+    head_dim, out_features = getattr(module, "head_dim", None), getattr(getattr(module, "k_proj", None), "out_features", None)
+    config, heads = module.config, None
+    if isinstance(head_dim, int) and isinstance(out_features, int):
+        heads = out_features // head_dim
+    elif isinstance(head_dim, int):
+        heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    return (heads, head_dim) if isinstance(heads, int) and isinstance(head_dim, int) else None
 
 
 def apply(model: Any, layers: list[AttentionLayer]) -> None:
     """Point the model at 4-bit attention."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, compact_mask)
+    modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
+    ours = [config for config in _configs(model, layers) if not _is_ours(config._attn_implementation)]
+    checked = packed_samples.Checked()
     for layer in layers:
-        setattr(model.get_submodule(layer.name), LAYER, layer)
-    model.set_attn_implementation(NAME)
+        module = modules[layer.name]
+        setattr(module, LAYER, layer)
+        if layer.is_patched:
+            around = _models_around(model, layer)[-1]
+            if not hasattr(around, CHECKED):
+                around.register_forward_pre_hook(_begin_pass, with_kwargs=True)
+            setattr(around, CHECKED, checked)
+            setattr(module, CHECKED, checked)
+        elif any(module.config is config for config in ours):
+            # It runs the host's code as it is: under the name that it had, and with the masks for it.
+            setattr(module, _CONFIG, module.config)
+            module.config = copy.copy(module.config)
+            module.register_forward_pre_hook(_give_original_masks, with_kwargs=True)
+    switch(model, layers)
 
 
 def switch(model: Any, layers: list[AttentionLayer]) -> None:
-    """Nothing to do: `attention_forward` asks the layer at every call."""
+    """Give configs the name of 4-bit attention, or, while all modules run what they ran before, the one that they had."""
+    from transformers import AttentionInterface
+
+    ours = any(layer.quantizes or layer.observer is not None for layer in layers)
+    for config in _configs(model, layers):
+        name = config._attn_implementation
+        if ours and not _is_ours(name):
+            config._attn_implementation_internal = prepare(name)
+        elif not ours and _is_ours(name):
+            config._attn_implementation_internal = AttentionInterface()[name].keywords["original"]
 
 
-def replaced(model: Any, layer: AttentionLayer) -> str | None:
-    """The attention implementation that somebody set after the patch, or None."""
-    name = model.config._attn_implementation
-    return None if name == NAME else name
+def replaced(module: Any, layer: AttentionLayer) -> str | None:
+    """The attention implementation, or the module, that somebody set after the patch, or None."""
+    if getattr(module, LAYER, None) is not layer:
+        return type(module).__name__
+    name = module.config._attn_implementation
+    in_place = _is_ours(name) or not (layer.quantizes or layer.observer is not None)
+    return None if in_place else name
+
+
+def skipping_hook(module: Any) -> str | None:
+    """None: transformers has no hooks that skip attention."""
+    return None
+
+
+def why_not_reached(module: Any) -> str:
+    """The code of the module's class has a way around the interface."""
+    return f"its {type(module).__name__} did not call {MECHANISM}"
 
 
 def restore(model: Any, layers: list[AttentionLayer]) -> None:
     """Undo `apply`, also a half-finished one."""
+    from transformers import AttentionInterface
+
+    configs = _configs(model, layers)
     for layer in layers:
-        model.get_submodule(layer.name).__dict__.pop(LAYER, None)
-    if model.config._attn_implementation == NAME:
-        model.set_attn_implementation(layers[0].original)
+        for module in (model.get_submodule(layer.name), _models_around(model, layer)[-1]):
+            module.config = module.__dict__.pop(_CONFIG, module.config)
+            module.__dict__.pop(LAYER, None)
+            module.__dict__.pop(CHECKED, None)
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if hook in (_give_original_masks, _begin_pass):
+                    del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    for config in configs:
+        if _is_ours(config._attn_implementation):
+            config._attn_implementation_internal = AttentionInterface()[config._attn_implementation].keywords["original"]
+    model.__dict__.pop(RECORD, None)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
         quantizer.remove_quantization_config(model)  # what is saved from now on is an ordinary model
 
 
 def new_cache(model: Any, layers: list[AttentionLayer]) -> Any:
-    """A transformers cache that keeps K and V of the patched layers in NVFP4.
+    """A transformers cache that keeps K and V of patched layers in NVFP4, wherever that works.
 
     Raises:
-        ValueError: V is not quantized, so there is nothing to pack.
+        ValueError: it works for none of them.
     """
     from . import cache
 
-    if any(layer.is_patched and layer.spec.pv != "nvfp4" for layer in layers):
-        raise ValueError(
-            "cache: V stays in BF16 with QuantSpec(pv='bf16'), which an FP4 cache cannot hold; generate with the default cache"
-        )
-    return cache.new_cache(model, {model.get_submodule(layer.name).layer_idx for layer in layers if layer.is_patched})
+    modules = {name: module for name, module in attention_modules(model).items() if reason_to_skip(module) is None}
+    return cache.new_cache(model, modules, layers)
+
+
+def _is_ours(name: str | None) -> bool:
+    return name is not None and name.startswith(f"{NAME}_")
+
+
+def _configs(model: Any, layers: list[AttentionLayer]) -> list[Any]:
+    """The configs that name the attention of patched modules, and those from which their models make masks; each once."""
+    patched = [layer for layer in layers if layer.is_patched]
+    modules = [x for layer in patched for x in (*_models_around(model, layer), model.get_submodule(layer.name))]
+    return list({id(module.config): module.config for module in modules}.values())
+
+
+def _models_around(model: Any, layer: AttentionLayer) -> list[Any]:
+    """The models of transformers that a module is part of, the outermost first."""
+    names = layer.name.split(".")
+    return [x for depth in range(len(names)) if owns(x := model.get_submodule(".".join(names[:depth])))]
+
+
+def _begin_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook of the models right around patched modules."""
+    if not torch.compiler.is_compiling():
+        getattr(module, CHECKED).begin(kwargs)
+
+
+def _give_original_masks(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A hook of modules that are not patched, which may stand beside patched ones and get the masks of these."""
+    values = (*args, *kwargs.values())
+    # The first tensor of numbers is what the module computes with.
+    numbers = (x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point() and not masks.is_compact(x))
+    dtype = next((x.dtype for x in numbers), torch.float32)
+    name = module.config._attn_implementation or "eager"
+    cache = next((x for x in values if hasattr(x, "get_mask_sizes")), None)
+
+    def back(value: Any) -> Any:
+        if not masks.is_compact(value):
+            return value
+        keys = None if cache is None else _keys(cache, module.layer_idx, value.shape[2])
+        return masks.restore(value, name, keys, dtype)
+
+    return tuple(map(back, args)), {key: back(value) for key, value in kwargs.items()}
+
+
+def _keys(cache: Any, layer_idx: int, queries: int) -> int:
+    """How many keys a layer will see, with the empty slots of a static cache."""
+    from transformers.masking_utils import find_first_full_attention_index
+
+    is_dummy = getattr(cache, "is_dummy", ())
+    if layer_idx < len(is_dummy) and is_dummy[layer_idx]:
+        # It sees the keys of a layer before it, which are in the cache by now.
+        layer_idx, queries = find_first_full_attention_index(cache), 0
+    return cache.get_mask_sizes(queries, layer_idx)[0]
 
 
 def _config_window(module: Any) -> int | None:

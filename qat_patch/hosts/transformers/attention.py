@@ -1,188 +1,124 @@
-"""4-bit attention as transformers calls it: the attention function and the mask function of its AttentionInterface.
+"""4-bit attention as transformers calls it. Registered once, it holds no state; what a module does is in its `AttentionLayer`.
 
-Both are registered once under one name and hold no state; what a module does is in its `AttentionLayer`. Models that
-merely share that name (through a shared config object) run the original attention.
-
-The mask function keeps masks compact: a causal mask over the first n cached keys becomes a key mask [B, 1, 1, n], or None
-when there is neither padding nor a cache longer than the tokens; packed samples are numbers, int32 [B, 1, 1, L]. Anything
-else (sliding windows, custom masks) stays a full mask [B, 1, Lq, Lk], which 4-bit attention refuses and original attention
-understands.
+Only modules that are patched come here, and what shares their config object without being known to the patch: that runs the
+original attention.
 """
 
 from __future__ import annotations
 
-import logging
-import sys
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qat_kernels import KVCache, attention
+from qat_kernels import attention
 from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
 
-from . import packed_samples
+from . import masks, packed_samples
+from .source import host_function
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .cache import Incoming
 
 LAYER = "_qat_layer"
 """The attribute of an attention module that holds its `AttentionLayer`."""
-
-
-class Incoming(NamedTuple):
-    """What a layer of an FP4 cache passes on in place of keys, and of values: itself, and what is to be added to it."""
-
-    cache: KVCache
-    key: torch.Tensor
-    value: torch.Tensor
-
-
-def compact_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor = 0,
-    kv_offset: int = 0,
-    mask_function: Any = None,
-    attention_mask: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """transformers' mask interface: None (plain causal), bool [B, 1, 1, n] (causal over n keys), samples, or a full mask."""
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
-
-    samples = packed_samples.compact(mask_function, causal_mask_function)
-    if samples is not None:
-        return samples
-    if mask_function is not causal_mask_function or kwargs.get("local_size") is not None or kv_offset:
-        kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=attention_mask, **kwargs
-        )
-    filled = int(q_offset) + q_length
-    if attention_mask is not None:
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, max(0, filled - attention_mask.shape[1])))[:, :filled]
-        if not torch.compiler.is_compiling() and attention_mask.all():
-            attention_mask = None
-    if attention_mask is None:
-        if filled == (kv_length if q_length == 1 else q_length):
-            return None
-        attention_mask = torch.ones(batch_size, filled, dtype=torch.bool, device=kwargs.get("device"))
-    return attention_mask.bool()[:, None, None]
+CHECKED = "_qat_checked"
+"""The attribute of patched modules, and of the models around them, that holds the `packed_samples.Checked` that they share."""
+COMPUTED = frozenset({"scaling", "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"})
+"""Arguments of attention that 4-bit attention computes, or compares with what it computes."""
+WITHOUT_EFFECT = frozenset(
+    {
+        # Of a whole forward pass; models hand all that they get on to their modules.
+        "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits",
+        "position_embeddings", "return_dict", "use_cache",
+    }
+)  # fmt: skip
+"""Arguments that attention receives and that change nothing about it."""
+KNOWN = COMPUTED | WITHOUT_EFFECT
 
 
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | Incoming,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    original: str = "sdpa",
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' attention interface: query [B, H, Lq, D], key and value [B, Hk, Lk, D] -> [B, Lq, H, D]."""
+    """transformers' attention interface: query [B, H, Lq, D], key and value [B, Hk, Lk, D] -> [B, Lq, H, D].
+
+    Raises:
+        ValueError: the call asks for something that 4-bit attention does not compute.
+    """
     layer: AttentionLayer | None = getattr(module, LAYER, None)
-    if layer is not None and layer.enabled and module.layer_idx == 0:
-        packed_samples.check(query, attention_mask, kwargs)
-    original = layer.original if layer is not None else "sdpa"
-    arguments = {"scaling": scaling, "dropout": dropout} | kwargs
-    if isinstance(key, Incoming) and (layer is None or not layer.quantizes):
-        raise ValueError(
-            f"{layer.name if layer else type(module).__name__}: its keys and values are in an FP4 cache, which original "
-            "attention cannot read; inside handle.disabled() generate with the default cache"
-        )
     if layer is None or not (layer.quantizes or layer.observer is not None):
-        return _original_attention(original, module, query, key, value, attention_mask, **arguments)
-    packing, original_mask = packed_samples.packing(query, attention_mask, kwargs), attention_mask
-    if packing is not None:
-        attention_mask = None
-    _refuse_unsupported(layer.name, query, attention_mask, dropout, kwargs)
-    if isinstance(key, Incoming):
-        if packing is not None:
-            raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")
-        key_mask = None if attention_mask is None else attention_mask[:, 0, 0]
-        options = {"spec": layer.spec, "scale": scaling, "key_mask": key_mask, "k_shift": layer.shift_on(query.device)}
-        out = key.cache.attention(*under_autocast(query, key.key, key.value), **options)
-        return out.transpose(1, 2).contiguous(), None
-    if attention_mask is None:
-        # A prefill sees None and a static cache whose slots behind the tokens are still empty.
-        filled, key_mask = key.shape[2] if query.shape[2] == 1 else query.shape[2], None
+        arguments = {"scaling": scaling, "dropout": dropout} | kwargs
+        return original_attention(original, module, query, key, value, attention_mask, **arguments)
+    getattr(module, CHECKED).check(query, attention_mask, kwargs)
+    packing = packed_samples.packing(query, attention_mask, kwargs)
+    refuse_unknown(layer.name, module, dropout, kwargs)
+    if layer.probed and layer.observer is None:
+        layer.note_call()
+    if packing is None:
+        try:
+            causal = masks.read(attention_mask, query.shape[2], key.shape[2])
+        except ValueError as error:
+            raise ValueError(f"4-bit attention ({layer.name}): {error}") from None
+    elif not isinstance(key, torch.Tensor):
+        raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")
     else:
-        filled, key_mask = attention_mask.shape[3], attention_mask[:, 0, 0]
+        causal = masks.Causal(key.shape[2], None, None)
+    if not isinstance(key, torch.Tensor):
+        options = {"spec": layer.spec, "scale": scaling, "key_mask": causal.key_mask, "k_shift": layer.shift_on(query.device)}
+        out = key.attention(query, **options)
+        return out.transpose(1, 2).contiguous(), None
     if layer.observer is not None:
-        out, weights = _original_attention(original, module, query, key, value, original_mask, **arguments)
-        query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
+        arguments = {"scaling": scaling, "dropout": dropout} | kwargs
+        out, weights = original_attention(original, module, query, key, value, attention_mask, **arguments)
+        query, key, value = under_autocast(query, key[:, :, : causal.filled], value[:, :, : causal.filled])
         shown = {"query": query, "key": key, "value": value, "out": out.transpose(1, 2)}
-        call = AttentionCall(**shown, causal=True, scale=scaling, key_mask=key_mask)
+        call = AttentionCall(**shown, causal=True, scale=scaling, key_mask=causal.key_mask)
         for each in [call] if packing is None else packed_samples.split(call, packing):
             layer.observer(layer, each)
         return out, weights
-    query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
-    attend = partial(attention, spec=layer.spec, causal=True, scale=scaling, k_shift=layer.shift_on(key.device))
+    if causal.filled < key.shape[2]:
+        key, value = key[:, :, : causal.filled], value[:, :, : causal.filled]
+    query, key, value = under_autocast(query, key, value)
+    k_shift = layer.shift_on(key.device)
     if packing is not None:
-        out = attend(*(packed_samples.flatten(x) for x in (query, key, value)), **packing)
+        flat = (packed_samples.flatten(x) for x in (query, key, value))
+        out = attention(*flat, spec=layer.spec, causal=True, scale=scaling, k_shift=k_shift, **packing)
         return out.unflatten(0, (query.shape[0], query.shape[2])), None
-    out = attend(query, key, value, key_mask=key_mask)
+    out = attention(query, key, value, spec=layer.spec, causal=True, scale=scaling, k_shift=k_shift, key_mask=causal.key_mask)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _original_attention(
-    implementation: str,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    **kwargs: Any,
+def original_attention(
+    implementation: str, module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention that ran here before the patch, given the masks of ours."""
-    from transformers import AttentionInterface
-
-    length, keys = query.shape[2], key.shape[2]
-    if packed_samples.is_compact(mask):
-        mask = packed_samples.expand(mask)
-    if mask is not None and mask.shape[2] != length:
-        mask = mask & _causal(length, mask.shape[3], query.device)
-    if mask is not None and mask.shape[3] < keys:
-        mask = torch.nn.functional.pad(mask, (0, keys - mask.shape[3]))
-    if implementation != "eager":
-        if implementation != "sdpa":
-            _log_sdpa(implementation)
-        return AttentionInterface()["sdpa"](module, query, key, value, mask, **kwargs)
-    if mask is None and length > 1:
-        mask = _causal(length, length, query.device)
-        mask = torch.nn.functional.pad(mask, (0, keys - length))
-    if mask is not None:
-        lowest = torch.finfo(query.dtype).min
-        mask = torch.where(mask, torch.zeros((), dtype=query.dtype, device=query.device), lowest)
-    return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, mask, **kwargs)
+    """What this module computes without the patch, from the masks of ours."""
+    mask = masks.restore(mask, implementation, key.shape[2], query.dtype)
+    return host_function(module, implementation)(module, query, key, value, mask, **kwargs)
 
 
-def _causal(length: int, keys: int, device: torch.device) -> torch.Tensor:
-    """bool [1, 1, length, keys]: the last query sees every key."""
-    rows = torch.arange(keys - length, keys, device=device)
-    return (torch.arange(keys, device=device) <= rows[:, None])[None, None]
-
-
-@lru_cache
-def _log_sdpa(implementation: str) -> None:
-    logger.warning("qat_patch: where a model loaded with %s keeps its original attention, sdpa computes it.", implementation)
-
-
-def _refuse_unsupported(
-    name: str, query: torch.Tensor, mask: torch.Tensor | None, dropout: float, kwargs: dict[str, Any]
-) -> None:
-    for argument in ("softcap", "s_aux", "position_bias", "sliding_window", "cache"):
-        if kwargs.get(argument) is not None:
-            raise ValueError(f"4-bit attention ({name}): {argument} is not supported; exclude this module from the patch")
+def refuse_unknown(name: str, module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    """That a call asks for nothing but what 4-bit attention computes. None and False ask for nothing."""
+    for argument, asked in kwargs.items():
+        if asked is None or asked is False or argument in KNOWN:
+            continue
+        raise ValueError(
+            f"4-bit attention ({name}): {argument} is not supported: expected nothing for it, got {_short(asked)}; exclude this "
+            "module from the patch, or use handle.disabled()"
+        )
+    is_causal = kwargs.get("is_causal")
+    if not (module.is_causal if is_causal is None else is_causal):
+        raise ValueError(f"4-bit attention ({name}): is_causal=False is not supported; use handle.disabled()")
     if dropout:
         raise ValueError(f"4-bit attention ({name}): attention dropout is not supported, got {dropout}; set it to 0")
-    if kwargs.get("output_attentions"):
-        raise ValueError(f"4-bit attention ({name}): output_attentions=True is not supported; use handle.disabled()")
-    if mask is not None and (mask.dtype != torch.bool or (mask.shape[2] != 1 and query.shape[2] > 1)):
-        raise ValueError(
-            f"4-bit attention ({name}): unsupported mask {mask.dtype} {tuple(mask.shape)}: expected causal attention with an "
-            "optional padding mask [batch, keys], or packed samples; sliding windows and custom 4D masks are not supported yet "
-            "(inside torch.compile pass attention_mask, or cu_seq_lens_q and what goes with it if samples are packed: "
-            "transformers cannot look at position_ids there, and masks as if they were)"
-        )
+
+
+def _short(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]

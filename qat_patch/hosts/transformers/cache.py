@@ -5,30 +5,56 @@ Importing this module imports transformers.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from qat_kernels import KVCache
+from qat_patch.layer import AttentionLayer, under_autocast
 
-from .attention import Incoming
+from .source import attention_code, opens_caches
+
+
+class Incoming:
+    """New tokens of an FP4 cache, which a layer of it passes on in place of keys, and of values.
+
+    One call of attention may have them: it quantizes and adds them, for where their groups begin is in its mask.
+    """
+
+    def __init__(self, layer: FP4Layer, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.layer, self.key, self.value = layer, key, value
+        self.shape = torch.Size((*key.shape[:2], layer.packed.length + key.shape[2], key.shape[3]))
+        """Of all keys, these among them."""
+
+    def attention(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Add the tokens to the cache, and attend from them to all that it holds.
+
+        Raises:
+            ValueError: they are not what the cache waits for, since attention was called with them before; or as
+                `KVCache.attention`, and the cache is as it was then.
+        """
+        if self.layer.incoming is not self:
+            raise ValueError(f"{self.layer.owner.name}: attention was called twice with one update of an FP4 cache")
+        out = self.layer.packed.attention(*under_autocast(query, self.key, self.value), **options)
+        self.layer.incoming = None
+        return out
 
 
 class FP4Layer(CacheLayerMixin):
-    """One attention layer's `KVCache`, in the interface of transformers.
-
-    `update` returns no tensors but what 4-bit attention takes in their place: it adds the new tokens itself, for the mask, which
-    says where groups begin, is known there only.
-    """
+    """The `KVCache` of one patched attention module, in the interface of transformers."""
 
     is_croppable = True
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, owner: AttentionLayer) -> None:
         super().__init__()
         self.packed = KVCache()
+        self.owner = owner
+        self.incoming: Incoming | None = None
+        """What `update` took and attention has not seen yet."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the packed cache makes room as it goes."""
@@ -36,9 +62,20 @@ class FP4Layer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Incoming, Incoming]:
+        """Take new tokens.
+
+        Raises:
+            ValueError: the module runs its original attention, which cannot read this cache.
+        """
+        if not self.owner.quantizes or self.owner.observer is not None:
+            raise ValueError(
+                f"{self.owner.name}: its keys and values are in an FP4 cache, which original attention cannot read; inside "
+                "handle.disabled() generate with the default cache"
+            )
         self.is_initialized = True
-        incoming = Incoming(self.packed, key_states, value_states)
-        return incoming, incoming
+        # What a failed forward pass left behind is dropped.
+        self.incoming = Incoming(self, key_states, value_states)
+        return self.incoming, self.incoming
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.packed.length + query_length, 0
@@ -51,6 +88,7 @@ class FP4Layer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.packed.reset()
+        self.incoming = None
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -76,9 +114,47 @@ class FP4Layer(CacheLayerMixin):
         raise ValueError("the FP4 cache stays on its device; use an offloaded cache of transformers instead")
 
 
-def new_cache(model: torch.nn.Module, quantized: set[int]) -> DynamicCache:
-    """An empty cache for a model: FP4 for the layers of these indices, transformers' own for the others."""
+def new_cache(model: Any, modules: dict[str, Any], layers: list[AttentionLayer]) -> Cache:
+    """An empty cache for a model: FP4 for its patched modules where this works, transformers' own for all others.
+
+    Args:
+        modules: those that call attention causally, by name.
+
+    Raises:
+        ValueError: there is no patched module with which an FP4 cache works.
+    """
     cache = DynamicCache(config=model.config)
-    for index in quantized:
-        cache.layers[index] = FP4Layer()
+    users = Counter(module.layer_idx for module in modules.values())
+    reasons = {}
+    for layer in layers:
+        if not layer.is_patched:
+            continue
+        module = modules[layer.name]
+        reason = _reason_against(layer, module, cache.layers, users) or opens_caches(model)
+        if reason is None:
+            cache.layers[module.layer_idx] = FP4Layer(layer)
+        else:
+            reasons[layer.name] = reason
+    if not any(isinstance(layer, FP4Layer) for layer in cache.layers):
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise ValueError(
+            f"cache: no module of this {type(model).__name__} can keep its keys and values in NVFP4 ({listed}); generate with "
+            "the default cache"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(cache, DynamicCache(config=model.config))
     return cache
+
+
+def _reason_against(layer: AttentionLayer, module: Any, own: list[Any], users: Counter[int]) -> str | None:
+    """Why the cache of a patched module stays transformers' own."""
+    if layer.spec.pv != "nvfp4":
+        return "V stays in BF16 with QuantSpec(pv='bf16'), which an FP4 cache cannot hold"
+    if module.layer_idx is None or module.layer_idx >= len(own):
+        return f"it has number {module.layer_idx} of {len(own)} layers"
+    if type(kept := own[module.layer_idx]) is not DynamicLayer:
+        return f"its place in a cache is a {type(kept).__name__}"
+    if users[module.layer_idx] > 1:
+        return "it shares its place in a cache with another module"
+    code = attention_code(module)
+    return "it never calls attention" if code is None else code.touches_cached

@@ -1,74 +1,83 @@
 """Packed samples of Transformers: several in a row, told apart by position_ids that restart.
 
-Transformers finds them itself and asks for a mask that adds their borders to causality. Kept compact, that mask is the number of
-every token's sample, int32 [B, 1, 1, L]; 4-bit attention takes it as a packed sequence of B * L tokens.
+Transformers finds them itself and asks for a mask that adds their borders to causality. Kept compact (masks.py), that mask is the
+number of every token's sample; 4-bit attention takes it as a packed sequence of B * L tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from qat_patch.layer import AttentionCall
 
+from .masks import PLAIN, SAMPLES, is_compact, samples_of
+
 _HINT = "position_ids that restart with every sample, no attention_mask, and use_cache=False"
 
 
-def compact(mask_function: Callable, causal_mask_function: Callable) -> torch.Tensor | None:
-    """The samples of a mask function, int32 [B, 1, 1, L]; None if it says anything but causal inside of samples.
+class Checked:
+    """What was checked in this forward pass. The layers of a model share one, so that inputs are read once, not in every layer.
 
-    Transformers does not hand them over otherwise. They are read from its function only if this is made of exactly the known
-    parts; what is unknown becomes a full mask, which 4-bit attention refuses.
+    It also knows the model's position_ids: not all models hand them on to their layers.
     """
-    if torch.compiler.is_compiling():
-        return None
-    parts = _closed_over(mask_function).get("mask_functions", ())
-    if len(parts) != 2:
-        return None
-    causal, borders = parts
-    # Transformers 5.17 has the causal function itself here, later versions one that counts positions in every sample.
-    if set(remapped := _closed_over(causal)) == {"mask_function", "position_ids"}:
-        causal = remapped["mask_function"]
-    if causal is not causal_mask_function or set(found := _closed_over(borders)) != {"packed_sequence_mask"}:
-        return None
-    return found["packed_sequence_mask"].int()[:, None, None]
+
+    def __init__(self) -> None:
+        self._positions: Callable[[], Any] = _nothing
+        self._last: tuple[Callable[[], Any], ...] = ()
+
+    def __reduce__(self) -> tuple[type[Checked], tuple[()]]:
+        return Checked, ()
+
+    def begin(self, kwargs: dict[str, Any]) -> None:
+        """A forward pass begins, with these arguments."""
+        self._positions, self._last = _reference(kwargs.get("position_ids")), ()
+
+    def check(self, query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
+        """That masks, position_ids and cu_seq_lens tell the same samples; not again in later layers that get the same tensors.
+
+        Raises:
+            ValueError: they do not, or transformers has made no mask of positions that restart, as it does with a cache, and
+                each sample would attend to those before it.
+        """
+        if torch.compiler.is_compiling() or query.shape[2] == 1:
+            return
+        positions = kwargs.get("position_ids")
+        inputs = (
+            mask,
+            self._positions() if positions is None else positions,
+            *map(kwargs.get, ("cu_seq_lens_q", "cu_seq_lens_k")),
+        )
+        if self._last and all(last() is x for last, x in zip(self._last, inputs, strict=True)):
+            return
+        self._last = ()
+        _check(query, *inputs)
+        self._last = tuple(map(_reference, inputs))
 
 
-def _closed_over(function: Callable) -> dict[str, Any]:
-    return dict(inspect.getclosurevars(function).nonlocals) if inspect.isfunction(function) else {}
+def _reference(x: Any) -> Callable[[], Any]:
+    return weakref.ref(x) if isinstance(x, torch.Tensor) else _nothing
 
 
-def is_compact(mask: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
-    """Whether this is what `compact` returned."""
-    return mask is not None and mask.dtype == torch.int32 and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1
+def _nothing() -> None:
+    return None
 
 
-def expand(samples: torch.Tensor) -> torch.Tensor:
-    """The full mask, bool [B, 1, L, L], True where a query may see a key."""
-    return (samples == samples.mT).tril()
-
-
-def check(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-    """That masks, position_ids and cu_seq_lens tell the same samples. Reads them, so once a forward pass is enough.
-
-    Raises:
-        ValueError: they do not, or transformers has made no mask of positions that restart, as it does with a cache, and each
-            sample would attend to those before it.
-    """
-    if torch.compiler.is_compiling() or query.shape[2] == 1:
-        return
-    positions, cu_seq_lens = kwargs.get("position_ids"), [kwargs.get(f"cu_seq_lens_{name}") for name in "qk"]
+def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, *cu_seq_lens: Any) -> None:
     samples = torch.zeros_like(query[:, 0, :, 0], dtype=torch.int32)
-    if is_compact(mask):
-        samples = samples + mask[:, 0, 0]
-    if positions is not None and (mask is None or is_compact(mask)):
-        found = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
-        if not torch.equal(found.int().expand_as(samples), samples):
+    found = samples_of(mask)
+    if found is not None and found.shape == samples.shape:
+        samples = samples + found
+    # Beside padding positions may be anything; those in several axes tell places in pictures.
+    by_position = mask is None or (is_compact(mask) and mask.dtype in (PLAIN, SAMPLES))
+    if by_position and positions is not None and positions.shape[1:] == samples.shape[1:]:
+        restarts = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
+        if not torch.equal(restarts.int().expand_as(samples), samples):
             raise ValueError(f"4-bit attention: position_ids restart inside a row (packed samples), which needs {_HINT}")
     for name, given in zip("qk", cu_seq_lens, strict=True):
         if given is not None and not torch.equal(given.to(samples), _boundaries(samples)):
@@ -89,16 +98,27 @@ def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, An
         ValueError: cu_seq_lens are given for samples that transformers has not told apart.
     """
     given = [kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
-    if given[0] is None and given[1] is None:
-        if not is_compact(mask):
+    told = given[0] is not None or given[1] is not None
+    if not told and (mask is None or mask.dtype != SAMPLES):
+        return None
+    samples = samples_of(mask)
+    if not told:
+        if samples is None:
             return None
-        boundaries = _boundaries(mask[:, 0, 0])
+        if samples.shape[1] != query.shape[2]:
+            raise ValueError(
+                f"4-bit attention: expected queries of all {samples.shape[1]} tokens of packed samples, got {query.shape[2]}: "
+                "the model keeps the last ones only; do not pass logits_to_keep"
+            )
+        boundaries = _boundaries(samples)
         longest = int(boundaries.diff().max())
         given = [boundaries, boundaries, longest, longest]
-    elif not is_compact(mask):
-        if mask is None and all(x is not None and len(x) == len(query) + 1 for x in given[:2]):
+    elif samples is None:
+        if (mask is None or (is_compact(mask) and mask.dtype == PLAIN)) and all(
+            x is not None and len(x) == len(query) + 1 for x in given[:2]
+        ):
             return None
-        if mask is None or not torch.compiler.is_compiling() or mask.shape[2] != query.shape[2]:
+        if mask is None or is_compact(mask) or not torch.compiler.is_compiling() or mask.shape[2] != query.shape[2]:
             raise ValueError(f"4-bit attention: cu_seq_lens_q and cu_seq_lens_k: packed samples need {_HINT}")
     cu_seqlens = (x if x is None else x.int() for x in given[:2])
     return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*cu_seqlens, *given[2:]), strict=True))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 
+from .documents import TextSource
 from .json_lines import read_json_lines
-from .text import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +28,8 @@ def load_chat(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_l
     next one does not fit into is filled up with end-of-text tokens.
 
     Raises:
-        ValueError: rows that are no conversations, no chat template or one that rewrites the prompt once there is an answer, or
-            no conversation that fits.
+        ValueError: rows that are no conversations or have no answer, no chat template or one that rewrites the prompt once
+            there is an answer, or no conversation that fits.
     """
     if tokenizer.chat_template is None:
         raise ValueError("data.chat: the tokenizer has no chat template; take a model that was made for chats, or set one")
@@ -76,6 +76,14 @@ def _encode(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> tu
         raise ValueError(f"{where}: expected a list of at least two messages with role and content, got {str(messages)[:80]}")
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: expected the last message to be the assistant's, got one of {messages[-1]['role']!r}")
+    for number, message in enumerate(messages, 1):
+        # Templates write null as the word None, and of an empty answer the end of the turn would be learned.
+        is_answer, calls = message is messages[-1], message.get("tool_calls")
+        if not calls and (message["content"] is None or (is_answer and not _says_something(message["content"]))):
+            raise ValueError(
+                f"{where}: expected message {number} of {len(messages)} to say something, got {message['content']!r} as its "
+                "content; mend or remove the row"
+            )
     write: Any = tokenizer.apply_chat_template
     prompt = write(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
     tokens = write(messages, tokenize=True, return_dict=False)
@@ -84,6 +92,14 @@ def _encode(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> tu
             f"{where}: the chat template does not write the prompt as it stands before the answer; set another template"
         )
     return prompt, tokens
+
+
+def _says_something(content: Any) -> bool:
+    if isinstance(content, str):
+        return bool(content.strip())
+    # Parts, such as {"type": "text", "text": ...}: those that are no text say something by being there.
+    parts = content if isinstance(content, list) else []
+    return any(not isinstance(part, dict) or "text" not in part or _says_something(part["text"]) for part in parts)
 
 
 def _conversations(source: TextSource) -> Iterator[tuple[str, Any]]:

@@ -7,13 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+_WORDS: dict[Any, str] = {str: "text", list: "a list"}
 
-def read_json_lines(path: Path, columns: dict[str, type]) -> Iterator[dict[str, Any]]:
+
+def read_json_lines(path: Path, columns: dict[str, type], *, may_be_null: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of a file, each with these columns.
 
+    Args:
+        path: the file.
+        columns: their names and types.
+        may_be_null: null may stand for a value.
+
     Raises:
-        ValueError: a line that is no JSON object, or a row without one of the columns or with another type in it. The rows
-            before it have been given by then.
+        ValueError: a line that is no JSON object, holds half a character, or has one of the columns not at all or with
+            another type in it. The rows before it have been given by then.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -25,11 +32,25 @@ def read_json_lines(path: Path, columns: dict[str, type]) -> Iterator[dict[str, 
                 raise ValueError(f"{where}: expected a JSON object, got {start!r} ({error}); mend or remove the line") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}; mend or remove the line")
+            if rb"\u" in line:
+                check_characters(where, row)
             for name, kind in columns.items():
-                if not isinstance(row.get(name), kind):
+                value = row.get(name)
+                if not isinstance(value, kind) and not (may_be_null and name in row and value is None):
                     keys = ", ".join(sorted(row)) or "nothing"
+                    what = f"the column {name!r} is not {_WORDS[kind]}"
+                    if name not in row:
+                        what = f"there is no column {name!r}; set text_column to one of {keys}"
                     raise ValueError(
-                        f"{where}: expected {name!r} to be a {kind.__name__}, got {row.get(name)!r}; the line has {keys}; mend "
-                        "or remove it"
+                        f"{where}: expected {name!r} to be a {kind.__name__}, got {str(value)[:80]}: {what}; or mend or "
+                        "remove the line"
                     )
             yield row
+
+
+def check_characters(where: str, value: Any) -> None:
+    """Raise a ValueError if text anywhere in a value holds half a character (a surrogate), which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: half a character in its text ({error}); mend or remove the line") from error

@@ -6,7 +6,9 @@ Blocks are shuffled within windows. What has to be remembered to go on is the pl
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,8 @@ import datasets
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .json_lines import read_json_lines
-from .text import TextSource
+from .documents import TextSource
+from .json_lines import check_characters, read_json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +30,7 @@ class StreamedBlocks(Dataset):
     """Packed blocks of a stream by number, to be asked for window by window: `input_ids` and `position_ids`, int64 [length].
 
     The stream starts again when it is over. Documents are packed as `load_source` packs them, and what is left at the end of
-    the text goes on into the next round.
+    the text goes on into the next round. Besides a few windows one document is held, as tokens; a checkpoint holds places only.
 
     Args:
         source: a .jsonl file or a dataset on the Hub.
@@ -49,11 +51,14 @@ class StreamedBlocks(Dataset):
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token (eos_token), which goes between documents; set one")
         self.source, self.tokenizer, self.sequence_length, self.window = source, tokenizer, sequence_length, window
-        self.place: dict[str, Any] = {"window": 0, "round": 0, "rows": 0, "hub": None, "tokens": [], "positions": []}
-        """Where the next window starts: rows of the text before it, and what is left of the document that lies across."""
+        self.place: dict[str, Any] = {"window": 0, "round": 0, "rows": 0, "used": 0, "hub": None, "read": "", "whole": None}
+        """Where the next window starts: in which round, behind how many rows (of the Hub: `hub`, as the library says it), and how
+        many tokens of the row after them are used up. `read` is a digest of these rows, `whole` of all of an earlier round."""
         self.places = {0: copy.deepcopy(self.place)}
         self.blocks: dict[int, list[dict[str, torch.Tensor]]] = {}
-        self.rows: Iterator[str] | None = None
+        self.rows: Iterator[tuple[str, Any]] | None = None
+        self.row_end: Any = None
+        self.document = torch.empty(0, dtype=torch.int32)
         self.has_text = False
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -74,64 +79,111 @@ class StreamedBlocks(Dataset):
         return self.places[next_block // self.window]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the window that `state_dict` was asked for."""
-        self.place = copy.deepcopy(state)
-        self.places, self.blocks, self.rows = {state["window"]: copy.deepcopy(state)}, {}, None
+        """Go on at the window that `state_dict` was asked for.
+
+        Raises:
+            ValueError: this is no such state, or the text is not what it was up to there. (Of a dataset on the Hub this is not
+                read again, and a change in it not seen.)
+        """
+        if not isinstance(state, dict) or state.keys() != self.place.keys():
+            raise ValueError(f"resume: expected a place in a stream ({', '.join(self.place)}), got {str(state)[:80]}")
+        self.place, rows, used = copy.deepcopy(state), state["rows"], state["used"]
+        self.places, self.blocks = {state["window"]: copy.deepcopy(state)}, {}
+        self.rows, self.has_text = self._open(), rows + used > 0
+        self.document = torch.empty(0, dtype=torch.int32)
+        self.place["read"] = ""
+        if self.source.is_local:
+            for text, _ in islice(self.rows, rows):
+                self._note(text)
+        if used:
+            text, self.row_end = next(self.rows, ("", None))
+            self._note(text)
+            self.document = self._tokens(text)[used:]
+        if self.source.is_local and self.place["read"] != state["read"]:
+            raise ValueError(
+                f"resume: {self.source.path} is not what it was: of the {rows + (used > 0)} rows that the run had read when the "
+                "checkpoint was written some have changed; give it the same text, or start another run in another output_dir"
+            )
+        self.place["read"] = state["read"]
 
     def _next_window(self) -> list[dict[str, torch.Tensor]]:
-        place, length = self.place, self.sequence_length
-        while len(place["tokens"]) < self.window * length:
-            ids = [*self.tokenizer(self._next_text(), verbose=False)["input_ids"], self.tokenizer.eos_token_id]
-            # A position is 0 where a document starts and where a block does.
-            first = len(place["tokens"])
-            for offset in range(len(ids)):
-                is_start = offset == 0 or (first + offset) % length == 0
-                place["positions"].append(0 if is_start else place["positions"][-1] + 1)
-            place["tokens"] += ids
-        blocks = []
-        for start in range(0, self.window * length, length):
-            cut = {"input_ids": place["tokens"], "position_ids": place["positions"]}
-            blocks.append({name: torch.tensor(values[start : start + length]) for name, values in cut.items()})
-        del place["tokens"][: self.window * length], place["positions"][: self.window * length]
-        place["window"] += 1
-        return blocks
+        length, size = self.sequence_length, self.window * self.sequence_length
+        tokens, indices, filled = torch.empty(size, dtype=torch.int64), torch.arange(size), 0
+        # A position is 0 where a document starts and where a block does.
+        starts = indices % length == 0
+        while filled < size:
+            if not len(self.document):
+                self.document = self._tokens(self._next_text())
+                starts[filled] = True
+            taken = self.document[: size - filled]
+            tokens[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            self.document = self.document[len(taken) :]
+            self.place["used"] += len(taken)
+            if not len(self.document):
+                self._end_row(self.row_end)
+        self.place["window"] += 1
+        positions = indices - torch.where(starts, indices, 0).cummax(0).values
+        # Copies: blocks outlive their window in the batches of a loader that reads ahead.
+        blocks = zip(tokens.split(length), positions.split(length), strict=True)
+        return [{"input_ids": ids.clone(), "position_ids": at.clone()} for ids, at in blocks]
+
+    def _tokens(self, text: str) -> torch.Tensor:
+        """Of one document, in few bytes: views of it are what is left of it."""
+        return torch.tensor([*self.tokenizer(text, verbose=False)["input_ids"], self.tokenizer.eos_token_id], dtype=torch.int32)
+
+    def _note(self, text: str) -> None:
+        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        self.place["read"] = hashlib.sha256((self.place["read"] + digest).encode()).hexdigest()
+
+    def _end_row(self, hub: Any) -> None:
+        self.place |= {"rows": self.place["rows"] + 1, "used": 0, "hub": hub}
 
     def _next_text(self) -> str:
+        """The next document, which is not blank."""
         if self.rows is None:
-            self.rows, self.has_text = self._open(), self.place["rows"] > 0
-        for text in self.rows:
+            self.rows, self.has_text = self._open(), False
+        for text, end in self.rows:
+            self._note(text)
             if text.strip():
-                self.has_text = True
+                self.has_text, self.row_end = True, end
                 return text
+            self._end_row(end)
         if not self.has_text:
             raise ValueError(f"{self.source.path}: there is no text in it")
-        self.place |= {"round": self.place["round"] + 1, "rows": 0, "hub": None}
+        if self.place["whole"] not in (None, self.place["read"]):
+            raise ValueError(
+                f"{self.source.path}: the text has changed since the run read it for the first time; give it the same text and "
+                "go on from the newest checkpoint, or start another run"
+            )
+        self.place |= {
+            "round": self.place["round"] + 1,
+            "rows": 0,
+            "used": 0,
+            "hub": None,
+            "read": "",
+            "whole": self.place["read"],
+        }
         self.rows = None
         return self._next_text()
 
-    def _open(self) -> Iterator[str]:
-        """The texts from the place on, each counted before it is given."""
-        column, limit, place = self.source.text_column or "text", self.source.documents, self.place
+    def _open(self) -> Iterator[tuple[str, Any]]:
+        """The rows: of a file from the start, of the Hub from the place on; each with where the library says that it ends."""
+        column, limit = self.source.text_column or "text", self.source.documents
         if self.source.is_local:
-            for number, row in enumerate(read_json_lines(Path(self.source.path), {column: str})):
-                if number == limit:
-                    return
-                if number >= place["rows"]:
-                    place["rows"] += 1
-                    yield row[column]
+            for row in islice(read_json_lines(Path(self.source.path), {column: str}), limit):
+                yield row[column], None
             return
         stream = datasets.load_dataset(self.source.path, self.source.config, split=self.source.split or "train", streaming=True)
         stream = stream if limit is None else stream.take(limit)
-        if place["hub"] is not None:
-            stream.load_state_dict(place["hub"])
-        for row in stream:
+        if self.place["hub"] is not None:
+            stream.load_state_dict(self.place["hub"])
+        for number, row in enumerate(stream, self.place["rows"] + 1):
+            where = f"{self.source.path}, row {number}"
             if not isinstance(row.get(column), str):
-                raise ValueError(
-                    f"{self.source.path}: row {place['rows']}: expected text in the column {column!r}, got {row.get(column)!r}"
-                )
-            place["rows"] += 1
-            place["hub"] = stream.state_dict()
-            yield row[column]
+                raise ValueError(f"{where}: expected text in the column {column!r}, got {row.get(column)!r}")
+            check_characters(where, row[column])
+            yield row[column], stream.state_dict()
 
 
 class WindowBatches(Sampler[list[int]]):

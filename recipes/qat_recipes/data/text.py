@@ -1,68 +1,24 @@
-"""Text as blocks of tokens: from the Hub or from local files, tokenized, packed and cut to one length."""
+"""Text as blocks of tokens: tokenized, packed and cut to one length."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 from torch.utils.data import Sampler
 
-from .json_lines import read_json_lines
+from .documents import TextSource, load_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DOCUMENTS_A_BATCH = 10_000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextSource:
-    """Where texts come from."""
-
-    path: str
-    """A .txt or .jsonl file, a folder of .txt files (a file is one document), or the name of a dataset on the Hub."""
-    config: str | None = None
-    """Configuration of a Hub dataset, such as `en` of `allenai/c4`."""
-    split: str | None = None
-    """Split of a Hub dataset; default `train`."""
-    text_column: str | None = None
-    """The column of a Hub dataset or the key of a .jsonl file that holds the text; default `text`."""
-    documents: int | None = None
-    """Take at most the first so many documents; of a Hub dataset only these are downloaded."""
-    blocks: int | None = None
-    """Of what the documents are cut into, take at most the first so many blocks."""
-
-    def __post_init__(self) -> None:
-        for name in ("documents", "blocks"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.is_local:
-            return
-        if not Path(self.path).exists():
-            raise ValueError(f"path: there is no file or folder {self.path}")
-        for name in ("config", "split"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name}: only datasets of the Hub have one, and {self.path} is local; leave it out")
-        if Path(self.path).is_dir() or self.path.endswith(".txt"):
-            if self.text_column is not None:
-                raise ValueError(f"text_column: text files have no columns, and {self.path} is one or holds them; leave it out")
-        elif not self.path.endswith(".jsonl"):
-            raise ValueError(f"path: expected a .txt or .jsonl file, a folder or a Hub dataset, got {self.path}")
-
-    def same_text_as(self, other: TextSource) -> bool:
-        """Whether the texts overlap: both sources take the first ones of the same place."""
-        return (self.path, self.config, self.split or "train") == (other.path, other.config, other.split or "train")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether `path` is a file or folder. What looks like a path is never looked up on the Hub."""
-        return Path(self.path).exists() or self.path.endswith((".txt", ".jsonl")) or self.path.startswith((".", "/", "~"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +90,34 @@ class ShuffledBatches(Sampler[list[int]]):
             yield order[position * self.batch_size : (position + 1) * self.batch_size]
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Raise a ValueError if a tokenizer makes tokens that a model with a vocabulary of this size does not have."""
+    token, number = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if number >= size:
+        raise ValueError(
+            f"model.path: expected a tokenizer for a vocabulary of {size} tokens, got one with {len(tokenizer)}: {token!r} has "
+            f"the number {number}; take the tokenizer that the model was made with, or resize the model's embeddings"
+        )
+
+
+def fingerprint_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of all that decides which tokens a text becomes."""
+    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    content = [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint_of_blocks(blocks: datasets.Dataset) -> str:
+    """A digest of blocks: of every token, in their order."""
+    digest = hashlib.sha256()
+    for table in blocks.with_format("arrow").iter(batch_size=1000):
+        for name in sorted(table.column_names):
+            digest.update(name.encode())
+            for chunk in table[name].chunks:
+                digest.update(chunk.flatten().to_numpy().data)
+    return digest.hexdigest()
+
+
 def load_blocks(
     settings: TextSettings, tokenizer: PreTrainedTokenizerBase, load: Callable[..., datasets.Dataset]
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -200,72 +184,3 @@ def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence
     if source.blocks is not None:
         blocks = blocks.select(range(min(source.blocks, len(blocks))))
     return blocks.with_format("torch")
-
-
-def load_documents(source: TextSource) -> datasets.Dataset:
-    """The documents of a source: rows of `text`, blank ones left out.
-
-    Raises:
-        ValueError: a file that cannot be read, no such column, or a column that is not text.
-    """
-    column = source.text_column or "text"
-    if not source.is_local:
-        documents = _load_from_hub(source, column)
-    elif source.path.endswith(".jsonl") and Path(source.path).is_file():
-        try:
-            documents = datasets.Dataset.from_json(source.path)
-        # An empty file ends in a bare StopIteration, blank lines in a ValueError.
-        except (datasets.exceptions.DatasetGenerationError, StopIteration, ValueError) as error:
-            # Read again to say which line it is.
-            deque(read_json_lines(Path(source.path), {}), maxlen=0)
-            raise ValueError(f"{source.path}: expected JSON lines, got: {error.__cause__ or str(error) or 'nothing'}") from error
-    else:
-        documents = datasets.Dataset.from_dict({"text": _read_texts(Path(source.path))})
-    if column not in documents.column_names:
-        raise ValueError(
-            f"{source.path}: there is no column {column!r}; set text_column to one of {', '.join(documents.column_names)}"
-        )
-    if getattr(documents.features[column], "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"{source.path}: the column {column!r} is not text but {documents.features[column]}")
-    documents = documents.select_columns(column).rename_columns({column: "text"})
-    if source.documents is not None:
-        documents = documents.select(range(min(source.documents, len(documents))))
-    try:
-        documents = documents.filter(_not_blank, input_columns="text")
-    except UnicodeDecodeError:
-        deque(read_json_lines(Path(source.path), {}), maxlen=0)
-        raise
-    if len(documents) == 0:
-        raise ValueError(f"{source.path}: there is no text in it")
-    return documents
-
-
-def _not_blank(text: str | None) -> bool:
-    return bool(text and text.strip())
-
-
-def _load_from_hub(source: TextSource, column: str) -> datasets.Dataset:
-    split = source.split or "train"
-    if source.documents is None:
-        return datasets.load_dataset(source.path, source.config, split=split)
-    stream = datasets.load_dataset(source.path, source.config, split=split, streaming=True)
-    if column in (stream.column_names or [column]):
-        stream = stream.select_columns(column)
-    return datasets.Dataset.from_generator(_rows, gen_kwargs={"stream": stream.take(source.documents)})
-
-
-def _rows(stream: datasets.IterableDataset) -> Any:
-    yield from stream
-
-
-def _read_texts(path: Path) -> list[str]:
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path}: there is no .txt file in this folder")
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 text: {error}") from error
-    return texts

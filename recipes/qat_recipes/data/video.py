@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
@@ -11,10 +12,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch.utils.data import Dataset, Sampler
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
 
 
@@ -56,6 +57,7 @@ class EncodedClips(Dataset):
     Attributes:
         clips: what the index says of each clip: caption, source, frames, height, width, fps and the shapes in its file.
         settings: what all of them share: the encoders' fingerprints, the text length, dtype.
+        fingerprint: a digest of all that. The index knows the content of every file, which is compared when it is read.
         buckets: for each clip the sizes that clips of one batch must have in common.
 
     Raises:
@@ -73,7 +75,11 @@ class EncodedClips(Dataset):
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"data: {file} is damaged ({error}); run qat-patch prepare-wan-data again") from error
         if version != FORMAT_VERSION:
-            raise ValueError(f"data: {file} has format_version {version}, and this program reads {FORMAT_VERSION}")
+            advice = "run qat-patch prepare-wan-data of this version again"
+            raise ValueError(f"data: {file} has format_version {version}, and this program reads {FORMAT_VERSION}; {advice}")
+        self.digests = index.get("sha256", {})
+        # Also of the rest: which clips are held out follows from all of them.
+        self.fingerprint = hashlib.sha256(json.dumps([index, str(part)], sort_keys=True).encode()).hexdigest()
         self.clips = self.clips[part]
         missing = [clip["file"] for clip in self.clips if not (self.folder / clip["file"]).is_file()]
         if missing:
@@ -90,8 +96,11 @@ class EncodedClips(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         file = self.folder / self.clips[index]["file"]
         try:
-            tensors = load_file(file)
-        except (OSError, SafetensorError) as error:
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.digests[self.clips[index]["file"]]:
+                raise ValueError("its content is not what was prepared")
+            tensors = load(content)
+        except (OSError, SafetensorError, ValueError, LookupError) as error:
             raise ValueError(f"data: {file} is damaged ({error}); run qat-patch prepare-wan-data again") from error
         embeds = tensors["prompt_embeds"]
         tensors["prompt_embeds"] = torch.nn.functional.pad(embeds, (0, 0, 0, self.settings["text_length"] - len(embeds)))

@@ -11,11 +11,19 @@ from accelerate import Accelerator
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from qat_recipes.data.chat import IGNORED, load_chat
 from qat_recipes.data.streaming import StreamedBlocks, WindowBatches
-from qat_recipes.data.text import ShuffledBatches, TextSettings, load_blocks, load_source
+from qat_recipes.data.text import (
+    ShuffledBatches,
+    TextSettings,
+    check_vocabulary,
+    fingerprint_of_blocks,
+    fingerprint_of_tokenizer,
+    load_blocks,
+    load_source,
+)
 from qat_recipes.training.task import FineTuning, FineTuningSettings
 
 TOKENS_AT_ONCE = 1024
@@ -92,6 +100,7 @@ class LanguageModeling(FineTuning[Settings]):
             )
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision or "main"}
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
+        check_vocabulary(self.tokenizer, AutoConfig.from_pretrained(**self.source).get_text_config().vocab_size)
         # Files that have to be downloaded or cached are so once.
         with accelerator.main_process_first():
             self.train_data, self.eval_data = self._data(settings.data)
@@ -100,6 +109,17 @@ class LanguageModeling(FineTuning[Settings]):
 
     def load(self) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(**self.source, dtype=self.settings.load_dtype)
+
+    def model_config(self) -> dict[str, Any]:
+        return PreTrainedConfig.get_config_dict(**self.source)[0]
+
+    def fingerprints(self) -> dict[str, str]:
+        found = super().fingerprints() | {"the tokenizer of model.path": fingerprint_of_tokenizer(self.tokenizer)}
+        for name, blocks in (("the text of data.train", self.train_data), ("the held-out text", self.eval_data)):
+            # A stream sees for itself whether it goes on from the text that it has read.
+            if isinstance(blocks, datasets.Dataset):
+                found[name] = fingerprint_of_blocks(blocks)
+        return found
 
     def _data(self, data: TextSettings) -> tuple[StreamedBlocks | datasets.Dataset, datasets.Dataset | None]:
         if data.streaming is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -50,8 +52,6 @@ class Settings(FineTuningSettings):
             raise ValueError("samples: they are of held-out clips, and there are none; set data.eval or data.eval_fraction")
         if self.samples is not None and self.samples.every > self.steps:
             raise ValueError(f"samples.every: expected at most steps ({self.steps}), got {self.samples.every}")
-        if self.lora and self.lora.export == "adapters" and self.model.transformer != "transformer":
-            raise ValueError("lora.export: adapters alone can be exported of `transformer` only; expected merged")
 
 
 class VideoDiffusion(FineTuning[Settings]):
@@ -65,7 +65,9 @@ class VideoDiffusion(FineTuning[Settings]):
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision}
         self.accelerator = accelerator
         self.pipeline = self._pipeline(settings)
-        self.train_data, clips = load_clips(settings.data)
+        self.train_data, self.held_out = load_clips(settings.data)
+        clips = self.held_out
+        self.component = None if self.pipeline is None else settings.model.transformer
         with accelerator.main_process_first():
             super().__init__(settings)
             self.objective = FlowMatching(settings.timesteps, *self._noise_levels())
@@ -78,14 +80,24 @@ class VideoDiffusion(FineTuning[Settings]):
             self.samples = Samples(settings.samples, self.source, self.model, self.handle, clips)
 
     def load(self) -> torch.nn.Module:
-        source = self.source if self.pipeline is None else self.source | {"subfolder": self.settings.model.transformer}
         try:
-            name = WanTransformer3DModel.load_config(**source).get("_class_name")
+            name = self.model_config().get("_class_name")
         except OSError as error:
             raise ValueError(f"model.path: expected a Wan pipeline or transformer in Diffusers' format: {error}") from error
         if name != WanTransformer3DModel.__name__:
             raise ValueError(f"model.path: expected a {WanTransformer3DModel.__name__}, got a {name}")
-        return WanTransformer3DModel.from_pretrained(**source, dtype=self.settings.load_dtype)
+        return WanTransformer3DModel.from_pretrained(**self._transformer(), dtype=self.settings.load_dtype)
+
+    def model_config(self) -> dict[str, Any]:
+        return WanTransformer3DModel.load_config(**self._transformer())
+
+    def fingerprints(self) -> dict[str, str]:
+        levels = json.dumps([self.objective.sigmas.tolist(), self.objective.steps])
+        found = super().fingerprints() | {"the noise levels of model.path": hashlib.sha256(levels.encode()).hexdigest()}
+        for name, clips in (("the clips of data.train", self.train_data), ("the held-out clips", self.held_out)):
+            if clips is not None:
+                found[name] = clips.fingerprint
+        return found
 
     def batches(self, start: int, stop: int) -> BucketBatches:
         return BucketBatches(self.train_data.buckets, self.settings.batch_size, self.settings.seed, start, stop)
@@ -102,6 +114,10 @@ class VideoDiffusion(FineTuning[Settings]):
             return {}
         folder = Path(settings.output_dir) / "samples" / f"step-{step}"
         return self.samples.write(folder, self.accelerator.device, is_writer=self.accelerator.is_main_process)
+
+    def _transformer(self) -> dict[str, Any]:
+        """Where it is."""
+        return self.source if self.pipeline is None else self.source | {"subfolder": self.settings.model.transformer}
 
     @staticmethod
     def _pipeline(settings: Settings) -> dict[str, Any] | None:

@@ -95,15 +95,20 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def names_left_out(model: torch.nn.Module) -> set[str]:
+    """The names in a model's state_dict of all that is not trained."""
+    return model.state_dict().keys() - {name for name, x in model.named_parameters() if x.requires_grad}
+
+
 def save_adapters_only(accelerator: Accelerator) -> None:
-    """Leave frozen weights, which settings.model names, out of checkpoints; load these with strict=False.
+    """Leave frozen weights, which settings.model names, out of checkpoints.
 
     Sharded models write all of their weights themselves.
     """
 
     def drop_frozen(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str | Path) -> None:
         for model, state in zip(models, weights, strict=False):
-            for name in state.keys() - {name for name, x in model.named_parameters() if x.requires_grad}:
+            for name in names_left_out(model) & state.keys():
                 del state[name]
 
     accelerator.register_save_state_pre_hook(drop_frozen)

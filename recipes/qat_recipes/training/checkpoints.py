@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from qat_patch.checkpoint import integrity
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "checkpoint.json"
 """Written last: the state that the recipe gave, and size and SHA-256 of every other file, sealed by a hash of its own."""
 
@@ -26,18 +26,12 @@ def steps_in(output_dir: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def find(output_dir: Path, resume: str) -> Path:
-    """The folder that `resume` means: `latest` of the run in output_dir, or a path.
-
-    Raises:
-        ValueError: there is none.
-    """
+def find(output_dir: Path, resume: str) -> Path | None:
+    """The folder that `resume` means: a path, or `latest` of the run in output_dir, if it has saved any."""
     if resume != "latest":
         return Path(resume)
     found = steps_in(output_dir)
-    if not found:
-        raise ValueError(f"resume=latest: there is no checkpoint in {output_dir}; leave resume out to start from the beginning")
-    return found[max(found)]
+    return found[max(found)] if found else None
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -80,7 +74,7 @@ def save(
     aside = output_dir / f"{folder.name}.incomplete"
     try:
         if accelerator.is_main_process:
-            _remove_leftovers(output_dir)
+            remove_leftovers(output_dir)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(aside))
         accelerator.wait_for_everyone()
@@ -108,13 +102,17 @@ def save(
         for old in list(steps_in(output_dir).values())[:-keep]:
             # First the name: what is half removed must not look like a checkpoint.
             old.rename(old.with_name(f"{old.name}.incomplete"))
-        _remove_leftovers(output_dir)
+        remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
 
 
-def _remove_leftovers(output_dir: Path) -> None:
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a process that was killed while it wrote or removed a checkpoint has left."""
     for leftover in output_dir.glob("checkpoint-*.incomplete"):
-        shutil.rmtree(leftover)
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -124,10 +122,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], str | None]:
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if (version := content["format_version"]) != FORMAT_VERSION:
-            return {}, f"has format_version {version!r}, and this program reads {FORMAT_VERSION}"
+            return {}, f"has format_version {version!r}, and this program reads {FORMAT_VERSION}, as its own version writes it"
         manifest = integrity.unsealed(content)
+        state, files = dict(manifest["state"]), {name: dict(record) for name, record in manifest["files"].items()}
+        return state, integrity.what_changed(folder, files)
     except FileNotFoundError:
         return {}, f"is incomplete: it has no {MANIFEST}"
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         return {}, f"is damaged: {MANIFEST} cannot be read ({error})"
-    return manifest["state"], integrity.what_changed(folder, manifest["files"])

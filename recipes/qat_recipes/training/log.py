@@ -10,22 +10,26 @@ from accelerate import Accelerator
 
 from qat_recipes.command_line import flatten, to_dict, to_yaml
 
+from . import checkpoints
 from .settings import TrainingSettings
+
+METRICS, SETTINGS = "metrics.jsonl", "settings.yaml"
 
 
 class Log:
     """What a run logs. The first thing of a run that writes."""
 
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator, checkpoint: Path | None) -> None:
-        self.accelerator, self.file = accelerator, Path(settings.output_dir) / "metrics.jsonl"
-        self.files = [self.file, self.file.with_name("settings.yaml")]
+        self.accelerator, self.file = accelerator, Path(settings.output_dir) / METRICS
+        self.files = [self.file, self.file.with_name(SETTINGS)]
         """What a checkpoint takes along."""
         accelerator.wait_for_everyone()  # until all have found output_dir free
         if accelerator.is_main_process:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            (self.file.parent / "settings.yaml").write_text(to_yaml(settings), encoding="utf-8")
+            checkpoints.remove_leftovers(self.file.parent)
+            self.file.with_name(SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
             if checkpoint is None:
-                self.file.touch()
+                # There may be one of a run that was killed before it had saved anything.
+                self.file.write_text("", encoding="utf-8")
             else:
                 # The log as it was at the checkpoint: what came after it will come again.
                 shutil.copyfile(checkpoint / self.file.name, self.file)

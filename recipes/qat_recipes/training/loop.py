@@ -21,15 +21,15 @@ from transformers import get_scheduler
 
 from qat_recipes.command_line import flatten, to_dict, to_yaml
 
-from . import checkpoints, nonfinite
-from .adapters import has_adapters, save_adapters_only
+from . import checkpoints, nonfinite, restore
+from .adapters import has_adapters, names_left_out, save_adapters_only
 from .calibration import Calibration
 from .diagnostics import FlopCount, quantization_errors
 from .log import Log
 from .objective import evaluate, make_teacher
 from .optimization import WeightAverage, compile_blocks, make_optimizer
 from .settings import TrainingSettings
-from .start import BOOKKEEPING, make_accelerator, starting_point
+from .start import BOOKKEEPING, content, make_accelerator, owned, refuse_other_inputs, starting_point
 from .step import Stepper, is_finite
 from .task import Task
 
@@ -45,34 +45,51 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
         The last training loss, and the held-out losses before the first step and after the last, by name.
 
     Raises:
-        ValueError: output_dir holds another run, a checkpoint that does not fit or is damaged, or too little data.
+        ValueError: output_dir holds another run, belongs to one that is running, or cannot be written to; a checkpoint is
+            damaged or does not fit, or the data or the model are not those that it was trained on; or there is too little data.
             Nothing has been written to output_dir then.
         FloatingPointError: loss or gradients of too many steps are not finite.
         RuntimeError: a checkpoint cannot be written. Older ones are as they were.
     """
-    run = _Run(settings, make_task)
-    batches = run.begin()
-    is_shown = run.accelerator.is_local_main_process
-    bar = tqdm(range(run.done + 1, settings.steps + 1), initial=run.done, total=settings.steps, disable=not is_shown)
-    for step in bar:
-        values = run.step(step, batches)
-        bar.set_postfix_str(f"loss {values.get('loss', math.nan):.4f}, {values['tokens_per_second']:.0f} tokens/s")
-        run.log.write(step, values | run.measure(step))
-        if settings.is_due(settings.checkpoint_every, step):
-            run.save(step)
-    return run.finish()
+    accelerator, seen = make_accelerator(settings), content(settings)
+    checkpoint, state = starting_point(settings, accelerator)
+    with owned(settings, accelerator, seen):
+        run = _Run(settings, make_task, accelerator, checkpoint, state)
+        batches = run.begin()
+        is_shown = accelerator.is_local_main_process
+        bar = tqdm(range(run.done + 1, settings.steps + 1), initial=run.done, total=settings.steps, disable=not is_shown)
+        for step in bar:
+            values = run.step(step, batches)
+            bar.set_postfix_str(
+                f"loss {values.get('loss', math.nan):.4f}, {values.get('tokens_per_second', math.nan):.0f} tokens/s"
+            )
+            run.log.write(step, values | run.measure(step))
+            if settings.is_due(settings.checkpoint_every, step):
+                run.save(step)
+        return run.finish()
 
 
 class _Run:
     """Everything that a training needs, in the order in which it has to be made."""
 
-    def __init__(self, settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) -> None:
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        make_task: Callable[[Accelerator], Task],
+        accelerator: Accelerator,
+        checkpoint: Path | None,
+        state: dict[str, Any],
+    ) -> None:
         self.settings, self.output_dir = settings, Path(settings.output_dir)
-        self.accelerator = accelerator = make_accelerator(settings)
-        self.checkpoint, state = starting_point(settings, accelerator)
+        self.accelerator, self.checkpoint = accelerator, checkpoint
         self.done, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped_steps"]
         set_seed(settings.seed, device_specific=True, deterministic=settings.deterministic)
         self.task = task = make_task(accelerator)
+        self.inputs: dict[str, str] = {}
+        if accelerator.is_main_process and (checkpoint is not None or settings.checkpoint_every):
+            self.inputs = task.fingerprints()
+        if checkpoint is not None and accelerator.is_main_process:
+            refuse_other_inputs(checkpoint, state["inputs"], self.inputs)
         self.teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
         if has_adapters(task.model):
             save_adapters_only(accelerator)
@@ -89,11 +106,18 @@ class _Run:
         # Not prepared but registered: Accelerate would step it once a process.
         schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
-        accelerator.register_for_checkpointing(self.scheduler)
         self.average = WeightAverage(task.model, settings.ema_decay, accelerator) if settings.ema_decay else None
-        self.calibration = Calibration(task.handle, accelerator) if settings.calibration_batches else None
+        self.calibration = (
+            Calibration(task.handle, accelerator, settings.calibration_exclude) if settings.calibration_batches else None
+        )
+        registered = [self.scheduler, self.average and self.average.average, self.calibration]
+        registered = [each for each in registered if each is not None]
+        accelerator.register_for_checkpointing(*registered)
         self.flops = FlopCount(task.objective, task.handle, task.model, accelerator.device)
         accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
+        if checkpoint is not None:
+            left_out = names_left_out(self.model) if has_adapters(task.model) else set()
+            self.random_states = restore.load(accelerator, checkpoint, self.model, optimizer, registered, left_out=left_out)
         self.log = Log(settings, accelerator, self.checkpoint)
         self.stepper = Stepper(
             settings=settings,
@@ -108,7 +132,7 @@ class _Run:
         """Go on from the checkpoint, or calibrate and measure; returns the batches of the steps to come."""
         batches = iter(self.loader)
         if self.checkpoint is not None:
-            self.accelerator.load_state(str(self.checkpoint), strict=not has_adapters(self.task.model))
+            restore.set_random_states(self.random_states)  # trackers that have started since may have drawn some
         else:
             if self.calibration:
                 first = list(itertools.islice(batches, self.settings.calibration_batches))
@@ -139,7 +163,8 @@ class _Run:
         elif self.average:
             self.average.step()
         seconds = time.perf_counter() - began
-        values |= {"tokens_per_second": values["tokens"] / seconds} | self.flops.speed(operations, seconds)
+        if seconds > 0:  # clocks of virtual machines stand still at times
+            values |= {"tokens_per_second": values["tokens"] / seconds} | self.flops.speed(operations, seconds)
         values["peak_memory_gib"] = _peak_memory(device)
         self.tokens += values["tokens"]
         values["tokens"] = self.tokens
@@ -179,7 +204,7 @@ class _Run:
         settings, processes = self.settings, self.accelerator.num_processes
         state = {"step": step, "tokens": self.tokens, "skipped_steps": self.skipped, "processes": processes}
         batches_done = step * settings.accumulation_steps * processes
-        state |= {"settings": to_dict(settings), "data": self.task.data_state(batches_done)}
+        state |= {"settings": to_dict(settings), "data": self.task.data_state(batches_done), "inputs": self.inputs}
         checkpoints.save(self.accelerator, self.output_dir, step, state, attach=self.log.files, keep=settings.keep_checkpoints)
 
     def finish(self) -> dict[str, float]:

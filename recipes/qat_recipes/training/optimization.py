@@ -61,7 +61,6 @@ class WeightAverage:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.average: EMAModel = EMAModel(self.parameters, decay=decay, foreach=True)
         self.average.to(accelerator.device)
-        accelerator.register_for_checkpointing(self.average)
 
     def step(self) -> None:
         """Take the weights in as they are now."""

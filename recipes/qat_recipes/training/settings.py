@@ -27,6 +27,9 @@ class TrainingSettings:
     calibration_batches: int = 0
     """Before the first step, measure the mean keys that are subtracted before quantization (`k_shift`) on so many of the first
     batches of each process; 0: nothing is subtracted."""
+    calibration_exclude: tuple[str, ...] = ()
+    """Patterns of patched modules that get no `k_shift`, such as ["*.attn2"] of Wan's image to video, which attends to text and
+    to an image in one call."""
     distillation: float = 0.0
     """How much the loss is the distance to the starting weights with original attention, the teacher: 0 is the loss of the
     task alone, 1 the distance alone, in between they are mixed. Without adapters the teacher is a second model in memory."""
@@ -64,7 +67,7 @@ class TrainingSettings:
     keep_checkpoints: int | None = None
     """Keep only the newest so many checkpoints; null: all."""
     resume: str | None = None
-    """Go on from a checkpoint: `latest` of output_dir, or its path."""
+    """Go on from a checkpoint: `latest` of output_dir, where a run starts anew if nothing has been saved, or its path."""
     layers_every: int = 0
     """Log the gradient norm of every layer and the error of 4-bit attention in it every so many steps; 0: never."""
     report_to: tuple[str, ...] = ()
@@ -87,6 +90,9 @@ class TrainingSettings:
         )
         batches = self.steps * self.accumulation_steps
         need(0 <= self.calibration_batches <= batches, "calibration_batches", f"at most the batches of the run ({batches})")
+        need(
+            self.calibration_batches > 0 or not self.calibration_exclude, "calibration_exclude", "[] without calibration_batches"
+        )
         need(self.learning_rate > 0, "learning_rate", "a positive number")
         need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
         need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a positive number or null")

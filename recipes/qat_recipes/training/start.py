@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from qat_patch.checkpoint import lock
 from qat_recipes.command_line import flatten, to_dict
 
 from . import checkpoints
+from .log import METRICS, SETTINGS
 from .settings import TrainingSettings
 
 BOOKKEEPING = frozenset({"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to", "max_skipped_steps"})
 """Where and how often a run is saved, and when it gives up: free to differ when it goes on."""
+_STATE = {"step": int, "tokens": int, "skipped_steps": int, "processes": int, "settings": dict, "inputs": dict}
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
@@ -57,20 +64,72 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 
 
 def starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from, and the state stored in it. Only reads.
+    """The checkpoint to go on from, and the state stored in it; None where nothing has been saved. Only reads.
 
     Raises:
         ValueError: output_dir holds another run, or the checkpoint is damaged or does not fit.
     """
+    try:
+        return _starting_point(settings, accelerator)
+    except ValueError:
+        # What looks wrong may be what another run is just doing.
+        lock.refuse_if_locked(Path(settings.output_dir), "output_dir")
+        raise
+
+
+def content(settings: TrainingSettings) -> dict[str, tuple[int, int]]:
+    """What lies in output_dir, to see whether it has changed."""
     output_dir = Path(settings.output_dir)
+    if not output_dir.is_dir():
+        return {}
+    stats = {path.name: path.lstat() for path in output_dir.iterdir() if path.name != lock.LOCK}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def refuse_other_inputs(checkpoint: Path, then: dict[str, str], now: dict[str, str]) -> None:
+    """Raise a ValueError if a run would go on from a checkpoint with other data, or from another model."""
+    changed = sorted(name for name in then | now if then.get(name) != now.get(name))
+    if changed:
+        raise ValueError(
+            f"resume: {', '.join(changed)} changed since {checkpoint} was written; give it what it was trained on, or start "
+            "another run in another output_dir"
+        )
+
+
+@contextlib.contextmanager
+def owned(settings: TrainingSettings, accelerator: Accelerator, seen: dict[str, tuple[int, int]]) -> Iterator[None]:
+    """Inside, output_dir belongs to this run.
+
+    Raises:
+        ValueError: it belongs to another one, cannot be written to, or is not as `seen` any more.
+    """
+    output_dir = Path(settings.output_dir)
+    with lock.locked(output_dir, "output_dir") if accelerator.is_main_process else contextlib.nullcontext():
+        accelerator.wait_for_everyone()
+        if content(settings) != seen:
+            raise ValueError(f"output_dir: another run has just written to {output_dir}; start this one again")
+        yield
+
+
+def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, dict[str, Any]]:
+    output_dir = Path(settings.output_dir)
+    new: dict[str, Any] = {"step": 0, "tokens": 0, "skipped_steps": 0, "data": None, "inputs": {}}
     if (output_dir / "export").exists():
         raise ValueError(f"output_dir: the run in {output_dir} is finished; choose another folder, or remove this one")
+    saved = checkpoints.steps_in(output_dir)
     if settings.resume is None:
-        if (output_dir / "metrics.jsonl").exists() or checkpoints.steps_in(output_dir):
-            raise ValueError(f"output_dir: {output_dir} holds a run; resume=latest goes on with it; else choose another folder")
-        return None, {"step": 0, "tokens": 0, "skipped_steps": 0, "data": None}
+        if (output_dir / METRICS).exists() or saved:
+            go_on = "goes on with it" if saved else "starts it anew, since it has saved nothing"
+            raise ValueError(f"output_dir: {output_dir} holds a run; resume=latest {go_on}; else choose another folder")
+        return None, new
     checkpoint = checkpoints.find(output_dir, settings.resume)
+    if checkpoint is None:
+        _refuse_if_moved(output_dir)
+        accelerator.print(f"resume=latest: nothing has been saved in {output_dir}; the run starts from the beginning")
+        return None, new
     state = checkpoints.check(checkpoint)
+    if any(not isinstance(state.get(name), kind) for name, kind in _STATE.items()) or not (checkpoint / METRICS).is_file():
+        raise ValueError(f"resume: {checkpoint} does not hold what a run goes on from; resume from another, or start again")
     if state["processes"] != accelerator.num_processes:
         raise ValueError(f"resume: {checkpoint} needs {state['processes']} processes, and there are {accelerator.num_processes}")
     then, now = flatten(state["settings"]), flatten(to_dict(settings))
@@ -85,3 +144,18 @@ def starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tupl
     if state["step"] > settings.steps:
         raise ValueError(f"settings.steps: {checkpoint} has seen {state['step']} steps already, got {settings.steps}")
     return checkpoint, state
+
+
+def _refuse_if_moved(output_dir: Path) -> None:
+    """Raise a ValueError if this run has saved checkpoints, and they are gone. Its log goes on behind the first one then."""
+    try:
+        every = yaml.safe_load((output_dir / SETTINGS).read_text(encoding="utf-8"))["checkpoint_every"]
+        last = max(json.loads(line)["step"] for line in (output_dir / METRICS).read_text(encoding="utf-8").splitlines())
+        is_moved = 0 < every < last
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return  # killed before it had written a whole line
+    if is_moved:
+        raise ValueError(
+            f"resume=latest: there is no checkpoint in {output_dir}, and its log goes to step {last} with one every {every} "
+            "steps: they were moved or removed. Move them back, resume from where one is (resume=PATH), or choose another folder"
+        )

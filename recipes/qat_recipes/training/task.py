@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -12,6 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
 
 from .adapters import LoraSettings, add_adapters
+from .fingerprint import digest_of_weights
 from .objective import Objective
 from .settings import TrainingSettings
 
@@ -46,6 +49,13 @@ class Task(Protocol):
     def restore_data(self, state: dict[str, Any]) -> None:
         """Go on from what `data_state` gave; called before the first batch of a resumed run, if it gave anything."""
         raise RuntimeError(f"{type(self).__name__}: expected no state of the data, since data_state gives none, got {state}")
+
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of what the run computes with, besides its settings, by what it is: a resumed run needs the same.
+
+        Only the main process calls this, once, before the first step.
+        """
+        return {}
 
     def tokens(self, batch: Any) -> int:
         """Number of tokens in a batch."""
@@ -125,6 +135,8 @@ class FineTuning(Task, Generic[Settings]):
     """The projections of attention."""
     tokenizer: Any = None
     """Goes into the export."""
+    component: str | None = None
+    """Which component of a pipeline is trained; None of a model without one."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -133,6 +145,17 @@ class FineTuning(Task, Generic[Settings]):
     def load(self) -> torch.nn.Module:
         """The model to start from, in `settings.load_dtype`: autocast makes the copies that mixed precision computes with."""
         raise NotImplementedError
+
+    def model_config(self) -> dict[str, Any]:
+        """The config of the model to start from, as its file has it."""
+        raise NotImplementedError
+
+    def fingerprints(self) -> dict[str, str]:
+        config = json.dumps(self.model_config(), sort_keys=True, default=str)
+        return {
+            "the weights of model.path": digest_of_weights(self.model),
+            "the config of model.path": hashlib.sha256(config.encode()).hexdigest(),
+        }
 
     def after_step(self, step: int) -> dict[str, float]:
         """Nothing, unless a recipe says so."""
@@ -157,6 +180,7 @@ class FineTuning(Task, Generic[Settings]):
             base_model=base_model if alone or not source.is_local else None,
             dtype=None if alone else getattr(torch, source.export_dtype),
             merge_adapters=not alone,
+            component=self.component,
         )
 
     def _build(self) -> tuple[torch.nn.Module, PatchHandle]:

@@ -25,7 +25,7 @@ from qat_kernels import QuantSpec
 from qat_patch import AttnQATConfig
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from qat_patch.hosts.transformers import adapter as transformers_adapter
-from qat_patch.hosts.transformers.attention import compact_mask
+from qat_patch.hosts.transformers import masks
 from qat_patch.layer import under_autocast
 from scripts.evidence.attention.baseline_attention import baseline_attention
 from scripts.evidence.attention.baselines import BASELINES, Baseline
@@ -128,7 +128,7 @@ def _in_transformers(model: torch.nn.Module, name: str) -> tuple[Any, Any]:
 
     registered = f"baseline_{name}"
     AttentionInterface.register(registered, functools.partial(_transformers_forward, BASELINES[name]))
-    AttentionMaskInterface.register(registered, compact_mask)
+    AttentionMaskInterface.register(registered, masks.make_mask)
     original = transformers_adapter.original(model, model)
     return functools.partial(model.set_attn_implementation, registered), functools.partial(
         model.set_attn_implementation, original
@@ -147,12 +147,13 @@ def _transformers_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, causal: [B, H, Lq, D] and [B, Hk, Lk, D] -> [B, Lq, H, D]."""
-    key_mask = _key_mask(attention_mask)
-    packed = [name for name in kwargs if name.startswith("cu_seq_lens") and kwargs[name] is not None]
+    filled, key_mask, samples = masks.read(attention_mask, query.shape[2], key.shape[2])
+    packed = samples is not None or [name for name in kwargs if name.startswith("cu_seq_lens") and kwargs[name] is not None]
     if dropout or kwargs.get("sliding_window") or packed or not module.is_causal:
-        raise ValueError("baselines in Transformers: expected causal attention without dropout, windows or packed samples")
-    # Without a mask there may be a static cache behind the tokens.
-    filled = key_mask.shape[1] if key_mask is not None else key.shape[2] if query.shape[2] == 1 else query.shape[2]
+        raise ValueError(
+            "baselines in Transformers: expected causal attention without dropout, windows or packed samples, and no mask or "
+            "bool [batch, 1, 1, keys] for padding"
+        )
     query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
     out = baseline_attention(query, key, value, baseline=baseline, causal=True, scale=scaling, key_mask=key_mask)
     return out.transpose(1, 2).contiguous(), None

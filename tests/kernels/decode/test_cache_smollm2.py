@@ -10,7 +10,7 @@ import torch
 
 from qat_kernels import KVCache
 from qat_patch import patch_model
-from qat_patch.hosts.transformers import adapter as transformers_adapter
+from qat_patch.hosts.transformers import attention as transformers_attention
 from scripts.demo import packaged_gguf, prepare_model
 from support.kernels.cases import error
 
@@ -82,8 +82,8 @@ def test_every_layer_decodes_what_it_computes_at_once(folder, device, tokens):
         calls.append((q, k, v, options, attention(q, k, v, **options)))
         return calls[-1][-1]
 
-    attention = transformers_adapter.attention
-    with mock.patch.object(transformers_adapter, "attention", recording):
+    attention = transformers_attention.attention
+    with mock.patch.object(transformers_attention, "attention", recording):
         model(ids, attention_mask=mask, use_cache=False)
     assert len(calls) == model.config.num_hidden_layers
     for q, k, v, options, at_once in calls:
@@ -145,8 +145,8 @@ def measure(folder, device: str, dtype: torch.dtype, rows: int, tokens: int) -> 
         return together(steps)
 
     scores = {"at once": at_once(), "fp4 cache": from_cache()}
-    eager = partial(transformers_adapter.attention, impl="eager")
-    with mock.patch.object(transformers_adapter, "attention", eager):
+    eager = partial(transformers_attention.attention, impl="eager")
+    with mock.patch.object(transformers_attention, "attention", eager):
         scores["eager, at once"] = at_once()
     losses = {name: loss.mean().item() for name, (loss, _) in scores.items()}
     agreement = {name: (best == scores["at once"][1]).double().mean().item() for name, (_, best) in scores.items()}

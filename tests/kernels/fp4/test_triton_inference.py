@@ -148,7 +148,7 @@ def test_products_with_scales_agree_with_their_emulation(options):
         return kernel
 
     with (
-        mock.patch.object(fp4_launch, "why_not_native", lambda arch, head_dim: None),
+        mock.patch.object(fp4_launch, "why_not_native", lambda arch, head_dim, pv: None),
         mock.patch.object(JITFunction, "run", watched),
     ):
         (out, lse), again = run_inference(case, tensors, device="cuda")

@@ -243,7 +243,7 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert relative(velocity(compiled), patched) < 1e-6
     assert get_handle(compiled) is handle
-    calibrate(compiled, [wan_inputs(i2v=True)])  # runs eagerly
+    calibrate(compiled, [wan_inputs(i2v=True)], exclude=["*.attn2"])  # runs eagerly
     shifted = velocity(model)
     assert not torch.equal(shifted, patched)
     assert relative(velocity(compiled), shifted) < 1e-6

@@ -1,10 +1,17 @@
 """`generate` with the FP4 cache: token for token what the patched model generates without any cache, in float64."""
 
+import re
+
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
 from qat_kernels import QuantSpec
 from qat_patch import AttnQATConfig, patch_model
+from qat_patch.commands.generate import cache_argument
+from qat_patch.hosts.transformers.cache import FP4Layer
+from support.families import every_causal_lm
+from support.families.families import lively
 from support.models.tiny_qwen3 import pad, tiny_llama, tiny_qwen3, token_ids
 
 
@@ -92,3 +99,89 @@ def test_what_it_cannot_do_is_refused():
     other = patch_model(tiny_qwen3(), AttnQATConfig(spec=QuantSpec(pv="bf16")))
     with pytest.raises(ValueError, match="V stays in BF16"):
         other.cache()
+
+
+def test_a_module_that_leaves_v_unquantized_keeps_an_ordinary_cache():
+    model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
+    handle = patch_model(model, AttnQATConfig(overrides={"*.1.self_attn": QuantSpec(pv="bf16")}))
+    cache = handle.cache()
+    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids, use_cache=False))
+    assert [isinstance(layer, FP4Layer) for layer in cache.layers] == [True, False, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_encoder_decoders(options):
+    """Self-attention in NVFP4, the keys and values of the encoder's output as they are."""
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 128, "dropout": 0.0, "pad_token_id": 0}
+    config = BartConfig(**sizes, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    torch.manual_seed(0)
+    model = lively(BartForConditionalGeneration(config)).double().eval()
+    ids = token_ids(batch=1, length=21)
+    handle = patch_model(model)
+    cache = handle.cache()
+    full = generate(model, ids, **({} if "prompt_lookup_num_tokens" in options else options), use_cache=False)
+    assert torch.equal(generate(model, ids, past_key_values=cache, **options), full)
+    assert all(isinstance(layer, FP4Layer) for layer in cache.self_attention_cache.layers)
+    assert cache.get_seq_length() >= 39
+
+
+def test_recurrent_layers_keep_their_state():
+    model = every_causal_lm.build("qwen3_next")
+    handle, ids = patch_model(model), token_ids(length=21) % 97 + 3
+    cache = handle.cache()
+    assert torch.equal(generate(model, ids, 10, past_key_values=cache), generate(model, ids, 10, use_cache=False))
+    assert [type(layer).__name__ for layer in cache.layers] == ["LinearAttentionLayer", "FP4Layer"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("deepseek_v3", "it uses what a cache returned: key_states, value_states = self.expand_kv"),
+        ("jetmoe", "it uses what a cache returned: key_states = key_states.repeat"),
+        ("diffllama", "it calls attention more than once"),
+        ("falcon_h1", "its place in a cache is a LinearAttentionAndFullAttentionLayer"),
+        ("gemma4_text", "it uses what a cache returned: shared_kv_states"),
+        ("minimax", "the model has a cache of its own, MiniMaxCache"),
+        ("mllama", "the model looks into caches: layer.keys"),
+        ("hrm_text", "it shares its place in a cache with another module"),
+    ],
+)
+def test_models_that_do_more_with_a_cache_are_refused_at_once(model_type, reason):
+    model = every_causal_lm.build(model_type)
+    config = AttnQATConfig(exclude=["*.0.self_attn", "*.2.self_attn"]) if model_type == "gemma4_text" else None
+    handle = patch_model(model, config)
+    with pytest.raises(ValueError, match=r"\.\d\..*: " + re.escape(reason) + ".*generate with the default cache"):
+        handle.cache()
+
+
+def test_a_pass_that_failed_can_be_repeated():
+    model, ids = tiny_qwen3(torch.float64), token_ids()
+    handle = patch_model(model)
+    cache = handle.cache()
+    with torch.no_grad():
+        want = model(ids).logits[:, 30:]
+        model(ids[:, :30], past_key_values=cache)
+        with pytest.raises(ValueError, match="softcap is not supported"):
+            model(ids[:, 30:], past_key_values=cache, softcap=30.0)
+        assert cache.get_seq_length() == 30
+        torch.testing.assert_close(model(ids[:, 30:], past_key_values=cache).logits, want)
+
+
+def test_what_a_cache_returned_is_for_one_call():
+    """Calling attention again would add the tokens again."""
+    owner = next(iter(patch_model(tiny_qwen3()).patched.values()))
+    layer = FP4Layer(owner)
+    query, key = torch.randn(1, 4, 5, 32), torch.randn(1, 2, 5, 32)
+    incoming, _ = layer.update(key, key)
+    incoming.attention(query)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn: attention was called twice with one update"):
+        incoming.attention(query)
+    assert layer.get_seq_length() == 5
+
+
+def test_the_name_of_the_argument_is_not_deprecated(recwarn):
+    model, ids = tiny_qwen3(), token_ids(length=9)
+    handle = patch_model(model)
+    generate(model, ids, 3, **{cache_argument(model): handle.cache()})
+    assert [str(warning.message) for warning in recwarn if "past_key_values" in str(warning.message)] == []

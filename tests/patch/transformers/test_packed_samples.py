@@ -5,6 +5,8 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from qat_patch import AttnQATConfig, patch_model
+from qat_patch.hosts.transformers import masks, packed_samples
+from support.families import every_causal_lm
 from support.families.families import relative
 from support.models.tiny_qwen3 import VOCAB, checkpoint_activations, tiny_llama, tiny_qwen3, token_ids
 
@@ -130,7 +132,7 @@ def test_one_sample_a_row_is_an_ordinary_batch(calls):
         ({"attention_mask": torch.tensor([[0] * 9 + [1] * 61])}, "cu_seq_lens_q must cut"),
         ({"attention_mask": torch.ones(1, 1, 70, 70, dtype=torch.bool)}, "cu_seq_lens_q must cut"),
         # what looks like the adapter's own compact mask
-        ({"attention_mask": torch.ones(1, 1, 1, 70, dtype=torch.int32)}, "position_ids restart inside a row"),
+        ({"attention_mask": torch.ones(1, 3, 70, 70, dtype=masks.SAMPLES)}, "position_ids restart inside a row"),
         ({"softcap": 30.0}, "softcap"),
     ],
 )
@@ -168,3 +170,39 @@ def test_compile_without_graph_breaks():
     with pytest.raises(Exception, match="packed samples need"):
         logits(compiled, **pack(*SAMPLES, cu_seq_lens=True) | {"use_cache": True})
     torch._dynamo.reset()
+
+
+def test_samples_are_found_whichever_layer_is_patched():
+    """Twice, for what was refused once has not been checked."""
+    model, inputs = tiny_qwen3(torch.float64), pack(*SAMPLES)
+    patch_model(model, AttnQATConfig(exclude=["*.0.*"]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="position_ids restart inside a row"):
+            logits(model, **inputs | {"use_cache": True})
+    alone = torch.cat([logits(model, input_ids=sample[None]) for sample in SAMPLES], 1)
+    assert relative(logits(model, **inputs), alone) < 1e-9
+    with pytest.raises(ValueError, match="position_ids restart inside a row"):
+        logits(model, **inputs | {"use_cache": True})
+
+
+@pytest.mark.parametrize("model_type", ["gpt_bigcode", "persimmon", "ctrl"])
+def test_models_that_keep_positions_from_their_layers(model_type):
+    """They are read from the arguments of the model."""
+    model, inputs = every_causal_lm.build(model_type, windows=False), pack(*SAMPLES)
+    inputs["input_ids"] = inputs["input_ids"] % 97 + 3
+    patch_model(model)
+    with pytest.raises(ValueError, match="position_ids restart inside a row"):
+        logits(model, **inputs | {"use_cache": True})
+    alone = torch.cat([logits(model, input_ids=sample[None] % 97 + 3) for sample in SAMPLES], 1)
+    assert relative(logits(model, **inputs), alone) < 1e-9
+
+
+def test_inputs_are_compared_once_a_forward_pass(monkeypatch):
+    model, inputs = tiny_qwen3(), pack(*SAMPLES, cu_seq_lens=True)
+    patch_model(model)
+    seen = []
+    compare = packed_samples._check
+    monkeypatch.setattr(packed_samples, "_check", lambda *args: seen.append(compare(*args)))
+    for passes in (1, 2):
+        logits(model, **inputs)
+        assert len(seen) == passes

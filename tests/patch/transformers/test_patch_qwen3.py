@@ -1,13 +1,12 @@
 """patch_model on Transformers language models: what changes, what does not, and the way back."""
 
 import copy
-import logging
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from qat_patch import AttnQATConfig, QuantSpec, get_handle, patch_model, unpatch_model
-from qat_patch.hosts.transformers import attention as transformers_attention
 from support.families.families import relative
 from support.models.tiny_qwen3 import checkpoint_activations, logits, pad, tiny_llama, tiny_qwen3, token_ids
 
@@ -164,7 +163,7 @@ def test_a_failure_half_way_undoes_everything(monkeypatch):
         raise RuntimeError("half-way")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "set_attn_implementation", fail)
+        patch.setattr(AttentionMaskInterface, "register", fail)
         with pytest.raises(RuntimeError, match="half-way"):
             patch_model(model)
     assert get_handle(model) is None
@@ -200,12 +199,28 @@ def test_compile_without_graph_breaks():
         logits(compiled, ids, use_cache=False)
 
 
-def test_another_original_implementation_is_said_once(caplog):
-    model = tiny_qwen3()
-    handle = patch_model(model)
-    for layer in handle.patched.values():
-        layer.original = "flash_attention_2"
-    transformers_attention._log_sdpa.cache_clear()
-    with handle.disabled(), caplog.at_level(logging.WARNING):
-        logits(model, token_ids())
-    assert caplog.text.count("flash_attention_2") == 1
+def test_another_implementation_is_what_runs_where_the_patch_is_off(calls):
+    """Whichever the model was loaded with, in layers that are left out and inside `disabled`, with masks of its own."""
+    seen = []
+
+    def mask(batch_size, **kwargs):
+        return "the mask of another"
+
+    def forward(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.layer_idx, module.config._attn_implementation, attention_mask))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("attention_of_another", forward)
+    AttentionMaskInterface.register("attention_of_another", mask)
+    model, ids = tiny_qwen3(), token_ids()
+    model.set_attn_implementation("attention_of_another")
+    handle = patch_model(model, AttnQATConfig(exclude=["*.1.*"]))
+    with handle.disabled():
+        logits(model, ids)
+    stock = [(layer, "attention_of_another", "the mask of another") for layer in range(3)]
+    assert seen == stock and not calls
+    logits(model, ids)
+    assert seen[3:] == [stock[1]] and len(calls) == 2
+    unpatch_model(model)
+    logits(model, ids)
+    assert seen[4:] == stock and len(calls) == 2

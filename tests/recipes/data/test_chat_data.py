@@ -110,6 +110,31 @@ def test_rows_that_are_no_conversations(tmp_path, row, length, message):
         load_chat(write(tmp_path / "a.jsonl", row), tokenizer(), length)
 
 
+@pytest.mark.parametrize("content", [None, "", " \n", [], [{"type": "text", "text": ""}], [{"type": "text", "text": None}], 3])
+def test_an_answer_that_says_nothing_is_not_learned(tmp_path, content):
+    rows = [{"messages": chat("x", "y")}] * 6 + [{"messages": chat("x", "y", "z", content)}]
+    with pytest.raises(
+        ValueError, match=r"row 7: expected message 4 of 4 to say something, got .* as its content; mend or remove"
+    ):
+        load_chat(write(tmp_path / "a.jsonl", *rows), tokenizer(), 64)
+
+
+def test_null_before_the_answer_is_not_read_as_a_word(tmp_path):
+    with pytest.raises(ValueError, match="row 1: expected message 1 of 2 to say something, got None"):
+        load_chat(write(tmp_path / "a.jsonl", {"messages": chat(None, "y")}), tokenizer(), 64)
+    # A system prompt may be empty, and who calls a tool need not say anything.
+    made = tokenizer()
+    made.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content or m.tool_calls }}")
+    messages = [{"role": "system", "content": ""}, *chat("x", None)]
+    messages[-1]["tool_calls"] = ["call"]
+    assert len(load_chat(write(tmp_path / "b.jsonl", {"messages": messages}), made, 64)) == 1
+
+
+def test_half_a_character_in_a_conversation(tmp_path):
+    with pytest.raises(ValueError, match="a.jsonl, line 2: half a character in its text"):
+        load_chat(write(tmp_path / "a.jsonl", {"messages": chat("x", "y")}, {"messages": chat("x", "\ud800")}), tokenizer(), 64)
+
+
 def test_templates_that_do_not_fit(tmp_path, capsys):
     source, made = write(tmp_path / "a.jsonl", {"messages": chat("x", "y")}, {"messages": chat("x" * 90, "y")}), byte_tokenizer()
     with pytest.raises(ValueError, match="data.chat: the tokenizer has no chat template"):

@@ -1,6 +1,7 @@
 """Streamed text: the blocks are those of the whole text, a run resumes at the exact block, and a bad line loses nothing."""
 
 import json
+import tracemalloc
 
 import datasets
 import pytest
@@ -117,6 +118,83 @@ def test_a_stream_calibrates_on_no_more_than_it_remembers(tmp_path):
     with pytest.raises(ValueError, match=r"calibration_batches: a stream remembers a window of 4 blocks .* and these are 6"):
         run(finetune_qwen3, settings(tmp_path, "run", tmp_path / "good.jsonl", calibration_batches=3))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_long_document_is_held_once_and_never_written(tmp_path):
+    """Tokens are not in checkpoints, nothing is copied for each window, and what is held is a few bytes a token."""
+    count = 1 << 18
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": "a" * count}) + "\n")
+    tokenizer, source = byte_tokenizer(), TextSource(path=str(tmp_path / "book.jsonl"))
+    stream = StreamedBlocks(source, tokenizer, LENGTH, window=4)
+    stream[0]
+    held = stream.document.untyped_storage()
+    tracemalloc.start()
+    for number in range(0, 4000, 4):
+        stream[number]
+        assert len(json.dumps(stream.state_dict(number))) < 500
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 200_000
+    assert held.nbytes() <= 4 * (count + 1) and stream.document.untyped_storage().data_ptr() == held.data_ptr()
+    state = json.loads(json.dumps(stream.state_dict(3996)))
+    again = StreamedBlocks(source, tokenizer, LENGTH, window=4)
+    again.load_state_dict(state)
+    assert rows(again, range(3996, 4004)) == rows(stream, range(3996, 4004))
+
+
+def test_text_that_has_changed_is_not_gone_on_from(tmp_path):
+    source, tokenizer = write(tmp_path / "a.jsonl", 30), byte_tokenizer()
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    stream = StreamedBlocks(source, tokenizer, LENGTH, window=2)
+    rows(stream, range(9))
+    state = stream.state_dict(8)
+    read = state["rows"] + (state["used"] > 0)
+    assert 3 < read < 25 and state["used"] > 0
+
+    def goes_on(changed):
+        (tmp_path / "a.jsonl").write_text("".join(changed))
+        other = StreamedBlocks(source, tokenizer, LENGTH, window=2)
+        other.load_state_dict(json.loads(json.dumps(state)))
+        return rows(other, range(8, 12))
+
+    expected = goes_on(lines)
+    # What has not been read yet may be mended; before that a word, a row less, one more, another order, the end.
+    assert goes_on([*lines[:25], *lines[26:]]) == expected
+    other = json.dumps({"text": "other"}) + "\n"
+    for changed in (
+        [*lines[: read - 1], other, *lines[read:]],
+        [other, *lines[1:]],
+        lines[1:],
+        [other, *lines],
+        [lines[1], lines[0], *lines[2:]],
+        lines[: read - 1],
+    ):
+        with pytest.raises(
+            ValueError, match=f"resume: .*a.jsonl is not what it was: of the {read} rows .* give it the same text"
+        ):
+            goes_on(changed)
+    with pytest.raises(ValueError, match="resume: expected a place in a stream"):
+        StreamedBlocks(source, tokenizer, LENGTH, window=2).load_state_dict({"window": 0, "tokens": []})
+
+
+def test_text_that_changes_between_two_rounds(tmp_path):
+    source = write(tmp_path / "a.jsonl", 6)
+    stream = StreamedBlocks(source, byte_tokenizer(), LENGTH, window=1)
+    while stream.place["round"] == 0:
+        stream[stream.place["window"]]
+    write(tmp_path / "a.jsonl", 6, seed=50)
+    with pytest.raises(ValueError, match="a.jsonl: the text has changed since the run read it for the first time"):
+        while stream.place["round"] < 3:
+            stream[stream.place["window"]]
+
+
+def test_half_a_character_is_named_with_its_line(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(ValueError, match="a.jsonl, line 2: half a character in its text"):
+        StreamedBlocks(TextSource(path=str(tmp_path / "a.jsonl")), byte_tokenizer(), LENGTH, 4)[0]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: [{"text": "\ud800"}])
+    with pytest.raises(ValueError, match="someone/texts, row 1: half a character"):
+        StreamedBlocks(TextSource(path="someone/texts"), byte_tokenizer(), LENGTH, 4)[0]
 
 
 def test_mistakes(tmp_path):

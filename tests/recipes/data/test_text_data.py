@@ -1,12 +1,14 @@
 """Text to blocks of tokens, and what is refused on the way."""
 
 import json
+import os
 
 import datasets
 import pytest
 import torch
 
-from qat_recipes.data.text import ShuffledBatches, TextSettings, TextSource, load_blocks, load_documents, load_source
+from qat_recipes.data.documents import TextSource, load_documents
+from qat_recipes.data.text import ShuffledBatches, TextSettings, check_vocabulary, fingerprint_of_blocks, load_blocks, load_source
 from support.models.tiny_recipe import byte_tokenizer, words
 
 
@@ -139,6 +141,73 @@ def test_text_that_cannot_be_used_is_refused(tmp_path, tokenizer):
     endless.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token"):
         load_source(TextSource(path=write(tmp_path / "good.txt", words(50))), endless, 16)
+
+
+def test_rows_without_text_are_never_dropped_unsaid(tmp_path, tokenizer, capsys):
+    """A key that is missing is refused, with its line; null and blank texts are counted, with an example."""
+    rows = [{"text": words(9, seed=number)} for number in range(60)]
+    file = write(tmp_path / "misspelt.jsonl", *rows[:40], {"txet": "a"}, *rows[40:])
+    with pytest.raises(
+        ValueError,
+        match="misspelt.jsonl, line 41: .* there is no column 'text'; set text_column to one of txet; or mend or remove",
+    ):
+        load_source(TextSource(path=file), tokenizer, 16)
+    for empty in (None, "", " \n\t"):
+        file = write(tmp_path / "empty.jsonl", *rows[:40], {"text": empty}, *rows[40:], {"text": empty})
+        for _ in range(2):  # the second time from the cache
+            whole = load_source(TextSource(path=file), tokenizer, 16)
+            assert f"{file}: 2 of 62 rows have no text (null or blank), row 41 for one: left out" in capsys.readouterr().out
+    good = load_source(TextSource(path=write(tmp_path / "good.jsonl", *rows)), tokenizer, 16)
+    assert "left out" not in capsys.readouterr().out
+    assert fingerprint_of_blocks(whole) == fingerprint_of_blocks(good)
+
+
+def test_of_the_hub_too(monkeypatch, capsys):
+    rows = datasets.Dataset.from_dict({"text": ["one", None, " ", "four"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: rows)
+    assert texts(path="org/data") == ["one", "four"]
+    assert "org/data: 2 of 4 rows have no text (null or blank), row 2 for one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ['"a \\ud83d b"', '"\\udc00"', '["\\ud800"]', '{"deep": ["\\uDFFF"]}'])
+def test_half_a_character_is_named_with_its_line(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 is whole"}\n' * 4 + '{"text": "a", "more": ' + text + "}\n")
+    with pytest.raises(ValueError, match="a.jsonl, line 5: half a character in its text .*; mend or remove the line"):
+        load_documents(TextSource(path=str(tmp_path / "a.jsonl")))
+    assert texts(path=str(tmp_path / "a.jsonl"), documents=4) == ["\U0001f600 is whole"] * 4
+
+
+def test_a_changed_file_is_read_again_whatever_its_time(tmp_path):
+    for name in ("rows.jsonl", "text.txt"):
+        for text in ("old", "new"):
+            path = write(tmp_path / name, {"text": text} if name == "rows.jsonl" else text)
+            os.utime(path, (10**9, 10**9))
+            assert texts(path=path) == [text]
+
+
+def test_blocks_have_a_fingerprint(tmp_path, tokenizer):
+    rows = [{"text": words(9, seed=number)} for number in range(60)]
+    first = load_source(TextSource(path=write(tmp_path / "a.jsonl", *rows)), tokenizer, 16)
+    again = load_source(TextSource(path=write(tmp_path / "b.jsonl", *rows)), tokenizer, 16)
+    assert fingerprint_of_blocks(first) == fingerprint_of_blocks(again)
+    others = [
+        first.select(range(len(first) - 1)),
+        first.select([1, 0, *range(2, len(first))]),
+        load_source(TextSource(path=write(tmp_path / "c.jsonl", *rows[:-1], {"text": words(9, seed=99)})), tokenizer, 16),
+        load_source(TextSource(path=write(tmp_path / "d.jsonl", *rows)), tokenizer, 17),
+    ]
+    assert len({fingerprint_of_blocks(blocks) for blocks in (first, *others)}) == 5
+
+
+def test_a_tokenizer_larger_than_the_model(tokenizer):
+    check_vocabulary(tokenizer, len(tokenizer))
+    with pytest.raises(ValueError, match="a tokenizer for a vocabulary of 256 tokens, got one with 257: .* has the number 256"):
+        check_vocabulary(tokenizer, 256)
+    # Numbers need not be without gaps.
+    larger = byte_tokenizer()
+    larger.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(ValueError, match="'<pad>' has the number 257"):
+        check_vocabulary(larger, 257)
 
 
 def test_batches_are_shuffled_by_epoch_and_can_start_anywhere():

@@ -1,5 +1,6 @@
 """Prepared clips as training data (qat_recipes.data.video): the dataset, and batches of one shape."""
 
+import copy
 import json
 import math
 from collections import Counter
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from qat_recipes.data.video import BucketBatches, EncodedClips, VideoSettings, load_clips
 from support.models.clips_to_prepare import prepare
+from support.models.tiny_clips import write_clips
 
 
 def test_folders_that_are_no_data(prepared, tmp_path):
@@ -21,7 +23,7 @@ def test_folders_that_are_no_data(prepared, tmp_path):
     for text, message in (
         ("{", "is damaged"),
         (json.dumps({"format_version": 1}), "is damaged"),
-        (json.dumps(index | {"format_version": 2}), "has format_version 2, and this program reads 1"),
+        (json.dumps(index | {"format_version": 1}), "has format_version 1, and this program reads 2"),
         (json.dumps(index), "3 files that .* lists are missing, clips/sub/long.mkv.safetensors for one"),
     ):
         (tmp_path / "index.json").write_text(text, encoding="utf-8")
@@ -144,3 +146,45 @@ def test_clips_collate_to_batches(prepared):
     loader = DataLoader(dataset, batch_sampler=BucketBatches(dataset.buckets, 2, 0, 0, 3))
     shapes = sorted((tuple(batch["latents"].shape), tuple(batch["prompt_embeds"].shape)) for batch in loader)
     assert shapes == [((2, *bucket), (2, 512, 32)) for bucket in sorted(dataset.buckets)]
+
+
+# Data that changes ----------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_knows_clips_captions_and_videos(tmp_path):
+    write_clips(tmp_path / "a", 4)
+    write_clips(tmp_path / "same", 4)
+    index = json.loads((tmp_path / "a/index.json").read_text())
+    whole = EncodedClips(tmp_path / "a").fingerprint
+    assert whole == EncodedClips(tmp_path / "same").fingerprint
+    found = {
+        whole,
+        EncodedClips(tmp_path / "a", slice(-2)).fingerprint,
+        EncodedClips(tmp_path / "a", slice(-2, None)).fingerprint,
+    }
+
+    def changed(change):
+        other = copy.deepcopy(index)
+        change(other)
+        (tmp_path / "same/index.json").write_text(json.dumps(other))
+        found.add(EncodedClips(tmp_path / "same").fingerprint)
+
+    changed(lambda x: x["clips"].append(x["clips"][0]))
+    changed(lambda x: x["clips"].reverse())
+    changed(lambda x: x["clips"][1].update(caption="a red"))
+    changed(lambda x: x["clips"][1].update(video_sha256="0"))
+    changed(lambda x: x["sha256"].update({"clips/2.safetensors": "0"}))
+    assert len(found) == 3 + 5
+
+
+def test_a_file_that_is_not_what_was_prepared_is_not_read(tmp_path):
+    write_clips(tmp_path / "a", 2)
+    write_clips(tmp_path / "b", 2, seed=1)
+    data, file = EncodedClips(tmp_path / "a"), tmp_path / "a/clips/1.safetensors"
+    assert data[1].keys() == {"latents", "prompt_embeds"}
+    good, other = file.read_bytes(), (tmp_path / "b/clips/1.safetensors").read_bytes()
+    assert len(good) == len(other)
+    for content in (other, good[:-1], good + b"x"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"1.safetensors is damaged \(its content is not what was prepared\)"):
+            data[1]

@@ -24,6 +24,8 @@ class Family(NamedTuple):
     """What it hands to attention: none, bool or additive."""
     config: AttnQATConfig = AttnQATConfig()
     """What one has to set for this family."""
+    no_shift: tuple[str, ...] = ()
+    """Patterns of modules that attend to several sets of keys in one call, so that no K shift fits them."""
     refused: str | None = None
     """Part of the message that refuses the whole family."""
     refused_modes: Mapping[str, str] = MappingProxyType({})

@@ -6,7 +6,7 @@ PYTHONPATH=.:tests python tests/support/families/models_table.py
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.families import diffusers_families, transformers_families
+from support.families import diffusers_families, every_causal_lm, transformers_families
 from support.families.families import Family
 from tests.patch.diffusers import test_diffusers_families
 from tests.patch.transformers import test_transformers_families
@@ -34,7 +34,45 @@ def render() -> str:
     for host, families, modes in hosts:
         sections += [f"## {host}\n", _table(families.FAMILIES, modes)]
         sections += ["Refused as a whole:\n", *[f"- {family.name}: `{family.refused}`" for family in families.REFUSED], ""]
-    return "\n".join(sections)
+    return "\n".join([*sections, _every_class()])
+
+
+EVERY = """## Every causal language model of Transformers {version}
+
+What `tests/support/families/every_causal_lm.py` found when it built each class from a tiny config, patched it and compared it
+in float64: switched off it is bit-equal to the stock model, and 4-bit attention is the oracle's, through the whole model, with
+padding, on a cache and on an FP4 cache. `tests/patch/transformers/test_every_causal_lm.py` does it again (`-m slow`; some
+classes always).
+
+- **exact**: all attention of the class. {exact} classes.
+- **partly**: in its default config some layers are refused, for the reason given, and keep their original attention.
+  {partly} classes.
+- **refused**: with a message that says why. {refused} classes; {outside} of them, listed below the table, do not call
+  attention through transformers' AttentionInterface.
+
+| class | 4-bit attention | refused, and why | FP4 cache |
+|---|---|---|---|
+"""
+
+
+def _every_class() -> str:
+    """What the last sweep found. It is a file, so that this takes no sweep."""
+    rows = list(every_causal_lm.load().values())
+    outside = [row["name"] for row in rows if row["why"] == every_causal_lm.OUTSIDE]
+    unbuilt = [row["name"] for row in rows if row["outcome"] == "not built"]
+    count = {kind: sum(row["outcome"].startswith(kind) for row in rows) for kind in ("exact", "partly", "refused")}
+    lines = [EVERY.format(version=every_causal_lm.version(), outside=len(outside), **count).rstrip()]
+    for row in rows:
+        if row["name"] not in (*outside, *unbuilt):
+            cache = "yes" if row["cache"] == "FP4" else _code(row["cache"])
+            lines.append(f"| {' | '.join([row['name'], row['outcome'], _code(row['why']), cache])} |")
+    lines += ["", f"Not through AttentionInterface: {', '.join(outside)}.", ""]
+    lines += [f"Not examined, for the tiny config does not run, or needs more packages: {', '.join(unbuilt)}.", ""]
+    return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    return "; ".join(f"`{part}`" for part in text.split("; ")) if text else ""
 
 
 def _table(families: list[Family], modes: Iterable[str]) -> str:

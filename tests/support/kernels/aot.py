@@ -123,14 +123,16 @@ def _cuobjdump(option: str, cubin: bytes) -> str:
         return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _local_accesses_in_loops(code: list[Instruction]) -> int:
-    """Loads and stores of local memory in innermost loops that have matrix instructions."""
-    bodies = loops(code)
-    innermost = [
-        body
-        for body in bodies
-        if any("MMA" in each.name for each in body)
-        and not any(body[0].address <= b[0].address and b[-1].address < body[-1].address for b in bodies)
+def product_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops that have matrix instructions. Waits that jump out of line and back look like loops around these."""
+    bodies = [body for body in loops(code) if any("MMA" in each.name for each in body)]
+    return [
+        body for body in bodies if not any(body[0].address <= b[0].address and b[-1].address < body[-1].address for b in bodies)
     ]
+
+
+def _local_accesses_in_loops(code: list[Instruction]) -> int:
+    """Loads and stores of local memory in them."""
+    innermost = product_loops(code)
     assert innermost
     return sum(each.name.startswith(("STL", "LDL")) for body in innermost for each in body)

@@ -11,7 +11,10 @@ from unittest import mock
 
 import torch
 
-from support.kernels.aot import believe_in, instructions, loops, usage
+from support.kernels.aot import believe_in, instructions, product_loops, usage
+
+FP4_PRODUCT = ("UTCOMMA", "OMMA")
+"""The instructions with NVFP4 operands: of tensor memory (sm_100), and of registers (sm_120)."""
 
 CLASSES = {
     "matrix product": "OMMA|UTCOMMA|HMMA|UTCHMMA",
@@ -29,15 +32,21 @@ CLASSES = {
 }
 
 
+def fp4_products_needed(arch: int, keys: int, head_dim: int, pv: str) -> int:
+    """How many of them QK^T takes in a tile, and P V with it if that is quantized; a warp's (sm_120), or the block's."""
+    if arch >= 120:
+        return keys // 8 * (head_dim // 64) + (head_dim // 8 * (keys // 64) if pv == "nvfp4" else 0)
+    return head_dim // 64 + (keys // 64 if pv == "nvfp4" else 0)
+
+
 def needed(arch: int, queries: int, keys: int, head_dim: int) -> Counter:
     """What a thread of 256 has to do for a tile of the main loop, `queries` x `keys`; docs/INFERENCE.md has the reasons."""
     scores, outputs = queries * keys // 256, queries * head_dim // 256
-    count = Counter()
+    count = Counter({"matrix product": fp4_products_needed(arch, keys, head_dim, "nvfp4")})
     if arch >= 120:
         # A warp has 16 rows. A thread has half of each group in two rows, in registers. A product takes 8 columns and 64
         # contracted values, a load of a matrix 512 bytes, a load of scales those of 8 columns.
         groups, rows, wide = scores // 8, 2, 1
-        count["matrix product"] = 2 * (keys // 8) * (head_dim // 64)
         codes, scales = 2 * keys * head_dim // 2 // 512, keys // 8 + head_dim // 8
         count["shared memory"] = codes + scales
         count["maximum"] = (scores - groups) + groups  # within a thread, then with the one that has the other half
@@ -46,7 +55,6 @@ def needed(arch: int, queries: int, keys: int, head_dim: int) -> Counter:
         # A thread has half of the columns of one row, which it takes from tensor memory at once. FMNMX3 takes three numbers, and
         # FADD2, FMUL2 and FFMA2 take pairs.
         groups, rows, wide = scores // 16, 1, 2
-        count["matrix product"] = keys // 64 + head_dim // 64
         count["maximum"] = scores // 2
         count["tensor memory"] = 1 + 2 + 1 + 3  # scores; output, there and back; P; scales of K, P and V
         count["shared memory"] = 2 + 2  # scales of K and V; the row's maximum, with the thread that has the other half
@@ -106,7 +114,8 @@ def compile_inference(
     cubin = kernel.asm["cubin"]
     code = instructions(cubin)
     registers, spilled, in_loops = usage(cubin)
-    with_products = [loop for loop in loops(code) if any("MMA" in each.name for each in loop)]
+    # The first loop is that of the tiles which all queries see whole; masks have none.
+    loop = min(product_loops(code), key=lambda loop: loop[0].address)
     return {
         "registers": registers,
         "spilled": spilled,
@@ -115,8 +124,8 @@ def compile_inference(
         "tensor memory": kernel.metadata.tmem_size,
         "names": Counter(each.name for each in code),
         "tile": fp4_launch.choose(arch, head_dim, pv),
-        # The first loop is that of the tiles which all queries see whole; masks have none.
-        "loop": found(min(with_products, key=lambda loop: loop[0].address)),
+        "loop": found(loop),
+        "fp4 products": sum(each.name.startswith(FP4_PRODUCT[arch >= 120]) for each in loop),
     }
 
 

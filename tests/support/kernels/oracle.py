@@ -12,6 +12,7 @@ import math
 from types import SimpleNamespace
 
 import torch
+from torch.autograd import forward_ad
 
 GROUP = 16
 P_GLOBAL_SCALE = 2688.0  # g of P~ (section 2): 448 * 6
@@ -231,3 +232,14 @@ def autograd_backward(q, k, v, grad_out, **options):
         outs.append(head.out)
         grads.append(grad_out[b, h].double())
     return torch.autograd.grad(outs, leaves, grads)
+
+
+def tangent(q, k, v, tangents, **options):
+    """The tangent of O along those of q, k and v, by forward-mode differentiation of the same rule; options as above."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x.detach().double(), t.double()) for x, t in zip((q, k, v), tangents, strict=True)]
+        for b, h, _, _, head in _heads(*duals, **options):
+            along = forward_ad.unpack_dual(head.out).tangent
+            out[b, h] = 0.0 if along is None else along
+    return out

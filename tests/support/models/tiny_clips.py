@@ -5,6 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
+from qat_patch.checkpoint.integrity import sha256
 from qat_recipes.tasks.flow_matching import FlowMatching, TimestepSettings, noise_levels
 from support.models.tiny_wan import CHANNELS, IMAGE_DIM, TEXT_DIM
 
@@ -26,12 +27,14 @@ def write_clips(folder, count, i2v=False, seed=0):
         file = f"clips/{number}.safetensors"
         (folder / "clips").mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / file)
-        clip = {"file": file, "caption": "a red square", "source": f"{number}.mp4", "frames": 5, "fps": 16.0}
+        clip = {"file": file, "caption": "a red square", "frames": 5, "fps": 16.0}
+        clip |= {"source": f"{number}.mp4", "video_sha256": f"{number:064}"}
         shapes = {name: list(x.shape) for name, x in tensors.items()}
         clips.append(clip | {"height": 8 * height, "width": 8 * width, "shapes": shapes})
     kind = "WanImageToVideoPipeline" if i2v else "WanPipeline"
     settings = {"pipeline": kind, "vae": "tiny", "text_encoder": "tiny", "text_length": 512}
-    index = {"format_version": 1, "settings": settings, "clips": clips, "skipped": {}}
+    index = {"format_version": 2, "settings": settings, "clips": clips, "skipped": {}}
+    index["sha256"] = {clip["file"]: sha256(folder / clip["file"]) for clip in clips}
     (folder / "index.json").write_text(json.dumps(index))
 
 

@@ -1,0 +1,137 @@
+"""Derivatives of attention: gradients, tangents of forward mode, `torch.func` and vmap; what there is not is refused by name.
+
+Ordinary calls differentiate the op itself: one node, also for `torch.compile`. An op cannot have a rule for forward mode, and
+would give a tangent of zero there, silently. So under derivatives of `torch.func`, and in a `forward_ad.dual_level`, a call goes
+through the `torch.autograd.Function` below, which has a rule for each. vmap alone runs the op for one sample after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import torch
+
+from .ops import attention_backward, attention_forward, attention_tangent, has_out_hp
+from .spec import QuantSpec, reads_value
+from .transforms import transformed
+
+logger = logging.getLogger(__name__)
+
+
+def _refuse(got: str) -> NoReturn:
+    raise ValueError(
+        "attention: expected one derivative: a gradient (backward, torch.func.grad) or a tangent (torch.func.jvp), under vmap or "
+        f"not; got {got}. The straight-through rule has no second derivative: detach what needs none, or use original attention"
+    )
+
+
+class _Once(torch.autograd.Function):
+    """What is a derivative already."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps nothing."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: torch.Tensor | None) -> NoReturn:
+        _refuse("the tangent of a derivative")
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor | None) -> NoReturn:
+        _refuse("the gradient of a derivative")
+
+
+class _Gradient(_Once):
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        return attention_backward(*inputs)
+
+
+class _Tangent(_Once):
+    @staticmethod
+    def forward(*inputs: Any) -> torch.Tensor:
+        return attention_tangent(*inputs)
+
+
+class _Attention(torch.autograd.Function):
+    """`attention_forward` for transforms: whether somebody sees LSE, and the arguments of the op; its results."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(return_lse: bool, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        return attention_forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.return_lse, q, k, v, *_ = inputs
+        ctx.others = [(x.shape, x.dtype) for x in output[1:4]]
+        saved = _set_options(ctx, inputs[1:], output)
+        ctx.save_for_backward(q, k, v, *saved)
+        ctx.save_for_forward(q, k, v, *saved)  # under vmap both have to be the same
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if ctx.impl == "fp4":
+            raise ValueError("attention: impl='fp4' has no derivative; use impl='auto'")
+        if ctx.return_lse:
+            raise ValueError("attention: return_lse=True: the log-sum-exp has no tangent; call without it in forward mode")
+        if ctx.impl == "triton":
+            _say_that_tangents_are_slow()
+        q, k, v, _, _, _, *masks, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        directions = (torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents[:3], strict=True))
+        options = (*masks, ctx.spec, ctx.causal, ctx.scale, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
+        # Nobody sees the other results, but floats among them have to have a tangent.
+        return _Tangent.apply(q, k, v, *directions, *options), *(q.new_zeros(x, dtype=dtype) for x, dtype in ctx.others), None
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return None, *_backward(ctx, grad_out)
+
+
+@torch.compiler.disable(reason="torch.func and forward mode through 4-bit attention run outside of compiled code")
+def attention_under_transforms(return_lse: bool, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    """`attention_forward` with every rule of `_Attention`."""
+    return _Attention.apply(return_lse, *inputs)
+
+
+@lru_cache
+def _say_that_tangents_are_slow() -> None:
+    logger.warning("qat_kernels: tangents (forward mode) are computed by the eager implementation: same numbers, but slow.")
+
+
+def _set_options(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+    """Sets everything but tensors, and returns what is to be kept of these besides q, k and v."""
+    _, k, _, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient, ctx.impl, *packing = inputs
+    cu_seqlens, ctx.max_seqlens = packing[:2], packing[2:]
+    out, out_hp, _, stats, codes = output
+    if not has_out_hp(QuantSpec.from_json(ctx.spec), needs_gradient):
+        out_hp = out  # nothing of P or V was rounded, so O is O'
+    ctx.keys, ctx.num_heads_k = k.shape[-2 if k.ndim == 4 else 0], k.shape[1]
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
+    return out_hp, stats, codes, key_mask, k_shift, *cu_seqlens
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    q, k, v, *_ = inputs
+    saved = _set_options(ctx, inputs, output)
+    if ctx.impl == "triton":  # reads codes instead
+        q, k, v = None, None, v if reads_value(QuantSpec.from_json(ctx.spec), ctx.causal) else None
+    ctx.save_for_backward(q, k, v, *saved)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    options = (ctx.keys, ctx.num_heads_k, ctx.spec, ctx.causal, ctx.scale, ctx.impl)
+    gradient = _Gradient.apply if transformed() else attention_backward
+    grads = gradient(grad_out, *tensors, *options, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
+    return *grads, *(None,) * 11
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
+for _derivative in (attention_backward, attention_tangent):
+    _derivative.register_autograd(_Once.backward)

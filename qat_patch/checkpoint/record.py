@@ -1,0 +1,211 @@
+"""What `save_pretrained` of a host library writes about a patched model: the attention in force, whoever patched it, and when.
+
+A Transformers config holds it as `quantization_config`, a Diffusers config under a key of its own, and K shifts stand in a file
+beside the weights. Where `quantization_config` belongs to another quantizer, or only adapters are saved, it is `qat_patch.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
+from qat_patch.patch import get_handle
+from qat_patch.version import __version__
+
+from .k_shift import K_SHIFT, digest, write_k_shift
+from .manifest import MANIFEST, REFERENCE
+
+_log = logging.getLogger(__name__)
+
+
+def attention_in_force(model: torch.nn.Module) -> tuple[AttentionMetadata, dict[str, torch.Tensor]] | None:
+    """What a patched model runs, and its K shifts, by the names that modules have in `model`; None if nothing is patched."""
+    handle = get_handle(model)
+    if handle is None:
+        return None
+    (plan,) = handle.plans.values()
+    kept = [layer.name for layer in plan.patched if plan.replaced(layer) is None]
+    if not kept:
+        return None
+    shifts = {name: x for name, x in handle.k_shift.items() if name in kept}
+    specs = {name: handle.specs[name] for name in kept}
+    metadata = AttentionMetadata(config=handle.config, specs=specs, k_shift=digest(shifts), package_version=__version__)
+    prefix = next(name for name, module in model.named_modules() if module is plan.model)
+    if not prefix and len(kept) == len(plan.patched):
+        return metadata, shifts
+    # Another model than the one that was patched, or a part of what was patched.
+    names = {name: f"{prefix}.{name}".removeprefix(".") for name in kept}
+    shifts = {names[name]: x for name, x in shifts.items()}
+    return dataclasses.replace(metadata.renamed(lambda name: names[name]), k_shift=digest(shifts)), shifts
+
+
+def record_in_transformers(module: Any) -> None:
+    """Let `PreTrainedModel` save what is in force, and say so when it loads a model whose record it does not read itself."""
+    model_class = module.PreTrainedModel
+    save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = _call(save, self, *args, **kwargs)
+        folder, found = _destination(call), attention_in_force(self)
+        if found is not None and _is_free(self):
+            found = _in_any_order(found[0]), found[1]
+            with _as_quantizer(self, *found, folder, call["state_dict"]):
+                return save(self, *args, **kwargs)
+        _write_beside(folder, found)
+        return save(self, *args, **kwargs)
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(cls, name, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if name is not None and not _is_free(model):
+            _announce(model, name, kwargs.get("revision"))
+        return result
+
+    model_class.save_pretrained = save_pretrained
+    model_class.from_pretrained = classmethod(from_pretrained)
+
+
+def record_in_peft(module: Any) -> None:
+    """The same for `PeftModel`, which saves adapters alone."""
+    model_class = module.PeftModel
+    save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # By the names in the model that the adapters are for.
+        _write_beside(_destination(_call(save, self, *args, **kwargs)), attention_in_force(self.get_base_model()))
+        return save(self, *args, **kwargs)
+
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, model: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(cls, model, name, *args, **kwargs)
+        _announce(result.get_base_model(), name, kwargs.get("revision"))
+        return result
+
+    model_class.save_pretrained = save_pretrained
+    model_class.from_pretrained = classmethod(from_pretrained)
+
+
+def record_in_diffusers(module: Any) -> None:
+    """Let `ModelMixin` save what is in force. Diffusers patches nothing itself: `patch_model` finds the record."""
+    model_class, key = module.ModelMixin, CONFIG_KEYS["diffusers"]
+    save = model_class.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        folder, found = _destination(_call(save, self, *args, **kwargs)), attention_in_force(self)
+        _remove_what_stands_there(folder)
+        if found is None:
+            return save(self, *args, **kwargs)
+        metadata, shifts = found
+        _write_shifts(folder, shifts)
+        before = self._internal_dict
+        try:
+            self.register_to_config(**{key: _in_any_order(metadata).to_dict()})
+            return save(self, *args, **kwargs)
+        finally:
+            self._internal_dict = before
+
+    model_class.save_pretrained = save_pretrained
+
+
+def _in_any_order(metadata: AttentionMetadata) -> AttentionMetadata:
+    """The same with patterns whose order does not matter: host libraries sort what is in a config."""
+    overrides = list(metadata.config.overrides)
+    return metadata if overrides == sorted(overrides) else metadata.renamed(lambda name: name)
+
+
+def _call(save: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call, by name."""
+    call = inspect.signature(save).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call.arguments
+
+
+def _destination(call: dict[str, Any]) -> Path | None:
+    """The folder that a call saves into; None of a process that writes nothing."""
+    return Path(call["save_directory"]) if call["is_main_process"] else None
+
+
+def _remove_what_stands_there(folder: Path | None) -> None:
+    """What this package wrote about the weights that are saved over now."""
+    if folder is not None:
+        for name in (K_SHIFT, MANIFEST, REFERENCE):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _write_shifts(folder: Path | None, shifts: dict[str, torch.Tensor]) -> None:
+    if folder is not None and shifts:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_k_shift(folder, shifts)
+
+
+def _write_beside(folder: Path | None, found: tuple[AttentionMetadata, dict[str, torch.Tensor]] | None) -> None:
+    """The record where the config has no place for it."""
+    _remove_what_stands_there(folder)
+    if folder is None or found is None:
+        return
+    metadata, shifts = found
+    folder.mkdir(parents=True, exist_ok=True)
+    write_k_shift(folder, shifts)
+    (folder / MANIFEST).write_text(json.dumps(metadata.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _is_free(model: Any) -> bool:
+    """Whether the config is saved, and its `quantization_config` belongs to nobody else."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    ours = quantizer is None or quantizer.quantization_config.quant_method == METHOD
+    return ours and not getattr(model, "_hf_peft_config_loaded", False)
+
+
+@contextlib.contextmanager
+def _as_quantizer(
+    model: Any, metadata: AttentionMetadata, shifts: dict[str, torch.Tensor], folder: Path | None, state_dict: Any
+) -> Iterator[None]:
+    """Inside, the model saves these metadata as those of its quantizer."""
+    from .quantizer import QATPatchConfig, QATPatchQuantizer, Saving
+
+    def write_beside() -> None:
+        _remove_what_stands_there(folder)
+        _write_shifts(folder, shifts)
+
+    config = QATPatchConfig(**metadata.to_dict())
+    quantizer = QATPatchQuantizer(config)
+    quantizer.saving = Saving(state_dict, write_beside)
+    key = CONFIG_KEYS["transformers"]
+    before = [(model, "hf_quantizer", model.__dict__.get("hf_quantizer")), (model.config, key, model.config.__dict__.get(key))]
+    model.hf_quantizer, model.config.quantization_config = quantizer, config
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            if value is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+def _announce(model: Any, source: Any, revision: Any) -> None:
+    """Tell that a model runs original attention although it was saved with another, and keep the record for `patch_model`."""
+    from transformers.utils.hub import cached_file
+
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(str(source), MANIFEST, revision=revision, **options) if get_handle(model) is None else None
+    record = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else None
+    if AttentionMetadata.is_ours(record):
+        setattr(model, RECORD, AttentionMetadata.from_dict(record))
+        _log.warning(
+            "%s was saved with 4-bit attention and runs original attention; qat_patch.patch_model(model) switches it on", source
+        )

@@ -1,0 +1,108 @@
+"""Which files a folder may hold: the allowlist of an export, and what is taken of a base model that adapters name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+MANIFEST = "qat_patch.json"
+"""Written last: what kind of export this is, and size and SHA-256 of every file that loading may read."""
+README = "README.md"
+MAY_COME_LATER = frozenset({README, "chat_template.jinja"})
+"""Known files that may be put into an export after it was written."""
+K_SHIFT = "qat_patch_k_shift.safetensors"
+"""Beside the weights of a model: a float32 tensor [key heads, head dim] for each patched module, by its name."""
+REFERENCE = "qat_patch_reference.safetensors"
+"""Beside the weights of a model: an input, and what the exported model makes of it; see golden_output.py."""
+
+_SHARD = r"(?:-\d{5}-of-\d{5})?\.safetensors"
+_WEIGHTS = rf"(?:model|diffusion_pytorch_model)(?:{_SHARD}|\.safetensors\.index\.json)"
+_ADAPTERS = r"adapter_config\.json|adapter_model\.safetensors|pytorch_lora_weights\.safetensors"
+_CONFIGS = r"(?:config|generation_config|scheduler_config|preprocessor_config|video_preprocessor_config|processor_config)\.json"
+_TOKENIZER = (
+    r"(?:tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|tekken|normalizer|unigram)\.json"
+    r"|(?:tokenizer|spiece|sentencepiece|sentencepiece\.bpe|spm|vocab|tiktoken)\.model"
+    r"|vocab\.txt|merges\.txt|chat_template\.jinja"
+)
+_LOADED = re.compile("|".join((_WEIGHTS, _ADAPTERS, _CONFIGS, _TOKENIZER, re.escape(K_SHIFT), re.escape(REFERENCE))), re.ASCII)
+_CHAT_TEMPLATE = re.compile(r"[\w-]{1,64}\.jinja", re.ASCII)
+# For people. No host library gets to see them: pictures of a model card, licences, and what the Hub puts beside files.
+_FOR_PEOPLE = re.compile(
+    r"LICEN[CS]E|NOTICE|COPYING|CITATION\.cff|\.gitattributes|[\w][\w .-]*\.(?:md|txt|png|jpe?g|gif|webp|svg|mp4|webm)",
+    re.ASCII | re.IGNORECASE,
+)
+CHAT_TEMPLATES = "additional_chat_templates"
+LEFT_BY_DOWNLOADS = (".git", ".cache")
+"""Folders at the top that git and `hf download` leave; nobody looks into them."""
+_PLAIN = re.compile(r"(?:[A-Za-z0-9_][\w.+-]*/)*[A-Za-z0-9_][\w.+-]*", re.ASCII)
+_LONGEST_NAME = 255
+
+
+def check_plain(where: str, name: object) -> None:
+    """Raise a ValueError unless a file name from inside a file stays in the folder, plainly."""
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _PLAIN.fullmatch(name):
+        raise ValueError(
+            f"load_checkpoint: {where}: expected names of files in the folder, without .. and the like, got {name!r}; the export "
+            "is damaged, or hostile"
+        )
+
+
+def check_names(where: str, found: Collection[str], recorded: Collection[str], kind: str, components: Collection[str]) -> None:
+    """Raise a ValueError unless a folder holds what an export of this kind may hold, and only what was exported.
+
+    Args:
+        where: the folder, for messages.
+        found: all regular files in it, as `part/name`.
+        recorded: those that the manifest lists.
+        kind: `model`, `pipeline` or `adapters`.
+        components: of a pipeline: its folders.
+    """
+    for name in sorted(found):
+        *folders, file = name.split("/")
+        if name == MANIFEST or (not folders and _FOR_PEOPLE.fullmatch(file) and not is_loaded(name)):
+            continue
+        if folders and folders[-1] == CHAT_TEMPLATES:
+            folders.pop()
+            is_known = _CHAT_TEMPLATE.fullmatch(file) is not None
+        else:
+            is_known = is_loaded(name) or (not folders and kind == "pipeline" and file == "model_index.json")
+        if not is_known or not (not folders or (len(folders) == 1 and folders[0] in components)):
+            raise ValueError(
+                f"load_checkpoint: {where} holds {name}, which could run code or is unknown, and no export does; remove it, or "
+                "get the folder from someone you trust"
+            )
+        if name not in recorded and name not in MAY_COME_LATER:
+            raise ValueError(
+                f"load_checkpoint: {where} holds {name}, which was not there when it was exported; remove it, or export again"
+            )
+        if re.fullmatch(_ADAPTERS, file) and kind != "adapters":
+            raise ValueError(f"load_checkpoint: {where} is an export of a {kind} and holds adapters too ({name}); remove them")
+
+
+def is_loaded(name: str) -> bool:
+    """Whether a host library may read a file of this name."""
+    return _LOADED.fullmatch(name.rpartition("/")[2]) is not None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds tensors: it is read where it lies, and not copied."""
+    return name.endswith(".safetensors")
+
+
+def weights_of_a_base_model(host: str) -> list[str]:
+    """What to download of a base model on the Hub, as patterns: none that would match other parts of a pipeline."""
+    stem = "model" if host == "transformers" else "diffusion_pytorch_model"
+    names = ["config.json", "generation_config.json", K_SHIFT, f"{stem}*.safetensors", f"{stem}.safetensors.index.json"]
+    return (
+        names
+        if host == "transformers"
+        else [*names, *(f"{part}/{name}" for part in ("transformer", "transformer_2") for name in names)]
+    )
+
+
+def of_a_base_model(name: str) -> bool:
+    """Whether a file of a base model is taken: its config and its weights, of a pipeline those of its transformer."""
+    folder, _, file = name.rpartition("/")
+    return folder in ("", "transformer", "transformer_2") and (
+        file in ("config.json", "generation_config.json", K_SHIFT) or re.fullmatch(_WEIGHTS, file) is not None
+    )
