@@ -33,6 +33,6 @@ class Calibration:
         patched = self.handle.patched
         expected = {name for name in patched if not any(fnmatchcase(name, pattern) for pattern in self.exclude)}
         if state.keys() != expected or any(x.dim() != 2 or x.dtype != torch.float32 for x in state.values()):
-            raise ValueError("expected the mean keys of every module that is calibrated, float32 [key heads, head_dim]")
+            raise ValueError("expected the mean keys of every patched module that is calibrated, float32 [key heads, head_dim]")
         for name, shift in state.items():
             patched[name].k_shift = shift
