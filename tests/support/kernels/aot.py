@@ -132,7 +132,13 @@ def product_loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def _local_accesses_in_loops(code: list[Instruction]) -> int:
-    """Loads and stores of local memory in them."""
-    innermost = product_loops(code)
+    """Loads and stores of local memory in innermost loops that have matrix instructions."""
+    bodies = loops(code)
+    innermost = [
+        body
+        for body in bodies
+        if any("MMA" in each.name for each in body)
+        and not any(body[0].address <= b[0].address and b[-1].address < body[-1].address for b in bodies)
+    ]
     assert innermost
     return sum(each.name.startswith(("STL", "LDL")) for body in innermost for each in body)
