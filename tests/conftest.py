@@ -10,9 +10,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_configure():
+    """Child processes import what tests import, from this tree: pytest does not pass its own `pythonpath` on."""
+    root = Path(__file__).parents[1]
+    paths = [*(str(root / name) for name in (".", "kernels", "recipes", "tests")), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def pytest_collection_modifyitems(items):

@@ -32,7 +32,6 @@ def watch(originals, scratch, number):
     (scratch / "evil.py").write_text("import os; os.system('true')")
     command = [sys.executable, "-m", "support.models.hostile_configs", str(originals), str(scratch), str(number)]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "HF_HOME": str(scratch / "hf"),
         "HF_HUB_OFFLINE": "1",
     }

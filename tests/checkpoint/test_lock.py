@@ -31,9 +31,8 @@ with locked(Path(sys.argv[1]), "output_dir"):
 @pytest.fixture
 def owner(tmp_path):
     """Another process that holds tmp_path/run."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout.readline() == "held\n"
     yield process
     os.killpg(process.pid, signal.SIGKILL)
@@ -66,8 +65,7 @@ def test_so_is_the_same_process(tmp_path):
         # Looking at it did not open it to others.
         other = f"import sys; from pathlib import Path; from {lock.__name__} import refuse_if_locked\n"
         other += f"refuse_if_locked(Path({str(tmp_path / 'a')!r}), 'x')"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))}
-        done = subprocess.run([sys.executable, "-c", other], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
         assert f"in use by process {os.getpid()}" in done.stderr
     refuse_if_locked(tmp_path / "a", "output_dir")
 

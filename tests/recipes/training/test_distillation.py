@@ -17,7 +17,7 @@ from qat_recipes.tasks.language_modeling import NextToken
 from qat_recipes.training import objective
 from qat_recipes.training.adapters import LoraSettings, add_adapters, without_adapters
 from support.models.tiny_qwen3 import tiny_qwen3, token_ids
-from support.runs.runs import RECIPES, SHARDED, assert_same_run, command_line, log, run, run_in_two_processes, weights
+from support.runs.runs import SHARDED, assert_same_run, command_line, log, run, run_in_two_processes, weights
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 LORA = {"lora.rank": 4, "lora.alpha": 8}
@@ -180,7 +180,7 @@ def test_sharded_frozen_weights_are_bfloat16_too(inputs, tmp_path):
     *_, one = finetune(inputs, tmp_path / "one", **changes)
     (tmp_path / "sharded.py").write_text(SHARDED)
     arguments = command_line(settings(inputs, tmp_path / "two", **changes, batch_size=1))
-    run_in_two_processes([str(tmp_path / "sharded.py"), str(RECIPES), "finetune_qwen3", *arguments])
+    run_in_two_processes([str(tmp_path / "sharded.py"), "finetune_qwen3", *arguments])
     *_, two = log(tmp_path / "two")
     assert two["eval_loss_original"] == pytest.approx(one["eval_loss_original"], rel=2e-2)
     a, b, start = (weights(folder) for folder in (tmp_path / "one" / "export", tmp_path / "two" / "export", inputs / "model"))

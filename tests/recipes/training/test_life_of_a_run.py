@@ -20,7 +20,7 @@ from support.models.tiny_clips import write_clips
 from support.models.tiny_recipe import words, write_inputs
 from support.models.tiny_wan import tiny_pipeline
 from support.runs.qwen3_runs import BARE, settings
-from support.runs.runs import RECIPES, assert_same_run, command_line, run
+from support.runs.runs import assert_same_run, command_line, run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 SHORT = BARE | {"steps": 3, "checkpoint_every": 2}
@@ -28,8 +28,7 @@ SHORT = BARE | {"steps": 3, "checkpoint_every": 2}
 IN_STEP = """
 import importlib, os, signal, sys, time
 from pathlib import Path
-recipes, recipe, wait = (sys.argv.pop(1) for _ in range(3))
-sys.path.insert(0, recipes)
+recipe, wait = (sys.argv.pop(1) for _ in range(2))
 from qat_recipes.training.step import Stepper
 step = Stepper.step
 def stop(*args, **named):
@@ -45,8 +44,8 @@ importlib.import_module(recipe).main()
 
 
 def start_in_step(values, wait=""):
-    arguments = [str(RECIPES), "finetune_qwen3", str(wait), *command_line(values)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    arguments = ["finetune_qwen3", str(wait), *command_line(values)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen([sys.executable, "-c", IN_STEP, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
 
 

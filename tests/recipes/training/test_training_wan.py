@@ -22,7 +22,6 @@ from qat_recipes.training.optimization import make_optimizer
 from support.models.tiny_clips import batch, objective, write_clips
 from support.models.tiny_wan import tiny_pipeline, tiny_transformer
 from support.runs.runs import (
-    RECIPES,
     SHARDED,
     assert_same_run,
     command_line,
@@ -204,7 +203,7 @@ def test_two_processes_share_model_and_teacher(inputs, tmp_path):
     changes = {"mixed_precision": "bf16", "batch_size": 1, "steps": 1, "eval_every": 1, "checkpoint_every": 0}
     changes |= {"samples.every": 1, "samples.clips": 1, "samples.inference_steps": 1}
     arguments = command_line(settings(inputs, tmp_path / "run", **changes))
-    run_in_two_processes([str(tmp_path / "sharded.py"), str(RECIPES), "finetune_wan", *arguments])
+    run_in_two_processes([str(tmp_path / "sharded.py"), "finetune_wan", *arguments])
     before, after = log(tmp_path / "run")
     assert before["eval_velocity_error_original"] == 0 < before["eval_velocity_error_fp4"] and after["velocity_error"] > 0
     assert len(list((tmp_path / "run" / "samples").rglob("*.mp4"))) == 4

@@ -19,8 +19,7 @@ TIMED = ("tokens_per_second", "tflops_per_second", "mfu", "peak_memory_gib")
 # SIGKILL in the middle of writing a checkpoint, when everything is written but its name.
 KILL = """
 import importlib, os, signal, sys
-recipes, recipe, checkpoint = (sys.argv.pop(1) for _ in range(3))
-sys.path.insert(0, recipes)
+recipe, checkpoint = (sys.argv.pop(1) for _ in range(2))
 from qat_patch.checkpoint import integrity
 sync = integrity.sync
 integrity.sync = lambda path, **kw: os.kill(os.getpid(), signal.SIGKILL) if checkpoint in str(path) else sync(path, **kw)
@@ -29,8 +28,7 @@ importlib.import_module(recipe).main()
 # Accelerate shards over GPUs only. Told that these CPUs are such, it does the same over gloo.
 SHARDED = """
 import importlib, sys
-recipes, recipe = (sys.argv.pop(1) for _ in range(2))
-sys.path.insert(0, recipes)
+recipe = sys.argv.pop(1)
 import accelerate.state
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -74,8 +72,8 @@ def run(recipe, settings):
 
 def run_until_killed(recipe, settings, checkpoint):
     """The same in a process of its own that is killed while it writes `checkpoint`."""
-    arguments = [str(RECIPES), recipe.__name__, checkpoint, *command_line(settings)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    arguments = [recipe.__name__, checkpoint, *command_line(settings)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     killed = subprocess.run([sys.executable, "-c", KILL, *arguments], env=environment, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
 
@@ -83,7 +81,7 @@ def run_until_killed(recipe, settings, checkpoint):
 def run_in_two_processes(program):
     """A program and its arguments, under torchrun. One that hangs fails after five minutes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*torchrun, *program], env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
 
