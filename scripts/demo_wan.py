@@ -21,6 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from safetensors.torch import save_file
 
 from qat_patch import get_handle, load_checkpoint
+from qat_patch.commands.clip_index import write_index
 from scripts.demo_tools import launch, plot, read_metrics, table
 from scripts.paths import BUILD, OUTPUTS, RECIPES, ROOT
 
@@ -111,8 +112,7 @@ def prepare_clips() -> None:
             entries[part].append({"file": file, **about, "shapes": {key: list(x.shape) for key, x in tensors.items()}})
     settings = {"pipeline": "WanPipeline", "vae": "pixels", "text_encoder": "random", "text_length": TEXT_LENGTH}
     for part, clips in entries.items():
-        index = {"format_version": 1, "settings": settings | {"dtype": "float32"}, "clips": clips, "skipped": {}}
-        (DATA / part / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        write_index(DATA / part, settings | {"dtype": "float32"}, clips, skipped={})
 
 
 def prepare_model(folder: Path) -> None:

@@ -19,13 +19,11 @@ content, is not done again. Files made with other encoders or settings are refus
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +35,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from qat_patch.checkpoint import integrity, lock
+from qat_patch.checkpoint import lock
 
+from .clip_index import ASIDE, INDEX, write_index, written_aside
 from .wan_clips import Clip, Frames, list_clips
 
-FORMAT_VERSION = 2
-INDEX = "index.json"
 TEXT_LENGTH = 512
 """Tokens that the pipelines fill prompts up to."""
-_ASIDE = ".incomplete"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,7 +138,7 @@ def _encode_into(
     skipped: dict[str, str],
 ) -> None:
     """The same for a folder that belongs to this process."""
-    for leftover in args.output.rglob(f"*{_ASIDE}"):
+    for leftover in args.output.rglob(f"*{ASIDE}"):
         leftover.unlink()
     done = {clip: _finished(args.output, clip, settings) for clip in clips}
     pending = [clip for clip in clips if done[clip] is None]
@@ -156,7 +152,7 @@ def _encode_into(
         file, (length, height, width, _) = _file(args.output, clip), frames.shape
         record = dataclasses.asdict(clip) | {"frames": length, "height": height, "width": width, "fps": args.fps}
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _written_aside(file) as aside:
+        with written_aside(file) as aside:
             # One entry, for safetensors writes several in any order.
             metadata = {"clip": json.dumps(record | {"settings": settings})}
             save_file(encode(pipe, frames, clip.caption, getattr(torch, args.dtype)), aside, metadata)
@@ -167,12 +163,7 @@ def _encode_into(
     entries = [entry for entry in done.values() if entry is not None]
     if not entries:
         raise ValueError(f"--input: none of the {len(skipped)} clips in {args.input} can be used; the reasons are above")
-    with ThreadPoolExecutor() as pool:
-        names = [entry["file"] for entry in entries]
-        digests = dict(zip(names, pool.map(lambda name: integrity.sha256(args.output / name), names), strict=True))
-    index = {"format_version": FORMAT_VERSION, "settings": settings, "clips": entries, "sha256": digests, "skipped": skipped}
-    with _written_aside(args.output / INDEX) as aside:
-        aside.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_index(args.output, settings, entries, skipped)
     _summarize(args.output, entries, len(skipped))
 
 
@@ -227,17 +218,6 @@ def _finished(output: Path, clip: Clip, settings: dict[str, Any]) -> dict[str, A
     if not dataclasses.asdict(clip).items() <= record.items():
         return None
     return {"file": file.relative_to(output).as_posix(), **record, "shapes": shapes}
-
-
-@contextlib.contextmanager
-def _written_aside(file: Path) -> Iterator[Path]:
-    """A path to write to that becomes `file` when that succeeds, and goes when it fails."""
-    aside = file.with_name(f"{file.name}{_ASIDE}")
-    try:
-        yield aside
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _summarize(output: Path, entries: list[dict[str, Any]], skipped: int) -> None:

@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch.utils.data import Dataset, Sampler
 
-FORMAT_VERSION = 2
-INDEX = "index.json"
+from qat_patch.commands.clip_index import FORMAT_VERSION, INDEX
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

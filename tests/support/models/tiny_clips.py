@@ -1,11 +1,9 @@
 """What qat-patch prepare-wan-data writes, in small and with made-up latents: moving blobs, in two sizes."""
 
-import json
-
 import torch
 from safetensors.torch import save_file
 
-from qat_patch.checkpoint.integrity import sha256
+from qat_patch.commands.clip_index import write_index
 from qat_recipes.tasks.flow_matching import FlowMatching, TimestepSettings, noise_levels
 from support.models.tiny_wan import CHANNELS, IMAGE_DIM, TEXT_DIM
 
@@ -33,9 +31,7 @@ def write_clips(folder, count, i2v=False, seed=0):
         clips.append(clip | {"height": 8 * height, "width": 8 * width, "shapes": shapes})
     kind = "WanImageToVideoPipeline" if i2v else "WanPipeline"
     settings = {"pipeline": kind, "vae": "tiny", "text_encoder": "tiny", "text_length": 512}
-    index = {"format_version": 2, "settings": settings, "clips": clips, "skipped": {}}
-    index["sha256"] = {clip["file"]: sha256(folder / clip["file"]) for clip in clips}
-    (folder / "index.json").write_text(json.dumps(index))
+    write_index(folder, settings, clips, skipped={})
 
 
 def objective():

@@ -1,0 +1,46 @@
+"""The index of a folder of encoded clips: what `qat-patch prepare-wan-data` and the demo write, and recipes read."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from qat_patch.checkpoint import integrity
+
+FORMAT_VERSION = 2
+INDEX = "index.json"
+ASIDE = ".incomplete"
+
+
+def write_index(
+    folder: Path, settings: Mapping[str, Any], clips: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]
+) -> None:
+    """Write the index of a folder's clips, once their files are complete.
+
+    Args:
+        folder: holds the files, and gets the index.
+        settings: what all clips share: the encoders, text_length, dtype.
+        clips: of each its file relative to the folder, what it was made of, and the shapes in it.
+        skipped: sources that were left out, with the reason.
+    """
+    with ThreadPoolExecutor() as pool:
+        names = [clip["file"] for clip in clips]
+        digests = dict(zip(names, pool.map(lambda name: integrity.sha256(folder / name), names), strict=True))
+    index = {"format_version": FORMAT_VERSION, "settings": settings, "clips": clips, "sha256": digests, "skipped": skipped}
+    with written_aside(folder / INDEX) as aside:
+        aside.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def written_aside(file: Path) -> Iterator[Path]:
+    """A path to write to that becomes `file` when that succeeds, and goes when it fails."""
+    aside = file.with_name(f"{file.name}{ASIDE}")
+    try:
+        yield aside
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
