@@ -26,10 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ValueError: model and inputs do not fit together.
     """
     options = _parse(arguments)
+    if options.calibration_exclude and not options.calibrate:
+        raise ValueError("sensitivity: --calibration-exclude: expected --calibrate beside it, which measures the shifts")
     model = _patched(options)
     batches = _batches(options)
     if options.calibrate:
-        calibrate(model, batches)
+        calibrate(model, batches, exclude=options.calibration_exclude)
     report = sensitivity(model, batches)
     print(get_handle(model), report, sep="\n\n")
     if options.json is not None:
@@ -54,6 +56,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, help="JSON of an AttnQATConfig; default: that of the export, else all in NVFP4")
     parser.add_argument("--calibrate", action="store_true", help="measure k_shift on the same inputs first, and use it")
+    parser.add_argument(
+        "--calibration-exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="of --calibrate: modules that get no shift, such as '*.attn2' of Wan's image to video",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")

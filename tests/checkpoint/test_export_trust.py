@@ -327,24 +327,32 @@ def test_shifts_have_the_shape_of_their_modules(tmp_path):
     calibrate(model, [token_ids(1, 40) % 64])
     export_checkpoint(model, tmp_path / "out")
     file = tmp_path / "out" / "qat_patch_k_shift.safetensors"
-    for change in (lambda x: x[:1], lambda x: torch.cat([x, x], 1), lambda x: x[:, :8]):
-        shifts = load_file(file)
-        name = min(shifts)
-        wrong = {name: change(shifts[name]).contiguous()}
-        unpatched = tiny_qwen3(**TINY)
-        with pytest.raises(ValueError, match=r"k_shift\['model.layers.0.self_attn'\]: expected \[key heads, head_dim\]"):
-            patch_model(unpatched, k_shift=wrong)
-        save_file(shifts | wrong, tmp_path / "changed.safetensors")
+
+    def changed(shifts):
         folder = shutil.copytree(tmp_path / "out", tmp_path / "changed", dirs_exist_ok=True)
-        shutil.copy(tmp_path / "changed.safetensors", folder / file.name)
+        save_file(shifts, folder / file.name)
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"]["k_shift"] = integrity.sha256(folder / file.name)
         (folder / "config.json").write_text(json.dumps(config))
         edit_weights(folder / "model.safetensors", lambda tensors: None, qat_patch=json.dumps(config["quantization_config"]))
         reseal(folder)
+        return folder
+
+    shifts = load_file(file)
+    name = min(shifts)
+    for change in (lambda x: x[:1], lambda x: torch.cat([x, x], 1), lambda x: x[:, :8]):
+        wrong = {name: change(shifts[name]).contiguous()}
+        unpatched = tiny_qwen3(**TINY)
+        with pytest.raises(ValueError, match=r"k_shift\['model.layers.0.self_attn'\]: expected \[key heads, head_dim\]"):
+            patch_model(unpatched, k_shift=wrong)
+        folder = changed(shifts | wrong)
         for read in (load_checkpoint, verify_checkpoint, AutoModelForCausalLM.from_pretrained):
             with pytest.raises(ValueError, match=r"expected \[key heads, head_dim\] of this module"):
                 read(folder)
+
+    # An export may have shifts for some modules only. Where one was taken out, the recorded output tells.
+    with pytest.raises(ValueError, match="the output for the reference input differs from the recorded one"):
+        verify_checkpoint(changed({other: x for other, x in shifts.items() if other != name}))
 
 
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_are_not(tmp_path):

@@ -302,6 +302,12 @@ def test_command(tmp_path, capsys, monkeypatch):
     text = ["--text", str(tmp_path / "text"), "--tokens", "40", "--batches", "2", "--calibrate", "--device", "cpu"]
     assert main(["sensitivity", str(tmp_path / "model"), *text]) == 0
     assert "QK nvfp4, PV nvfp4, k_shift" in capsys.readouterr().out
+    assert main(["sensitivity", str(tmp_path / "model"), *text, "--calibration-exclude", "*.0.*", "*.1.*"]) == 0
+    (shifted,) = (line for line in capsys.readouterr().out.splitlines() if "k_shift" in line)
+    assert NAMES[2] in shifted
+    text.remove("--calibrate")
+    assert main(["sensitivity", str(tmp_path / "model"), *text, "--calibration-exclude", "*.0.*"]) == 1
+    assert "--calibration-exclude: expected --calibrate beside it" in capsys.readouterr().err
     assert main(["sensitivity", str(tmp_path / "model"), *text[:2], "--tokens", "5000"]) == 1
 
 

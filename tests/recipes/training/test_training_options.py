@@ -80,6 +80,31 @@ def test_calibration(inputs, tmp_path):
     assert all(torch.equal(again[name], shift) for name, shift in shifts.items())
 
 
+def test_modules_are_left_out_of_calibration(inputs, tmp_path):
+    """They have no shift in the run, in its checkpoints, and in the export; the others' are those that all would have."""
+    options = {"calibration_batches": 3, "checkpoint_every": 2}
+    finetune(inputs, tmp_path / "all", **options)
+    expected = get_handle(load_checkpoint(tmp_path / "all" / "export")).k_shift
+    left_out = options | {"calibration_exclude": "['*.0.*']"}
+    records = finetune(inputs, tmp_path / "some", **left_out)
+    handle = get_handle(load_checkpoint(tmp_path / "some" / "export"))
+    (name,) = handle.k_shift
+    assert name == "model.layers.1.self_attn" and len(handle.patched) == 2
+    assert torch.equal(handle.k_shift[name], expected[name])
+
+    run_until_killed(finetune_qwen3, settings(inputs, tmp_path / "killed", **left_out), "checkpoint-4")
+    for changed in ("[]", "['*.1.*']"):
+        with pytest.raises(ValueError, match="calibration_exclude"):
+            finetune(inputs, tmp_path / "killed", resume="latest", **options | {"calibration_exclude": changed})
+    assert finetune(inputs, tmp_path / "killed", resume="latest", **left_out) == records
+    assert list(get_handle(load_checkpoint(tmp_path / "killed" / "export")).k_shift) == [name]
+
+    with pytest.raises(ValueError, match=r"exclude: the pattern '\*.attn2' matches no patched module"):
+        finetune(inputs, tmp_path / "typo", **options | {"calibration_exclude": "['*.attn2']"})
+    with pytest.raises(ValueError, match=r"calibration_exclude: expected \[\] without calibration_batches"):
+        finetune(inputs, tmp_path / "nothing", calibration_exclude="['*.0.*']")
+
+
 def test_adapters_trained_under_mixed_precision_are_verified(inputs, tmp_path):
     """What an export records is computed without autocast, as whoever loads it computes."""
     finetune(inputs, tmp_path / "run", mixed_precision="bf16", **{"lora.rank": 4, "lora.alpha": 8, "lora.export": "adapters"})
