@@ -67,11 +67,13 @@ class Results(Mapping[str, Entry]):
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the file, which is replaced; and out of docs/, where it would be one more file to look at.
-        lock = Path(os.environ.get("TMPDIR", "/tmp")) / f"{str(self.file.resolve()).replace('/', '_')}.lock"
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        # The folder's own lock: the file is replaced, and one for the lock alone would stay behind.
+        folder = os.open(self.file.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(folder)
 
 
 def machine(device: torch.device | str) -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -80,9 +81,11 @@ def run_until_killed(recipe, settings, checkpoint):
 
 def run_in_two_processes(program):
     """A program and its arguments, under torchrun. One that hangs fails after five minutes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*torchrun, *program], env=environment, capture_output=True, text=True, check=False, timeout=300)
+    # Its logs would stay in the system's folder for temporary files.
+    with tempfile.TemporaryDirectory() as logs:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--log-dir={logs}"]
+        done = subprocess.run([*torchrun, *program], env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
