@@ -131,7 +131,7 @@ def how(impl: str, device: torch.device, head_dim: int, spec: QuantSpec) -> str:
     if impl == "eager":
         return "in PyTorch"
     if impl == "triton":
-        return "as fused kernels that multiply the exact FP4 values in 16 bits"
+        return "as fused kernels that multiply the exact FP4 values in 16 bits" + training_kernels().remark(device)
     kernels = fp4_kernels()
     reason = kernels.why_not_native(kernels.arch_of(device), head_dim, spec.pv)
     return (

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from qat_kernels import QuantSpec, attention, explain
+from qat_kernels import QuantSpec, attention, dispatch, explain
 from qat_kernels.fp4 import launch as fp4_launch
 from qat_patch.cli import main
 
@@ -58,6 +58,48 @@ def test_fp4_has_no_gradient():
         attention(q, HALF, HALF, impl="fp4")
     with pytest.raises(ValueError, match="use impl='eager' for float64"):
         attention(*[HALF.double()] * 3, impl="fp4")
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 7)])
+@pytest.mark.parametrize("arch", [100, 103, 110])
+def test_a_triton_that_cannot_compile_for_a_gpu_is_refused_and_auto_is_eager(arch, version, caplog):
+    """It would stop with an error of the compiler's."""
+    gpu = SimpleNamespace(type="cuda", index=0)
+    with (
+        mock.patch("qat_kernels.triton.device.INTERPRET", SimpleNamespace(value=False)),
+        mock.patch("qat_kernels.triton.device.arch_of", lambda device: arch),
+        mock.patch("qat_kernels.triton.device.TRITON", version),
+    ):
+        for impl in ("fp4", "triton"):
+            problem = dispatch.why_not(impl, gpu, torch.bfloat16, needs_gradient=False)
+            assert problem.startswith(f"expected Triton 3.8 or later for sm_{arch}, which 3.{version[1]} cannot compile for")
+        dispatch._resolve.cache_clear()
+        assert dispatch.resolve(torch.device("cuda"), torch.bfloat16) == "eager"
+        assert "expected Triton 3.8 or later" in caplog.text
+    with (
+        mock.patch("qat_kernels.triton.device.INTERPRET", SimpleNamespace(value=False)),
+        mock.patch("qat_kernels.triton.device.arch_of", lambda device: arch),
+        mock.patch("qat_kernels.triton.device.TRITON", (3, 8)),
+    ):
+        dispatch._resolve.cache_clear()
+        assert dispatch.resolve(torch.device("cuda"), torch.bfloat16) == "triton"
+    dispatch._resolve.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("version", "arch", "said"), [((3, 6), 90, True), ((3, 7), 121, True), ((3, 7), 89, False), ((3, 8), 80, False)]
+)
+def test_a_triton_that_spills_registers_is_taken_and_explained(version, arch, said):
+    with ExitStack() as stack:
+        for patch in (
+            *on_gpu(divmod(arch, 10)),
+            mock.patch("qat_kernels.triton.launch.arch_of", lambda device: arch),
+            mock.patch("qat_kernels.triton.launch.TRITON", version),
+        ):
+            stack.enter_context(patch)
+        line = explain(HALF, HALF, HALF).splitlines()[1]
+        assert line.startswith("triton: runs, as fused kernels")
+        assert (f"Triton 3.{version[1]} spills registers on sm_{arch}, 3.8 does not" in line) == said
 
 
 @pytest.mark.parametrize(

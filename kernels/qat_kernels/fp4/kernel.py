@@ -40,8 +40,6 @@ from qat_kernels.triton.nvfp4 import (
     scale_of_p,
 )
 
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-"""Triton's version."""
 _PAD = tl.constexpr(PAD)
 # Pairs of float32 to bytes, four bytes a call: the even element of a pair is the lower half of its byte.
 _PACK = tl.constexpr(

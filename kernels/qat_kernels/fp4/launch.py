@@ -8,7 +8,7 @@ import torch
 from triton import next_power_of_2
 
 from qat_kernels.spec import PVFormat, QuantSpec
-from qat_kernels.triton.device import arch_of, check_device, on_device
+from qat_kernels.triton.device import TRITON, arch_of, check_device, on_device
 from qat_kernels.triton.operands import (
     Codes,
     allowed_keys,
@@ -22,7 +22,7 @@ from qat_kernels.triton.operands import (
 from qat_kernels.triton.problem import Problem
 from qat_kernels.varlen import Packing, lse_shape
 
-from .kernel import TRITON, inference_kernel
+from .kernel import inference_kernel
 
 _MIN_BLOCK_D = 64
 

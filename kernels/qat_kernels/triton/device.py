@@ -6,10 +6,15 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
+import triton
 
 from .nvfp4 import INTERPRET
 
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+"""Triton's version, major and minor."""
 _MIN_ARCH = 80
+_OLDEST_TRITON = {range(100, 120): (3, 8)}
+"""For some architectures: 3.6 and 3.7 stop with an error at the forward for sm_100, on FP4 units or not."""
 
 
 def check_device(device: torch.device) -> None:
@@ -22,6 +27,17 @@ def check_device(device: torch.device) -> None:
         raise ValueError(
             f"attention: impl='triton': expected sm_{_MIN_ARCH} or later, got sm_{arch_of(device)}; use impl='eager'"
         )
+    if problem := too_old_triton(arch_of(device)):
+        raise ValueError(f"attention: impl='triton': {problem}; use impl='eager'")
+
+
+def too_old_triton(arch: int) -> str | None:
+    """Why the installed Triton cannot compile the kernels for an architecture (80 for sm_80); None if it can."""
+    oldest = next((version for archs, version in _OLDEST_TRITON.items() if arch in archs), (0, 0))
+    if oldest <= TRITON:
+        return None
+    expected, got = (".".join(map(str, version)) for version in (oldest, TRITON))
+    return f"expected Triton {expected} or later for sm_{arch}, which {got} cannot compile for"
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from qat_kernels.varlen import Packing, lse_shape
 
 from . import tiles
 from .backward import grad_key_value_kernel, grad_query_kernel, preprocess_kernel
-from .device import arch_of, check_device, on_device
+from .device import TRITON, arch_of, check_device, on_device
 from .forward import attention_forward_kernel
 from .layout import PAD
 from .operands import (
@@ -225,3 +225,11 @@ def _value_operands(
 
 def _tiles(device: torch.device, problem: Problem) -> tiles.Tiles:
     return tiles.choose(arch_of(device), problem.head_dim, problem.causal)
+
+
+def remark(device: torch.device) -> str:
+    """What `explain` adds about the installed Triton on this GPU: a phrase in brackets, or nothing."""
+    arch = arch_of(device)
+    if tiles.entry_of(arch) not in tiles.SPILLS.get(TRITON, ()):
+        return ""
+    return f" (slower than they could be: Triton {'.'.join(map(str, TRITON))} spills registers on sm_{arch}, 3.8 does not)"

@@ -64,9 +64,16 @@ ARCHITECTURES = (80, 90, 100, 120)
 """The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the
 99 KiB of shared memory that sm_86 and sm_89 have."""
 
+SPILLS: dict[tuple[int, ...], tuple[int, ...]] = {(3, 6): (80, 90, 120), (3, 7): (120,)}
+"""Versions of Triton that keep too little in registers for some tiles, by entry of the table: the same numbers, but slower."""
+
+
+def entry_of(arch: int) -> int:
+    """The entry of the table that an architecture takes."""
+    return max(each for each in ARCHITECTURES if each <= arch)
+
 
 def choose(arch: int, head_dim: int, causal: bool) -> Tiles:
     """The tiles for an architecture (80 for sm_80), a head dim and causality."""
-    entry = max(each for each in ARCHITECTURES if each <= arch)
-    chosen = _TILES[entry, next(size for size in (64, 128, 256) if head_dim <= size), causal]
+    chosen = _TILES[entry_of(arch), next(size for size in (64, 128, 256) if head_dim <= size), causal]
     return Tiles(*(Tile(*each) for each in chosen))

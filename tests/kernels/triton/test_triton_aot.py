@@ -16,13 +16,20 @@ KERNELS = {
 
 
 def assert_all_fit(compiler, problems: list[tuple[int, int, bool]], **options) -> None:
-    """Every kernel of these architectures, head dims and causalities: nothing spilled, and shared memory suffices."""
+    """Every kernel of these architectures, head dims and causalities: nothing spilled, and shared memory suffices.
+
+    Not where the installed Triton is known to be too old, which is refused, or to spill, which `explain` says.
+    """
+    from qat_kernels.triton import tiles
+    from qat_kernels.triton.device import TRITON, too_old_triton
+
+    problems = [problem for problem in problems if not too_old_triton(problem[0])]
     futures = {problem: compiler.submit(compile_kernels, *problem, **options) for problem in problems}
     for (arch, head_dim, causal), future in futures.items():
         compiled = future.result()
         assert {kernel.name for kernel in compiled} == KERNELS
         for kernel in compiled:
-            assert kernel.spilled_in_loops == 0, (arch, head_dim, causal, kernel)
+            assert kernel.spilled_in_loops == 0 or arch in tiles.SPILLS.get(TRITON, ()), (arch, head_dim, causal, kernel)
             assert_launchable(arch, kernel)
 
 
