@@ -282,12 +282,11 @@ def _give_original_masks(module: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _keys(cache: Any, layer_idx: int, queries: int) -> int:
     """How many keys a layer will see, with the empty slots of a static cache."""
-    from transformers.masking_utils import find_first_full_attention_index
-
     is_dummy = getattr(cache, "is_dummy", ())
     if layer_idx < len(is_dummy) and is_dummy[layer_idx]:
-        # It sees the keys of a layer before it, which are in the cache by now.
-        layer_idx, queries = find_first_full_attention_index(cache), 0
+        # It sees the keys of a layer before it, which are in the cache by now: those that the first with full attention has.
+        kinds = zip(cache.is_sliding, cache.is_linear, is_dummy, strict=True)
+        layer_idx, queries = next((index for index, kind in enumerate(kinds) if not any(kind)), 0), 0
     return cache.get_mask_sizes(queries, layer_idx)[0]
 
 
