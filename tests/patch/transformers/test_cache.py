@@ -4,7 +4,10 @@ import re
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import BartConfig, BartForConditionalGeneration
+from transformers.models.mllama import modeling_mllama
 
 from qat_kernels import QuantSpec
 from qat_patch import AttnQATConfig, patch_model
@@ -118,9 +121,13 @@ def test_encoder_decoders(options):
     torch.manual_seed(0)
     model = lively(BartForConditionalGeneration(config)).double().eval()
     ids = token_ids(batch=1, length=21)
+    without_lookup = {} if "prompt_lookup_num_tokens" in options else options
+    if not torch.equal(generate(model, ids, **options), generate(model, ids, **without_lookup, use_cache=False)):
+        assert Version(transformers.__version__) < Version("5.24")
+        pytest.skip(f"transformers {transformers.__version__} itself goes wrong here, without a patch too")
     handle = patch_model(model)
     cache = handle.cache()
-    full = generate(model, ids, **({} if "prompt_lookup_num_tokens" in options else options), use_cache=False)
+    full = generate(model, ids, **without_lookup, use_cache=False)
     assert torch.equal(generate(model, ids, past_key_values=cache, **options), full)
     assert all(isinstance(layer, FP4Layer) for layer in cache.self_attention_cache.layers)
     assert cache.get_seq_length() >= 39
@@ -148,6 +155,8 @@ def test_recurrent_layers_keep_their_state():
     ],
 )
 def test_models_that_do_more_with_a_cache_are_refused_at_once(model_type, reason):
+    if model_type == "mllama" and not hasattr(modeling_mllama, "_has_cached_cross_attention_states"):
+        pytest.skip(f"transformers {transformers.__version__} has no such code")
     model = every_causal_lm.build(model_type)
     config = AttnQATConfig(exclude=["*.0.self_attn", "*.2.self_attn"]) if model_type == "gemma4_text" else None
     handle = patch_model(model, config)
