@@ -8,12 +8,17 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Test tensors are tiny: more threads wait for each other, and their number would change sums from machine to machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import getpass
 import multiprocessing
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+
+# torch's own default, in full: `temporary_files` moves what it is relative to, and this is a cache for the next time.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
 
 
 def pytest_configure():
@@ -29,6 +34,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files(tmp_path_factory):
+    """Tests leave nothing behind, nor do processes that they kill: temporary files go to a folder that goes with the session."""
+    tmp_path_factory.getbasetemp()  # stays, for a look at what failed
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture
