@@ -9,7 +9,7 @@ VERSIONS := triton-3.6.0 triton-3.9.0 transformers-5.17.0
 # The interpreter of Triton 3.6 takes an array of one number for a number, which NumPy 2.4 refuses.
 BESIDE_triton-3.6.0 := 'numpy<2.4'
 TESTS_OF_triton := tests/kernels/triton tests/kernels/fp4 tests/kernels/decode tests/kernels/test_explain.py
-TESTS_OF_transformers := tests/patch
+TESTS_OF_transformers := tests/patch --ignore=tests/patch/diffusers tests/checkpoint
 PACKAGE = $(firstword $(subst -, ,$*))
 VERSION = $(lastword $(subst -, ,$*))
 
@@ -34,7 +34,7 @@ demo-wan: $(VENV)/installed $(VENV)/demo-wan-installed  ## the same for a small 
 test: $(VENV)/installed  ## run the tests, offline; those that need a GPU are skipped where there is none
 	$(BIN)/pytest -q --numprocesses=auto --durations=10
 
-test-versions: $(VERSIONS:%=test-with-%)  ## repeat the tests of kernels and adapters with other versions of Triton and transformers
+test-versions: $(VERSIONS:%=test-with-%)  ## repeat the tests of kernels, adapters and exports with other versions of Triton and transformers
 
 .PHONY: $(VERSIONS:%=test-with-%)
 $(VERSIONS:%=test-with-%): test-with-%: $(VENV)/versions/%

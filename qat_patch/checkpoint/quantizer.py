@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
@@ -54,7 +55,11 @@ class QATPatchQuantizer(HfQuantizer):
     saving: Saving | None = None
     """Set while the model is saved."""
 
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.shapes = {name: x.shape for name, x in model.named_parameters()}
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _check_shapes(model, self.shapes)
         metadata = self.quantization_config.metadata
         shifts = {} if metadata.k_shift is None else read_k_shift(_beside_the_weights(model, K_SHIFT), metadata)
         rename = _new_names(model, metadata)
@@ -72,6 +77,19 @@ class QATPatchQuantizer(HfQuantizer):
         assert self.saving is not None  # record.py saves by way of this
         self.saving.write_beside()
         return self.saving.state_dict, {METHOD: self.quantization_config.metadata.to_json()}
+
+
+def _check_shapes(model: Any, expected: dict[str, torch.Size]) -> None:
+    """Raise a ValueError if a parameter has another shape than before it was loaded.
+
+    Transformers 5.17 leaves that to quantizers. Of one that is split over processes each holds a part.
+    """
+    for name, x in model.named_parameters() if model._tp_size is None else ():
+        if x.shape != expected.get(name, x.shape):
+            raise ValueError(
+                f"{model.name_or_path}: {name}: expected {list(expected[name])}, as the config says, got {list(x.shape)}; the "
+                "weights are not those of the config"
+            )
 
 
 def _new_names(model: Any, metadata: AttentionMetadata) -> Callable[[str], str] | None:

@@ -9,7 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qat_patch import export_checkpoint, load_checkpoint, patch_model
+from qat_patch.checkpoint import quantizer
 from support.models.exports import outcome
+from support.models.tiny_qwen3 import tiny_qwen3
 from support.runs.runs import reseal
 
 
@@ -48,6 +50,15 @@ def test_tensors_that_are_not_the_models_are_refused(originals, tmp_path, origin
     save_file(tensors, file, metadata=metadata)
     reseal(tmp_path / "out")
     assert outcome(tmp_path / "out", originals / original) == "refused"
+
+
+def test_shapes_are_checked_whichever_transformers_loads_them():
+    """5.17 loads any shape where there is a quantizer."""
+    model = tiny_qwen3()
+    shapes = {name: x.shape for name, x in model.named_parameters()}
+    quantizer._check_shapes(model, shapes)
+    with pytest.raises(ValueError, match=r"model.norm.weight: expected \[3\], as the config says, got \[\d+\]"):
+        quantizer._check_shapes(model, shapes | {"model.norm.weight": torch.Size([3])})
 
 
 def test_headers_that_are_no_safetensors_are_refused(originals, tmp_path):
