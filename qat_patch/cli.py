@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 COMMANDS = {
     "generate": "text or video from an export",
     "prepare-wan-data": "encode clips and captions, to fine-tune Wan on them",
+    "evaluate": "what a model loses in each 4-bit attention, before any training: on text, tasks or samples",
     "sensitivity": "which layers suffer most from 4-bit attention, on real inputs",
     "verify": "check an export from end to end: hashes, weights and what it computes",
+    "bench": "the speed of attention here, beside that of others: figure 5 of the paper",
     "doctor": "what this machine has, and what runs on it natively, emulated or not at all",
+    "servers": "which presets this machine can train, evaluate and serve, and with what",
 }
 
 
@@ -41,8 +44,14 @@ def _command(name: str) -> Callable[[Sequence[str]], object]:
         from .commands.generate import main
     elif name == "prepare-wan-data":
         from .commands.prepare_wan_data import main
+    elif name == "evaluate":
+        from .commands.evaluate import main
+    elif name == "servers":
+        from .commands.servers import main
     elif name == "sensitivity":
         from .commands.sensitivity import main
+    elif name == "bench":
+        from .commands.bench import main
     elif name == "verify":
         from .commands.verify import main
     else:

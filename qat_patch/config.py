@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qat_kernels import NVFP4, QuantSpec
+from qat_kernels.arguments import served_problems
 from qat_kernels.spec import GROUP_SIZE, MAX_HEAD_DIM
 
 from .config_reader import from_dict
@@ -18,6 +19,9 @@ from .config_reader import from_dict
 class AttnQATConfig:
     """Which attention modules run 4-bit attention, and what it quantizes.
 
+    A model is trained for what will serve it: `AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4"))` is for the NVFP4 KV caches of
+    vLLM and SGLang, `preset="sage3"` for SageAttention3 in Diffusers; docs/SERVERS.md has them all.
+
     Patterns are shell patterns of module names, as `model.named_modules()` spells them: `*.attn1`, `blocks.[0-3].*`.
 
     Raises:
@@ -25,7 +29,7 @@ class AttnQATConfig:
     """
 
     spec: QuantSpec = NVFP4
-    """What is quantized; docs/NUMERICS.md."""
+    """What is quantized, and on whose grid; docs/NUMERICS.md, sections 6 and 9."""
     overrides: dict[str, QuantSpec] = dataclasses.field(default_factory=dict)
     """Another QuantSpec for some modules, by pattern; the first pattern that matches counts."""
     include: tuple[str, ...] = ("*",)
@@ -136,13 +140,18 @@ def _block(name: str) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def head_dim_problem(head_dim: int | None, spec: QuantSpec) -> str | None:
-    """Why `spec` cannot quantize a module's head dim, as far as the module tells it."""
-    if head_dim is None:
-        return None
-    expected = None
-    if head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM:
-        expected = f"a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}"
-    elif spec.rotate and head_dim & (head_dim - 1):
-        expected = "a power of two, for QuantSpec(rotate=True)"
-    return expected and f"head_dim {head_dim}; expected {expected}"
+def spec_problem(spec: QuantSpec, head_dim: int | None, *, causal: bool, grouped: bool) -> str | None:
+    """Why `spec` cannot be computed for a module, as far as the module tells: its head dim, and the kind of its attention."""
+    if head_dim is not None:
+        expected = None
+        if head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM:
+            expected = f"a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}"
+        elif spec.rotate and head_dim & (head_dim - 1):
+            expected = "a power of two, for QuantSpec(rotate=True)"
+        if expected is not None:
+            return f"head_dim {head_dim}; expected {expected}"
+    head_dims = spec.rules.head_dims
+    known = head_dim if head_dim is not None or head_dims is None else head_dims[0]
+    for what, expected, got in served_problems(spec, head_dim=known or 0, causal=causal, masked=False, grouped=grouped):
+        return f"{what} is {got}; expected {expected}"
+    return None

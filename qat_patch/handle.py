@@ -10,10 +10,14 @@ from typing import Any
 import torch
 
 from qat_kernels import QuantSpec
+from qat_kernels.arguments import Impl
+from qat_kernels.verdicts import Case
 
 from .config import AttnQATConfig
+from .implementation import describe_impl, devices_of
 from .layer import AttentionCall, AttentionLayer
 from .plan import Plan, restore
+from .self_check.check import Checked, CheckReport, check, known_verdicts, unchecked
 
 _SWITCHING = threading.RLock()
 """Held while layers are switched, for several threads may do so with one model. No state of any model."""
@@ -68,6 +72,39 @@ class PatchHandle:
         They outlive the patch: `patch_model(model, handle.config, k_shift=handle.k_shift)` brings all of it back.
         """
         return {name: layer.k_shift for name, layer in self.patched.items() if layer.k_shift is not None}
+
+    @property
+    def impl(self) -> Impl:
+        """Which implementation `patch_model` was asked for; the receipt says what that comes to here."""
+        return next(iter(self.plans.values())).impl
+
+    def unchecked(self, device: torch.device) -> list[Case]:
+        """The kinds of calls of these models that would run on FP4 units of a device, and that nobody has proved there."""
+        verdicts = known_verdicts()
+        return [case for plan in self.plans.values() if plan.impl == "auto" for case in unchecked(verdicts, device, plan.cases())]
+
+    def check(self, device: torch.device | None = None) -> CheckReport:
+        """Prove FP4 units on this machine: each kind of call of these models.
+
+        Runs in child processes, for minutes, with random tensors. From then on `impl="auto"` takes `fp4` where it was found
+        right and faster, in these models at once, and in others from their `patch_model` on.
+
+        Args:
+            device: default: the GPU where a model is, or every one.
+
+        Returns:
+            The results; `print` shows a table.
+
+        Raises:
+            ValueError: there is no NVIDIA GPU that could run the kernels.
+        """
+        checked: list[Checked] = []
+        for plan in self.plans.values():
+            checked += check(devices_of(plan) if device is None else [device], plan.cases()).checked
+        verdicts = known_verdicts()
+        for plan in self.plans.values():
+            plan.take(plan.impl, verdicts)
+        return CheckReport(tuple(checked))
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -162,10 +199,12 @@ class PatchHandle:
 
             model.generate(**inputs, cache=handle.cache())  # before transformers 5.24: past_key_values=handle.cache()
 
-        It generates what the same model does without a cache. A transformers `Cache`, of an encoder-decoder an
-        `EncoderDecoderCache`: batches with left padding, beam search and assisted generation, with at most 32 tokens guessed at
-        a time, work. Modules for which this cannot work keep transformers' own cache: those with V unquantized (`pv="bf16"`),
-        with a recurrent state beside attention, or whose code uses what a cache returned.
+        It generates what the same model does without a cache. With `QuantSpec(preset="kv_nvfp4")` the cache holds what the NVFP4
+        caches of servers hold, so that this is what the model will generate there. A transformers `Cache`, of an encoder-decoder
+        an `EncoderDecoderCache`: batches with left padding, beam search and assisted generation work, the last with at most 32
+        tokens guessed at a time, which `kv_nvfp4` does not limit. Modules for which this cannot work keep transformers' own
+        cache: those of a preset that is not kept so, with a recurrent state beside attention, or whose code uses what a cache
+        returned.
 
         Raises:
             ValueError: the models are not language models, lost 4-bit attention, or it works for no module; says why.
@@ -224,7 +263,10 @@ class PatchHandle:
     def __str__(self) -> str:
         patched, skipped = self.patched, self.skipped
         models = ", ".join(type(model).__name__ for model in self.models)
-        lines = [f"{models}: 4-bit attention in {len(patched)} of {len(patched) + len(skipped)} attention modules"]
+        impls = "; ".join(dict.fromkeys(map(describe_impl, self.plans.values())))
+        lines = [f"{models}: 4-bit attention in {len(patched)} of {len(patched) + len(skipped)} attention modules; {impls}"]
+        if not all(plan.in_force for plan in self.plans.values()):
+            lines.insert(0, "patched no longer, or anew: this is the receipt of an earlier patch")
         for prefix, plan in self.plans.items():
             lines += [f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.patched]
         lines += [f"  skipped  {name}: {reason}" for name, reason in skipped.items()]

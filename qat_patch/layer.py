@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from qat_kernels import QuantSpec
+from qat_kernels.arguments import Impl
+from qat_kernels.verdicts import Verdicts
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -28,6 +30,8 @@ class AttentionLayer:
     may be in a fresh one."""
     k_shift: torch.Tensor | None = None
     """float32 [key heads, head_dim], subtracted from the keys before they are quantized (docs/NUMERICS.md, section 6)."""
+    impl: Impl | Verdicts = "auto"
+    """Which implementation of 4-bit attention its calls run: as `qat_kernels.attention` takes it. No part of the numerics."""
     off: int = 0
     """How many `handle.disabled()` are open; in each of them the module runs its original attention."""
     observer: Callable[[AttentionLayer, AttentionCall], None] | None = None

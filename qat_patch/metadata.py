@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qat_kernels import QuantSpec
-from qat_kernels.spec import E2M1_MAX, GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCALE, SCALE_MIN
+from qat_kernels.spec import E2M1_MAX, GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCALE, SCALE_MIN, SMOOTH_BLOCK, NVFP4Format
 
 from .config import AttnQATConfig
 from .config_reader import check_keys
@@ -20,42 +20,68 @@ CONFIG_KEYS = {"transformers": "quantization_config", "diffusers": "attention_qu
 """Where the metadata stands in a model's config, by host library."""
 RECORD = "_qat_patch_record"
 """The attribute of a model with the metadata that it was saved with, where its config has no place for them."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the metadata and of the folder. Raised whenever an older version of this package could misread what this one writes."""
+_READ_VERSIONS = (2, FORMAT_VERSION)
 
 _MOST_PATTERNS, _LONGEST_PATTERN = 4096, 512
 
 
 def numerics(spec: QuantSpec) -> dict[str, Any]:
-    """What a spec means, tensor by tensor, in plain values that another engine can follow (docs/NUMERICS.md, 1 to 6)."""
-    scale_rule = "amax/6"
-    if spec.four_over_six:
-        scale_rule = "amax/6 or amax/4, whichever has the smaller sum of squared errors in float32; a tie keeps amax/6"
-    nvfp4 = {
-        "format": "nvfp4",
-        "element": "e2m1",
-        "element_max": E2M1_MAX,
-        "scale": "e4m3",
-        "scale_min": SCALE_MIN,
-        "group_size": GROUP_SIZE,
+    """What a spec means, tensor by tensor, in plain values that another engine can follow (docs/NUMERICS.md, 1 to 6 and 9)."""
+    formats = spec.formats
+    kept_groups = {"causal": ["sink", "open"] if spec.keeps_groups(causal=True) else [], "not_causal": []}
+    described = {
+        "query": _tensor(formats.query),
+        "key": _tensor(formats.key),
+        "value": _tensor(formats.value),
+        "probabilities": _probabilities(formats.probabilities),
+        "kept_groups": kept_groups,
+        "rotation": {"matrix": "sylvester_hadamard", "entry": HADAMARD_ENTRY, "of": ["query", "key"]} if spec.rotate else None,
     }
-    kept = {"format": "bf16"}
-    queries = nvfp4 | {"axis": "head_dim", "global_scale": 1.0, "scale_rule": scale_rule}
-    values = queries | {"axis": "key_tokens"}
-    probabilities = nvfp4 | {
+    if formats.smooth is not None:
+        described["smoothing"] = {
+            "dtype": "bfloat16, or float16 where that is what attention is given",
+            "key": "minus its mean over the tokens",
+            "query": f"minus its mean over each {SMOOTH_BLOCK} rows, in float32",
+            "scores": "plus the mean of the query's rows times the smoothed key",
+        }
+    return described
+
+
+_NVFP4 = {"format": "nvfp4", "element": "e2m1", "element_max": E2M1_MAX, "scale": "e4m3", "group_size": GROUP_SIZE}
+
+
+def _tensor(how: NVFP4Format | str | None) -> dict[str, Any]:
+    """The description of Q, K or V."""
+    if not isinstance(how, NVFP4Format):
+        return {"format": how or "bf16"}
+    rule = "amax/6"
+    if how.four_over_six:
+        rule = "amax/6 or amax/4, whichever has the smaller sum of squared errors in float32; a tie keeps amax/6"
+    described = _NVFP4 | {"axis": "key_tokens" if how.axis == "keys" else how.axis, "global_scale": 1.0, "scale_rule": rule}
+    if how.scale == "divide":
+        described["scale_min"] = SCALE_MIN
+    else:
+        described["code_rule"] = "e2m1(x * rn(1/scale)); zero where the scale is zero"
+    if how.then_e4m3:
+        described["value_rule"] = "e4m3(code * scale)"
+    return described
+
+
+def _probabilities(how: str | None) -> dict[str, Any]:
+    """The description of P~."""
+    if how is None:
+        return {"format": "bf16"}
+    described = _NVFP4 | {
         "axis": "key_tokens",
-        "global_scale": P_GLOBAL_SCALE,
+        "global_scale": 1.0 if how == "sage_one_level" else P_GLOBAL_SCALE,
         "scale_rule": "amax/6",
         "of": "exp2(score - m), with m the largest quantized score of the row, rounded up to an integer",
     }
-    return {
-        "query": queries,
-        "key": queries,
-        "value": values if spec.pv == "nvfp4" else kept,
-        "probabilities": probabilities if spec.pv == "nvfp4" else kept,
-        "kept_groups": {"causal": ["sink", "open"] if spec.pv == "nvfp4" else [], "not_causal": []},
-        "rotation": {"matrix": "sylvester_hadamard", "entry": HADAMARD_ENTRY, "of": ["query", "key"]} if spec.rotate else None,
-    }
+    if how == "two_level":
+        return described | {"scale_min": SCALE_MIN}
+    return described | {"code_rule": "e2m1(6 * x / amax); zero where the scale is zero"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +137,8 @@ class AttentionMetadata:
         if not cls.is_ours(values):
             raise ValueError(f"attention metadata: expected a mapping with quant_method {METHOD!r}, got {values!r}")
         check_format_version("attention metadata", values)
+        if values["format_version"] == 2:
+            values = _from_format_2(values)
         known = ["quant_method", "format_version", "package_version", "attention", "groups", "k_shift", "training"]
         check_all_keys("attention metadata", values, known)
         groups, shift, version, training = (values[key] for key in ("groups", "k_shift", "package_version", "training"))
@@ -166,16 +194,45 @@ class AttentionMetadata:
 def check_format_version(what: str, values: dict[str, Any]) -> None:
     """Raise a ValueError if something was written in another format than this version of the package reads."""
     version = values.get("format_version")
-    if version == FORMAT_VERSION and not isinstance(version, bool | float):
+    if version in _READ_VERSIONS and not isinstance(version, bool | float):
         return
     writer = values.get("package_version")
     age = ""
     if isinstance(version, int):
         age = "newer: upgrade qat_patch" if version > FORMAT_VERSION else "older: export again, or"
     raise ValueError(
-        f"{what}: this version of qat_patch reads format_version {FORMAT_VERSION}, got {version!r}; it is {age or 'damaged, or'} "
+        f"{what}: this version of qat_patch reads format_version {' and '.join(map(str, _READ_VERSIONS))}, got {version!r}; "
+        f"it is {age or 'damaged, or'} "
         f"install the version that wrote it ({writer})"
     )
+
+
+def _from_format_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Metadata of format 2 as format 3 has them: a spec said `pv` where it says `preset` now."""
+
+    def renewed(spec: Any) -> Any:
+        if not isinstance(spec, dict):
+            return spec
+        if "preset" in spec:
+            raise ValueError("attention metadata: spec: format 2 has no key 'preset'; the export is damaged")
+        if "pv" not in spec:
+            return spec
+        pv = spec["pv"]
+        if pv not in ("nvfp4", "bf16"):
+            raise ValueError(f"attention metadata: spec: pv: expected nvfp4 or bf16, got {pv!r}; the export is damaged")
+        rest = {key: value for key, value in spec.items() if key != "pv"}
+        return rest | {"preset": "nvfp4" if pv == "nvfp4" else "nvfp4_qk"}
+
+    values = dict(values)
+    if isinstance(attention := values.get("attention"), dict):
+        attention = values["attention"] = attention | {"spec": renewed(attention.get("spec"))}
+        if isinstance(overrides := attention.get("overrides"), dict):
+            attention["overrides"] = {pattern: renewed(spec) for pattern, spec in overrides.items()}
+    if isinstance(groups := values.get("groups"), list):
+        values["groups"] = [
+            group | {"spec": renewed(group["spec"])} if isinstance(group, dict) and "spec" in group else group for group in groups
+        ]
+    return values
 
 
 def check_all_keys(what: str, values: Any, known: list[str]) -> None:

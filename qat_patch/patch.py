@@ -7,14 +7,21 @@ from typing import Any
 
 import torch
 
+from qat_kernels.arguments import Impl
+
 from .config import AttnQATConfig
 from .handle import PatchHandle
 from .hosts import ADAPTERS
+from .implementation import choose_impl
 from .plan import HANDLE, make_plan, restore, set_shifts
 
 
 def patch_model(
-    model: Any, config: AttnQATConfig | None = None, *, k_shift: Mapping[str, torch.Tensor] | None = None
+    model: Any,
+    config: AttnQATConfig | None = None,
+    *,
+    k_shift: Mapping[str, torch.Tensor] | None = None,
+    impl: Impl = "auto",
 ) -> PatchHandle:
     """Switch a model to 4-bit attention, in place. Parameters and state_dict keys stay as they are.
 
@@ -24,28 +31,37 @@ def patch_model(
             and nothing else; the receipt names what else could be. The names of modules start in each model, without
             `transformer.`.
         config: which modules, and what is quantized. Default: what an export of this package stored in the model's
-            config, else `AttnQATConfig()`, every attention module in NVFP4.
+            config, or beside it for a server, else `AttnQATConfig()`, every attention module in NVFP4 on this package's own
+            grid. `AttnQATConfig(spec=QuantSpec(preset=...))` is for what a server computes (docs/SERVERS.md).
         k_shift: vectors that are subtracted from keys before these are quantized, float32 [key heads, head_dim], by the names
             of patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them. Without
             `config`, a model from an export with K shifts needs them, or `{}` to do without.
+        impl: which implementation computes 4-bit attention, as `qat_kernels.attention` knows them. It changes speed, and no
+            checkpoint remembers it. `auto` takes what is fastest among what is known to be right on this machine: FP4 units
+            where `handle.check()` or `qat-patch doctor --check` has proved them, for calls without a gradient.
 
     Returns:
         The handle; the model keeps it too (see `get_handle`).
 
     Raises:
         ValueError: the model is patched already, has no attention that can be patched, needs something that 4-bit attention
-            cannot do, or the K shifts of its export are missing; there are several models in a module; or this version of the
-            host library is not supported. Nothing has been changed then.
+            cannot do, or the K shifts of its export are missing; there are several models in a module; `impl` cannot run here;
+            or this version of the host library is not supported. Nothing has been changed then.
     """
     if taken := _handles(model):
         which = " and ".join(name for name in taken if name) or "this model"
         raise ValueError(f"patch_model: {which} is patched already; call unpatch_model first to patch it differently")
+    if not isinstance(config, AttnQATConfig | None):
+        raise ValueError(
+            f"patch_model: config: expected an AttnQATConfig, got {config!r}; for a preset AttnQATConfig(spec=QuantSpec(...))"
+        )
     plans = {prefix: make_plan(host, part, config, with_shifts=k_shift is not None) for prefix, host, part in _parts(model)}
     skipped = [f"{name}: {reason}" for plan in plans.values() for name, reason in plan.skipped.items()]
     if not any(plan.patched for plan in plans.values()):
         reasons = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         raise ValueError(f"patch_model: nothing to patch in {type(model).__name__} ({reasons})")
     set_shifts(plans, k_shift or {})
+    choose_impl(plans.values(), impl)
     try:
         for plan in plans.values():
             setattr(plan.model, HANDLE, PatchHandle({"": plan}))

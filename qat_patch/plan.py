@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from qat_kernels.arguments import Impl
+from qat_kernels.verdicts import Case, Verdicts
+
 from .config import AttnQATConfig
 from .first_call import unwatch, watch
 from .hosts import ADAPTERS, HostAdapter
@@ -16,6 +19,8 @@ from .versions import check_version
 
 HANDLE = "_qat_handle"
 """The attribute of a patched model that holds its handle."""
+_USUAL_HEAD_DIMS = (64, 128)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,6 +32,8 @@ class Plan:
     config: AttnQATConfig
     layers: list[AttentionLayer]
     skipped: dict[str, str]
+    impl: Impl = "auto"
+    """Which implementation the user asked for."""
 
     @property
     def adapter(self) -> HostAdapter:
@@ -56,7 +63,7 @@ class Plan:
         """What the receipt says about a patched module."""
         options = [name for name in ("rotate", "four_over_six") if getattr(layer.spec, name)]
         options += ["k_shift"] if layer.k_shift is not None else []
-        return f"{', '.join([f'QK nvfp4, PV {layer.spec.pv}', *options])} - {self._calls(layer)}"
+        return f"{', '.join([layer.spec.preset, *options])} - {self._calls(layer)}"
 
     def _calls(self, layer: AttentionLayer) -> str:
         """What became of the calls of a patched module."""
@@ -72,6 +79,34 @@ class Plan:
         if layer.skipped_by or (called and hooks):
             return f"skipped by {layer.skipped_by or hooks[0]}"
         return "not yet called"
+
+    def cases(self) -> list[Case]:
+        """What its inference calls would look like to the self-check, as far as the model tells before a call.
+
+        None of those with a preset that the kernel for FP4 units does not compute.
+        """
+        layers = [layer for layer in self.patched if "fp4" in layer.spec.rules.impls]
+        shapes = {layer: self.adapter.key_shape(self.model.get_submodule(layer.name)) for layer in layers}
+        dtype = self.weights.dtype if self.weights is not None else torch.bfloat16
+        return list(
+            dict.fromkeys(
+                Case(head_dim, self.adapter.CAUSAL, layer.spec.to_json(), dtype)
+                for layer, shape in shapes.items()
+                for head_dim in (_USUAL_HEAD_DIMS if shape is None else shape[1:])
+            )
+        )
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """A weight of patched attention: where it is, and in which type that computes. Quantized weights are of none of these."""
+        modules = [self.model.get_submodule(layer.name) for layer in self.patched]
+        return next((x for module in [*modules, self.model] for x in module.parameters() if x.dtype in _DTYPES), None)
+
+    def take(self, impl: Impl, verdicts: Verdicts | None) -> None:
+        """What calls run from now on: `impl`, and where that is `auto`, what was checked."""
+        self.impl = impl
+        for layer in self.patched:
+            layer.impl = verdicts if impl == "auto" and verdicts is not None else impl
 
     def apply(self) -> None:
         """Patch the model, and have the first call of each module checked."""
@@ -116,15 +151,15 @@ def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *
         original = adapter.original(model, module)
         layers.append(AttentionLayer(name=name, spec=spec, is_patched=is_patched, original=original, prepare=adapter.prepare))
     if refused:
-        raise ValueError(_refusal(model, config, refused))
+        raise ValueError(_refusal(model, config, refused, is_all=len(refused) == sum(layer.is_patched for layer in layers)))
     config.check_overrides(layer.name for layer in layers if layer.is_patched)
     return Plan(
         host=host, model=model, config=config, layers=layers, skipped={name: skipped[name] for name in names if name in skipped}
     )
 
 
-def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, str]) -> str:
-    """What cannot be patched, and the call that leaves it out."""
+def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, str], *, is_all: bool) -> str:
+    """What cannot be patched, and the call that leaves it out, if that leaves anything."""
     by_problem: dict[str, list[str]] = {}
     for name, problem in refused.items():
         by_problem.setdefault(problem, []).append(name)
@@ -132,10 +167,8 @@ def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, s
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {problem}" for problem, names in by_problem.items()
     )
     exclude = [*config.exclude, *refused]
-    return (
-        f"patch_model: {type(model).__name__} has {len(refused)} modules that 4-bit attention cannot do: {problems}; "
-        f"or leave them out: AttnQATConfig(exclude={exclude!r})"
-    )
+    found = f"patch_model: {type(model).__name__} has {len(refused)} modules that 4-bit attention cannot do: {problems}"
+    return f"{found}; no other is left" if is_all else f"{found}; or leave them out: AttnQATConfig(exclude={exclude!r})"
 
 
 def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qat_patch import AttnQATConfig, PatchHandle, get_handle, load_checkpoint, patch_model
 from qat_patch.checkpoint.load import load_tokenizer
 from qat_patch.checkpoint.trust.download import holds_export
+from qat_patch.measure.harness import Attention, run_tasks
 from qat_recipes.command_line import read_settings
 from qat_recipes.data.text import check_vocabulary
 
@@ -73,38 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         ValueError: settings that do not fit, lm-eval is not installed, or it does not know a task.
     """
     settings = read_settings(Settings, arguments)
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(f"lm-evaluation-harness cannot be imported ({error}); pip install lm-eval") from error
-    manager = TaskManager(include_path=settings.include_path)
-    if unknown := sorted(set(settings.tasks) - set(manager.match_tasks(list(settings.tasks)))):
-        raise ValueError(f"settings.tasks: lm-eval has no {', '.join(unknown)}; `lm_eval ls tasks` lists what it has")
-    model, handle = _load(settings)
-    if holds_export(settings.model, settings.revision):
-        tokenizer = load_tokenizer(settings.model, revision=settings.revision)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model, **_revision(settings))
-    check_vocabulary(tokenizer, cast(Any, model).get_input_embeddings().num_embeddings)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size)
-    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    results: dict[str, dict[str, Any]] = {}
-    for name in settings.attention:
-        with handle.disabled() if name == "original" else contextlib.nullcontext():
-            found = simple_evaluate(
-                lm,
-                tasks=list(settings.tasks),
-                num_fewshot=settings.num_fewshot,
-                limit=settings.limit,
-                task_manager=manager,
-                **dict.fromkeys(seeds, settings.seed),
-            )
-        results[name] = {
-            task: {metric: value for metric, value in values.items() if isinstance(value, int | float)}
-            for task, values in found["results"].items()
-        }
+
+    def load() -> tuple[torch.nn.Module, Any, dict[str, Attention]]:
+        model, handle = _load(settings)
+        if holds_export(settings.model, settings.revision):
+            tokenizer = load_tokenizer(settings.model, revision=settings.revision)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(settings.model, **_revision(settings))
+        check_vocabulary(tokenizer, cast(Any, model).get_input_embeddings().num_embeddings)
+        attentions: dict[str, Attention] = {"original": handle.disabled, "fp4": contextlib.nullcontext}
+        return model, tokenizer, {name: attentions[name] for name in settings.attention}
+
+    results = run_tasks(
+        load,
+        settings.tasks,
+        include_path=settings.include_path,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+    )
     text = json.dumps(results, indent=1)
     if settings.output is not None:
         Path(settings.output).write_text(text + "\n", encoding="utf-8")

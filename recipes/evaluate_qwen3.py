@@ -1,4 +1,7 @@
-"""Held-out losses of an exported language model, with original and with 4-bit attention; one line of JSON at the end.
+"""Held-out losses of an exported language model, as its run logged them, in both kinds of attention; one line of JSON at the end.
+
+Measures packed blocks, and runs on several processes as training does (accelerate launch). What each preset would cost a model:
+`qat-patch evaluate`.
 
 python recipes/evaluate_qwen3.py model=outputs/run/export text.path=held_out.txt sequence_length=256
 """

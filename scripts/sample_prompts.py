@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from qat_patch import get_handle
-from qat_patch.commands.generate import make_pipeline
+from qat_patch.commands.generate import checked, make_pipeline
 from scripts.arguments import new_parser
 
 _LONGEST = 180
@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         return [file for file, _, _ in wanted]
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    pipe = make_pipeline(options.folder, options.pipeline, dtype, component=options.component).to(device)
+    pipe = make_pipeline(options.folder, options.pipeline, dtype, component=options.component)
+    if options.attention != "original":
+        checked(get_handle(pipe), device)
+    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     options.output.mkdir(parents=True, exist_ok=True)
     renamed = {"steps": "num_inference_steps"}

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import getpass
 import multiprocessing
+import multiprocessing.util
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -40,6 +41,7 @@ def pytest_collection_modifyitems(items):
 def temporary_files(tmp_path_factory):
     """Tests leave nothing behind, nor do processes that they kill: temporary files go to a folder that goes with the session."""
     tmp_path_factory.getbasetemp()  # stays, for a look at what failed
+    multiprocessing.util.get_temp_dir()  # goes with this process, which is after the session
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)

@@ -6,12 +6,15 @@ from typing import Literal, overload
 
 import torch
 
+from . import kv_only
 from .arguments import Impl, PackingArguments, validate
 from .derivatives import attention_under_transforms
-from .dispatch import resolve
+from .dispatch import resolve, why_not_sdpa
 from .ops import attention_forward
 from .spec import NVFP4, QuantSpec
 from .transforms import transformed
+from .varlen import Packing
+from .verdicts import Verdicts
 
 
 @overload
@@ -30,7 +33,7 @@ def attention(
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
     return_lse: Literal[False] = ...,
-    impl: Impl = ...,
+    impl: Impl | Verdicts = ...,
 ) -> torch.Tensor: ...
 
 
@@ -50,7 +53,7 @@ def attention(
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
     return_lse: Literal[True],
-    impl: Impl = ...,
+    impl: Impl | Verdicts = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -69,7 +72,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
-    impl: Impl = "auto",
+    impl: Impl | Verdicts = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """4-bit attention with the straight-through gradient of docs/NUMERICS.md.
 
@@ -99,13 +102,16 @@ def attention(
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
         impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
             float64; their matrix products take bfloat16 operands, which is exact for what is quantized, and sum in float32.
-            `fp4` is the kernel for FP4 units, without a gradient, which other GPUs from sm_80 on emulate. `auto` takes `triton`
-            where it can run, and `eager` elsewhere. `explain` says what runs, and why.
+            `fp4` is the kernel for FP4 units, without a gradient, which other GPUs from sm_80 on emulate. `sdpa` is PyTorch's
+            own attention, for specs that quantize K and V alone (`QuantSpec.kv_only`), and takes these only. `auto` takes
+            `triton` or `sdpa` where it can run, and `eager` elsewhere; `Verdicts` are `auto` that takes `fp4` where a self-check
+            on this GPU found it right and faster, and no derivative is asked for. `explain` says what runs, and why.
 
     Returns:
-        The output in the shape, dtype and stride order of `q`; with `return_lse` also float32 [B, H, Lq] (float64 for
-        float64 inputs), packed [H, total_q] as FlashAttention's varlen functions return it: the rows of a head lie together in
-        both layouts, so that one head stride addresses them. Rows that may see no key are 0, their log-sum-exp is -inf.
+        The output in the shape, dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse` also float32
+        [B, H, Lq] (float64 for float64 inputs), packed [H, total_q] as FlashAttention's varlen functions return it: the rows of
+        a head lie together in both layouts, so that one head stride addresses them. Rows that may see no key are 0, their
+        log-sum-exp is -inf.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, `impl` cannot run here, or the derivative asked for does not exist (a
@@ -114,18 +120,43 @@ def attention(
             brings them to the host, because that would wait for all work queued before; there, wrong values are not noticed.
     """
     arguments = PackingArguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    packed = arguments if any(x is not None for x in arguments) else None
-    packing = validate(q, k, v, spec, key_mask, k_shift, packed, impl)
+    packed = None if cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None else arguments
+    packing = validate(q, k, v, spec, key_mask, k_shift, packed, impl, causal=causal, scale=scale, return_lse=return_lse)
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    spec_json, under_transforms = spec.to_json(), transformed()
+    if isinstance(impl, Verdicts):
+        impl = _with_verdicts(impl, q, k, spec_json, causal, needs_gradient or under_transforms, packing)
     if impl == "auto":
-        impl = resolve(q.device, q.dtype)
+        impl = resolve(q.device, q.dtype, spec.preset, packed is not None)
     elif impl == "fp4" and needs_gradient:
         raise ValueError("attention: impl='fp4' has no gradient; call it under torch.no_grad(), or use impl='triton'")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    under_transforms = transformed()
+    if impl == "sdpa":
+        reason = why_not_sdpa(q.device, q.dtype, packed is not None)
+        if reason is not None:
+            raise ValueError(f"attention: impl='sdpa': {reason}; use impl='eager'")
+        if not under_transforms:
+            return kv_only.attention(q, k, v, key_mask, packing, spec=spec, causal=causal, scale=scale)
     if under_transforms and impl != "fp4":  # which of them wants a derivative cannot be seen from here
         needs_gradient = torch.is_grad_enabled()
-    options = (spec.to_json(), causal, scale, needs_gradient, impl)
+    options = (spec_json, causal, scale, needs_gradient, impl)
     inputs = (q, k, v, key_mask, k_shift, *options, *((None, None, 0, 0) if packing is None else packing))
     out, _, lse, *_ = attention_under_transforms(return_lse, *inputs) if under_transforms else attention_forward(*inputs)
     return (out, lse.detach()) if return_lse else out
+
+
+def _with_verdicts(
+    verdicts: Verdicts,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    spec: str,
+    causal: bool,
+    needs_derivative: bool,
+    packing: Packing | None,
+) -> Impl:
+    """`fp4` where it was checked and wins; of packed sequences the mean length counts, for most of them are short."""
+    if needs_derivative:
+        return "auto"
+    documents = None if packing is None else max(packing.cu_seqlens_q.shape[0] - 1, 1)
+    queries, keys = (q.shape[2], k.shape[2]) if documents is None else (q.shape[0] // documents, k.shape[0] // documents)
+    return "fp4" if verdicts.take_fp4(q.device, q.dtype, q.shape[-1], causal, spec, queries, keys) else "auto"

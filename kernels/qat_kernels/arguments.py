@@ -8,8 +8,9 @@ import torch
 
 from .spec import GROUP_SIZE, MAX_HEAD_DIM, QuantSpec
 from .varlen import Packing
+from .verdicts import Verdicts
 
-Impl = Literal["auto", "eager", "triton", "fp4"]
+Impl = Literal["auto", "eager", "sdpa", "triton", "fp4"]
 """The implementations of attention; `auto` chooses one."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -64,12 +65,16 @@ def validate(
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     packed: PackingArguments | None,
-    impl: str,
+    impl: str | Verdicts,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
 ) -> Packing | None:
     """Raise a ValueError unless these are arguments of `qat_kernels.attention`; return how sequences are packed, if they are."""
     if not isinstance(spec, QuantSpec):
         _refuse("spec", "a QuantSpec", repr(spec))
-    if impl not in get_args(Impl):
+    if not isinstance(impl, Verdicts) and impl not in get_args(Impl):
         _refuse("impl", f"one of {', '.join(get_args(Impl))}", repr(impl))
     layout = "batch, heads, length, head_dim" if packed is None else "total, heads, head_dim"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -111,7 +116,47 @@ def validate(
         _refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
     _check("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[-2]), q.device, ", True where a key may be seen")
     _check("k_shift", k_shift, torch.float32, (num_heads_k, head_dim), q.device)
+    for problem in served_problems(
+        spec,
+        head_dim=head_dim,
+        causal=causal,
+        masked=key_mask is not None or packed is not None,
+        grouped=num_heads != num_heads_k,
+    ):
+        _refuse(*problem)
+    _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
     return packing
+
+
+def served_problems(spec: QuantSpec, *, head_dim: int, causal: bool, masked: bool, grouped: bool) -> list[tuple[str, str, str]]:
+    """What the servers of a spec cannot compute of such a call: for each, what, what is expected, and what was given."""
+    rules, name = spec.rules, f"with preset={spec.preset!r}"
+    problems = []
+    if causal and not rules.causal:
+        problems.append((f"causal {name}", "False: its servers run it without a causal mask", "True"))
+    if masked and not rules.mask:
+        problems.append(
+            (f"key_mask and cu_seqlens {name}", "None: its servers take no mask and no packed sequences", "one of them")
+        )
+    if grouped and not rules.mask:
+        problems.append((f"heads {name}", "as many key heads as query heads", "fewer"))
+    if rules.head_dims is not None and head_dim not in rules.head_dims:
+        problems.append((f"head_dim {name}", " or ".join(map(str, rules.head_dims)), str(head_dim)))
+    return problems
+
+
+def _refuse_what_nobody_serves(
+    spec: QuantSpec, impl: str | Verdicts, head_dim: int, k_shift: torch.Tensor | None, scale: float | None, return_lse: bool
+) -> None:
+    rules, name = spec.rules, f"with preset={spec.preset!r}"
+    if not isinstance(impl, Verdicts) and impl not in ("auto", "eager", *rules.impls):
+        _refuse(f"impl {name}", f"one of auto, eager, {', '.join(rules.impls)}".rstrip(", "), repr(impl))
+    if k_shift is not None and not rules.options:
+        _refuse(f"k_shift {name}", "None: its servers subtract none", "a tensor")
+    if not rules.own_scale and scale is not None and scale != head_dim**-0.5:
+        _refuse(f"scale {name}", f"None or {head_dim**-0.5}: its servers take no other", scale)
+    if return_lse and (not rules.own_scale or (spec.kv_only and impl != "eager")):
+        _refuse(f"return_lse {name}", "False" + ("; or impl='eager'" if spec.kv_only else ""), "True")
 
 
 def _check(

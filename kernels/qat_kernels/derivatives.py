@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 import torch
 
 from .ops import attention_backward, attention_forward, attention_tangent, has_out_hp
-from .spec import QuantSpec, reads_value
+from .spec import QuantSpec
 from .transforms import transformed
 
 logger = logging.getLogger(__name__)
 
 
-def _refuse(got: str) -> NoReturn:
+def refuse_second_derivative(got: str) -> NoReturn:
+    """Raise a ValueError that names what was asked for."""
     raise ValueError(
         "attention: expected one derivative: a gradient (backward, torch.func.grad) or a tangent (torch.func.jvp), under vmap or "
         f"not; got {got}. The straight-through rule has no second derivative: detach what needs none, or use original attention"
@@ -38,11 +39,11 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: torch.Tensor | None) -> NoReturn:
-        _refuse("the tangent of a derivative")
+        refuse_second_derivative("the tangent of a derivative")
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor | None) -> NoReturn:
-        _refuse("the gradient of a derivative")
+        refuse_second_derivative("the gradient of a derivative")
 
 
 class _Gradient(_Once):
@@ -80,7 +81,7 @@ class _Attention(torch.autograd.Function):
             raise ValueError("attention: impl='fp4' has no derivative; use impl='auto'")
         if ctx.return_lse:
             raise ValueError("attention: return_lse=True: the log-sum-exp has no tangent; call without it in forward mode")
-        if ctx.impl == "triton":
+        if ctx.impl in ("triton", "sdpa"):
             _say_that_tangents_are_slow()
         q, k, v, _, _, _, *masks, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         directions = (torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents[:3], strict=True))
@@ -120,7 +121,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     q, k, v, *_ = inputs
     saved = _set_options(ctx, inputs, output)
     if ctx.impl == "triton":  # reads codes instead
-        q, k, v = None, None, v if reads_value(QuantSpec.from_json(ctx.spec), ctx.causal) else None
+        spec = QuantSpec.from_json(ctx.spec)
+        q, k = (q, k) if spec.reads_query else (None, None)
+        v = v if spec.reads_value(ctx.causal) else None
     ctx.save_for_backward(q, k, v, *saved)
 
 

@@ -14,11 +14,12 @@ from types import ModuleType
 import torch
 
 from .arguments import Impl, validate
-from .spec import NVFP4, QuantSpec
+from .spec import NVFP4, Preset, QuantSpec
+from .verdicts import Case, Verdict, Verdicts
 
 logger = logging.getLogger(__name__)
 
-SPEED = ("fp4", "triton", "eager")
+SPEED = ("fp4", "triton", "sdpa", "eager")
 """Implementations, the fastest first."""
 
 
@@ -56,22 +57,31 @@ def fp4_kernels() -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-def resolve(device: torch.device, dtype: torch.dtype) -> Impl:
+def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool) -> Impl:
     """What `auto` takes."""
-    return "eager" if device.type == "cpu" else _resolve(device, dtype)
+    if QuantSpec(preset=preset).kv_only:
+        return "eager" if why_not_sdpa(device, dtype, packed) else "sdpa"
+    return "eager" if device.type == "cpu" else _resolve(device, dtype, preset)
 
 
 @lru_cache
-def _resolve(device: torch.device, dtype: torch.dtype) -> Impl:
+def _resolve(device: torch.device, dtype: torch.dtype, preset: Preset) -> Impl:
     """Says once for each device and dtype why a GPU runs the slow one."""
     try:
         if dtype == torch.float64:
             raise ValueError("float64 is for eager only")
+        if "triton" not in QuantSpec(preset=preset).rules.impls:
+            raise ValueError(f"there is no kernel for preset={preset!r}")
         training_kernels().check_device(device)
     except ValueError as reason:
         logger.warning("qat_kernels: attention runs the eager implementation: same numbers, but slow (%s).", reason)
         return "eager"
     return "triton"
+
+
+def without_verdicts(impl: Impl | Verdicts, device: torch.device, dtype: torch.dtype, preset: Preset) -> Impl:
+    """What runs where there is no choice of `fp4`."""
+    return resolve(device, dtype, preset, packed=False) if isinstance(impl, Verdicts) or impl == "auto" else impl
 
 
 def explain(
@@ -80,13 +90,14 @@ def explain(
     v: torch.Tensor,
     *,
     spec: QuantSpec = NVFP4,
-    impl: Impl = "auto",
+    causal: bool = False,
+    impl: Impl | Verdicts = "auto",
     needs_gradient: bool | None = None,
 ) -> str:
     """What `attention` with these arguments would run on this device, in words: a line for each implementation.
 
     Args:
-        q, k, v, spec, impl: as for `attention`.
+        q, k, v, spec, causal, impl: as for `attention`.
         needs_gradient: whether there is to be a backward pass; default: as `attention` would decide.
 
     Raises:
@@ -95,25 +106,45 @@ def explain(
     validate(q, k, v, spec, None, None, None, "auto")
     if needs_gradient is None:
         needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    chosen = resolve(q.device, q.dtype) if impl == "auto" else impl
+    chosen, verdict = without_verdicts(impl, q.device, q.dtype, spec.preset), None
+    if isinstance(impl, Verdicts):
+        case = Case(q.shape[-1], causal, spec.to_json(), q.dtype)
+        verdict = impl.of(q.device, case)
+        if not needs_gradient and impl.take_fp4(q.device, q.dtype, *case[:3], q.shape[2], k.shape[2]):
+            chosen = "fp4"
+    is_auto = isinstance(impl, Verdicts) or impl == "auto"
     lines = []
     for name in SPEED:
-        problem = why_not(name, q.device, q.dtype, needs_gradient)
+        if name == "sdpa" and not spec.kv_only:
+            continue
+        problem = why_not(name, q.device, q.dtype, spec, needs_gradient)
         if name == chosen:
-            state = f"would raise: {problem}" if problem else f"runs, {how(name, q.device, q.shape[-1], spec)}"
+            state = f"would raise: {problem}" if problem else f"runs, {how(name, q.device, q.shape[-1], spec, verdict)}"
         elif problem:
             state = f"cannot run: {problem}"
         else:
-            state = f"could run, {how(name, q.device, q.shape[-1], spec)}: pass impl={name!r}"
-            if impl == "auto" and SPEED.index(name) < SPEED.index(chosen):
-                state += " (`auto` does not take it yet: its speed has not been measured)"
+            state = f"could run, {how(name, q.device, q.shape[-1], spec, verdict)}: pass impl={name!r}"
+            if is_auto and SPEED.index(name) < SPEED.index(chosen):
+                why = f"here: {verdict.taken}" if verdict else "yet: its speed has not been measured"
+                state += f" (`auto` does not take it {why})"
         lines.append(f"{name}: {state}")
     return "\n".join(lines)
 
 
-def why_not(impl: str, device: torch.device, dtype: torch.dtype, needs_gradient: bool) -> str | None:
+def why_not_sdpa(device: torch.device, dtype: torch.dtype, packed: bool) -> str | None:
+    """Why PyTorch's own attention cannot run, or None."""
+    if packed and (device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16)):
+        return "PyTorch packs sequences on a GPU in 16 bits only"
+    return None
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype, spec: QuantSpec, needs_gradient: bool) -> str | None:
     """Why an implementation cannot run, or None."""
     if impl == "eager":
+        return None
+    if impl not in spec.rules.impls:
+        return f"it does not compute preset={spec.preset!r}"
+    if impl == "sdpa":
         return None
     if impl == "fp4" and needs_gradient:
         return "it has no gradient"
@@ -126,14 +157,25 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype, needs_gradient:
     return None
 
 
-def how(impl: str, device: torch.device, head_dim: int, spec: QuantSpec) -> str:
+def on_fp4_units(device: torch.device, head_dim: int, spec: QuantSpec) -> bool:
+    """Whether `fp4` multiplies on FP4 units on this device."""
+    if why_not("fp4", device, torch.bfloat16, spec, False) is not None:
+        return False
+    kernels = fp4_kernels()
+    return kernels.why_not_native(kernels.arch_of(device), head_dim, spec.quantizes_pv) is None
+
+
+def how(impl: str, device: torch.device, head_dim: int, spec: QuantSpec, verdict: Verdict | None = None) -> str:
     """What an implementation that can run multiplies with."""
     if impl == "eager":
         return "in PyTorch"
+    if impl == "sdpa":
+        return "as PyTorch's own attention, with K and V fake-quantized"
     if impl == "triton":
         return "as fused kernels that multiply the exact FP4 values in 16 bits" + training_kernels().remark(device)
     kernels = fp4_kernels()
-    reason = kernels.why_not_native(kernels.arch_of(device), head_dim, spec.pv)
-    return (
-        f"emulated in BF16, since {reason}" if reason else "on FP4 units (compiled and inspected by its authors, not run there)"
-    )
+    reason = kernels.why_not_native(kernels.arch_of(device), head_dim, spec.quantizes_pv)
+    checked = f"checked here: {verdict.words}" if verdict else "compiled and inspected by its authors, not run there"
+    if reason:
+        return f"emulated in BF16, since {reason}" + (f" ({checked})" if verdict else "")
+    return f"on FP4 units ({checked})"

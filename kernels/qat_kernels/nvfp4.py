@@ -6,12 +6,12 @@ elements along an axis. All arithmetic is float32, whatever the dtype of the inp
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .spec import E2M1_MAX, E4M3_MAX, ERROR_ONE, GROUP_SIZE, SCALE_MIN
+from .spec import E2M1_MAX, E4M3_MAX, ERROR_ONE, GROUP_SIZE, P_GLOBAL_SCALE, SCALE_MIN, NVFP4Format, ScaleRule
 from .transforms import transformed
 
 _INV_POW2_BITS = 254 << 23
@@ -27,7 +27,14 @@ class Quantized(NamedTuple):
     """float8_e4m3fn, the shape of the input except for `axis`, which has ceil(n / 16) entries."""
 
 
-def quantize(x: torch.Tensor, *, axis: int = -1, global_scale: float = 1.0, four_over_six: bool = False) -> Quantized:
+def quantize(
+    x: torch.Tensor,
+    *,
+    axis: int = -1,
+    global_scale: float = 1.0,
+    four_over_six: bool = False,
+    scale: ScaleRule = "divide",
+) -> Quantized:
     """Round `x` to NVFP4 along `axis` (docs/NUMERICS.md, section 1).
 
     Args:
@@ -35,6 +42,8 @@ def quantize(x: torch.Tensor, *, axis: int = -1, global_scale: float = 1.0, four
         axis: the axis along which 16 consecutive elements form a group; a last, shorter group is padded with zeros.
         global_scale: g, the factor that `x` is multiplied by before the scales are chosen.
         four_over_six: choose each scale between amax/6 and amax/4 by the smaller sum of squared errors.
+        scale: whether values are divided by scales of at least 2^-9, or multiplied by the reciprocals of scales that may be zero
+            (`NVFP4Format`).
 
     Returns:
         Codes and scales. A group whose largest magnitude is not finite has the scale NaN and codes of magnitude zero.
@@ -45,12 +54,12 @@ def quantize(x: torch.Tensor, *, axis: int = -1, global_scale: float = 1.0, four
     """
     _refuse_derivatives("quantize", x)
     groups = _to_groups(x, axis)
-    rounded, scale = _round_groups(groups, global_scale, four_over_six)
+    rounded, scales = _round_groups(groups, global_scale, four_over_six, scale)
     magnitude = rounded.abs().nan_to_num(nan=0.0)
     # The E2M1 bits of {0, .5, 1, 1.5, 2 | 3, 4 | 6} lie on three lines of slope 2, 1 and 1/2, the lowest of which counts.
     bits = torch.minimum(torch.minimum(magnitude * 2, magnitude + 2), magnitude / 2 + 4).to(torch.uint8)
     codes = bits | (torch.signbit(groups).to(torch.uint8) << 3)
-    return Quantized(_from_groups(codes, x, axis), scale.squeeze(-1).to(torch.float8_e4m3fn).movedim(-1, axis))
+    return Quantized(_from_groups(codes, x, axis), scales.squeeze(-1).to(torch.float8_e4m3fn).movedim(-1, axis))
 
 
 def dequantize(
@@ -80,20 +89,66 @@ def dequantize(
     return (values * scale / global_scale).to(dtype)
 
 
-def fake_quantize(x: torch.Tensor, *, axis: int = -1, global_scale: float = 1.0, four_over_six: bool = False) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor,
+    *,
+    axis: int = -1,
+    global_scale: float = 1.0,
+    four_over_six: bool = False,
+    scale: ScaleRule = "divide",
+) -> torch.Tensor:
     """`dequantize(*quantize(x))` in one pass, in the shape and dtype of `x`. With g = 1 it is exact in bfloat16.
 
     Raises:
         ValueError: as `quantize` does.
     """
     _refuse_derivatives("fake_quantize", x)
-    return (scaled_codes(x, axis=axis, global_scale=global_scale, four_over_six=four_over_six) / global_scale).to(x.dtype)
+    values = scaled_codes(x, axis=axis, global_scale=global_scale, four_over_six=four_over_six, scale=scale)
+    return (values / global_scale).to(x.dtype)
 
 
-def scaled_codes(x: torch.Tensor, *, axis: int = -1, global_scale: float = 1.0, four_over_six: bool = False) -> torch.Tensor:
+def scaled_codes(
+    x: torch.Tensor,
+    *,
+    axis: int = -1,
+    global_scale: float = 1.0,
+    four_over_six: bool = False,
+    scale: ScaleRule = "divide",
+) -> torch.Tensor:
     """code * scale in float32, without the division by `global_scale`: six significant bits, exact in bfloat16."""
-    rounded, scale = _round_groups(_to_groups(x, axis), global_scale, four_over_six)
-    return _from_groups(rounded.mul_(scale), x, axis)
+    rounded, scales = _round_groups(_to_groups(x, axis), global_scale, four_over_six, scale)
+    return _from_groups(rounded.mul_(scales), x, axis)
+
+
+def in_format(x: torch.Tensor, how: NVFP4Format | Literal["e4m3"] | None) -> torch.Tensor:
+    """Q, K or V [..., tokens, D] as a spec has it, in float32; as it is if `how` is None."""
+    if how is None:
+        return x
+    if how == "e4m3":
+        return round_to_e4m3(x.float())
+    values = scaled_codes(x, axis=-1 if how.axis == "head_dim" else -2, four_over_six=how.four_over_six, scale=how.scale)
+    return round_to_e4m3(values) if how.then_e4m3 else values
+
+
+def p_in_format(p: torch.Tensor, how: Literal["two_level", "sage", "sage_one_level"]) -> tuple[torch.Tensor, float]:
+    """Probabilities [..., keys] in [0, 1], quantized along the keys: code * scale in float32, and what they are too large by.
+
+    docs/NUMERICS.md, sections 2, 3 and 9.
+    """
+    if how == "two_level":
+        return scaled_codes(p, global_scale=P_GLOBAL_SCALE), P_GLOBAL_SCALE
+    global_scale = 1.0 if how == "sage_one_level" else P_GLOBAL_SCALE
+    groups = _to_groups(p, -1)
+    amax = groups.amax(-1, keepdim=True)
+    scale = (amax * (global_scale / E2M1_MAX)).to(torch.float8_e4m3fn).float()
+    # By the scale before its rounding, so that the largest has the code of 6. Groups of zeros have none.
+    rounded = _round_to_e2m1(groups * (E2M1_MAX / amax).nan_to_num(posinf=0.0))
+    return _from_groups(rounded.mul_(scale), p, -1), global_scale
+
+
+def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """The nearest E4M3 value of float32, ties to even, saturating at 448; NaN stays NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
 def pack(codes: torch.Tensor, *, axis: int = -1) -> torch.Tensor:
@@ -142,24 +197,34 @@ def _from_groups(groups: torch.Tensor, like: torch.Tensor, axis: int) -> torch.T
     return groups.flatten(-2)[..., : like.shape[axis]].movedim(-1, axis)
 
 
-def _round_groups(groups: torch.Tensor, global_scale: float, four_over_six: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _round_groups(
+    groups: torch.Tensor, global_scale: float, four_over_six: bool, rule: ScaleRule
+) -> tuple[torch.Tensor, torch.Tensor]:
     """E2M1 values (signed, float32, shape of `groups`) and E4M3 scales (float32, [..., 1])."""
     amax = groups.abs().amax(-1, keepdim=True)
     scaled = groups if global_scale == 1.0 else groups * global_scale
-    scale = _e4m3_scale(amax, global_scale, E2M1_MAX)
-    rounded = _round_to_e2m1(scaled / scale)
+    scale, rounded = _round_with(E2M1_MAX, scaled, amax, global_scale, rule)
     if four_over_six:
-        scale4 = _e4m3_scale(amax, global_scale, 4.0)
-        rounded4 = _round_to_e2m1(scaled / scale4)
+        scale4, rounded4 = _round_with(4.0, scaled, amax, global_scale, rule)
         inv_pow2 = (_INV_POW2_BITS - ((amax * global_scale).view(torch.int32) & 0x7F800000)).view(torch.float32)
         smaller = _squared_error(rounded4, scale4, scaled, inv_pow2) < _squared_error(rounded, scale, scaled, inv_pow2)
         rounded, scale = torch.where(smaller, rounded4, rounded), torch.where(smaller, scale4, scale)
     return rounded, scale
 
 
-def _e4m3_scale(amax: torch.Tensor, global_scale: float, code_max: float) -> torch.Tensor:
-    scale = ((amax * global_scale) / code_max).clamp(SCALE_MIN, E4M3_MAX).to(torch.float8_e4m3fn).float()
-    return scale.masked_fill(~amax.isfinite(), torch.nan)
+def _round_with(
+    code_max: float, scaled: torch.Tensor, amax: torch.Tensor, global_scale: float, rule: ScaleRule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The E4M3 scale that makes amax `code_max`, NaN where amax is not finite; and the E2M1 values with that scale."""
+    if rule == "divide":
+        scale = ((amax * global_scale) / code_max).clamp(SCALE_MIN, E4M3_MAX)
+    else:
+        scale = (amax * global_scale * (1.0 / code_max)).clamp(max=E4M3_MAX)
+    scale = scale.to(torch.float8_e4m3fn).float().masked_fill(~amax.isfinite(), torch.nan)
+    if rule == "divide":
+        return scale, _round_to_e2m1(scaled / scale)
+    inverse = (1.0 / scale).masked_fill(scale == 0, 0.0)
+    return scale, _round_to_e2m1(scaled * inverse)
 
 
 def _squared_error(rounded: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor, inv_pow2: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import reference, varlen
+from . import ran, reference, varlen
 from .dispatch import fp4_kernels, training_kernels
 from .spec import QuantSpec
 from .varlen import Packing
@@ -30,13 +30,13 @@ def attention_forward(
     max_seqlen_k: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """O, O' (empty where O serves, or no gradient is needed), LSE, and what the backward of `triton` reads beside them."""
+    ran.note("eager" if impl == "sdpa" else impl)  # which comes here for tangents alone
     spec_ = QuantSpec.from_json(spec)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
-        forward = training_kernels().forward
-        return tuple(
-            forward(q, k, v, key_mask, k_shift, packing, with_gradient=needs_gradient, spec=spec_, causal=causal, scale=scale)
-        )
+        options: dict[str, Any] = {"with_gradient": needs_gradient, "spec": spec_, "causal": causal, "scale": scale}
+        with torch.autocast(q.device.type, enabled=False):  # the smoothing of `sage3` has matrix products of its own
+            return tuple(training_kernels().forward(q, k, v, key_mask, k_shift, packing, **options))
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
         out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=causal, scale=scale)
@@ -109,10 +109,9 @@ def attention_backward(
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
         shape = _key_shape(grad_out, keys, num_heads_k)
-        backward = training_kernels().backward
-        return backward(
-            grad_out, v, out_hp, stats, codes, key_mask, packing, key_shape=shape, spec=spec_, causal=causal, scale=scale
-        )
+        options: dict[str, Any] = {"key_shape": shape, "spec": spec_, "causal": causal, "scale": scale, "query": q, "key": k}
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return training_kernels().backward(grad_out, v, out_hp, stats, codes, key_mask, packing, **options)
     assert q is not None and k is not None and v is not None, "eager reads its inputs again"
     with torch.autocast(grad_out.device.type, enabled=False):
         if packing is None:
@@ -189,4 +188,4 @@ def _packing(
 
 def has_out_hp(spec: QuantSpec, needs_gradient: bool) -> bool:
     """Whether the forward returns O' beside O."""
-    return needs_gradient and spec.pv == "nvfp4"
+    return needs_gradient and spec.quantizes_pv

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .nvfp4 import scaled_codes
-from .spec import GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCALE, QuantSpec
+from . import smoothing
+from .nvfp4 import in_format, p_in_format
+from .spec import GROUP_SIZE, HADAMARD_ENTRY, SMOOTH_BLOCK, QuantSpec
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
@@ -64,9 +65,11 @@ def forward_cached(
     finite), all of them counted from each sequence's first allowed key, as `key_mask` [B, n] and `positions` [B, Lq] are.
     """
     dtype = accumulator(query.dtype)
-    queries = scaled_codes(rotated(query.float().contiguous(), spec), four_over_six=spec.four_over_six).to(dtype)
+    queries = query.contiguous()
+    if spec.formats.query is not None:
+        queries = in_format(rotated(queries.float(), spec), spec.formats.query)
     ops = _Operands(
-        query=queries.unflatten(1, (key_fq.shape[1], -1)),
+        query=queries.to(dtype).unflatten(1, (key_fq.shape[1], -1)),
         key_fq=key_fq,
         value=value,
         value_fq=value_fq,
@@ -115,6 +118,7 @@ def backward(
     ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
     # Contiguous, as the op's fake implementation promises; value_fq is not.
     grad_query, grad_key, grad_value = (x.new_zeros(x.shape) for x in (ops.query, ops.key_fq, ops.value_fq))
+    grad_smooth = None if ops.smooth is None else torch.zeros_like(ops.smooth.scores)
     for chunk in _chunks(ops):
         rows, keys = chunk.rows, chunk.keys
         grad = ops.by_key_head(grad_out[:, :, rows])
@@ -127,8 +131,15 @@ def backward(
             grad_p[..., columns] = torch.where(kept, grad @ ops.value[:, :, columns].mT, grad_p[..., columns])
         grad_value[:, :, :keys] += p_fq.mT @ grad
         grad_scores = p * (grad_p - delta) * ops.softmax_scale
+        if grad_smooth is not None:
+            grad_smooth.index_add_(
+                -2, _block_of(rows, grad_scores.device), grad_scores.unflatten(2, (-1, rows.stop - rows.start))
+            )
         grad_query[:, :, :, rows] = (grad_scores @ ops.key_fq[:, :, :keys]).unflatten(2, (ops.qheads_per_kvhead, -1))
         grad_key[:, :, :keys] += grad_scores.mT @ ops.query[:, :, :, rows].flatten(2, 3)
+    if ops.smooth is not None and grad_smooth is not None:
+        grad_query = smoothing.grad_query(grad_query, grad_smooth, ops.smooth.key)
+        grad_key = smoothing.grad_key(grad_key, grad_smooth.squeeze(2), ops.smooth.query_mean.squeeze(2))
     if spec.rotate:
         rotation = _hadamard(query.shape[-1], query.device).to(grad_query.dtype)  # symmetric
         grad_query, grad_key = grad_query @ rotation, grad_key @ rotation
@@ -153,10 +164,17 @@ def tangent(
     ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
     query_tangent, key_tangent, value_tangent = _prepare_tangents(*tangents, key_mask, spec, ops)
     out = torch.empty_like(query).zero_()
+    smooth_tangent = None
+    if ops.smooth is not None:  # the tangent of the mean of K changes every score of a row alike, and so nothing
+        mean = smoothing.block_sums(query_tangent) / SMOOTH_BLOCK
+        query_tangent = query_tangent - smoothing.per_row(mean, query.shape[2])
+        smooth_tangent = mean @ ops.smooth.key.mT + ops.smooth.query_mean @ key_tangent[:, :, None].mT
     for chunk in _chunks(ops):
         rows, keys = chunk.rows, chunk.keys
         scores = query_tangent[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, :keys].mT
         scores += ops.query[:, :, :, rows].flatten(2, 3) @ key_tangent[:, :, :keys].mT
+        if smooth_tangent is not None:
+            scores += smooth_tangent[..., _block_of(rows, scores.device), :].flatten(2, 3)
         scores *= ops.softmax_scale
         p, p_fq = chunk.p / chunk.row_sum_safe, chunk.p_fq / chunk.row_sum_safe
         p_tangent = scores.sub_((p * scores).sum(-1, keepdim=True)).mul_(p)
@@ -188,6 +206,8 @@ class _Operands:
     positions: torch.Tensor | None  # causal: each query's own place among the keys, [B or 1, Lq]
     softmax_scale: float
     spec: QuantSpec
+    smooth: smoothing.Smoothed | None = None
+    """By key head: query [B, K, G, Lq, D], key [B, K, 1, Lk, D], query_mean and scores [B, K, G, N, ...]."""
 
     @property
     def qheads_per_kvhead(self) -> int:
@@ -253,13 +273,19 @@ def _prepare(
         key_mask = key_mask.gather(1, order)  # what wraps around is excluded, being before the first allowed key
         positions = None if positions is None else positions - leftpad
     # Contiguous, because a matrix product of strided operands may sum in another order: strides must not show in the bits.
-    query, key, value = query.float().contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
+    query, key, value = query.contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
+    formats, smooth = spec.formats, None
+    if formats.smooth is not None:
+        smooth = smoothing.smooth(query, key)
+        query, key = smooth.query, smooth.key.float()
+        by_key_head = (smooth.query[:, :, None], smooth.key[:, :, None], smooth.query_mean[:, :, None], smooth.scores[:, :, None])
+        smooth = smoothing.Smoothed(*(x.to(dtype) for x in by_key_head))
     if k_shift is not None:
         key = key - k_shift[:, None]
-    query, key = (scaled_codes(rotated(x, spec), four_over_six=spec.four_over_six).to(dtype) for x in (query, key))
-    value_fq = value
-    if spec.pv == "nvfp4":
-        value_fq = scaled_codes(value, axis=-2, four_over_six=spec.four_over_six).to(dtype)
+    if formats.query is not None:
+        query = in_format(rotated(query.float(), spec), formats.query)
+    query, key = query.to(dtype), in_format(rotated(key, spec), formats.key).to(dtype)
+    value_fq = in_format(value, formats.value).to(dtype)
     return _Operands(
         query=query.unflatten(1, (key.shape[1], -1)),
         key_fq=key,
@@ -269,6 +295,7 @@ def _prepare(
         positions=positions,
         softmax_scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
+        smooth=smooth,
     )
 
 
@@ -320,11 +347,13 @@ def _chunk(ops: _Operands, rows: slice) -> _Chunk | None:
         column = torch.arange(keys, device=position.device)
         visible = column <= position
         allowed = visible if allowed is None else visible & allowed[..., :keys]
-        if ops.spec.pv == "nvfp4":
+        if ops.spec.keeps_groups(causal=True):
             kept = (column < GROUP_SIZE) | (column // GROUP_SIZE == position.div(GROUP_SIZE, rounding_mode="floor"))
     if keys <= 0:
         return None
     scores = ops.query[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, :keys].mT
+    if ops.smooth is not None:
+        scores += ops.smooth.scores[..., _block_of(rows, scores.device), :].flatten(2, 3)
     scores *= ops.softmax_scale * LOG2_E
     if allowed is not None:
         _fill(ops, scores, ~allowed, -torch.inf)
@@ -336,11 +365,12 @@ def _chunk(ops: _Operands, rows: slice) -> _Chunk | None:
         rescale = torch.exp2((row_max - quantized_max).clamp_(max=_MAX_RESCALE))
     p = scores.sub_(row_max).exp2_()
     p_fq = p
-    if ops.spec.pv == "nvfp4":
+    if (how := ops.spec.formats.probabilities) is not None:
         # Codes are those against the maximum of the keys that are quantized; kept keys only rescale, by a power of two.
         rescaled = p if kept is None or rescale is None else _fill(ops, p * rescale, kept, 0.0)
-        p_fq = scaled_codes(rescaled, global_scale=P_GLOBAL_SCALE).to(p.dtype)
-        p_fq /= P_GLOBAL_SCALE if rescale is None else P_GLOBAL_SCALE * rescale
+        p_fq, too_large = p_in_format(rescaled, how)
+        p_fq = p_fq.to(p.dtype)
+        p_fq /= too_large if rescale is None else too_large * rescale
     row_sum = p.sum(-1, keepdim=True)
     return _Chunk(rows=rows, keys=keys, p=p, p_fq=p_fq, row_max=row_max, row_sum=row_sum, kept=kept)
 
@@ -351,6 +381,11 @@ def _kept_product(ops: _Operands, chunk: _Chunk) -> torch.Tensor | float:
     for columns, kept in chunk.kept_columns(ops):
         product = product + (chunk.p[..., columns] * kept) @ ops.value[:, :, columns]
     return product
+
+
+def _block_of(rows: slice, device: torch.device) -> torch.Tensor:
+    """The block of smoothing that each of these rows is in."""
+    return torch.arange(rows.start, rows.stop, device=device) // SMOOTH_BLOCK
 
 
 def _without_kept(ops: _Operands, chunk: _Chunk) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""The constants of NVFP4 and the frozen description of what an attention call quantizes (docs/NUMERICS.md, 1 and 6)."""
+"""The constants of NVFP4 and the frozen description of what an attention call quantizes (docs/NUMERICS.md, 1, 6 and 9)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from functools import lru_cache
-from typing import Literal, get_args
+from functools import cached_property, lru_cache
+from typing import Any, Literal, NamedTuple, get_args
 
 GROUP_SIZE = 16
 """Consecutive elements that share one E4M3 scale."""
@@ -14,57 +14,216 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 """Largest finite E4M3 magnitude."""
 SCALE_MIN = 2.0**-9
-"""Smallest positive E4M3 value: the lower clamp of every scale, so that no scale is zero."""
+"""Smallest positive E4M3 value: the lower clamp of every scale of `divide`, so that no scale is zero."""
 P_GLOBAL_SCALE = E4M3_MAX * E2M1_MAX
 """g of the probabilities: they are at most 1, so 2688 uses the whole range of the E4M3 scale."""
 HADAMARD_ENTRY = 0.125
 """Magnitude of the entries of the rotation; a power of two, so that the products are exact."""
 ERROR_ONE = 2**28
 """What 1 is in the fixed point in which `four_over_six` adds squared errors of at most 1/4: 16 of them stay below 2^31."""
+SMOOTH_BLOCK = 128
+"""Queries that SageAttention3 subtracts one mean from."""
 MAX_HEAD_DIM = 256
 """Head dims are multiples of GROUP_SIZE up to this one."""
 
-PVFormat = Literal["nvfp4", "bf16"]
+Axis = Literal["head_dim", "keys"]
+ScaleRule = Literal["divide", "reciprocal"]
+Preset = Literal[
+    "nvfp4", "nvfp4_qk", "kv_nvfp4", "kv_nvfp4_fp8", "kv_nvfp4_4over6", "fa4_fp4", "sage3", "fastvideo_sm120"
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NVFP4Format:
+    """How one tensor is quantized: E2M1 in groups of 16 that share an E4M3 scale."""
+
+    axis: Axis = "head_dim"
+    """Along which the groups lie: the head dim, or the key tokens."""
+    scale: ScaleRule = "divide"
+    """`divide`: x / s, with s at least 2^-9. `reciprocal`: x * RN(1 / s), and a scale of zero gives zeros, as servers do."""
+    four_over_six: bool = False
+    """For each group choose between amax/6 and amax/4 as scale, by the smaller squared error."""
+    then_e4m3: bool = False
+    """code * s is rounded once more, to E4M3, which is what the matrix units of sm_100 are given then."""
+
+
+class Formats(NamedTuple):
+    """What a spec does to each tensor; None leaves it as it is."""
+
+    query: NVFP4Format | Literal["e4m3"] | None
+    key: NVFP4Format
+    value: NVFP4Format | None
+    probabilities: Literal["two_level", "sage", "sage_one_level"] | None
+    """`two_level`: g = 2688. `sage`: the same, but codes divide by the scale before its rounding. `sage_one_level`: so, g = 1."""
+    smooth: Literal["sage3"] | None = None
+    """`sage3`: K without its mean, Q without those of 128 rows each, and what that takes from the scores is added again."""
+
+
+class _Rules(NamedTuple):
+    """A row of the table of presets: the formats, and which calls those who serve it can take."""
+
+    formats: Formats
+    what: str
+    """For people: what is quantized, and who does so."""
+    options: bool = False
+    """Whether `rotate`, `four_over_six` and K shifts are free: they are ours, and no server has them."""
+    causal: bool = True
+    mask: bool = True
+    """A key mask, packed sequences, and query heads that share a key head."""
+    own_scale: bool = True
+    """A scale of the scores other than D ** -0.5, and the log-sum-exp."""
+    head_dims: tuple[int, ...] | None = None
+    impls: tuple[str, ...] = ("triton", "fp4")
+    """What computes it besides `eager`."""
+
+
+_DIVIDE = NVFP4Format()
+_RECIPROCAL = NVFP4Format(scale="reciprocal")
+_RECIPROCAL_KEYS = NVFP4Format(scale="reciprocal", axis="keys")
+_RECIPROCAL_E4M3 = NVFP4Format(scale="reciprocal", then_e4m3=True)
+_RECIPROCAL_4OVER6 = NVFP4Format(scale="reciprocal", then_e4m3=True, four_over_six=True)
+
+_TABLE: dict[str, _Rules] = {
+    "nvfp4": _Rules(
+        Formats(_DIVIDE, _DIVIDE, NVFP4Format(axis="keys"), "two_level"),
+        "Q, K, P and V in NVFP4, on this package's own grid",
+        options=True,
+    ),
+    "nvfp4_qk": _Rules(
+        Formats(_DIVIDE, _DIVIDE, None, None),
+        "Q and K in NVFP4, on this package's own grid, P and V as they are",
+        options=True,
+    ),
+    "kv_nvfp4": _Rules(
+        Formats(None, _RECIPROCAL, _RECIPROCAL, None),
+        "K and V in NVFP4 along the head dim, as the NVFP4 KV caches of vLLM and SGLang hold them",
+        impls=("sdpa",),
+    ),
+    "kv_nvfp4_fp8": _Rules(
+        Formats("e4m3", _RECIPROCAL_E4M3, _RECIPROCAL_E4M3, None),
+        "K and V in NVFP4, then in E4M3 with Q, as vLLM's NVFP4 KV cache is read on sm_100",
+        impls=(),
+    ),
+    "kv_nvfp4_4over6": _Rules(
+        Formats("e4m3", _RECIPROCAL_4OVER6, _RECIPROCAL_4OVER6, None),
+        "the same with four-over-six scales, as vLLM's nvfp4_4over6 on sm_100",
+        impls=(),
+    ),
+    "fa4_fp4": _Rules(
+        Formats(_RECIPROCAL, _RECIPROCAL, None, None),
+        "Q and K in NVFP4, P and V as they are, as FlashAttention-4 with FP4 QK^T",
+    ),
+    "sage3": _Rules(
+        Formats(_RECIPROCAL, _RECIPROCAL, _RECIPROCAL_KEYS, "sage", "sage3"),
+        "Q, K, P and V in NVFP4, Q and K centred, as SageAttention3",
+        causal=False, mask=False, own_scale=False, head_dims=(64, 128), impls=("triton",),
+    ),
+    "fastvideo_sm120": _Rules(
+        Formats(_RECIPROCAL, _RECIPROCAL, _RECIPROCAL_KEYS, "sage_one_level"),
+        "Q, K, P and V in NVFP4, P with one level of scales, as FastVideo's attn_qat_infer",
+        causal=False, mask=False, impls=(),
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """What one attention call quantizes. The default is the definition of docs/NUMERICS.md, sections 1 to 5.
+    """What one attention call quantizes: a row of the table of docs/NUMERICS.md, section 9, and two options.
+
+    A model is trained for one grid and is served on the same: the name says whose. The default is the definition of
+    docs/NUMERICS.md, sections 1 to 5. No other combination can be written, because nobody serves one.
 
     Raises:
-        ValueError: a field has a value that the definition does not know.
+        ValueError: a field has a value that the definition does not know, or an option is asked for with a preset of a server,
+            which would not compute it.
     """
 
-    pv: PVFormat = "nvfp4"
-    """Format of the probabilities and of V: `nvfp4`, or `bf16` to leave both unquantized (FP4 QK^T, BF16 PV)."""
+    preset: Preset = "nvfp4"
+    """Whose grid:
+
+    - `nvfp4`: this package's own. Q, K, V and P in NVFP4, V and P along the key tokens; kept groups where it is causal.
+    - `nvfp4_qk`: this package's own with P and V as they are (FP4 QK^T, BF16 PV).
+    - `kv_nvfp4`: an NVFP4 KV cache. K and V along the head dim; Q and P as they are. vLLM's `--kv-cache-dtype nvfp4` on sm_80,
+      sm_90 and sm_120 (equal but for ties; not head dim 64 and not sinks there); SGLang's `nvfp4` and FlashInfer (alike).
+    - `kv_nvfp4_fp8`: the same on sm_100, where Q is E4M3 and code * scale is rounded to E4M3. Alike; eager only.
+    - `kv_nvfp4_4over6`: vLLM's `nvfp4_4over6` on sm_100: the same with four-over-six scales. Alike; eager only.
+    - `fa4_fp4`: FlashAttention-4 with FP4 QK^T on a B200 (FastVideo, xDiT): Q and K in NVFP4, P and V as they are. Alike.
+    - `sage3`: SageAttention3 on RTX 50 and B200, in diffusers and SGLang: all in NVFP4, K and Q centred. Alike: codes of Q, K
+      and V equal but for ties; the scale of P is rounded against the row's maximum, not the running one. Not causal, no
+      mask, head dims 64 and 128.
+    - `fastvideo_sm120`: FastVideo's `attn_qat_infer` on RTX 50: P with one level of scales. Alike; not causal; eager only.
+    """
     rotate: bool = False
-    """Multiply Q and K by a Hadamard matrix before quantization. Needs a head dim that is a power of two."""
+    """Multiply Q and K by a Hadamard matrix before quantization. Needs a head dim that is a power of two. Ours only."""
     four_over_six: bool = False
-    """For each group of Q, K and V choose between amax/6 and amax/4 as scale, by the smaller squared error."""
+    """For each group of Q, K and V choose between amax/6 and amax/4 as scale, by the smaller squared error. Ours only."""
 
     def __post_init__(self) -> None:
-        if self.pv not in get_args(PVFormat):
-            raise ValueError(f"QuantSpec.pv: expected one of {', '.join(get_args(PVFormat))}, got {self.pv!r}")
+        if self.preset not in get_args(Preset):
+            raise ValueError(f"QuantSpec.preset: expected one of {', '.join(get_args(Preset))}, got {self.preset!r}")
         for name in ("rotate", "four_over_six"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"QuantSpec.{name}: expected True or False, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"QuantSpec.{name}: expected True or False, got {value!r}")
+            if value and not self.rules.options:
+                raise ValueError(
+                    f"QuantSpec.{name}: expected False with preset={self.preset!r}, whose servers do not compute it, got True; "
+                    "leave it out, or use preset='nvfp4' or 'nvfp4_qk'"
+                )
+
+    @property
+    def rules(self) -> _Rules:
+        """The row of the table."""
+        return _TABLE[self.preset]
+
+    @cached_property
+    def formats(self) -> Formats:
+        """What is done to each tensor."""
+        formats = self.rules.formats
+        if not self.four_over_six:
+            return formats
+        changed: dict[str, Any] = {
+            name: dataclasses.replace(each, four_over_six=True)
+            for name, each in formats._asdict().items()
+            if isinstance(each, NVFP4Format)
+        }
+        return formats._replace(**changed)
+
+    @property
+    def quantizes_pv(self) -> bool:
+        """Whether the probabilities and V along the key tokens are quantized, so that the gradient needs O' besides O."""
+        return self.rules.formats.probabilities is not None
+
+    @property
+    def kv_only(self) -> bool:
+        """Whether K and V are all that is quantized, so that any attention computes the rest."""
+        formats = self.rules.formats
+        return formats.query is None and formats.probabilities is None
+
+    def keeps_groups(self, causal: bool) -> bool:
+        """Whether groups are kept (docs/NUMERICS.md, 4): where V is quantized along tokens of which some are in the future."""
+        return causal and self.quantizes_pv
+
+    @property
+    def reads_query(self) -> bool:
+        """Whether the backward of the kernels reads Q and K as they are, besides their codes."""
+        return self.rules.formats.smooth is not None
+
+    def reads_value(self, causal: bool) -> bool:
+        """Whether kernels read V as it is, so that their backward needs it."""
+        return causal or not self.quantizes_pv
 
     def to_json(self) -> str:
         """One line of JSON with every field; `from_json` is its inverse."""
         # Written out because torch.compile can trace this and cannot trace json.dumps.
         four_over_six, rotate = str(self.four_over_six).lower(), str(self.rotate).lower()
-        return f'{{"four_over_six": {four_over_six}, "pv": "{self.pv}", "rotate": {rotate}}}'
+        return f'{{"four_over_six": {four_over_six}, "preset": "{self.preset}", "rotate": {rotate}}}'
 
     @staticmethod
     @lru_cache
     def from_json(text: str) -> QuantSpec:
         """The spec that `to_json` wrote."""
         return QuantSpec(**json.loads(text))
-
-
-def reads_value(spec: QuantSpec, causal: bool) -> bool:
-    """Whether kernels read V as it is, so that their backward needs it: with BF16 PV, and where groups are kept."""
-    return causal or spec.pv == "bf16"
 
 
 NVFP4 = QuantSpec()

@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from qat_patch.metadata import CONFIG_KEYS, METHOD, AttentionMetadata
 from qat_patch.patch import get_handle, require_handle
+from qat_patch.servers import Server
+from qat_patch.serving import Exported, write_serving
 
 from .adapters import LoraFormat, adapter_layers, adapter_owner, merged_state, save_adapter
 from .exportable import (
     check_adapters,
     check_attention,
     check_components,
+    check_server,
     check_weights,
     component_name,
     plain_values,
@@ -54,6 +57,8 @@ def export_checkpoint(
     lora_format: LoraFormat = "diffusers",
     component: str | None = None,
     example_inputs: dict[str, torch.Tensor] | None = None,
+    server: Server | None = None,
+    auto_enable: bool = False,
 ) -> Path:
     """Write a patched model as a folder that its host library loads, with or without this package.
 
@@ -81,13 +86,19 @@ def export_checkpoint(
             model was loaded, if its pipeline was loaded from a folder or from the Hub.
         example_inputs: the reference input, as tensors by argument name of the model's forward. Default: made from the
             config of a model that reads token ids or a Wan transformer; other models have no reference without it.
+        server: what the folder is for: "vllm" or "sglang" with a preset of their NVFP4 KV caches, "diffusers-sage3" with `sage3`
+            (docs/SERVERS.md). No config of it has a key of this package then, since servers refuse what they do not know, and
+            any library loads it as an ordinary model; SERVING.md says how to serve it, and `qat_patch.json` what
+            `load_checkpoint` patches. Default: an export for this package.
+        auto_enable: for vLLM: add the file that makes it use the NVFP4 KV cache by itself.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is not patched, the folder exists, the arguments do not fit the model, the host library could not
-            load what would be written, or it would compute something else. Nothing has been written then.
+        ValueError: the model is not patched, the folder exists, the arguments do not fit the model, the server does not compute
+            what the model was patched for, the host library could not load what would be written, or it would compute
+            something else. Nothing has been written then.
     """
     folder = Path(folder)
     handle = get_handle(model)
@@ -104,6 +115,7 @@ def export_checkpoint(
     check_adapters(model, handle, kind, base_model, dtype, lora_format)
     if kind != "adapters":
         check_weights(handle)
+    check_server(server, auto_enable, model, handle, kind)
     classes = {id(part): public_class(part, handle.host) for part in handle.models}
     if is_pipeline:
         check_components(model)
@@ -128,19 +140,23 @@ def export_checkpoint(
             merged.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
         else:
             save_adapter(model, handle.host, partial, lora_format)
-        metadata = {
-            name: _add_metadata(partial / name, part, training, component, kind, classes[id(part)])
-            for name, part in parts.items()
-        }
+        metadata = {name: _add_metadata(partial / name, part, training, component) for name, part in parts.items()}
+        if kind != "adapters":
+            for name, part in parts.items():
+                _complete_config(partial / name, classes[id(part)], None if server else metadata[name])
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         leave_out_unknown_keys(partial)
-        export = ExportFolder(folder=partial, kind=kind, metadata=metadata, base_model=None if merge_adapters else base_model)
+        if server is not None:
+            place = Exported(folder=partial, kind=kind, base_model=base_model, component=component)
+            write_serving(server, handle, place, auto_enable=auto_enable)
+        base = None if merge_adapters else base_model
+        export = ExportFolder(folder=partial, kind=kind, metadata=metadata, base_model=base, server=server)
         for name, written in _read_back(export, model, parts).items():
             if name in live:
                 expected = None if quantized_by_others(parts[name]) else live[name]
                 is_exact = _is_exact(parts[name]) and _is_exact(written)
-                references[name] = write_reference(written, inputs[name], partial / name, expected, is_exact=is_exact)
+                references[name] = write_reference(written, inputs[name], export.reference(name), expected, is_exact=is_exact)
         first = next(iter(metadata.values()))
         write_manifest(dataclasses.replace(export, references=references))
         card = model_card(
@@ -151,6 +167,7 @@ def export_checkpoint(
             base_model=base_model,
             component=component,
             is_adapter=not merge_adapters,
+            server=server,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -206,32 +223,34 @@ def _is_exact(model: torch.nn.Module) -> bool:
     return all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) for x in model.parameters())
 
 
-def _add_metadata(
-    folder: Path, part: Any, training: dict[str, Any] | None, component: str | None, kind: str, class_name: str
-) -> AttentionMetadata:
-    """Put the metadata of a saved model into its config and weights, and K shifts beside them."""
+def _add_metadata(folder: Path, part: Any, training: dict[str, Any] | None, component: str | None) -> AttentionMetadata:
+    """Put the metadata of a saved model into the headers of its weights, and K shifts beside them."""
     found = attention_in_force(part)
     assert found is not None  # the handle of the caller
-    metadata, host = dataclasses.replace(found[0], training=training), require_handle(part).host
+    metadata = dataclasses.replace(found[0], training=training)
     write_k_shift(folder, found[1])
     header = {METHOD: metadata.to_json()} | ({} if component is None else {COMPONENT: component})
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:
             stored = weights.metadata() or {}
         save_file(load_file(file), file, metadata={"format": "pt", **stored, **header})
-    if kind == "adapters":
-        return metadata
+    return metadata
+
+
+def _complete_config(folder: Path, class_name: str, metadata: AttentionMetadata | None) -> None:
+    """Put the class, and the metadata if they are to stand there, into the config of a saved model."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
+    host = "diffusers" if "_class_name" in config else "transformers"
     if host == "diffusers":
         config["_class_name"] = class_name
     else:
         config["architectures"] = [class_name]
     # At the end, and in its order: of the patterns in a config the first one counts.
     config.pop(CONFIG_KEYS[host], None)
-    config[CONFIG_KEYS[host]] = metadata.to_dict()
+    if metadata is not None:
+        config[CONFIG_KEYS[host]] = metadata.to_dict()
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return metadata
 
 
 def _plain(model: Any, dtype: torch.dtype | None) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qat_patch.handle import PatchHandle
+from qat_patch.servers import check_servable
 
 from .adapters import adapter_layers, adapter_owner, check_comfy, check_mergeable, the_active_adapter
 from .trust.allowed_keys import is_component
@@ -99,6 +100,19 @@ def check_adapters(
             check_comfy(adapters[0])
     elif kind == "model":
         check_mergeable(model, handle.models[0])
+
+
+def check_server(server: str | None, auto_enable: bool, model: Any, handle: PatchHandle, kind: str) -> None:
+    """Refuse with a ValueError what the server that an export is for could not run."""
+    if server is None:
+        if auto_enable:
+            raise ValueError("export_checkpoint: auto_enable: has no effect without server='vllm'; leave it out")
+        return
+    adapters = adapter_owner(model).peft_config[the_active_adapter(model)] if kind == "adapters" else None
+    try:
+        check_servable(server, handle, adapters=adapters, auto_enable=auto_enable)
+    except ValueError as error:
+        raise ValueError(f"export_checkpoint: {error}") from None
 
 
 def public_class(part: torch.nn.Module, host: str) -> str:

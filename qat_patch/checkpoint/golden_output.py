@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from qat_patch.patch import require_handle
 
-from .manifest import REFERENCE
-
 _TOKENS = 40
 """More than two groups of 16, and no multiple of 16."""
 _NUMBERS = 1 << 16
@@ -88,14 +86,14 @@ def live_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, is_
 
 
 def write_reference(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], folder: Path, live: dict[str, torch.Tensor] | None, *, is_exact: bool
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], file: Path, live: dict[str, torch.Tensor] | None, *, is_exact: bool
 ) -> dict[str, Any]:
     """Run a model that was read back with both kinds of attention, and store input and outputs in a folder.
 
     Args:
         model: read back from what was written.
         inputs: tensors by argument name.
-        folder: where to.
+        file: where to.
         live: what the exported model itself made of them; None: it has weights of another kind (quantized ones).
         is_exact: nothing but the order of sums may make a difference: no narrow types, no other processor.
 
@@ -110,7 +108,7 @@ def write_reference(
     if live is not None:
         _check_same(outputs, live, is_exact=is_exact)
     stored = {f"input.{name}": x.detach().cpu().contiguous() for name, x in inputs.items()}
-    save_file(stored | outputs, folder / REFERENCE)
+    save_file(stored | outputs, file)
     dtype = str(dtype_of(model)).removeprefix("torch.")
     return {"device": _device(model).type, "dtype": dtype, "torch": torch.__version__}
 
@@ -142,7 +140,7 @@ def _check_same(written: dict[str, torch.Tensor], live: dict[str, torch.Tensor],
             )
 
 
-def check_reference(model: torch.nn.Module, folder: Path) -> dict[str, float]:
+def check_reference(model: torch.nn.Module, file: Path) -> dict[str, float]:
     """Run a loaded export on its stored input.
 
     Returns:
@@ -151,12 +149,12 @@ def check_reference(model: torch.nn.Module, folder: Path) -> dict[str, float]:
     Raises:
         ValueError: they differ by more than other processors and library versions explain.
     """
-    stored = load_file(folder / REFERENCE)
+    stored = load_file(file)
     inputs = {name.removeprefix("input."): x for name, x in stored.items() if name.startswith("input.")}
     found = _outputs(model, inputs)
     for name in ("output", "original_output"):
         if name not in stored or stored[name].shape != found[name].shape:
-            raise ValueError(f"verify: {folder / REFERENCE} has no {name} of shape {list(found[name].shape)}; it is damaged")
+            raise ValueError(f"verify: {file} has no {name} of shape {list(found[name].shape)}; it is damaged")
     distances = {name: _distance(found[name], stored[name]) for name in found}
     limits = {
         # Rounding noise flips single codes: that stays far below what quantization itself changes.
@@ -167,8 +165,8 @@ def check_reference(model: torch.nn.Module, folder: Path) -> dict[str, float]:
         # Written so that NaN fails.
         if distance != 0 and not distance < limits[name]:
             raise ValueError(
-                f"verify: {folder}: the {name} for the reference input differs from the recorded one by {distance:.2e} (relative "
-                f"L2), expected less than {limits[name]:.2e}; weights, config or libraries are not those of the export"
+                f"verify: {file.parent}: the {name} for the reference input differs from the recorded one by {distance:.2e} "
+                f"(relative L2), expected less than {limits[name]:.2e}; weights, config or libraries are not those of the export"
             )
     return distances
 

@@ -134,7 +134,7 @@ def _class_in(config: dict[str, Any]) -> Any:
 
 def _model(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
     folder = export.folder / part
-    # Our quantizer patches it.
+    # Our quantizer patches it, but not what is for a server.
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     config = read_json(folder / "config.json")
     model_class = _class_in(config)
@@ -148,6 +148,8 @@ def _model(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.n
         raise ValueError(f"the weights are not those of the config: {wrong}")
     if dtype == "auto":
         set_stored_types(folder, model)
+    if export.server is not None:
+        _patch(export, part, model)
     return model.eval()
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from qat_patch.metadata import CONFIG_KEYS, FORMAT_VERSION, AttentionMetadata, check_all_keys, check_format_version
+from qat_patch.servers import AUTO_CONFIG, AUTO_ENABLE, SERVERS
 
 from . import integrity
 from .k_shift import read_k_shift
 from .trust import allowed_keys, file_names
-from .trust.file_names import K_SHIFT, MANIFEST, README, REFERENCE, check_plain
+from .trust.file_names import K_SHIFT, MANIFEST, README, REFERENCE, REFERENCE_FOR_SERVERS, check_plain
 from .trust.headers import check_weights, weight_files, weight_sizes
 from .trust.plain_json import parse_json, read_json
 from .trust.private_copy import PrivateCopy
@@ -38,6 +39,8 @@ class ExportFolder:
     """By subfolder: one under "" for a model or adapters, one a transformer for a pipeline."""
     base_model: str | None
     """Of adapters: what they belong to."""
+    server: str | None = None
+    """What the export is for, if not for this package: no config holds the metadata then, and the manifest does."""
     references: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """By subfolder, where one was recorded: device, dtype and torch version that computed the reference output."""
     name: str = ""
@@ -48,6 +51,10 @@ class ExportFolder:
         if self.kind == "adapters":
             return "transformers" if (self.folder / "adapter_config.json").is_file() else "diffusers"
         return _host(read_json(self.folder / part / "config.json"))
+
+    def reference(self, part: str) -> Path:
+        """The file with the reference of a model by subfolder."""
+        return self.folder / part / (REFERENCE if self.server is None else REFERENCE_FOR_SERVERS)
 
     def k_shift(self, part: str) -> dict[str, torch.Tensor]:
         """The K shifts of a model by subfolder: module name -> float32 [key heads, head dim]; empty if it has none."""
@@ -68,6 +75,10 @@ def write_manifest(export: ExportFolder) -> None:
         "references": export.references,
         "files": {name: record for name, record in integrity.fingerprints(export.folder).items() if name != README},
     }
+    if export.server is not None:
+        manifest["server"] = export.server
+        if not adapters:
+            manifest["attention"] = {part: metadata.to_dict() for part, metadata in export.metadata.items()}
     (export.folder / MANIFEST).write_text(
         json.dumps(integrity.sealed(manifest), indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
@@ -100,7 +111,8 @@ def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
         manifest = integrity.unsealed(manifest)
     except ValueError as error:
         raise ValueError(f"load_checkpoint: {where} is damaged: {error}; get a fresh copy, or export again") from None
-    check_all_keys(where, manifest, _MANIFEST_KEYS)
+    manifest.setdefault("server", None)
+    check_all_keys(where, manifest, [*_MANIFEST_KEYS, "server"])
     _check_manifest(where, manifest)
     kind, recorded = manifest["kind"], manifest["files"]
     index = parse_json("model_index.json", copy.read("model_index.json")) if "model_index.json" in copy.files else {}
@@ -108,7 +120,7 @@ def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
     file_names.check_names(str(copy.source), copy.files, recorded, kind, parts)
     taken = copy.take([name for name in {*recorded, *file_names.MAY_COME_LATER} if name in copy.files])
     copy.put(MANIFEST, content)
-    _check_configs(copy.folder, kind)
+    _check_configs(copy.folder, kind, manifest["server"])
     if (changed := _what_changed(recorded, taken)) is not None:
         raise ValueError(f"load_checkpoint: {copy.source} {changed}; get a fresh copy, or export again")
     metadata = _check_parts(copy.folder, manifest)
@@ -120,6 +132,7 @@ def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
         kind=kind,
         metadata=metadata,
         base_model=manifest["base_model"],
+        server=manifest["server"],
         references=manifest["references"],
         name=name,
     )
@@ -144,7 +157,7 @@ def check_written(export: ExportFolder) -> None:
     recorded = [name for name in names if name not in (MANIFEST, README)]
     parts = [folder.name for folder in export.folder.iterdir() if folder.is_dir()]
     file_names.check_names(str(export.folder), names, recorded, export.kind, parts)
-    _check_configs(export.folder, export.kind)
+    _check_configs(export.folder, export.kind, export.server)
 
 
 def _what_changed(recorded: dict[str, Any], taken: dict[str, tuple[int, str]]) -> str | None:
@@ -173,12 +186,14 @@ def _check_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, AttentionM
     return metadata
 
 
-def _check_configs(folder: Path, kind: str) -> None:
+def _check_configs(folder: Path, kind: str, server: str | None) -> None:
+    if (auto := folder / AUTO_CONFIG).is_file() and read_json(auto) != AUTO_ENABLE:
+        raise ValueError(f"load_checkpoint: {auto}: expected what switches vLLM's KV cache on, and nothing else; remove it")
     for file in sorted(folder.rglob("*.json")):
         if file.name not in allowed_keys.CONFIGS:
             continue
         config = read_json(file)
-        if kind == "model" and file == folder / "config.json":
+        if kind == "model" and server is None and file == folder / "config.json":
             # The metadata have checks of their own.
             config.pop(CONFIG_KEYS[_host(config)], None)
         allowed_keys.check_config(str(file), file.name, config)
@@ -192,11 +207,18 @@ def _no_export(copy: PrivateCopy) -> str:
 
 def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
     kind, base, recorded, references = (manifest[key] for key in ("kind", "base_model", "files", "references"))
+    attention, server = manifest["attention"], manifest["server"]
     is_adapter = kind == "adapters"
+    is_by_part = isinstance(attention, dict) and bool(attention) and (kind == "pipeline" or attention.keys() == {""})
     for key, is_right, expected in (
         ("kind", isinstance(kind, str) and kind in _KINDS, " or ".join(_KINDS)),
         ("base_model", isinstance(base, str) if is_adapter else base is None, "a name for adapters, else null"),
-        ("attention", is_adapter or manifest["attention"] is None, "metadata for adapters, else null"),
+        ("server", server is None or server in [*SERVERS], f"one of {', '.join(SERVERS)}, or none"),
+        (
+            "attention",
+            is_adapter or (attention is None if server is None else is_by_part),
+            "metadata for adapters, by folder for a server, else null",
+        ),
         ("references", isinstance(references, dict), "a mapping"),
         ("files", isinstance(recorded, dict) and bool(recorded), "a mapping of files"),
     ):
@@ -209,14 +231,19 @@ def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
         check_all_keys(f"load_checkpoint: {where}: references", record, ["device", "dtype", "torch"])
         if not all(isinstance(value, str) and re.fullmatch(r"[\w.+:-]{1,64}", value, re.ASCII) for value in record.values()):
             raise ValueError(f"load_checkpoint: {where}: references: expected short texts, got {record!r}")
-        if str(Path(part, REFERENCE)) not in recorded:
-            raise ValueError(f"load_checkpoint: {where}: references: {part!r} has no {REFERENCE}")
+        if str(Path(part, name := REFERENCE if server is None else REFERENCE_FOR_SERVERS)) not in recorded:
+            raise ValueError(f"load_checkpoint: {where}: references: {part!r} has no {name}")
 
 
 def _stored_metadata(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The metadata as they stand in the configs, by subfolder."""
     if manifest["kind"] == "adapters":
         return {"": manifest["attention"]}
+    if manifest["server"] is not None:
+        for part in manifest["attention"]:
+            if part and not (part.isidentifier() and (folder / part / "config.json").is_file()):
+                raise ValueError(f"load_checkpoint: {folder / MANIFEST}: attention: there is no model {part!r}")
+        return manifest["attention"]
     if manifest["kind"] == "model":
         config = read_json(folder / "config.json")
         return {"": config.get(CONFIG_KEYS[_host(config)])}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_patch.metadata import AttentionMetadata
+from qat_patch.servers import SERVERS, SERVING
 
 
 def model_card(
@@ -19,6 +20,7 @@ def model_card(
     base_model: str | None,
     component: str | None,
     is_adapter: bool,
+    server: str | None = None,
 ) -> str:
     """The README.md of an export, with the Hub's YAML header. `model`: what was exported, without wrappers."""
     from huggingface_hub import ModelCardData
@@ -34,7 +36,7 @@ def model_card(
         base_model=None if base is None or Path(base).exists() else base,
         base_model_relation=relation if base else None,
         datasets=_datasets(metadata.training or {}) or None,
-        tags=["nvfp4", "fp4", "qat", "attention", "qat-patch", *(["lora"] if is_adapter else [])],
+        tags=["nvfp4", "fp4", "qat", "attention", "qat-patch", *([server] if server else []), *(["lora"] if is_adapter else [])],
     )
     spec = metadata.config.spec
     what = "adapters for ordinary" if is_adapter else "ordinary"
@@ -46,12 +48,13 @@ def model_card(
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {class_name} with 4-bit attention",
-        f"These are {what} {class_name} weights. {len(metadata.modules)} attention modules expect NVFP4 attention: "
-        f"Q and K in NVFP4, P and V in {spec.pv}"
+        f"These are {what} {class_name} weights. {len(metadata.modules)} attention modules expect 4-bit attention "
+        f"of the preset `{spec.preset}`: {spec.rules.what}"
         + (", with rotation" if spec.rotate else "")
         + (", with four-over-six scales" if spec.four_over_six else "")
         + ". Loaded without `qat_patch` they run ordinary attention."
         + (f" They are for the component `{component}` of the pipeline." if component else ""),
+        *([] if server is None else [f"Made for {SERVERS[server].name}: [{SERVING}]({SERVING}) has the command."]),
         f"```python\n{load}\n```",
         "## Training",
         _table(_flatten(metadata.training))

@@ -20,10 +20,12 @@ import torch
 
 from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
 from qat_patch.patch import get_handle
+from qat_patch.servers import AUTO_CONFIG, SERVERS, SERVING
 from qat_patch.version import __version__
 
 from .k_shift import K_SHIFT, digest, write_k_shift
-from .manifest import MANIFEST, REFERENCE
+from .trust.file_names import MANIFEST, REFERENCE, REFERENCE_FOR_SERVERS
+from .trust.plain_json import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +68,14 @@ def record_in_transformers(module: Any) -> None:
         return save(self, *args, **kwargs)
 
     @functools.wraps(load)
-    def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        name = pretrained_model_name_or_path
         result = load(cls, name, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if name is not None and not _is_free(model):
             _announce(model, name, kwargs.get("revision"))
+        elif name is not None:
+            _remember(model, _folder_with_manifest(name, kwargs), "")
         return result
 
     model_class.save_pretrained = save_pretrained
@@ -89,9 +94,9 @@ def record_in_peft(module: Any) -> None:
         return save(self, *args, **kwargs)
 
     @functools.wraps(load)
-    def from_pretrained(cls: Any, model: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-        result = load(cls, model, name, *args, **kwargs)
-        _announce(result.get_base_model(), name, kwargs.get("revision"))
+    def from_pretrained(cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        result = load(cls, model, model_id, *args, **kwargs)
+        _announce(result.get_base_model(), model_id, kwargs.get("revision"))
         return result
 
     model_class.save_pretrained = save_pretrained
@@ -101,7 +106,7 @@ def record_in_peft(module: Any) -> None:
 def record_in_diffusers(module: Any) -> None:
     """Let `ModelMixin` save what is in force. Diffusers patches nothing itself: `patch_model` finds the record."""
     model_class, key = module.ModelMixin, CONFIG_KEYS["diffusers"]
-    save = model_class.save_pretrained
+    save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
 
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +123,18 @@ def record_in_diffusers(module: Any) -> None:
         finally:
             self._internal_dict = before
 
+    @functools.wraps(load)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        result = load(cls, pretrained_model_name_or_path, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            model = result[0] if isinstance(result, tuple) else result
+            _remember(model, folder, "")
+            _remember(model, folder.parent, folder.name)
+        return result
+
     model_class.save_pretrained = save_pretrained
+    model_class.from_pretrained = classmethod(from_pretrained)
 
 
 def _in_any_order(metadata: AttentionMetadata) -> AttentionMetadata:
@@ -142,7 +158,7 @@ def _destination(call: dict[str, Any]) -> Path | None:
 def _remove_what_stands_there(folder: Path | None) -> None:
     """What this package wrote about the weights that are saved over now."""
     if folder is not None:
-        for name in (K_SHIFT, MANIFEST, REFERENCE):
+        for name in (K_SHIFT, MANIFEST, REFERENCE, REFERENCE_FOR_SERVERS, SERVING, AUTO_CONFIG):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -195,6 +211,32 @@ def _as_quantizer(
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+
+
+def _folder_with_manifest(name: Any, kwargs: dict[str, Any]) -> Path | None:
+    """Where what stands beside a model's weights is: the folder, or for a name on the Hub its place in the cache."""
+    from transformers.utils.hub import cached_file
+
+    if Path(name).is_dir():
+        return Path(name)
+    options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if kwargs.get(key) is not None}
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(str(name), MANIFEST, **options, **quiet)
+    return None if file is None else Path(file).parent
+
+
+def _remember(model: Any, folder: Path | None, part: str) -> None:
+    """Keep for `patch_model` what an export for a server expects, which no config of it says."""
+    if folder is None or not (file := folder / MANIFEST).is_file():
+        return
+    try:
+        record = read_json(file)
+        attention = record.get("attention") if record.get("server") in [*SERVERS] else None
+        values = attention.get(part) if isinstance(attention, dict) else None
+        if AttentionMetadata.is_ours(values):
+            setattr(model, RECORD, AttentionMetadata.from_dict(values))
+    except ValueError as error:  # the weights are what was asked for, and they are loaded
+        _log.warning("%s cannot be read (%s): patch_model will not know what attention this model was trained for", file, error)
 
 
 def _announce(model: Any, source: Any, revision: Any) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from qat_patch.servers import SERVERS
+
 from .golden_output import check_reference
 from .load import load_part, load_pipeline
 from .manifest import ExportFolder
@@ -37,7 +39,9 @@ def verify_checkpoint(folder: str | Path, *, revision: str | None = None) -> lis
 
 
 def _verified(export: ExportFolder) -> list[str]:
-    report = [f"{export.name}: {export.kind}, written by qat_patch {next(iter(export.metadata.values())).package_version}"]
+    made_for = "" if export.server is None else f", for {SERVERS[export.server].name}"
+    version = next(iter(export.metadata.values())).package_version
+    report = [f"{export.name}: {export.kind}{made_for}, written by qat_patch {version}"]
     report.append("every file is as it was exported")
     files = sorted({file for path in (export.folder, *export.folder.iterdir()) if path.is_dir() for file in weight_files(path)})
     report.append(f"{sum(map(_check_finite, files))} weights in {len(files)} files are finite")
@@ -56,7 +60,7 @@ def _verified(export: ExportFolder) -> list[str]:
             report.append(f"{name}: no reference output was recorded; export_checkpoint(..., example_inputs=...) records one")
             continue
         how = export.references[part]
-        for output, distance in check_reference(model, export.folder / part).items():
+        for output, distance in check_reference(model, export.reference(part)).items():
             is_close = "bit-equal" if distance == 0 else f"within {distance:.1e} (relative L2)"
             report.append(f"{name}: {output} {is_close} to what was recorded on {how['device']} with torch {how['torch']}")
     return report

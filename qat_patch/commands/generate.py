@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import inspect
 import json
-from collections.abc import Sequence
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from qat_kernels import explain
+from qat_kernels import KVCache
+from qat_kernels.dispatch import SPEED
+from qat_kernels.ran import counted
 from qat_patch.checkpoint.load import component_of, load_checkpoint, load_tokenizer
 from qat_patch.checkpoint.trust.download import export_folder
 from qat_patch.checkpoint.trust.opening import printable
@@ -52,31 +59,84 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if getattr(options, name) is not None:
             kind = "video" if is_video else "text"
             raise ValueError(f"--{name.replace('_', '-')}: has no effect, for {options.folder} generates {kind}; leave it out")
-    handle = (_video if is_video else _text)(options, device)
+    handle, run = (_video if is_video else _text)(options, device)
+    print(f"\n{run}")
     modules = f"{len(handle.patched)} of {len(handle.patched) + len(handle.skipped)} attention modules"
-    print(f"\n[4-bit attention in {modules}; {_implementation(handle)} implementation, {device}]")
+    ran = " and ".join(name for name in SPEED if run.calls[name]) or "no"
+    print(f"[4-bit attention in {modules}; {ran} implementation, {device}]")
 
 
-def _implementation(handle: PatchHandle) -> str:
-    """What attention runs on the device and in the type of the model."""
-    model, layer = handle.models[0], next(iter(handle.patched.values()))
-    query = torch.empty(1, 1, 16, 64, device=next(model.parameters()).device, dtype=cast(Any, model).dtype)
-    report = explain(query, query, query, spec=layer.spec, needs_gradient=False)
-    return next(line.partition(":")[0] for line in report.splitlines() if ": runs" in line)
+@dataclasses.dataclass
+class Run:
+    """What generating took, and what it really ran."""
+
+    calls: Counter[str]
+    """Calls of 4-bit attention by what ran them."""
+    seconds: float
+    made: int
+    """How many tokens or frames."""
+    unit: str
+    peak: int
+    """Bytes, of the GPU or of this process."""
+
+    def __str__(self) -> str:
+        calls = ", ".join(f"{count} {name}" for name, count in self.calls.items()) or "none"
+        speed = f"{self.made} {self.unit} in {self.seconds:.2f} s, {self.made / self.seconds:.2f} {self.unit}/s"
+        return f"[calls of 4-bit attention: {calls}; {speed}; peak memory {self.peak / 2**30:.2f} GiB]"
 
 
-def _text(options: argparse.Namespace, device: str) -> PatchHandle:
+@contextlib.contextmanager
+def measured(device: str, unit: str) -> Iterator[Run]:
+    """Inside, calls are counted and time is taken; whoever opens it says how much was made."""
+    on_gpu = torch.device(device).type == "cuda"
+    run = Run(calls=Counter(), seconds=0.0, made=0, unit=unit, peak=0)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    with counted() as run.calls:
+        yield run
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    run.seconds = time.perf_counter() - began
+    run.peak = torch.cuda.max_memory_allocated(device) if on_gpu else _peak_of_process()
+
+
+def _peak_of_process() -> int:
+    """Bytes: Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def checked(handle: PatchHandle, device: str) -> None:
+    """The self-check, of what would run on FP4 units and is not known yet; before a model takes the memory."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        where = torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
+    if handle.unchecked(where):
+        print("self-check of FP4 units, once for this machine: it takes minutes", flush=True)
+        print(f"{handle.check(where)}\n")
+
+
+def _text(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
     if options.prompt is None:
         raise ValueError("--prompt: needed to generate text")
-    model = load_checkpoint(options.folder, device=device)
+    model = load_checkpoint(options.folder)
+    checked(require_handle(model), device)
+    model = model.to(device)
     tokenizer = load_tokenizer(options.folder)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
+    if not inputs["input_ids"].numel():
+        raise ValueError("--prompt: expected at least one token; the tokenizer makes none of it")
     limits = {name: getattr(options, name) for name in _TEXT_ONLY if getattr(options, name) is not None}
     handle = require_handle(model)
-    cache = {cache_argument(model): handle.cache()} if any(x.spec.pv == "nvfp4" for x in handle.patched.values()) else {}
-    tokens = model.generate(**inputs, **cache, **{"max_new_tokens": 64} | limits, do_sample=False)
+    cache = (
+        {cache_argument(model): handle.cache()} if any(x.spec.preset in KVCache.presets for x in handle.patched.values()) else {}
+    )
+    with measured(device, "tokens") as run:
+        tokens = model.generate(**inputs, **cache, **{"max_new_tokens": 64} | limits, do_sample=False)
+        run.made = tokens.shape[1] - (0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1])
     print(printable(tokenizer.decode(tokens[0], skip_special_tokens=True)))
-    return handle
+    return handle, run
 
 
 def cache_argument(model: torch.nn.Module) -> str:
@@ -84,15 +144,17 @@ def cache_argument(model: torch.nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def _video(options: argparse.Namespace, device: str) -> PatchHandle:
+def _video(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
     from diffusers.utils import encode_video
 
     if options.output is None or (options.prompt is None) == (options.prompt_embeds is None):
         raise ValueError("a video needs --output FILE.mp4 and one of --prompt and --prompt-embeds")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     needs_text = options.prompt_embeds is None
-    pipe = make_pipeline(options.folder, options.pipeline, dtype, component=options.component, needs_text=needs_text).to(device)
+    pipe = make_pipeline(options.folder, options.pipeline, dtype, component=options.component, needs_text=needs_text)
     handle = require_handle(pipe)
+    checked(handle, device)
+    pipe = pipe.to(device)
     names = {"steps": "num_inference_steps"}
     call: dict[str, Any] = {
         names.get(name, name): getattr(options, name)
@@ -106,11 +168,13 @@ def _video(options: argparse.Namespace, device: str) -> PatchHandle:
         if options.original_first or options.original_last:
             steps = handle.original_steps(first=options.original_first or 0, last=options.original_last or 0)
             call["callback_on_step_end"] = stack.enter_context(steps)
+        run = stack.enter_context(measured(device, "frames"))
         frames = pipe(**call, generator=generator, output_type="np").frames[0]
+        run.made = len(frames)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     encode_video(frames, options.fps or 16, str(options.output))
     print(f"{options.output}: {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}")
-    return handle
+    return handle, run
 
 
 def make_pipeline(

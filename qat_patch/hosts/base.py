@@ -18,6 +18,8 @@ class HostAdapter(Protocol):
     """What attention has to go through to be patched, in words."""
     REPLACED_BY: str
     """The method of a model, or of its attention modules, that puts other attention in the place of what runs there."""
+    CAUSAL: bool
+    """Whether attention in its models is causal, as far as one can say before a call."""
 
     def owns(self, model: object) -> bool:
         """Whether this is a model of the host library."""

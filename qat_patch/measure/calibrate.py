@@ -12,13 +12,15 @@ import torch
 import torch.distributed as dist
 
 from qat_kernels.reference import rotated
-from qat_kernels.spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE
+from qat_kernels.smoothing import smooth
+from qat_kernels.spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE, NVFP4Format
 from qat_patch.handle import PatchHandle
 from qat_patch.layer import AttentionCall, AttentionLayer
 from qat_patch.patch import get_handle
 
-FLUSHED_AT = 2.0**-11
-"""Groups whose largest magnitude is at most this are rounded to zero (docs/NUMERICS.md, section 1)."""
+FLUSHED_AT = {"divide": 2.0**-11, "reciprocal": E2M1_MAX * 2.0**-10}
+"""By the rule of the scale: groups whose largest magnitude is at most this are rounded to zero (docs/NUMERICS.md, sections 1
+and 9). Without a smallest scale, half of the smallest E4M3 value rounds to a scale of zero."""
 SATURATED_ABOVE = E2M1_MAX * E4M3_MAX
 """Larger magnitudes saturate."""
 
@@ -69,6 +71,12 @@ def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()
         counts[name] = count_limits(counts.get(name), layer, call)
 
     handle = _handle_in_force("calibrate", model)
+    for name, layer in handle.patched.items():
+        if not layer.spec.rules.options:
+            raise ValueError(
+                f"calibrate: {name} has preset={layer.spec.preset!r}, whose servers subtract no K shift: there is nothing to "
+                "calibrate; expected nvfp4 or nvfp4_qk"
+            )
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in handle.patched):
             raise ValueError(
@@ -190,10 +198,10 @@ class LimitCounts:
     saturated: torch.Tensor | int = 0
     values: torch.Tensor | int = 0
 
-    def add(self, groups: torch.Tensor, values: torch.Tensor | int) -> None:
+    def add(self, groups: torch.Tensor, values: torch.Tensor | int, how: NVFP4Format) -> None:
         """Groups of values [..., 16]; `values` of them count, the others are zero."""
         magnitude = groups.abs()
-        flushed = magnitude.amax(-1, keepdim=True) <= FLUSHED_AT
+        flushed = magnitude.amax(-1, keepdim=True) <= FLUSHED_AT[how.scale]
         self.flushed = self.flushed + (flushed & (magnitude > 0)).sum()
         self.saturated = self.saturated + (magnitude > SATURATED_ABOVE).sum()
         self.values = self.values + values
@@ -206,18 +214,22 @@ class LimitCounts:
 def count_limits(counts: dict[str, LimitCounts] | None, layer: AttentionLayer, call: AttentionCall) -> dict[str, LimitCounts]:
     """The counts by tensor with one more call, Q, K and V as the quantization meets them (docs/NUMERICS.md, section 6)."""
     counts = counts or {"query": LimitCounts(), "key": LimitCounts(), "value": LimitCounts()}
-    query, key, value, mask = call.query.float(), call.key.float(), call.value.float(), call.key_mask
+    query, key, value, mask, formats = call.query, call.key, call.value.float(), call.key_mask, layer.spec.formats
+    if formats.smooth is not None:
+        query, key = smooth(query, key)[:2]
+    query, key = query.float(), key.float()
     if (shift := layer.shift_on(key.device)) is not None:
         key = key - shift[:, None]
     query, key = rotated(query, layer.spec), rotated(key, layer.spec)
-    counts["query"].add(query.unflatten(-1, (-1, GROUP_SIZE)), query.numel())
     seen: int | torch.Tensor = key.numel()
     if mask is not None:
         key, value = (torch.where(mask[:, None, :, None], x, 0.0) for x in (key, value))
         seen = mask.sum() * (key.numel() // mask.numel())
-    counts["key"].add(key.unflatten(-1, (-1, GROUP_SIZE)), seen)
-    if layer.spec.pv == "nvfp4":
-        counts["value"].add(_token_groups(value, mask), seen)
+    for which, x, number in (("query", query, query.numel()), ("key", key, seen), ("value", value, seen)):
+        how = getattr(formats, which)
+        if isinstance(how, NVFP4Format):
+            groups = _token_groups(x, mask) if how.axis == "keys" else x.unflatten(-1, (-1, GROUP_SIZE))
+            counts[which].add(groups, number, how)
     return counts
 
 

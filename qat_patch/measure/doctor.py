@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
-from qat_kernels import explain
+from qat_kernels import NVFP4, QuantSpec, explain
 from qat_kernels.dispatch import why_not
+from qat_kernels.verdicts import Case
+from qat_patch.self_check.check import NOT_CHECKED, CheckReport, check, gpus, known_verdicts, unchecked
 from qat_patch.version import __version__
 from qat_patch.versions import SUPPORTED, is_supported
 
 HEAD_DIM = 128
+CASES = tuple(Case(head_dim, causal, QuantSpec().to_json(), torch.bfloat16) for head_dim in (128, 64) for causal in (False, True))
+"""What most models call; `handle.check()` checks what a model of another kind calls."""
 
 
 def report() -> str:
@@ -21,16 +25,28 @@ def report() -> str:
     lines = [f"{'machine':12} {platform.system()} {platform.machine()}, Python {platform.python_version()}"]
     lines.append(f"{'qat-patch':12} {__version__}")
     lines += [f"{name:12} {_version(name)}" for name in (*SUPPORTED, "triton")]
-    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    devices, verdicts = [torch.device("cpu"), *gpus()], known_verdicts()
     for device in devices:
         lines += ["", f"{device}: {_describe(device)}"]
         q = torch.empty(1, 2, 16, HEAD_DIM, dtype=torch.bfloat16, device=device)
         for what, needs_gradient in (("training", True), ("inference", False)):
             lines.append(f"  {what} (bfloat16, head_dim {HEAD_DIM})")
-            lines += [f"    {line}" for line in explain(q, q, q, needs_gradient=needs_gradient).splitlines()]
-        kernels = device.type == "cuda" and why_not("triton", device, q.dtype, False) is None
+            words = explain(q, q, q, impl=verdicts or "auto", needs_gradient=needs_gradient)
+            lines += [f"    {line}" for line in words.splitlines()]
+        if unchecked(verdicts, device, CASES):
+            lines.append(f"  {NOT_CHECKED}")
+        kernels = device.type == "cuda" and why_not("triton", device, q.dtype, NVFP4, False) is None
         lines += ["  generation with handle.cache()", f"    {'decode kernels of its own' if kernels else 'eager, in PyTorch'}"]
     return "\n".join(lines)
+
+
+def self_check() -> CheckReport:
+    """Check what most models call on every GPU, and keep the verdicts.
+
+    Raises:
+        ValueError: there is no GPU that could run the kernels.
+    """
+    return check(gpus(), CASES)
 
 
 def _version(name: str) -> str:

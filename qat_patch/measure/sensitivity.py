@@ -27,7 +27,7 @@ class LayerSensitivity:
     query: Limits
     key: Limits
     value: Limits
-    """What NVFP4 cannot hold of them; zeros for a value that is not quantized."""
+    """What NVFP4 cannot hold of them; zeros for what is not quantized."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 python -m scripts.bench attention --json attention.json
 python -m scripts.bench attention --shape 1,12,12,32760,32760,128 --shape 2,40,8,4096,4096,128,causal
+python -m scripts.bench attention --preset kv_nvfp4 --shape 1,40,8,4096,4096,128,causal
 python -m scripts.bench inference --json inference.json
 python -m scripts.bench quantize
 python -m scripts.bench report attention.json --png attention.png
@@ -23,17 +24,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from qat_kernels import QuantSpec
+from qat_kernels.spec import Preset
+from qat_patch.bench.attention import TRAINING, attention, inference
+from qat_patch.bench.harness import machine, write
+from qat_patch.bench.shapes import CPU_SHAPES, FIGURE_5_SHAPES, GPU_SHAPES, INFERENCE_SHAPES, Shape
 from scripts.arguments import new_parser
-from scripts.bench.attention import attention, inference
-from scripts.bench.harness import machine, write
 from scripts.bench.quantize import quantize
 from scripts.bench.report import report
-from scripts.bench.shapes import CPU_SHAPES, FIGURE_5_SHAPES, GPU_SHAPES, INFERENCE_SHAPES, Shape
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         command.add_argument("--rounds", type=int, default=20, help="how often each is timed (default: 20)")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
         if name == "attention":
+            command.add_argument("--preset", action="append", default=[], choices=get_args(Preset), help="time this one too")
             command.add_argument("--figure-5", action="store_true", help="the grid of the paper's figure 5 instead")
     command = commands.add_parser("report", help="a table and a picture of earlier results")
     command.add_argument("file", type=Path)
@@ -66,12 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     defaults = CPU_SHAPES if device == "cpu" else FIGURE_5_SHAPES if getattr(options, "figure_5", False) else GPU_SHAPES
     if options.command == "inference":
         defaults = INFERENCE_SHAPES
-    measured = {"attention": attention, "inference": inference, "quantize": quantize}[options.command]
+    presets = {name: {"spec": QuantSpec(preset=name)} for name in getattr(options, "preset", [])}
+    training = partial(attention, variants=TRAINING | presets)
+    measured = {"attention": training, "inference": inference, "quantize": quantize}[options.command]
     dtype = getattr(torch, options.dtype)
     results = []
     for shape in options.shape or [Shape.parse(text) for text in defaults]:
         print(f"\n{shape}", flush=True)
-        results += [about | shape._asdict() | each for each in measured(shape, device, dtype, options.rounds)]
+        try:
+            measurements = measured(shape, device, dtype, options.rounds)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+        results += [about | shape._asdict() | each for each in measurements]
         write(results, options.json)
     return results
 

@@ -4,7 +4,8 @@ python -m scripts.bench.decode --json decode.json               # a step of atte
 python -m scripts.bench.decode --generate --json generate.json  # `generate`: prompts of 4k and 32k tokens, batch 1 and 8
 python -m scripts.bench report decode.json --png decode.png     # a table and a picture of either
 
-A step of ours adds the new token to the cache and attends; PyTorch's only attends, with every backend that can. Both are
+A step of ours adds the new token to the cache and attends: this package's own cache, and the one that holds what servers hold
+(preset `kv_nvfp4`). PyTorch's only attends, with every backend that can. All are
 captured in CUDA graphs, so that the time is the GPU's, and start with a cold L2 cache. Before anything is timed the last sequence
 of that very step is compared with eager float32 (docs/NUMERICS.md, section 7).
 
@@ -29,12 +30,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from qat_kernels import KVCache
+from qat_kernels import KVCache, QuantSpec
+from qat_patch.bench.harness import OUTPUT_BOUND, machine, write
 from scripts.arguments import new_parser
-from scripts.bench.harness import OUTPUT_BOUND, machine, write
 
 HEADS, KEY_HEADS, HEAD_DIM = 40, 8, 128
 """Of Qwen3-14B."""
+CACHES = {"fp4 cache": QuantSpec(), "kv_nvfp4 cache": QuantSpec(preset="kv_nvfp4")}
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 L2_BYTES = 256 << 20
 """More than any L2 cache holds."""
@@ -91,16 +93,19 @@ def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
         return torch.randn(batch, heads, tokens, HEAD_DIM, generator=generator, device="cuda", dtype=torch.bfloat16)
 
     q, k, v = random(HEADS, 1), random(KEY_HEADS, length), random(KEY_HEADS, length)
-    cache = KVCache()
-    cache.append(k[:, :, :-1], v[:, :, :-1])
     new = k[:, :, -1:].contiguous(), v[:, :, -1:].contiguous()
-    check(cache, q, *new)
+    caches = {name: KVCache() for name in CACHES}
+    candidates: dict[str, Callable[[], None]] = {}
+    for (name, cache), spec in zip(caches.items(), CACHES.values(), strict=True):
+        cache.append(k[:, :, :-1], v[:, :, :-1], spec=spec)
+        print(f"  {name}:", end="")
+        check(cache, q, *new)
 
-    def ours() -> None:
-        # Of a copy: what the graph reads stays alive in the cache itself.
-        copy.copy(cache).attention(q, *new)
+        def ours(cache: KVCache = cache, spec: QuantSpec = spec) -> None:
+            # Of a copy: what the graph reads stays alive in the cache itself.
+            copy.copy(cache).attention(q, *new, spec=spec)
 
-    candidates: dict[str, Callable[[], None]] = {"fp4 cache": ours}
+        candidates[name] = ours
     for name, backend in BACKENDS.items():
 
         def theirs(backend: SDPBackend = backend) -> None:
@@ -114,8 +119,8 @@ def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
             print(f"  bf16 sdpa {name}: left out: {str(error).splitlines()[0]}")
     milliseconds = measure({name: captured(call) for name, call in candidates.items()}, rounds)
     quartiles = {name: statistics.quantiles(times, n=4, method="inclusive") for name, times in milliseconds.items()}
-    best = min(median for name, (_, median, _) in quartiles.items() if name != "fp4 cache")
-    bytes_ = {name: cache.nbytes if name == "fp4 cache" else 2 * k.nbytes for name in quartiles}
+    best = min(median for name, (_, median, _) in quartiles.items() if name not in caches)
+    bytes_ = {name: caches[name].nbytes if name in caches else 2 * k.nbytes for name in quartiles}
     return [
         {"name": name, "ms": median, "low": low, "high": high, "bytes": bytes_[name], "times_best_bf16": best / median}
         for name, (low, median, high) in quartiles.items()
@@ -125,9 +130,10 @@ def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
 def check(cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """End the program unless the step's last sequence is what eager float32 makes of the same bytes."""
     expected, actual = copy.copy(cache), copy.copy(cache)
+    assert cache.spec is not None, "it was filled"
     expected.select(torch.tensor([q.shape[0] - 1]))
-    expected = expected.attention(*(x[-1:] for x in (q, k, v)), impl="eager").float()
-    actual = actual.attention(q, k, v, impl="triton")[-1:].float()
+    expected = expected.attention(*(x[-1:] for x in (q, k, v)), spec=cache.spec, impl="eager").float()
+    actual = actual.attention(q, k, v, spec=cache.spec, impl="triton")[-1:].float()
     error = ((actual - expected).norm() / expected.norm()).item()
     if not error < OUTPUT_BOUND:
         raise SystemExit(f"bench.decode: relative L2 of the output: expected less than {OUTPUT_BOUND:.0e}, got {error:.2e}")

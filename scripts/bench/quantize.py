@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from scripts.bench.harness import interleave
-from scripts.bench.shapes import Shape, inputs
+from qat_patch.bench.harness import interleave
+from qat_patch.bench.shapes import Shape, inputs
 
 REPEATS = 10
 """Of a quantization, which is so short that its events would be measured."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from scripts.bench.attention import INFERENCE, TRAINING
-from scripts.bench.shapes import Shape
+from qat_kernels.spec import Preset
+from qat_patch.bench.attention import INFERENCE, TRAINING
+from qat_patch.bench.shapes import Shape
 
 Result = dict[str, Any]
 
@@ -37,7 +38,7 @@ def attention_table(results: list[Result]) -> Table:
         shape = Shape(*(each[field] for field in Shape._fields))
         by_row.setdefault((shape, each["what"]), {})[each["name"]] = each
     names = list(dict.fromkeys(each["name"] for each in results))
-    ours = [name for name in names if name in TRAINING | INFERENCE]
+    ours = [name for name in names if name in (*TRAINING, *INFERENCE, *get_args(Preset))]
     titles = ["shape", "", *(f"{name}, ms" for name in names), *(f"{name} / FlashAttention-2" for name in ours)]
     lines = head(titles)
     bars: dict[str, dict[str, float]] = {}
@@ -52,18 +53,27 @@ def attention_table(results: list[Result]) -> Table:
 
 
 def decode_table(results: list[Result]) -> Table:
-    """A step of attention from the FP4 cache, against the fastest from BF16; bars are how often BF16's time is ours."""
-    lines = head(["batch", "tokens", "fp4 cache, ms", "best bf16 sdpa, ms", "", "times faster", "cache bytes, fp4 / bf16"])
+    """A step of attention from the FP4 caches, against the fastest from BF16; bars are how often BF16's time is ours."""
+    caches = [name for name in ("fp4 cache", "kv_nvfp4 cache") if any(each["name"] == name for each in results)]
+    short = [name.removesuffix(" cache") for name in caches]
+    faster = ["times faster", *(f"{name} times faster" for name in short[1:])]
+    lines = head(
+        ["batch", "tokens", *(f"{name}, ms" for name in caches), "best bf16 sdpa, ms", "", *faster]
+        + [f"cache bytes, {name} / bf16" for name in short]
+    )
     bars = {}
     for (batch, tokens), row in by_cell(results).items():
-        ours, theirs = row["fp4 cache"], min((each for name, each in row.items() if name != "fp4 cache"), key=lambda x: x["ms"])
-        faster = theirs["ms"] / ours["ms"]
-        cells = [f"{ours['ms']:.3f}", f"{theirs['ms']:.3f}", theirs["name"].split()[-1], f"{faster:.2f}"]
-        lines.append(line([batch, f"{tokens:,}", *cells, f"{ours['bytes'] / theirs['bytes']:.3f}"]))
-        bars[f"batch {batch}, {tokens:,} tokens"] = {
-            "time, against the best BF16 SDPA": faster, "bytes, against BF16": theirs["bytes"] / ours["bytes"]
-        }  # fmt: skip
-    return lines, bars, "BF16 / FP4 cache"
+        ours = [row[name] for name in caches]
+        theirs = min((each for name, each in row.items() if name not in caches), key=lambda x: x["ms"])
+        cells = [*(f"{each['ms']:.3f}" for each in ours), f"{theirs['ms']:.3f}", theirs["name"].split()[-1]]
+        cells += [f"{theirs['ms'] / each['ms']:.2f}" for each in ours] + [
+            f"{each['bytes'] / theirs['bytes']:.3f}" for each in ours
+        ]
+        lines.append(line([batch, f"{tokens:,}", *cells]))
+        times = {f"{name}: time, against the best BF16 SDPA": theirs["ms"] / row[f"{name} cache"]["ms"] for name in short}
+        sizes = {f"{name}: bytes, against BF16": theirs["bytes"] / row[f"{name} cache"]["bytes"] for name in short}
+        bars[f"batch {batch}, {tokens:,} tokens"] = times | sizes
+    return lines, bars, "BF16 / cache of 4 bits"
 
 
 def generation_table(results: list[Result]) -> Table:

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 import qat_patch
+from qat_patch.bench.harness import machine, write
 from scripts.arguments import new_parser
-from scripts.bench.harness import machine, write
 
 LOSSES_AGREE = 0.1
 """How far the losses may lie apart, relative to SDPA's."""

@@ -24,8 +24,8 @@ import torch
 
 from qat_kernels import QuantSpec
 from qat_kernels.triton import tiles
+from qat_patch.bench.shapes import Shape, inputs
 from scripts.arguments import new_parser
-from scripts.bench.shapes import Shape, inputs
 
 KERNELS = {
     "attention_forward_kernel": "forward",

@@ -132,13 +132,13 @@ def plan(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run | str]]:
         yield from seeds(("distill", "task"), option=option)
 
 
-def tried_rates(results: Mapping[str, Entry], method: str, weights: str) -> dict[float, float]:
+def tried_rates(results: Mapping[str, Entry], method: str, weights: str, option: str = PLAIN) -> dict[float, float]:
     """The method's own objective on validation text at the end of the runs of the sweep, by learning rate; diverged: infinite."""
     found = {}
     for rate in RATES[weights]:
-        entry = results.get(Run(method=method, weights=weights, rate=rate, seed=SEEDS[0]).key)
+        entry = results.get(Run(method=method, weights=weights, option=option, rate=rate, seed=SEEDS[0]).key)
         if entry is not None:
-            value = objective_of(method, entry["curve"][-1])
+            value = objective_of(method, entry["curve"][-1], option)
             found[rate] = value if math.isfinite(value) else math.inf
     return found
 
@@ -150,26 +150,28 @@ def objective_of(method: str, measured: dict[str, float], option: str = PLAIN) -
     return (1 - distillation) * measured[f"loss_{attention}"] + distillation * measured[f"kl_{attention}"]
 
 
-def next_rates(results: Mapping[str, Entry], method: str, weights: str) -> list[float]:
+def next_rates(results: Mapping[str, Entry], method: str, weights: str, option: str = PLAIN) -> list[float]:
     """Learning rates of the sweep: those of its start, then the neighbours of the best."""
-    tried, grid = tried_rates(results, method, weights), RATES[weights]
+    tried, grid = tried_rates(results, method, weights, option), RATES[weights]
     if not set(FIRST_RATES[weights]) <= tried.keys():
         return list(FIRST_RATES[weights])
     index = grid.index(min(tried, key=tried.get))
     return sorted({*tried, *grid[max(0, index - 1) : index + 2]})
 
 
-def best_rate(results: Mapping[str, Entry], method: str, weights: str) -> float | None:
+def best_rate(results: Mapping[str, Entry], method: str, weights: str, option: str = PLAIN) -> float | None:
     """The best learning rate, or None as long as the sweep goes on."""
-    tried = tried_rates(results, method, weights)
-    done = tried and set(next_rates(results, method, weights)) == tried.keys()
+    tried = tried_rates(results, method, weights, option)
+    done = tried and set(next_rates(results, method, weights, option)) == tried.keys()
     return min(tried, key=tried.get) if done else None
 
 
 class Trainer:
     """Trains from one starting model again and again; what `work_through` calls in each worker."""
 
-    def __init__(self, language: Language, device: str, sizes: dict[str, Size]) -> None:
+    def __init__(self, language: Language, device: str, sizes: dict[str, Size], options: Sequence[str] = OPTIONS) -> None:
+        """`options`: what the model is measured in before training, and controls of the size `main` after it."""
+        self.options = options
         self.language, self.device, self.sizes = language, torch.device(device), sizes
         self.start = language.model(self.device).requires_grad_(False)
         self.teacher = frozen_teacher(self.start)
@@ -180,7 +182,7 @@ class Trainer:
     def untrained(self, size: Size) -> Entry:
         """The starting model in every option."""
         settings = self.settings(Run(method="task", rate=1.0, seed=0), size)
-        return {"test": self.test(copy.deepcopy(self.start), OPTIONS, size, settings), "settings": dataclasses.asdict(size)}
+        return {"test": self.test(copy.deepcopy(self.start), self.options, size, settings), "settings": dataclasses.asdict(size)}
 
     def run(self, run: Run) -> Entry:
         """Train, and measure the end on test text: in the option of the run, and controls in others too."""
@@ -204,7 +206,7 @@ class Trainer:
             )
         served: Sequence[str] = [run.option]
         if run.method == "control" and run.weights == "full":
-            served = {"main": OPTIONS, "long": served}.get(run.size, (PLAIN, ALL))
+            served = {"main": self.options, "long": served}.get(run.size, (PLAIN, ALL))
         entry["test"] = self.test(model, served, size, settings)
         return entry | {"settings": dataclasses.asdict(run) | dataclasses.asdict(size) | _plain(settings)}
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from qat_recipes.tasks.samples import psnr, ssim
+from qat_patch.measure.videos import motion, psnr, ssim
 from scripts.arguments import new_parser
 from scripts.demo_wan import denoise
 from scripts.evidence.attention.by_name import attention_in
@@ -65,8 +65,6 @@ METHODS: dict[str, dict[str, Any]] = {
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 FIRST_RATES = (3e-5, 1e-4)
 SEEDS = (0, 1, 2)
-BLOCK = 8
-"""Pixels; `motion` is blind to anything smaller."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,13 +248,6 @@ class Experiment:
         """Videos of every caption from every noise, on the CPU."""
         with autocast(self.device):
             return denoise(model, self.noise, self.text).float().cpu()
-
-
-def motion(videos: torch.Tensor) -> list[float]:
-    """How much moves in each of [batch, frames, height, width, 3] in [0, 1]: the mean absolute difference between a frame and the
-    next, both averaged over squares of BLOCK pixels, so that grain and flicker of pixels count little."""
-    blocks = videos.unflatten(2, (-1, BLOCK)).unflatten(4, (-1, BLOCK)).mean((3, 5))
-    return blocks.diff(dim=1).abs().mean((1, 2, 3, 4)).tolist()
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

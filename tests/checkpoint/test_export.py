@@ -54,7 +54,7 @@ def test_what_the_folder_says(exported):
     _, folder = exported
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert block["quant_method"] == "qat_patch"
-    assert block["format_version"] == 2
+    assert block["format_version"] == 3
     assert block["package_version"] == qat_patch.__version__
     assert AttnQATConfig.from_dict(block["attention"]) == CONFIG
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -168,9 +168,9 @@ def test_load_refuses_what_is_no_export(tmp_path, exported):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda block: block.update(format_version=3), "reads format_version 2, got 3; it is newer: upgrade"),
-        (lambda block: block.update(format_version=1), "reads format_version 2, got 1; it is older: export again"),
-        (lambda block: block.pop("format_version"), "reads format_version 2, got None; it is damaged"),
+        (lambda block: block.update(format_version=4), "reads format_version 2 and 3, got 4; it is newer: upgrade"),
+        (lambda block: block.update(format_version=1), "reads format_version 2 and 3, got 1; it is older: export again"),
+        (lambda block: block.pop("format_version"), "reads format_version 2 and 3, got None; it is damaged"),
         (lambda block: block.update(quant_method="other"), "has no attention metadata of qat_patch"),
         (lambda block: block.update(group=[]), "unknown key 'group'.*did you mean 'groups'"),
         (lambda block: block.pop("groups"), "the key 'groups' is missing"),
@@ -186,7 +186,7 @@ def test_load_refuses_what_is_no_export(tmp_path, exported):
         ),
         (lambda block: block["groups"][0]["numerics"].update(rotation=None), "computes rotation as .*the export expects None"),
         (lambda block: block["attention"].update(exlude=[]), "unknown key 'exlude'.*did you mean 'exclude'"),
-        (lambda block: block["attention"]["spec"].update(pv="fp8"), "QuantSpec.pv: expected one of nvfp4, bf16, got 'fp8'"),
+        (lambda block: block["attention"]["spec"].update(preset="fp8"), "QuantSpec.preset: expected one of nvfp4, .*, got 'fp8'"),
         (lambda block: block["attention"].update(exclude=[]), "attention metadata in model.safetensors differs"),
     ],
 )
@@ -226,7 +226,7 @@ def test_the_block_says_in_full_what_inference_has_to_do(exported):
     block = json.loads((folder / "config.json").read_text())["quantization_config"]
     (group,) = block["groups"]
     assert group["modules"] == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
-    assert group["spec"] == {"pv": "nvfp4", "rotate": True, "four_over_six": False}
+    assert group["spec"] == {"preset": "nvfp4", "rotate": True, "four_over_six": False}
     assert {name: group["numerics"][name]["axis"] for name in ("query", "key", "value", "probabilities")} == {
         "query": "head_dim",
         "key": "head_dim",

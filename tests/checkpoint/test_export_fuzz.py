@@ -41,7 +41,7 @@ def damage(folder, kind, generator):
     return file.name
 
 
-@pytest.mark.parametrize("original", ["single", "sharded", "wan", "adapters"])
+@pytest.mark.parametrize("original", ["single", "sharded", "wan", "adapters", "server"])
 def test_damage_is_found(originals, tmp_path, original):
     kinds = ["flip"] * 16 + ["cut", "grow", "lose", "exchange", "noise"] * 4
     for number, kind in enumerate(kinds):
@@ -62,15 +62,16 @@ def block_of(config):
     return config[next(key for key in ("quantization_config", "attention_quantization") if key in config)]
 
 
-@pytest.mark.parametrize("original", ["single", "wan", "adapters"])
+@pytest.mark.parametrize("original", ["single", "wan", "adapters", "server"])
 def test_hostile_blocks_are_refused(originals, tmp_path, original):
     """Config and headers agree with each other, and the block itself is wrong."""
     for number in range(25):
         folder, generator = tmp_path / str(number), random.Random(number)
         shutil.copytree(originals / original, folder)
-        file = folder / ("qat_patch.json" if original == "adapters" else "config.json")
+        file = folder / ("qat_patch.json" if original in ("adapters", "server") else "config.json")
         content = json.loads(file.read_text())
-        block = content["attention"] if original == "adapters" else block_of(content)
+        block = content["attention"] if original in ("adapters", "server") else block_of(content)
+        block = block[""] if original == "server" else block
         before = json.dumps(block, sort_keys=True)
         path = mutate(block, generator)
         file.write_text(json.dumps(content))
@@ -88,7 +89,7 @@ def test_hostile_blocks_are_refused(originals, tmp_path, original):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("original", ["single", "sharded", "adapters"])
+@pytest.mark.parametrize("original", ["single", "sharded", "adapters", "server"])
 def test_hostile_manifests_and_indices_are_refused(originals, tmp_path, original):
     file_name, found = "model.safetensors.index.json" if original == "sharded" else "qat_patch.json", []
     for number in range(20):

@@ -35,7 +35,7 @@ def shifts(names, heads, head_dim):
 
 def patched():
     model = tiny_qwen3()
-    overrides = {"*.2.*": QuantSpec(rotate=True), "*.layers.*": QuantSpec(pv="bf16")}
+    overrides = {"*.2.*": QuantSpec(rotate=True), "*.layers.*": QuantSpec(preset="nvfp4_qk")}
     patch_model(model, AttnQATConfig(overrides=overrides, exclude=["*.1.*"]), k_shift=shifts(NAMES, 2, 32))
     return model
 

@@ -15,7 +15,7 @@ from support.models.tiny_qwen3 import tiny_qwen3
 from support.models.tiny_wan import CHANNELS, TEXT_DIM, tiny_pipeline, tiny_transformer
 from support.runs.runs import reseal
 
-CONFIG = AttnQATConfig(spec=QuantSpec(pv="bf16"), include=["*.attn1"], exclude=["blocks.0.*"])
+CONFIG = AttnQATConfig(spec=QuantSpec(preset="nvfp4_qk"), include=["*.attn1"], exclude=["blocks.0.*"])
 
 
 def test_transformer_round_trip(tmp_path):

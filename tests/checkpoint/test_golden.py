@@ -22,18 +22,19 @@ NAMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def beside_the_base_model(monkeypatch):
-    monkeypatch.chdir(CURRENT)
+VERSIONS = [make_golden.GOLDEN / f"format-{version}" for version in (2, FORMAT_VERSION)]
 
 
-def test_all_are_there_and_small():
-    assert sorted(folder.name for folder in CURRENT.iterdir()) == sorted([*NAMES, "base"])
-    assert sum(file.stat().st_size for file in CURRENT.rglob("*") if file.is_file()) < 400_000
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
+def test_all_are_there_and_small(version):
+    assert sorted(folder.name for folder in version.iterdir()) == sorted([*NAMES, "base"])
+    assert sum(file.stat().st_size for file in version.rglob("*") if file.is_file()) < 400_000
 
 
+@pytest.mark.parametrize("version", VERSIONS, ids=lambda version: version.name)
 @pytest.mark.parametrize("name", NAMES)
-def test_this_version_reads_what_was_written(name):
+def test_this_version_reads_what_was_written(name, version, monkeypatch):
+    monkeypatch.chdir(version)  # beside the base model
     report = verify_checkpoint(Path(name))
     # Bit for bit where processor and libraries are the same; the limits of verification elsewhere.
     assert len([line for line in report if "output" in line and ("bit-equal" in line or "within" in line)]) == 2

@@ -61,7 +61,7 @@ def test_what_is_in_force_counts_not_what_was_loaded(tmp_path):
     unpatch_model(loaded)
     loaded.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
-    patch_model(loaded, AttnQATConfig(spec=QuantSpec(pv="bf16")))
+    patch_model(loaded, AttnQATConfig(spec=QuantSpec(preset="nvfp4_qk")))
     loaded.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert len(get_handle(again).patched) == 2
@@ -198,7 +198,7 @@ def test_diffusers(tmp_path):
     # Patched otherwise, or not at all, since it was loaded.
     unpatch_model(again)
     assert "attention_quantization" not in again.config
-    patch_model(again, AttnQATConfig(spec=QuantSpec(pv="bf16")))
+    patch_model(again, AttnQATConfig(spec=QuantSpec(preset="nvfp4_qk")))
     again.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / FILE).exists()
     third = WanTransformer3DModel.from_pretrained(tmp_path / "out")
@@ -214,7 +214,7 @@ def test_the_order_of_patterns_survives(tmp_path, build):
     model = build()
     names = list(patch_model(model).patched)
     unpatch_model(model)
-    specs = {names[-1]: QuantSpec(rotate=True), "*": QuantSpec(pv="bf16")}
+    specs = {names[-1]: QuantSpec(rotate=True), "*": QuantSpec(preset="nvfp4_qk")}
     patch_model(model, AttnQATConfig(overrides=specs))
     assert list(specs) != sorted(specs)
     model.save_pretrained(tmp_path / "out")

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from qat_patch import AttnQATConfig, PatchHandle, QuantSpec, export_checkpoint, patch_model
 from qat_patch.commands import generate
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
+from support.kernels.fake_gpu import fake_gpu
 from support.models.tiny_qwen3 import tiny_qwen3
 from support.models.tiny_wan import TEXT_DIM, tiny_pipeline, tiny_tokenizer
 
@@ -38,14 +39,16 @@ def shape(file):
 
 def test_text(exports, capsys):
     generate.main([str(exports / "text"), "--prompt", "a red square", "--max-new-tokens=5", "--min-new-tokens=5"])
-    first, *_, last = capsys.readouterr().out.splitlines()
+    first, *_, run, last = capsys.readouterr().out.splitlines()
     assert first.startswith("a red square")
+    assert run.startswith("[calls of 4-bit attention: 10 eager; 5 tokens in ") and run.endswith(" GiB]") and "tokens/s" in run
     assert last == "[4-bit attention in 2 of 3 attention modules; eager implementation, cpu]"
 
 
 def test_text_where_some_layers_leave_v_unquantized(tmp_path, capsys):
     model = tiny_qwen3()
-    patch_model(model, AttnQATConfig(overrides={"*.1.*": QuantSpec(pv="bf16")}))
+    overrides = {"*.1.*": QuantSpec(preset="nvfp4_qk"), "*.2.*": QuantSpec(preset="kv_nvfp4")}
+    patch_model(model, AttnQATConfig(overrides=overrides))
     export_checkpoint(model, tmp_path / "out", tokenizer=tiny_tokenizer())
     generate.main([str(tmp_path / "out"), "--prompt", "a red square", "--max-new-tokens=5"])
     assert "4-bit attention in 3 of 3 attention modules" in capsys.readouterr().out
@@ -58,7 +61,12 @@ def test_video(exports, tmp_path, capsys, export):
     generate.main([*arguments, str(tmp_path / "new" / "out.mp4")])
     assert shape(tmp_path / "new" / "out.mp4") == (5, 16, 32, 3)
     out = capsys.readouterr().out
-    assert "5 frames of 32x16" in out and "4-bit attention in 4 of 4 attention modules" in out
+    assert (
+        "5 frames of 32x16" in out
+        and "5 frames in " in out
+        and " frames/s" in out
+        and "4-bit attention in 4 of 4 attention modules" in out
+    )
 
 
 def test_prompt_embeddings_need_no_text_encoder(exports, tmp_path, monkeypatch):
@@ -138,9 +146,9 @@ def test_the_slot_of_an_expert(tmp_path, component):
             generate.make_pipeline(tmp_path / "said", str(tmp_path / "one"), torch.float32)
 
 
-def test_the_implementation_is_asked_for(exports, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "explain", lambda *args, **kwargs: "triton: runs, as fused kernels\neager: could run")
-    generate.main([str(exports / "text"), "--prompt", "a", "--max-new-tokens=1"])
+def test_the_implementation_is_what_calls_ran(exports, capsys):
+    with fake_gpu(arch=90):
+        generate.main([str(exports / "text"), "--prompt", "a", "--max-new-tokens=1"])
     assert capsys.readouterr().out.rstrip().endswith("2 of 3 attention modules; triton implementation, cpu]")
 
 

@@ -36,7 +36,7 @@ def test_forward_equals_the_oracle(case):
     assert lse_error(lse, expected["lse"]) < tolerance
     out_of_op, out_hp, lse_of_op = forward_op(case, q, k, v)
     assert_same_bits((out_of_op, lse_of_op), (out, lse))
-    assert out_hp.numel() == 0 if case.pv == "bf16" else error(out_hp, expected["out_hp"]) < tolerance
+    assert out_hp.numel() == 0 if case.preset == "nvfp4_qk" else error(out_hp, expected["out_hp"]) < tolerance
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -63,7 +63,7 @@ def test_exact_inputs_give_plain_attention(causal, mask, shift):
     assert lse_error(lse, logsumexp) < 1e-12
     assert error(forward_op(case, q, k, v)[1], expected) < 1e-12
     assert 1e-3 < error(out, expected) < 0.2
-    out, lse = attention(q, k, v, return_lse=True, **case.options() | {"spec": QuantSpec(pv="bf16")})
+    out, lse = attention(q, k, v, return_lse=True, **case.options() | {"spec": QuantSpec(preset="nvfp4_qk")})
     assert lse_error(lse, logsumexp) < 1e-12
     assert error(out, expected) < 1e-12
 
@@ -106,9 +106,9 @@ def test_future_tokens_leave_earlier_outputs_bit_identical(dtype, mask):
 
 
 @pytest.mark.parametrize("mask", [None, "left"])
-@pytest.mark.parametrize("pv", ["nvfp4", "bf16"])
-def test_training_prefill_and_decoding_agree(pv, mask):
-    case = Case(lq=53, lk=53, causal=True, pv=pv, mask=mask, seed=2)
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
+def test_training_prefill_and_decoding_agree(preset, mask):
+    case = Case(lq=53, lk=53, causal=True, preset=preset, mask=mask, seed=2)
     q, k, v, _ = case.tensors()
     options = case.options()
     key_mask = options.pop("key_mask")
@@ -123,7 +123,7 @@ def test_training_prefill_and_decoding_agree(pv, mask):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
-    "options", [{}, {"causal": True}, {"causal": True, "shift": True, "pv": "bf16"}, {"rotate": True}], ids=str
+    "options", [{}, {"causal": True}, {"causal": True, "shift": True, "preset": "nvfp4_qk"}, {"rotate": True}], ids=str
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
 def test_padding_changes_nothing_beyond_rounding(dtype, tolerance, options, side):
@@ -249,10 +249,10 @@ def test_memory_is_linear_in_the_length(monkeypatch, causal):
     assert peaks[1] < 4 * peaks[0]  # four times the length
 
 
-@pytest.mark.parametrize("pv", ["nvfp4", "bf16"])
-def test_rows_without_keys_are_zero(pv):
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
+def test_rows_without_keys_are_zero(preset):
     """A sequence with no key at all; and causal rows before the first key, by left padding or because Lq > Lk."""
-    case = Case(lq=40, lk=33, causal=True, pv=pv, batch=3)
+    case = Case(lq=40, lk=33, causal=True, preset=preset, batch=3)
     mask = torch.ones(3, 33, dtype=torch.bool)
     mask[1], mask[2, :9] = False, False
     empty = torch.zeros(3, 40, dtype=torch.bool)
@@ -268,7 +268,7 @@ def test_rows_without_keys_are_zero(pv):
     assert all(x.isfinite().all() for x in (out, dq, dk, dv))
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": "holes"}, {"pv": "bf16"}, {"shift": True, "rotate": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mask": "holes"}, {"preset": "nvfp4_qk"}, {"shift": True, "rotate": True}], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("batch", "lq", "lk"), [(2, 5, 0), (2, 0, 5), (0, 5, 5), (2, 0, 0), (0, 0, 0)])
 def test_empty_dimensions(batch, lq, lk, causal, options):
@@ -290,16 +290,16 @@ def test_the_kept_groups_use_unquantized_values():
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("pv", ["nvfp4", "bf16"])
-def test_not_finite_inputs_stay_visible(pv, bad):
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
+def test_not_finite_inputs_stay_visible(preset, bad):
     """In q the row, in k and v the sequence and head; nothing else."""
-    q, k, v, _ = Case(pv=pv).tensors(torch.float32)
-    clean = attention(q, k, v, spec=QuantSpec(pv=pv))
+    q, k, v, _ = Case(preset=preset).tensors(torch.float32)
+    clean = attention(q, k, v, spec=QuantSpec(preset=preset))
     for x, affected in ((q, (0, 1, 5)), (k, (1, slice(0, 2))), (v, (1, slice(0, 2)))):
         index = (0, 1, 5, 7) if x is q else (1, 0, 20, 7)
         keep = x[index].clone()
         x[index] = bad
-        out = attention(q, k, v, spec=QuantSpec(pv=pv))
+        out = attention(q, k, v, spec=QuantSpec(preset=preset))
         x[index] = keep
         assert (~out[affected].isfinite()).any(-1).all()
         untouched = torch.ones_like(out, dtype=torch.bool)
@@ -310,5 +310,5 @@ def test_not_finite_inputs_stay_visible(pv, bad):
 def test_defaults():
     """`attention` is not causal, scales by D ** -0.5 and quantizes everything, and returns the output alone."""
     q, k, v, _ = Case().tensors()
-    explicit = attention(q, k, v, spec=QuantSpec(pv="nvfp4"), causal=False, scale=32**-0.5, impl="eager")
+    explicit = attention(q, k, v, spec=QuantSpec(preset="nvfp4"), causal=False, scale=32**-0.5, impl="eager")
     assert torch.equal(attention(q, k, v), explicit)

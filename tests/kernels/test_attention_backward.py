@@ -65,19 +65,19 @@ def test_sums_that_round_differently_flip_few_codes(options, causal):
         assert error(grad, expected) < 3e-2
 
 
-@pytest.mark.parametrize("pv", ["nvfp4", "bf16"])
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
 @pytest.mark.parametrize("mask", [None, "holes", "left"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_exact_inputs_give_the_gradients_of_plain_attention(causal, mask, pv):
+def test_exact_inputs_give_the_gradients_of_plain_attention(causal, mask, preset):
     """D comes from O', dP from V: where only P is rounded, dQ and dK are exact, and dV is that of the rounded P."""
     case, (q, k, v), allowed = exact_problem(causal, mask, shift=True)
     grad_out = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = torch.autograd.grad(plain_attention(*leaves, allowed, case.scale)[0], leaves, grad_out)
-    _, _, (dq, dk, dv) = run(q, k, v, grad_out, **case.options() | {"spec": QuantSpec(pv=pv)})
+    _, _, (dq, dk, dv) = run(q, k, v, grad_out, **case.options() | {"spec": QuantSpec(preset=preset)})
     assert error(dq, expected[0]) < 1e-12
     assert error(dk, expected[1]) < 1e-12
-    if pv == "bf16":
+    if preset == "nvfp4_qk":
         assert error(dv, expected[2]) < 1e-12
     else:
         assert 1e-3 < error(dv, expected[2]) < 0.2
@@ -102,7 +102,7 @@ def test_expanded_and_broadcast_gradients(options):
 OPCHECK_CASES = [
     (Case(batch=1, lq=20, lk=20, causal=True), torch.float32),
     (Case(batch=2, lq=5, lk=37, mask="holes", shift=True), torch.bfloat16),
-    (Case(batch=1, lq=17, lk=17, pv="bf16", causal=True, rotate=True), torch.float16),
+    (Case(batch=1, lq=17, lk=17, preset="nvfp4_qk", causal=True, rotate=True), torch.float16),
     (Case(batch=1, lq=3, lk=0, four_over_six=True), torch.float64),
 ]
 
@@ -120,7 +120,7 @@ def test_opcheck(case, dtype, transposed):
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "eager"))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "eager"))
     out, out_hp, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "eager")
-    out_hp = out if case.pv == "bf16" else out_hp
+    out_hp = out if case.preset == "nvfp4_qk" else out_hp
     rest = (*rest[:2], k.shape[2], k.shape[1], *rest[2:])
     torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, out_hp, stats, codes, *rest, "eager"))
 
@@ -133,7 +133,9 @@ def without_compiler() -> bool:
     "backend",
     ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(without_compiler(), reason="inductor needs a C++ compiler"))],
 )
-@pytest.mark.parametrize("options", [{"causal": True, "mask": "holes"}, {"pv": "bf16", "rotate": True, "shift": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"causal": True, "mask": "holes"}, {"preset": "nvfp4_qk", "rotate": True, "shift": True}], ids=str
+)
 def test_compiled_equals_eager(backend, options):
     """One graph, forward and backward, transposed views included; a second length and spec take another graph."""
     torch._dynamo.reset()

@@ -98,7 +98,7 @@ WRONG_CALLS = {
         {"q": tensor(2, 4, 5, 48), "k": tensor(2, 2, 7, 48), "v": tensor(2, 2, 7, 48), "spec": QuantSpec(rotate=True)},
         r"head_dim with QuantSpec\(rotate=True\): expected a power of two, got 48",
     ),
-    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, triton, fp4, got 'cuda'"),
+    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, sdpa, triton, fp4, got 'cuda'"),
     "a spec by name": ({"spec": "nvfp4"}, r"spec: expected a QuantSpec, got 'nvfp4'"),
     "no spec": ({"spec": None}, r"spec: expected a QuantSpec, got None"),
 }
@@ -210,8 +210,13 @@ def test_everything_after_the_tensors_is_by_keyword():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pv": "fp8"}, r"QuantSpec.pv: expected one of nvfp4, bf16, got 'fp8'"),
-        ({"pv": None}, r"QuantSpec.pv: expected one of nvfp4, bf16, got None"),
+        ({"preset": "fp8"}, r"QuantSpec.preset: expected one of nvfp4, nvfp4_qk, kv_nvfp4, .*, got 'fp8'"),
+        ({"preset": None}, r"QuantSpec.preset: expected one of nvfp4, .*, got None"),
+        (
+            {"preset": "sage3", "rotate": True},
+            r"QuantSpec.rotate: expected False with preset='sage3', .*, got True; leave it out",
+        ),
+        ({"preset": "kv_nvfp4", "four_over_six": True}, r"QuantSpec.four_over_six: expected False with preset='kv_nvfp4'"),
         ({"rotate": 1}, r"QuantSpec.rotate: expected True or False, got 1"),
         ({"four_over_six": "yes"}, r"QuantSpec.four_over_six: expected True or False, got 'yes'"),
     ],
@@ -233,10 +238,10 @@ def test_specs_are_frozen_and_by_keyword():
 
 
 @pytest.mark.parametrize(
-    ("pv", "rotate", "four_over_six"), list(itertools.product(["nvfp4", "bf16"], [False, True], [False, True]))
+    ("preset", "rotate", "four_over_six"), list(itertools.product(["nvfp4", "nvfp4_qk"], [False, True], [False, True]))
 )
-def test_specs_as_json(pv, rotate, four_over_six):
-    spec = QuantSpec(pv=pv, rotate=rotate, four_over_six=four_over_six)
+def test_specs_as_json(preset, rotate, four_over_six):
+    spec = QuantSpec(preset=preset, rotate=rotate, four_over_six=four_over_six)
     text = spec.to_json()
     assert QuantSpec.from_json(text) == spec
     assert json.loads(text) == dataclasses.asdict(spec)  # every field, as JSON

@@ -63,7 +63,7 @@ def test_exact_inputs_give_the_tangents_of_plain_attention(causal):
     case, tensors, allowed = exact_problem(causal, "holes", shift=True)
     tangents = directions(tensors)
     expected = jvp(lambda *x: plain_attention(*x, allowed, case.scale)[0], tensors, tuple(tangents))[1]
-    _, tangent = along(partial(attention, **case.options() | {"spec": QuantSpec(pv="bf16")}), tensors, tangents)
+    _, tangent = along(partial(attention, **case.options() | {"spec": QuantSpec(preset="nvfp4_qk")}), tensors, tangents)
     assert error(tangent, expected) < 1e-12
 
 
@@ -285,7 +285,7 @@ def run_tangent(case: Case, *, device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{"causal": True, "shift": True}, {"pv": "bf16", "mask": "holes"}], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True, "shift": True}, {"preset": "nvfp4_qk", "mask": "holes"}], ids=str)
 def test_tangents_of_the_kernels_are_those_of_eager(options, device):
     case = Case(**{**SMALL, **options})
     tensors = tuple(case.tensors(torch.bfloat16)[:3])
@@ -326,7 +326,7 @@ def test_kernels_say_once_that_their_tangents_are_slow():
     assert [("eager" in text, "slow" in text) for text in interpreted(messages_of_the_kernels)] == [(True, True)]
 
 
-@pytest.mark.parametrize("options", [{"causal": True, "shift": True}, {"mask": "holes", "pv": "bf16"}], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True, "shift": True}, {"mask": "holes", "preset": "nvfp4_qk"}], ids=str)
 def test_opcheck(options):
     case = Case(lq=20, lk=20, **options)
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors(torch.float32)[:3]]

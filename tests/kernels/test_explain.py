@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from qat_kernels import QuantSpec, attention, dispatch, explain
+from qat_kernels import NVFP4, QuantSpec, attention, dispatch, explain
 from qat_kernels.fp4 import launch as fp4_launch
 from qat_patch.cli import main
 
@@ -20,7 +20,7 @@ def on_gpu(capability):
     return (
         mock.patch("qat_kernels.triton.launch.check_device", lambda device: None),
         mock.patch("qat_kernels.fp4.launch.arch_of", lambda device: arch),
-        mock.patch("qat_kernels.dispatch.resolve", lambda device, dtype: "triton"),
+        mock.patch("qat_kernels.dispatch.resolve", lambda device, dtype, preset, packed: "triton"),
     )
 
 
@@ -71,10 +71,10 @@ def test_a_triton_that_cannot_compile_for_a_gpu_is_refused_and_auto_is_eager(arc
         mock.patch("qat_kernels.triton.device.TRITON", version),
     ):
         for impl in ("fp4", "triton"):
-            problem = dispatch.why_not(impl, gpu, torch.bfloat16, needs_gradient=False)
+            problem = dispatch.why_not(impl, gpu, torch.bfloat16, NVFP4, needs_gradient=False)
             assert problem.startswith(f"expected Triton 3.8 or later for sm_{arch}, which 3.{version[1]} cannot compile for")
         dispatch._resolve.cache_clear()
-        assert dispatch.resolve(torch.device("cuda"), torch.bfloat16) == "eager"
+        assert dispatch.resolve(torch.device("cuda"), torch.bfloat16, "nvfp4", packed=False) == "eager"
         assert "expected Triton 3.8 or later" in caplog.text
     with (
         mock.patch("qat_kernels.triton.device.INTERPRET", SimpleNamespace(value=False)),
@@ -82,7 +82,7 @@ def test_a_triton_that_cannot_compile_for_a_gpu_is_refused_and_auto_is_eager(arc
         mock.patch("qat_kernels.triton.device.TRITON", (3, 8)),
     ):
         dispatch._resolve.cache_clear()
-        assert dispatch.resolve(torch.device("cuda"), torch.bfloat16) == "triton"
+        assert dispatch.resolve(torch.device("cuda"), torch.bfloat16, "nvfp4", packed=False) == "triton"
     dispatch._resolve.cache_clear()
 
 
@@ -114,28 +114,29 @@ def test_a_triton_that_spills_registers_is_taken_and_explained(version, arch, sa
         ((3, 9), 130, "no version"),
     ],
 )
-@pytest.mark.parametrize("pv", ["nvfp4", "bf16"])
-def test_what_is_not_known_to_compile_well_is_emulated_and_explained(triton, arch, known, pv):
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
+def test_what_is_not_known_to_compile_well_is_emulated_and_explained(triton, arch, known, preset):
     with ExitStack() as stack:
         for patch in (*on_gpu(divmod(arch, 10)), mock.patch.object(fp4_launch, "TRITON", triton)):
             stack.enter_context(patch)
-        line = explain(HALF, HALF, HALF, spec=QuantSpec(pv=pv)).splitlines()[0]
+        line = explain(HALF, HALF, HALF, spec=QuantSpec(preset=preset)).splitlines()[0]
+        quantize_pv = preset == "nvfp4"
+        what = "P and V quantized" if quantize_pv else "P and V in BF16"
         version = ".".join(map(str, triton))
         assert (
-            f"emulated in BF16, since Triton {version} is not known to compile it well for sm_{arch}, head_dim 32, pv={pv!r}"
-            in line
+            f"emulated in BF16, since Triton {version} is not known to compile it well for sm_{arch}, head_dim 32, {what}" in line
         )
         assert f"(known: {known})" in line
         for head_dim in (16, 64, 128):
-            assert fp4_launch.choose(arch, head_dim, pv) == fp4_launch._EMULATED
+            assert fp4_launch.choose(arch, head_dim, quantize_pv) == fp4_launch._EMULATED
 
 
 def test_what_is_known_to_compile_well_is_taken():
-    for triton, arch, block_d, pv in fp4_launch.ON_FP4_UNITS:
+    for triton, arch, block_d, quantize_pv in fp4_launch.ON_FP4_UNITS:
         with mock.patch.object(fp4_launch, "TRITON", triton):
             for head_dim in (block_d, block_d - 16):
-                assert fp4_launch.why_not_native(arch, head_dim, pv) is None
-                assert fp4_launch.choose(arch, head_dim, pv) != fp4_launch._EMULATED
+                assert fp4_launch.why_not_native(arch, head_dim, quantize_pv) is None
+                assert fp4_launch.choose(arch, head_dim, quantize_pv) != fp4_launch._EMULATED
 
 
 def test_doctor_prints_machine_versions_and_what_runs(capsys):

@@ -139,7 +139,7 @@ def test_inputs_are_seen_one_document_at_a_time(monkeypatch):
 OPCHECK_CASES = [
     ({"causal": True}, torch.float32),
     ({"shift": True, "heads": (3, 1)}, torch.bfloat16),
-    ({"pv": "bf16", "causal": True, "rotate": True}, torch.float16),
+    ({"preset": "nvfp4_qk", "causal": True, "rotate": True}, torch.float16),
 ]
 
 
@@ -157,7 +157,7 @@ def test_opcheck(options, dtype, transposed):
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "eager", *packing))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "eager", *packing))
     out, out_hp, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "eager", *packing)
-    out_hp = out if case.pv == "bf16" else out_hp
+    out_hp = out if case.preset == "nvfp4_qk" else out_hp
     rest = (*rest[:2], k.shape[0], k.shape[1], *rest[2:])
     torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, out_hp, stats, codes, *rest, "eager", *packing))
 

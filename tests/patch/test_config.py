@@ -5,11 +5,14 @@ import json
 
 import pytest
 
-from qat_patch import AttnQATConfig, QuantSpec
+from qat_patch import AttnQATConfig, QuantSpec, patch_model
+from support.models.tiny_qwen3 import tiny_qwen3
 
 
 def test_json_round_trip():
-    config = AttnQATConfig(spec=QuantSpec(pv="bf16", rotate=True, four_over_six=True), include=["*.attn1"], exclude=("a", "b"))
+    config = AttnQATConfig(
+        spec=QuantSpec(preset="nvfp4_qk", rotate=True, four_over_six=True), include=["*.attn1"], exclude=("a", "b")
+    )
     config = dataclasses.replace(config, overrides={"c": QuantSpec(rotate=True)}, exclude_first_blocks=1, exclude_last_blocks=2)
     assert AttnQATConfig.from_json(config.to_json()) == config
     assert AttnQATConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -28,7 +31,7 @@ def test_frozen_and_keyword_only():
     [
         ({"exclud": []}, "unknown key 'exclud'; expected one of spec, overrides, include, .*; did you mean 'exclude'"),
         ({"spec": {"rotat": True}}, "unknown key 'rotat'.*did you mean 'rotate'"),
-        ({"spec": {"pv": "fp4"}}, "QuantSpec.pv: expected one of nvfp4, bf16, got 'fp4'"),
+        ({"spec": {"preset": "fp4"}}, "QuantSpec.preset: expected one of nvfp4, nvfp4_qk, .*, got 'fp4'"),
         ({"spec": {"rotate": 1}}, "QuantSpec.rotate: expected True or False, got 1"),
         ({"spec": "nvfp4"}, "spec: expected a QuantSpec, got 'nvfp4'"),
         ({"include": "*.attn1"}, "include: expected a sequence of module name patterns"),
@@ -66,7 +69,7 @@ def test_first_and_last_blocks():
 
 
 def test_overrides():
-    rotate, bf16 = QuantSpec(rotate=True), QuantSpec(pv="bf16")
+    rotate, bf16 = QuantSpec(rotate=True), QuantSpec(preset="nvfp4_qk")
     config = AttnQATConfig(overrides={"*.attn2": rotate, "blocks.0.*": bf16})
     specs = [config.spec_of(name) for name in ("blocks.0.attn2", "blocks.0.attn1", "blocks.1.attn1")]
     assert specs == [rotate, bf16, QuantSpec()]
@@ -75,3 +78,14 @@ def test_overrides():
         config.check_overrides(["blocks.0.attn2", "blocks.1.attn1"])
     with pytest.raises(ValueError, match="overrides: the pattern 'blocks.0.*' matches no attention module"):
         config.check_patterns(["blocks.1.attn2"])
+
+
+@pytest.mark.parametrize("config", [QuantSpec(preset="kv_nvfp4"), "kv_nvfp4", {"spec": {}}], ids=str)
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(ValueError, match=r"patch_model: config: expected an AttnQATConfig, got .*; for a preset"):
+        patch_model(tiny_qwen3(), config)
+
+
+def test_where_nothing_is_left_no_exclusion_is_advised():
+    with pytest.raises(ValueError, match="causal with preset='sage3' is True.*; no other is left$"):
+        patch_model(tiny_qwen3(), AttnQATConfig(spec=QuantSpec(preset="sage3")))

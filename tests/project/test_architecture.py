@@ -22,6 +22,7 @@ LIBRARY = (
     ("kernels/qat_kernels/fp4/*.py", KERNELS | {"triton"}, set()),
     # The cache itself works without triton; its kernels do not.
     ("kernels/qat_kernels/decode/cache.py", KERNELS, set()),
+    ("kernels/qat_kernels/decode/eager.py", KERNELS, set()),
     ("kernels/qat_kernels/decode/*.py", KERNELS | {"triton"}, set()),
     ("kernels/qat_kernels/**/*.py", KERNELS, set()),
     # Imported only once transformers is: a test below makes sure.
@@ -38,12 +39,18 @@ LIBRARY = (
     ("qat_patch/checkpoint/trust/adapter_keys.py", PATCH, {"peft"}),
     ("qat_patch/checkpoint/hub.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/checkpoint/load.py", PATCH, {"diffusers", "peft", "transformers"}),
+    # Others' attention is timed where it is installed.
+    ("qat_patch/bench/peers.py", PATCH, {"flash_attn", "flashinfer", "sageattention", "sageattn3"}),
+    ("qat_patch/bench/harness.py", PATCH, {"triton"}),
+    ("qat_patch/bench/figure_5.py", PATCH, {"matplotlib"}),
     ("qat_patch/measure/doctor.py", PATCH, {"accelerate", "diffusers", "peft", "transformers", "triton"}),
     ("qat_patch/measure/sensitivity.py", PATCH, {"matplotlib"}),
+    ("qat_patch/measure/harness.py", PATCH, {"lm_eval"}),
+    ("qat_patch/measure/videos.py", PATCH, {"skimage"}),
     # The programs of `qat-patch`, each imported when it runs.
     ("qat_patch/commands/prepare_wan_data.py", PATCH | {"diffusers", "tqdm"}, set()),
     ("qat_patch/commands/wan_clips.py", PATCH | {"av", "diffusers", "numpy", "PIL"}, set()),
-    ("qat_patch/commands/*.py", PATCH, {"diffusers", "transformers"}),
+    ("qat_patch/commands/*.py", PATCH, {"diffusers", "huggingface_hub", "transformers"}),
     ("qat_patch/**/*.py", PATCH, set()),
 )
 # Rooms: a package, or a module that stands beside packages. What each may know of the others of its library; no room may
@@ -53,16 +60,31 @@ ROOMS = {
         "qat_kernels.spec": set(),
         "qat_kernels.transforms": set(),
         "qat_kernels.nvfp4": {"spec", "transforms"},
-        "qat_kernels.reference": {"spec", "nvfp4"},
+        "qat_kernels.smoothing": {"spec"},
+        "qat_kernels.reference": {"spec", "nvfp4", "smoothing"},
         "qat_kernels.varlen": {"spec", "reference"},
-        "qat_kernels.arguments": {"spec", "varlen"},
-        "qat_kernels.triton": {"spec", "reference", "varlen"},
-        "qat_kernels.fp4": {"spec", "reference", "varlen", "triton"},
-        "qat_kernels.dispatch": {"spec", "arguments", "triton", "fp4"},
-        "qat_kernels.ops": {"spec", "reference", "varlen", "dispatch"},
+        "qat_kernels.ran": set(),
+        "qat_kernels.verdicts": set(),
+        "qat_kernels.arguments": {"spec", "varlen", "verdicts"},
+        "qat_kernels.triton": {"spec", "smoothing", "reference", "varlen"},
+        "qat_kernels.fp4": {"spec", "reference", "varlen", "verdicts", "triton"},
+        "qat_kernels.dispatch": {"spec", "verdicts", "arguments", "triton", "fp4"},
+        "qat_kernels.kv_only": {"spec", "nvfp4", "ran", "varlen", "dispatch", "derivatives"},
+        "qat_kernels.ops": {"spec", "ran", "reference", "varlen", "dispatch"},
         "qat_kernels.derivatives": {"spec", "transforms", "ops"},
-        "qat_kernels.api": {"spec", "transforms", "arguments", "dispatch", "ops", "derivatives"},
-        "qat_kernels.decode": {"spec", "nvfp4", "reference", "arguments", "dispatch", "transforms", "api", "triton"},
+        "qat_kernels.api": {"spec", "transforms", "varlen", "verdicts", "arguments", "dispatch", "kv_only", "ops", "derivatives"},
+        "qat_kernels.decode": {
+            "spec",
+            "ran",
+            "nvfp4",
+            "reference",
+            "verdicts",
+            "arguments",
+            "dispatch",
+            "transforms",
+            "api",
+            "triton",
+        },
     },
     "qat_patch": {
         "qat_patch.version": set(),
@@ -74,11 +96,16 @@ ROOMS = {
         "qat_patch.hosts": {"config", "layer", "metadata"},
         "qat_patch.first_call": {"layer", "hosts"},
         "qat_patch.plan": {"versions", "config", "layer", "hosts", "first_call"},
-        "qat_patch.handle": {"config", "layer", "plan"},
-        "qat_patch.patch": {"config", "hosts", "plan", "handle"},
-        "qat_patch.measure": {"version", "versions", "layer", "handle", "patch"},
-        "qat_patch.checkpoint": {"version", "config", "layer", "metadata", "hosts", "handle", "patch"},
-        "qat_patch.commands": {"config", "handle", "patch", "measure", "checkpoint"},
+        "qat_patch.self_check": {"version"},
+        "qat_patch.implementation": {"plan", "self_check"},
+        "qat_patch.handle": {"config", "layer", "plan", "self_check", "implementation"},
+        "qat_patch.patch": {"config", "hosts", "plan", "implementation", "handle"},
+        "qat_patch.servers": {"handle"},
+        "qat_patch.serving": {"handle", "servers"},
+        "qat_patch.measure": {"version", "versions", "config", "layer", "self_check", "handle", "patch", "servers"},
+        "qat_patch.checkpoint": {"version", "config", "layer", "metadata", "hosts", "handle", "patch", "servers", "serving"},
+        "qat_patch.bench": set(),
+        "qat_patch.commands": {"bench", "config", "handle", "patch", "measure", "checkpoint"},
         "qat_patch.cli": {"commands"},
         "qat_patch.__main__": {"cli"},
     },
@@ -281,7 +308,7 @@ def test_setup_cfg_declares_what_is_imported():
     declared = {normalized(re.match(r"[\w.-]+", line)[0]) for line in requirements.split("\n") if line}
     ours = OURS | {Path(name).stem for name in files_matching("recipes/*.py")}
     imported = {i.top for file in LIBRARY_FILES + PROGRAM_FILES for i in imports_in(file)} - ours
-    imported -= {"flashinfer", "sageattention", "sageattn3"}  # which scripts/bench/peers.py finds where they are
+    imported -= {"flash_attn", "flashinfer", "sageattention", "sageattn3"}  # which qat_patch/bench/peers.py finds where they are
     installed = packages_distributions()
     assert {name for name in imported if not declared & {normalized(n) for n in installed.get(name, [name])}} == set()
 

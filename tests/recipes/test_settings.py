@@ -141,16 +141,16 @@ def arguments(**changes):
 
 
 def test_the_qat_block_is_an_attn_qat_config():
-    read = read_settings(Settings, [*arguments(), "qat.spec.pv=bf16", "qat.exclude=['*.0.*']"])
-    assert read.qat == AttnQATConfig(spec=QuantSpec(pv="bf16"), exclude=("*.0.*",))
+    read = read_settings(Settings, [*arguments(), "qat.spec.preset=nvfp4_qk", "qat.exclude=['*.0.*']"])
+    assert read.qat == AttnQATConfig(spec=QuantSpec(preset="nvfp4_qk"), exclude=("*.0.*",))
     overrides = "qat.overrides={'*.attn2': {rotate: true}}"
     read = read_settings(Settings, [*arguments(), overrides, "qat.exclude_first_blocks=2"])
     assert read.qat == AttnQATConfig(overrides={"*.attn2": QuantSpec(rotate=True)}, exclude_first_blocks=2)
     assert from_dict(Settings, to_dict(read), "settings") == read
     with pytest.raises(ValueError, match=r"settings\.qat\.overrides: expected a mapping to QuantSpec, got 3"):
         read_settings(Settings, [*arguments(), "qat.overrides=3"])
-    with pytest.raises(ValueError, match=r"settings\.qat\.spec\.pv: expected nvfp4 or bf16, got 'fp8'"):
-        read_settings(Settings, [*arguments(), "qat.spec.pv=fp8"])
+    with pytest.raises(ValueError, match=r"settings\.qat\.spec\.preset: expected nvfp4 or nvfp4_qk or .*, got 'fp8'"):
+        read_settings(Settings, [*arguments(), "qat.spec.preset=fp8"])
 
 
 @pytest.mark.parametrize(
@@ -219,3 +219,8 @@ def test_the_papers_settings_for_video(size, steps, clips):
     assert (read.learning_rate, read.betas, read.weight_decay, read.max_grad_norm) == (1e-6, (0.9, 0.999), 0.01, 1.0)
     assert (read.steps, 8 * read.batch_size * read.accumulation_steps) == (steps, clips)
     assert (read.mixed_precision, read.model.gradient_checkpointing, read.timesteps.flow_shift) == ("bf16", True, None)
+
+
+def test_what_has_no_k_shift_is_not_calibrated():
+    with pytest.raises(ValueError, match="calibration_batches: expected 0 with preset kv_nvfp4, which has no K shifts, got 2"):
+        read_settings(Settings, [*arguments(), "qat.spec.preset=kv_nvfp4", "calibration_batches=2"])

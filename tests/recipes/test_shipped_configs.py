@@ -35,7 +35,7 @@ def clips(folder):
     return changes | {"samples.every": 2, "samples.inference_steps": 2}
 
 
-@pytest.mark.parametrize("name", ["qwen3_14b", "wan2_1_1_3b", "wan2_1_14b"])
+@pytest.mark.parametrize("name", ["qwen3_14b", "qwen3_kv_nvfp4", "wan2_1_1_3b", "wan2_1_14b"])
 def test_runs_to_an_export(name, tmp_path):
     recipe, inputs = (finetune_qwen3, texts) if name.startswith("qwen3") else (finetune_wan, clips)
     changes = inputs(tmp_path) | {"output_dir": tmp_path / "run", "steps": 4, "report_to": "[]"}
@@ -50,3 +50,6 @@ def test_runs_to_an_export(name, tmp_path):
     assert any(key.startswith("quantization_error/") for key in records[2])
     handle = get_handle(load_checkpoint(tmp_path / "run" / "export"))
     assert handle.patched
+    if name == "qwen3_kv_nvfp4":
+        assert {spec.preset for spec in handle.specs.values()} == {"kv_nvfp4"}
+        assert "vllm serve ." in (tmp_path / "run" / "export" / "SERVING.md").read_text()

@@ -1,4 +1,7 @@
-"""New tokens of the packed cache of cache.py in Triton: K is quantized and stored, V where a group of 16 is complete."""
+"""New tokens of the packed cache of cache.py in Triton: K is quantized and stored, V where a group of 16 is complete.
+
+With groups of V along the head dim (KV_ONLY), V is stored as K is.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,31 @@ from .byte_layout import BLOCK_SCALES
 _GROUPS_OF_BLOCK = tl.constexpr(BLOCK_SCALES)
 _SCANNED = tl.constexpr(1024)
 """Slots of the mask that are looked at in one step."""
+
+
+@triton.jit
+def _store_tokens(
+    x, codes_ptr, scales_ptr, rows, stored, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, FOUR_OVER_SIX: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    """Quantize x float32 [16, 32 BLOCK_WORDS], one token a row, along the head dim into `rows`, where they are `stored`."""
+    groups = tl.reshape(x, (GROUP, 2 * BLOCK_WORDS, GROUP))
+    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX, RECIPROCAL)
+    bits = e4m3_bits(scale, finite)  # before the codes: with Triton 3.8 it would be put aside in memory on sm_80
+    # From (i, t, half, pair, element) to (t, i, element, half), two pairs a byte.
+    codes = tl.reshape(e2m1_codes(groups, magnitude, finite), (GROUP, BLOCK_WORDS, 4, 2, 2, 2))
+    low, high = tl.split(tl.permute(codes, (0, 2, 1, 5, 3, 4)))
+    packed = tl.reshape((low | (high << 4)).to(tl.uint8), (GROUP, 16 * BLOCK_WORDS))
+    byte = tl.arange(0, 16 * BLOCK_WORDS)
+    place = byte // (4 * BLOCK_WORDS) * (4 * WORDS) + byte % (4 * BLOCK_WORDS)
+    where = stored[:, None] & ((byte % (4 * BLOCK_WORDS)) < 4 * WORDS)[None, :]
+    tl.store(codes_ptr + rows[:, None] * (16 * WORDS) + place[None, :], packed, mask=where)
+    scales = tl.permute(tl.reshape(bits, (GROUP, BLOCK_WORDS, 2)), (0, 2, 1))
+    index = tl.arange(0, 2 * BLOCK_WORDS)
+    place = index // BLOCK_WORDS * WORDS + index % BLOCK_WORDS
+    where = stored[:, None] & ((index % BLOCK_WORDS) < WORDS)[None, :]
+    scales = tl.reshape(scales, (GROUP, 2 * BLOCK_WORDS))
+    tl.store(scales_ptr + rows[:, None] * (2 * WORDS) + place[None, :], scales, mask=where)
 
 
 @triton.jit
@@ -65,16 +93,18 @@ def append_kernel(
     num_heads_k, seqlen_new, length, num_blocks, ring_size,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     HAS_LEFTPAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_K_SHIFT: tl.constexpr, ROTATE: tl.constexpr,
-    FOUR_OVER_SIX: tl.constexpr,
+    FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr,
 ):  # fmt: skip
     """One group of 16 tokens of one key head, counted from the group that the first new token falls into.
 
     k, v [B, Hk, n, D] of any strides but the last, which is 1; k_shift float32 [Hk, D]; key_mask uint8 [B, length] over slots;
-    leftpad int32 [B] (not HAS_LEFTPAD: 0), brought up to date if HAS_KEY_MASK; the cache as in `KVCache`, with room for
-    `num_blocks` blocks of values.
+    leftpad int32 [B] (not HAS_LEFTPAD: 0), brought up to date if HAS_KEY_MASK; the cache as in `CacheTensors`, with room
+    for `num_blocks` blocks of tokens.
 
     recent [B, Hk, ring_size, D]: where groups are old and new, V of the slots before, and no new slot takes the place of one of
     them.
+
+    KV_ONLY: V is stored as K is, its scales by the reciprocal rule as those of K are; there is no sink and no ring.
     """
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
@@ -108,33 +138,22 @@ def append_kernel(
     if ROTATE:
         # A head dim of 16 is half of the tile: the other half of the product is not wanted.
         k = tl.where(valid[None, :], hadamard(k, GROUP, 32 * BLOCK_WORDS), 0.0)
-    groups = tl.reshape(k, (GROUP, 2 * BLOCK_WORDS, GROUP))
-    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
-    # From (i, t, half, pair, element) to (t, i, element, half), two pairs a byte.
-    codes = tl.reshape(e2m1_codes(groups, magnitude, finite), (GROUP, BLOCK_WORDS, 4, 2, 2, 2))
-    low, high = tl.split(tl.permute(codes, (0, 2, 1, 5, 3, 4)))
-    packed = tl.reshape((low | (high << 4)).to(tl.uint8), (GROUP, 16 * BLOCK_WORDS))
-    byte = tl.arange(0, 16 * BLOCK_WORDS)
-    place = byte // (4 * BLOCK_WORDS) * (4 * WORDS) + byte % (4 * BLOCK_WORDS)
     rows = batch_head * (num_blocks * (GROUP * _GROUPS_OF_BLOCK)) + token
-    where = is_new[:, None] & ((byte % (4 * BLOCK_WORDS)) < 4 * WORDS)[None, :]
-    tl.store(key_codes_ptr + rows[:, None] * (16 * WORDS) + place[None, :], packed, mask=where)
-    scales = tl.permute(tl.reshape(e4m3_bits(scale, finite), (GROUP, BLOCK_WORDS, 2)), (0, 2, 1))
-    index = tl.arange(0, 2 * BLOCK_WORDS)
-    place = index // BLOCK_WORDS * WORDS + index % BLOCK_WORDS
-    where = is_new[:, None] & ((index % BLOCK_WORDS) < WORDS)[None, :]
-    scales = tl.reshape(scales, (GROUP, 2 * BLOCK_WORDS))
-    tl.store(key_scales_ptr + rows[:, None] * (2 * WORDS) + place[None, :], scales, mask=where)
+    _store_tokens(k, key_codes_ptr, key_scales_ptr, rows, is_new, WORDS, BLOCK_WORDS, FOUR_OVER_SIX, KV_ONLY)
 
     v_ptr += batch * v_stride_b + head_k * v_stride_h
     v = tl.load(v_ptr + new_row * v_stride_l + columns[None, :], mask=read, other=0.0)
-    recent_ptrs = recent_ptr + (batch_head * ring_size + slot % ring_size)[:, None] * HEAD_DIM + columns[None, :]
-    tl.store(recent_ptrs, v, mask=(is_new & (slot >= length - ring_size))[:, None] & valid[None, :])
-    if group == 0:
-        sink_ptr += batch_head * GROUP * HEAD_DIM
-        tl.store(sink_ptr + lane[:, None] * HEAD_DIM + columns[None, :], v, mask=is_new[:, None] & valid[None, :])
-    elif (group + 1) * GROUP <= seqlen_k:
-        before = slot < start
-        v = tl.where(before[:, None], tl.load(recent_ptrs, mask=before[:, None] & valid[None, :], other=0.0), v)
-        first_row = batch_head * num_blocks * HEAD_DIM
-        _store_group(v.to(tl.float32), group, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)
+    if KV_ONLY:
+        v = v.to(tl.float32)
+        _store_tokens(v, value_codes_ptr, value_scales_ptr, rows, is_new, WORDS, BLOCK_WORDS, FOUR_OVER_SIX, KV_ONLY)
+    else:
+        recent_ptrs = recent_ptr + (batch_head * ring_size + slot % ring_size)[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(recent_ptrs, v, mask=(is_new & (slot >= length - ring_size))[:, None] & valid[None, :])
+        if group == 0:
+            sink_ptr += batch_head * GROUP * HEAD_DIM
+            tl.store(sink_ptr + lane[:, None] * HEAD_DIM + columns[None, :], v, mask=is_new[:, None] & valid[None, :])
+        elif (group + 1) * GROUP <= seqlen_k:
+            before = slot < start
+            v = tl.where(before[:, None], tl.load(recent_ptrs, mask=before[:, None] & valid[None, :], other=0.0), v)
+            first_row = batch_head * num_blocks * HEAD_DIM
+            _store_group(v.to(tl.float32), group, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)

@@ -1,11 +1,12 @@
 """How KVCache stores codes and scales: rows, permuted so that a GPU's tensor cores take them without moving data.
 
 A row holds the codes along the axis that a matrix product contracts: the head dim for a key, 128 tokens for one column of the
-values. It is padded to a multiple of 32 elements with code 0. Element 32 i + 8 t + e (t < 4, e < 8) is what lane t of a quad
-feeds to the i-th pair of matrix instructions, so the row is stored lane by lane: byte 4 (I t + i) begins the 32-bit word of the
-eight elements e, where I is the number of 32s. In a word, the codes of elements 2 p and 2 p + 1 are 16 bits apart, at bits 4 p
-and 16 + 4 p: one instruction decodes two codes, side by side as float16. The scale of group 2 i + h stands at byte I h + i of the
-row's scales, so that a lane reads those of its words in one piece.
+values. (With `kv_nvfp4` a row of the values is a token's too; it is turned before the product.) It is padded to a multiple of
+32 elements with code 0. Element 32 i + 8 t + e (t < 4, e < 8) is what lane t of a quad feeds to the i-th pair of matrix
+instructions, so the row is stored lane by lane: byte 4 (I t + i) begins the 32-bit word of the eight elements e, where I is the
+number of 32s. In a word, the codes of elements 2 p and 2 p + 1 are 16 bits apart, at bits 4 p and 16 + 4 p: one instruction
+decodes two codes, side by side as float16. The scale of group 2 i + h stands at byte I h + i of the row's scales, so that a lane
+reads those of its words in one piece.
 """
 
 from __future__ import annotations
@@ -27,15 +28,26 @@ class CacheTensors(NamedTuple):
     """What a `KVCache` holds, as the kernels take it."""
 
     packed: dict[str, torch.Tensor]
-    """Codes and scales of K [B, Hk, capacity, bytes] and V [B, Hk, blocks, D, bytes]; V of the sink group [B, Hk, 16, D]. In
-    this order, in which the kernels take them."""
-    recent: torch.Tensor
-    """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n."""
+    """`key_codes`, `key_scales` [B, Hk, capacity, bytes]; `value_codes`, `value_scales` [B, Hk, blocks, D, bytes]; and `sink`, V
+    of the sink group [B, Hk, 16, D]. With `kv_nvfp4` the values lie as the keys do, and there is no sink group."""
+    recent: torch.Tensor | None
+    """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n. None with `kv_nvfp4`."""
     leftpad: torch.Tensor | None
     """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
     length: int
     """Slots filled so far."""
     spec: QuantSpec
+
+    @property
+    def num_blocks(self) -> int:
+        """For how many blocks of BLOCK_TOKENS tokens there is room."""
+        return self.packed["key_codes"].shape[2] // BLOCK_TOKENS
+
+    @property
+    def stored(self) -> tuple[torch.Tensor | None, ...]:
+        """What the kernels read and change, in the order in which they take it."""
+        names = ("key_codes", "key_scales", "value_codes", "value_scales", "sink")
+        return (*(self.packed.get(name) for name in names), self.recent)
 
 
 def row_words(size: int) -> int:

@@ -10,15 +10,13 @@ import triton
 
 from qat_kernels.reference import LOG2_E, scale_of_quantized
 from qat_kernels.spec import GROUP_SIZE, QuantSpec
-from qat_kernels.triton.device import arch_of, check_device, on_device
+from qat_kernels.triton.device import arch_of, on_device
+from qat_kernels.triton.device import check_device as check_device
 
 from .append import append_kernel
 from .attend import combine_kernel, split_kernel
 from .byte_layout import BLOCK_TOKENS, CacheTensors, row_words
 from .precompiled import PrecompiledKernel
-
-_PROGRAMS_PER_PROCESSOR = 4
-"""Programs that split the keys between them fill the GPU once: 128 threads with up to 128 registers each fit four times."""
 
 
 class Tile(NamedTuple):
@@ -26,23 +24,33 @@ class Tile(NamedTuple):
 
     block_m: int
     """Rows."""
+    block_n: int
+    """Keys that are looked at in one step."""
     num_warps: int
     num_stages: int
     maxnreg: int | None
     """The most registers that a thread may use."""
+    programs: int
+    """How many are to share a processor: those that split the keys between them fill the GPU once."""
 
 
 # Chosen by their machine code (tests/kernels/decode/test_triton_decode_aot.py): they do not spill with Triton 3.6 and 3.9.
 # Not tuned on a GPU.
-_ONE_TOKEN = Tile(16, 4, 3, 128)
-_ONE_TOKEN_WIDE = Tile(16, 4, 2, None)
+_ONE_TOKEN = Tile(16, BLOCK_TOKENS, 4, 3, 128, 4)
+_ONE_TOKEN_WIDE = Tile(16, BLOCK_TOKENS, 4, 2, None, 4)
 """For head dims above 128 or with padded rows, and before sm_89, where scales take more instructions: 128 registers spill."""
-_MORE = Tile(32, 8, 2, None)
+_MORE = Tile(32, BLOCK_TOKENS, 8, 2, None, 4)
 """More rows read the cache again for each 32 of them."""
+_KV_ONLY = {2: Tile(16, 64, 1, 3, None, 9), 4: Tile(16, 64, 2, 3, None, 6), 8: Tile(16, 64, 4, 2, None, 2)}
+"""With `kv_nvfp4`, by the most times 32 elements that a row has: a warp takes eight words of it, that is 64 columns of V."""
+_KV_ONLY_MORE = {4: Tile(32, 64, 4, 2, None, 2), 8: Tile(32, 64, 8, 2, None, 1)}
 
 
-def choose(arch: int, rows: int, head_dim: int) -> Tile:
+def choose(arch: int, rows: int, head_dim: int, spec: QuantSpec) -> Tile:
     """The tile for so many rows; fewer than 16 are padded."""
+    if spec.kv_only:
+        tiles = _KV_ONLY if rows <= 16 else _KV_ONLY_MORE
+        return next(tile for words, tile in tiles.items() if row_words(head_dim) <= words)
     if rows > _ONE_TOKEN.block_m:
         return _MORE
     return _ONE_TOKEN if arch >= 89 and head_dim in (32, 64, 128) else _ONE_TOKEN_WIDE
@@ -77,10 +85,10 @@ def _append_kernel_for(
     words = row_words(head_dim)
     return PrecompiledKernel(
         append_kernel,
-        [dtype, dtype, *given.types, *_packed_types(dtype), *[0] * 11],
+        [dtype, dtype, *given.types, *_stored_types(dtype, spec), *[0] * 11],
         {
             "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), **given.constants,
-            "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six,
+            "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only,
         },
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -94,11 +102,12 @@ def _attend_kernels_for(
     words = row_words(head_dim)
     split = PrecompiledKernel(
         split_kernel,
-        [dtype, *given.types, *_packed_types(dtype), *[torch.float32] * 2, *[0] * 10, 0.0, 0.0],
+        [dtype, *given.types, *_stored_types(dtype, spec), *[torch.float32] * 2, *[0] * 10, 0.0, 0.0],
         {
             "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), "BLOCK_M": tile.block_m,
-            "NEGATE": negate, **given.constants, "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six,
-            "ONE_TOKEN": one_token, "BEFORE_SM_89": arch_of(device) < 89,
+            "BLOCK_N": tile.block_n, "NEGATE": negate, **given.constants, "ROTATE": spec.rotate,
+            "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only, "ONE_TOKEN": one_token,
+            "BEFORE_SM_89": arch_of(device) < 89,
         },
         num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
@@ -111,26 +120,27 @@ def _attend_kernels_for(
     return split, combine
 
 
-def _packed_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Of `CacheTensors.packed` and `recent`."""
-    return (*[torch.uint8] * 4, dtype, dtype)
+def _stored_types(dtype: torch.dtype, spec: QuantSpec) -> tuple[torch.dtype | None, ...]:
+    """Of `CacheTensors.stored`."""
+    return (*[torch.uint8] * 4, *[None if spec.kv_only else dtype] * 2)
+
+
+def _ring_size(cache: CacheTensors) -> int:
+    return 0 if cache.recent is None else cache.recent.shape[2]
 
 
 def append(
     cache: CacheTensors, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, k_shift: torch.Tensor | None
 ) -> None:
     """Quantize and store K and V of the last slots, for which there is room already."""
-    check_device(k.device)
     batch, num_heads_k, seqlen_new, head_dim = k.shape
     k, v = _rows(k), _rows(v)
-    packed, recent, leftpad = cache.packed, cache.recent, cache.leftpad
-    given = Given(leftpad is not None, key_mask is not None, k_shift is not None)
+    given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
     with on_device(k.device):
         _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given)(
             (batch * num_heads_k, (seqlen_new + GROUP_SIZE - 2) // GROUP_SIZE + 1, 1),
-            k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), leftpad, *packed.values(), recent,
-            *k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, packed["value_codes"].shape[2],
-            recent.shape[2],
+            k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
+            *k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache),
         )  # fmt: skip
 
 
@@ -140,29 +150,30 @@ def attend(
     """O in the strides of q, and LSE float32 [B, H, n], of the last n tokens in the cache."""
     q = _rows(q)
     device, (batch, num_heads, seqlen_new, head_dim) = q.device, q.shape
-    packed, recent, leftpad, spec = cache.packed, cache.recent, cache.leftpad, cache.spec
-    num_heads_k, num_blocks = packed["value_codes"].shape[1:3]
+    spec, num_heads_k = cache.spec, cache.packed["key_codes"].shape[1]
     qheads_per_kvhead = num_heads // num_heads_k
     rows = qheads_per_kvhead * seqlen_new
-    tile = choose(arch_of(device), rows, head_dim)
+    tile = choose(arch_of(device), rows, head_dim, spec)
     row_blocks = -(-rows // tile.block_m)
-    tiles = -(-cache.length // BLOCK_TOKENS)
-    num_splits = max(1, min(tiles, _PROGRAMS_PER_PROCESSOR * _processors(device) // (batch * num_heads_k * row_blocks)))
+    tiles = -(-cache.length // tile.block_n)
+    programs = tile.programs * _processors(device)
+    num_splits = max(1, min(tiles, programs // (batch * num_heads_k * row_blocks)))
+    num_parts = num_splits if spec.kv_only else num_splits + 1  # the kept groups
     out, lse = torch.empty_like(q), q.new_empty((batch, num_heads, seqlen_new), dtype=torch.float32)
-    partials = q.new_empty(batch * num_heads * seqlen_new * (num_splits + 1) * (head_dim + 2), dtype=torch.float32)
+    partials = q.new_empty(batch * num_heads * seqlen_new * num_parts * (head_dim + 2), dtype=torch.float32)
     softmax_scale_log2 = scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E
-    given = Given(leftpad is not None, key_mask is not None, k_shift is not None)
+    given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
     with on_device(device):
         split, combine = _attend_kernels_for(device, q.dtype, head_dim, spec, given, tile, scale < 0, seqlen_new == 1)
         split(
-            (batch * num_heads_k, num_splits + 1, row_blocks),
-            q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), leftpad, *packed.values(), recent,
-            partials, lse, *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, num_blocks,
-            recent.shape[2], num_splits, softmax_scale_log2, scale,
+            (batch * num_heads_k, num_parts, row_blocks),
+            q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
+            partials, lse, *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
+            _ring_size(cache), num_splits, softmax_scale_log2, scale,
         )  # fmt: skip
         combine(
             (batch * num_heads * seqlen_new, 1, 1),
-            partials, out, lse, *out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_splits + 1,
+            partials, out, lse, *out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts,
         )  # fmt: skip
     return out, lse
 

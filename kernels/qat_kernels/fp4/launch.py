@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from triton import next_power_of_2
 
-from qat_kernels.spec import PVFormat, QuantSpec
+from qat_kernels.spec import QuantSpec
 from qat_kernels.triton.device import TRITON, arch_of, check_device, on_device
 from qat_kernels.triton.operands import (
     Codes,
@@ -40,12 +41,12 @@ class Tile(NamedTuple):
 
 # COMPILED ONLY, not run on such GPUs (tests/kernels/fp4/test_triton_inference_aot.py): FP4 units multiply, nothing spills.
 # On sm_100 tiles of 64 queries fall back to BF16, and a thread reads whole groups from tensor memory; on sm_120 an operand of the
-# FP4 units has half a group in a thread. By architecture and `QuantSpec.pv`, for head dims up to 128.
-_TILES: dict[tuple[int, PVFormat], Tile] = {
-    (100, "nvfp4"): Tile(128, 128, 8, 2, 0),
-    (100, "bf16"): Tile(128, 64, 8, 2, 0),
-    (120, "nvfp4"): Tile(128, 128, 8, 2, 32),
-    (120, "bf16"): Tile(128, 32, 8, 2, 32),
+# FP4 units has half a group in a thread. By architecture and `QuantSpec.quantizes_pv`, for head dims up to 128.
+_TILES: dict[tuple[int, bool], Tile] = {
+    (100, True): Tile(128, 128, 8, 2, 0),
+    (100, False): Tile(128, 64, 8, 2, 0),
+    (120, True): Tile(128, 128, 8, 2, 32),
+    (120, False): Tile(128, 32, 8, 2, 32),
 }
 _EMULATED = Tile(64, 64, 8, 2, 64)
 NATIVE_HEAD_DIM = 128
@@ -59,11 +60,11 @@ class Compiled(NamedTuple):
     arch: int
     block_d: int
     """The head dim, padded to a power of two."""
-    pv: PVFormat
+    quantize_pv: bool
 
 
 def _compiled(triton: tuple[int, int], *archs: int) -> set[Compiled]:
-    return {Compiled(triton, arch, block_d, pv) for arch in archs for block_d in (64, 128) for pv in get_args(PVFormat)}
+    return {Compiled(triton, arch, block_d, pv) for arch in archs for block_d in (64, 128) for pv in (True, False)}
 
 
 ON_FP4_UNITS = _compiled((3, 6), 120) | _compiled((3, 7), 120) | _compiled((3, 8), 120, 121)
@@ -72,18 +73,19 @@ ON_FP4_UNITS |= _compiled((3, 9), 100, 103, 120, 121)
 last line stops their compiler. tests/kernels/fp4/test_triton_inference_aot.py holds the table to the Triton that is installed."""
 
 
-def why_not_native(arch: int, head_dim: int, pv: PVFormat) -> str | None:
+def why_not_native(arch: int, head_dim: int, quantize_pv: bool) -> str | None:
     """Why the products do not run on FP4 units, for an architecture (100 for sm_100) and a problem; None if they do."""
     if arch < 100:
         return f"sm_{arch} has no FP4 units (sm_100 and sm_120 have)"
     if head_dim > NATIVE_HEAD_DIM:
         return f"head_dim {head_dim} is above {NATIVE_HEAD_DIM}"
-    known = [each.triton for each in sorted(ON_FP4_UNITS) if each[1:] == (arch, padded_head_dim(head_dim), pv)]
+    known = [each.triton for each in sorted(ON_FP4_UNITS) if each[1:] == (arch, padded_head_dim(head_dim), quantize_pv)]
     if TRITON in known:
         return None
     versions = ", ".join(f"{major}.{minor}" for major, minor in known)
     return (
-        f"Triton {TRITON[0]}.{TRITON[1]} is not known to compile it well for sm_{arch}, head_dim {head_dim}, pv={pv!r} "
+        f"Triton {TRITON[0]}.{TRITON[1]} is not known to compile it well for sm_{arch}, head_dim {head_dim}, "
+        f"{'P and V quantized' if quantize_pv else 'P and V in BF16'} "
         f"(known: {versions or 'no version'})"
     )
 
@@ -93,9 +95,17 @@ def padded_head_dim(head_dim: int) -> int:
     return max(_MIN_BLOCK_D, next_power_of_2(head_dim))
 
 
-def choose(arch: int, head_dim: int, pv: PVFormat) -> Tile:
+def choose(arch: int, head_dim: int, quantize_pv: bool) -> Tile:
     """The tile for an architecture, a head dim and the format of P and V."""
-    return _EMULATED if why_not_native(arch, head_dim, pv) else _TILES[120 if arch >= 120 else 100, pv]
+    return _EMULATED if why_not_native(arch, head_dim, quantize_pv) else _TILES[120 if arch >= 120 else 100, quantize_pv]
+
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
+
+def new_outputs(query: torch.Tensor, packing: Packing | None) -> Outputs:
+    """Memory for O and LSE."""
+    return torch.empty_like(query), query.new_empty(lse_shape(query.shape, packing), dtype=torch.float32)
 
 
 def forward(
@@ -109,8 +119,13 @@ def forward(
     spec: QuantSpec,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    allocate: Callable[[torch.Tensor, Packing | None], Outputs] = new_outputs,
+    launched: Callable[[Any], object] | None = None,
+) -> Outputs:
     """docs/NUMERICS.md, sections 3 and 4: O in the shape, strides and dtype of `query`, and LSE float32 [B, H, Lq] or [H, total].
+
+    Args:
+        allocate, launched: for the self-check, which guards the memory of the outputs and looks at the compiled kernel.
 
     Raises:
         ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
@@ -118,12 +133,11 @@ def forward(
     check_device(query.device)
     problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
     head_dim = problem.head_dim
-    out = torch.empty_like(query)
-    lse = query.new_empty(lse_shape(query.shape, packing), dtype=torch.float32)
+    out, lse = allocate(query, packing)
     if problem.empty:
         return out.zero_(), lse.fill_(-torch.inf)
     arch = arch_of(query.device)
-    tile = choose(arch, head_dim, spec.pv)
+    tile = choose(arch, head_dim, spec.quantizes_pv)
     q_dot_k_shift = None
     if k_shift is not None:
         k_shift, q_dot_k_shift = k_shift.contiguous(), torch.empty_like(lse)
@@ -132,28 +146,36 @@ def forward(
         q, k = (Codes.empty(side, head_dim, along_tokens=False, device=query.device) for side in (problem.query, problem.key))
         quantize_rows(
             query, problem.query, is_k=False, k_shift=k_shift, q_dot_k_shift=q_dot_k_shift, negate=scale < 0,
-            rotate=spec.rotate, four_over_six=spec.four_over_six, operand=False, codes=q,
+            rotate=spec.rotate, **problem.rounding(spec.formats.query), operand=False, codes=q,
         )  # fmt: skip
         quantize_rows(
             key, problem.key, is_k=True, order=tile.order, allowed=allowed, k_shift=k_shift,
-            rotate=spec.rotate, four_over_six=spec.four_over_six, operand=False, codes=k,
+            rotate=spec.rotate, **problem.rounding(spec.formats.key), operand=False, codes=k,
         )  # fmt: skip
         v = None
-        if spec.pv == "nvfp4":
+        if spec.quantizes_pv:
             v = Codes.empty(problem.key, head_dim, along_tokens=True, col_major=True, device=query.device)
             quantize_tokens(
-                value, problem.key, allowed=allowed, quantized=False, four_over_six=spec.four_over_six, codes=v, col_major=True
+                value,
+                problem.key,
+                allowed=allowed,
+                quantized=False,
+                **problem.rounding(spec.formats.value),
+                codes=v,
+                col_major=True,
             )
         num_blocks = problem.query.blocks(tile.block_m)
         constants = problem.constants | {"BLOCK_D": padded_head_dim(head_dim)}
-        inference_kernel[(problem.query.batch * problem.query.num_heads * num_blocks,)](
+        kernel = inference_kernel[(problem.query.batch * problem.query.num_heads * num_blocks,)](
             *q, *k, *(v or (None, None)), value, *key_mask_pointers(allowed), q_dot_k_shift,
             problem.query.cu_seqlens, problem.key.cu_seqlens, out, lse,
             *strides_of(value), *strides_of(out), *head_strides(lse), key_mask_stride(allowed),
             *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.softmax_scale_log2, scale,
             **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ORDER=tile.order, HAS_KEY_MASK=allowed is not None,
             QUANTIZE_PV=v is not None, HAS_K_SHIFT=k_shift is not None,
-            NATIVE=why_not_native(arch, head_dim, spec.pv) is None, HW_CONVERT=arch >= 100,
+            NATIVE=why_not_native(arch, head_dim, spec.quantizes_pv) is None, HW_CONVERT=arch >= 100,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+    if launched is not None:
+        launched(kernel)
     return out, lse

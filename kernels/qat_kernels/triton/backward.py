@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import PAD, first_row, sequence, slot_ranges
+from .layout import PAD, SMOOTH_BLOCK, first_row, mean_scores_row, sequence, slot_ranges
 from .nvfp4 import GROUP, P_GLOBAL_SCALE, cast_rn, dot, fake_quantize_p, hadamard
 
 _PAD = tl.constexpr(PAD)
@@ -65,22 +65,30 @@ def preprocess_kernel(
 @triton.jit
 def _sum_grad_query(
     grad_query, q, grad_out, delta, lse_log2,
-    k_desc, v_desc, k_row, key_mask_ptr, upper, start, stop, softmax_scale_log2,
-    BLOCK_N: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr, upper, start, stop, softmax_scale_log2,
+    BLOCK_N: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SAGE: tl.constexpr,
 ):  # fmt: skip
-    """dS KF over the slots from `start` to `stop`; bounds as in `forward._attend`."""
+    """dS KF over the slots from `start` to `stop`; bounds and mean_scores as in `forward._attend`.
+
+    With SAGE grad_sums float32 [slots] takes the sums of dS over the rows of the tile.
+    """
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
     for first_slot in range(start, stop, BLOCK_N):
         k = k_desc.load([k_row + first_slot, 0])
         v = v_desc.load([k_row + first_slot, 0])
-        p = tl.exp2(dot(q, tl.trans(k), zeros) * softmax_scale_log2 - lse_log2[:, None])
+        scores = dot(q, tl.trans(k), zeros)
+        slot = first_slot + tl.arange(0, BLOCK_N)
+        if SAGE:
+            scores += tl.load(mean_scores_ptr + slot, mask=slot < stop)[None, :]
+        p = tl.exp2(scores * softmax_scale_log2 - lse_log2[:, None])
         if CHECK_BOUNDS:
-            slot = first_slot + tl.arange(0, BLOCK_N)
             allowed = slot[None, :] < upper[:, None]
             if HAS_KEY_MASK:
                 allowed = allowed & (tl.load(key_mask_ptr + slot) != 0)[None, :]
             p = tl.where(allowed, p, 0.0)
         grad_scores = p * (dot(grad_out, tl.trans(v), zeros) - delta[:, None])
+        if SAGE:
+            tl.store(grad_sums_ptr + slot, tl.sum(grad_scores, 0), mask=slot < stop)
         grad_query = dot(cast_rn(grad_scores, k.dtype), k, grad_query)
     return grad_query
 
@@ -112,14 +120,17 @@ def _sum_grad_query_kept(
 @triton.jit
 def grad_query_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr,
+    mean_scores_ptr, grad_sums_ptr, grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr,
     grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d,
     out_stride_b, out_stride_h, out_stride_l, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, softmax_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr, SAGE: tl.constexpr,
 ):  # fmt: skip
-    """dQ of BLOCK_M queries of one head. Layouts as in `forward.attention_forward_kernel`; grad_out is dO in any layout."""
+    """dQ of BLOCK_M queries of one head. Layouts as in `forward.attention_forward_kernel`; grad_out is dO in any layout.
+
+    grad_sums float32 [B, H, num_blocks, Lk] (SAGE): dS summed over the BLOCK_M queries, without the scale of the scores.
+    """
     KEPT: tl.constexpr = LEAD > 0
     batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     if CAUSAL:  # the longest first
@@ -152,16 +163,21 @@ def grad_query_kernel(
         rows, block * BLOCK_M, seqlen_k - seqlen_q + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
     )  # fmt: skip
     grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if SAGE:
+        mean_scores_ptr += mean_scores_row(batch_head, block * BLOCK_M, seqlen_q) * seqlen_k
+        grad_sums_ptr += (batch_head.to(tl.int64) * num_blocks + block) * seqlen_k
     if HAS_KEY_MASK:
         full = begin
     else:
         grad_query = _sum_grad_query(
-            grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, upper, begin, full, softmax_scale_log2,
-            BLOCK_N, False, False,
+            grad_query, q, grad_out, delta, lse_log2,
+            k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr, upper, begin, full, softmax_scale_log2,
+            BLOCK_N, False, False, SAGE,
         )  # fmt: skip
     grad_query = _sum_grad_query(
-        grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, upper, full, stop, softmax_scale_log2,
-        BLOCK_N, True, HAS_KEY_MASK,
+        grad_query, q, grad_out, delta, lse_log2,
+        k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr, upper, full, stop, softmax_scale_log2,
+        BLOCK_N, True, HAS_KEY_MASK, SAGE,
     )  # fmt: skip
     if KEPT:
         grad_query = _sum_grad_query_kept(
@@ -179,9 +195,9 @@ def grad_query_kernel(
 
 @triton.jit
 def _sum_grad_key_value(
-    grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, stats_ptr, delta_ptr,
-    q_row, q_rows, qheads_per_kvhead, q_pos_offset, start, stop, softmax_scale_log2,
-    BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, CHECK_BOUNDS: tl.constexpr, QUANTIZE_PV: tl.constexpr,
+    grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, mean_scores_ptr, stats_ptr, delta_ptr,
+    q_row, q_rows, qheads_per_kvhead, q_pos_offset, slots, start, stop, softmax_scale_log2,
+    BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, CHECK_BOUNDS: tl.constexpr, QUANTIZE_PV: tl.constexpr, SAGE: tl.constexpr,
 ):  # fmt: skip
     """dS^T QF and PF~^T (dO / l) over the queries from `start` to `stop`, of all heads that share the keys.
 
@@ -197,7 +213,11 @@ def _sum_grad_key_value(
         row = q_row + step // num_blocks * q_rows + first_query
         q, grad_out = q_desc.load([row, 0]), grad_out_desc.load([row, 0])
         row_max, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
-        p = tl.exp2(dot(k, tl.trans(q), zeros) * softmax_scale_log2 - row_max[None, :])
+        scores = dot(k, tl.trans(q), zeros)
+        if SAGE:  # no query heads share a key head
+            mean_scores = mean_scores_ptr + (first_query // SMOOTH_BLOCK).to(tl.int64) * slots + slot
+            scores += tl.load(mean_scores, mask=slot < slots)[:, None]
+        p = tl.exp2(scores * softmax_scale_log2 - row_max[None, :])
         if CHECK_BOUNDS:
             allowed = present[:, None]
             if CAUSAL:
@@ -207,7 +227,7 @@ def _sum_grad_key_value(
         p_fq = p
         if QUANTIZE_PV:
             groups = tl.reshape(p, (k.shape[0] // GROUP, GROUP, BLOCK_M))
-            groups = fake_quantize_p(groups, tl.max(groups, 1, keep_dims=True))
+            groups = fake_quantize_p(groups, tl.max(groups, 1, keep_dims=True), SAGE)
             p_fq = tl.reshape(groups, (k.shape[0], BLOCK_M))
         grad_value = dot(cast_rn(p_fq, q.dtype), grad_out, grad_value)
         grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
@@ -248,11 +268,12 @@ def _sum_grad_key_value_kept(
 def grad_key_value_kernel(
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc,
     key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
+    mean_scores_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
     out_stride_b, out_stride_h, out_stride_l, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, softmax_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr, ROTATE: tl.constexpr,
+    SAGE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N slots of one key head, summed over the query heads that share them.
 
@@ -286,6 +307,8 @@ def grad_key_value_kernel(
     k, v = k_desc.load([k_row + first_slot, 0]), v_desc.load([k_row + first_slot, 0])
     batch, head_k = batch.to(tl.int64), head_k.to(tl.int64)
 
+    if SAGE:
+        mean_scores_ptr += mean_scores_row(batch * num_heads + head_k, 0, seqlen_q) * slots
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     kept_from = 0
@@ -309,15 +332,15 @@ def grad_key_value_kernel(
         full = seqlen_q if HAS_KEY_MASK else tl.where(slots < first_slot + BLOCK_N, seqlen_q, full)
         full = begin + tl.cdiv(tl.maximum(full - begin, 0), BLOCK_M) * BLOCK_M
         grad_key, grad_value = _sum_grad_key_value(
-            grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, stats_ptr, delta_ptr + all_q_rows,
-            q_row, q_rows, qheads_per_kvhead, q_pos_offset, begin, tl.minimum(full, seqlen_q), softmax_scale_log2,
-            BLOCK_M, CAUSAL, True, QUANTIZE_PV,
+            grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, mean_scores_ptr, stats_ptr,
+            delta_ptr + all_q_rows, q_row, q_rows, qheads_per_kvhead, q_pos_offset, slots, begin, tl.minimum(full, seqlen_q),
+            softmax_scale_log2, BLOCK_M, CAUSAL, True, QUANTIZE_PV, SAGE,
         )  # fmt: skip
         if not HAS_KEY_MASK:
             grad_key, grad_value = _sum_grad_key_value(
-                grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, stats_ptr, delta_ptr + all_q_rows,
-                q_row, q_rows, qheads_per_kvhead, q_pos_offset, full, seqlen_q, softmax_scale_log2,
-                BLOCK_M, CAUSAL, False, QUANTIZE_PV,
+                grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, mean_scores_ptr, stats_ptr,
+                delta_ptr + all_q_rows, q_row, q_rows, qheads_per_kvhead, q_pos_offset, slots, full, seqlen_q,
+                softmax_scale_log2, BLOCK_M, CAUSAL, False, QUANTIZE_PV, SAGE,
             )  # fmt: skip
     if QUANTIZE_PV:
         grad_value *= 1.0 / P_GLOBAL_SCALE

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layout import PAD, first_row, sequence, slot_of, slot_ranges, to_groups, to_tile
+from .layout import PAD, first_row, mean_scores_row, sequence, slot_of, slot_ranges, to_groups, to_tile
 from .nvfp4 import GROUP, P_GLOBAL_SCALE, cast_rn, dot, fake_quantize_p, mul_sub
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -37,20 +37,23 @@ def online_softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUN
 @triton.jit
 def _attend(
     out, out_hp, row_sum, row_max,
-    q, k_desc, v_desc, k_row, key_mask_ptr, upper, start, stop, softmax_scale_log2,
+    q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, start, stop, softmax_scale_log2,
     BLOCK_N: tl.constexpr, ORDER: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    QUANTIZE_PV: tl.constexpr, OUT_HP: tl.constexpr,
+    QUANTIZE_PV: tl.constexpr, SAGE: tl.constexpr, OUT_HP: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
     With CHECK_BOUNDS a row may see those below `upper`, otherwise all of them. With QUANTIZE_PV `out` is 2688 times too large
-    and takes PF~ VF, while `out_hp` takes P~ VF; otherwise `out` takes the unquantized P~.
+    and takes PF~ VF, while `out_hp` takes P~ VF; otherwise `out` takes the unquantized P~. With SAGE mean_scores float32 [slots]
+    are added to the scores of all rows.
     """
     for first_slot in range(start, stop, BLOCK_N):
         k = k_desc.load([k_row + first_slot, 0])
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+        slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
+        if SAGE:
+            scores += tl.load(mean_scores_ptr + slot, mask=slot < stop)[None, :]
         if CHECK_BOUNDS:
-            slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
             allowed = slot[None, :] < upper[:, None]
             if HAS_KEY_MASK:
                 allowed = allowed & (tl.load(key_mask_ptr + slot) != 0)[None, :]
@@ -69,7 +72,7 @@ def _attend(
         if OUT_HP:
             out_hp = dot(to_tile(cast_rn(p, v.dtype)), v, out_hp)
         if QUANTIZE_PV:
-            p = fake_quantize_p(p, group_max)
+            p = fake_quantize_p(p, group_max, SAGE)
         out = dot(to_tile(cast_rn(p, v.dtype)), v, out)
     return out, out_hp, row_sum, row_max
 
@@ -108,21 +111,21 @@ def _attend_kept(
 @triton.jit
 def attention_forward_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, key_mask_ptr, leftpad_ptr, q_dot_k_shift_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    out_ptr, out_hp_ptr, lse_ptr, stats_ptr,
+    mean_scores_ptr, out_ptr, out_hp_ptr, lse_ptr, stats_ptr,
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     lse_stride_b, lse_stride_h, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, k_shift_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
     LEAD: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr,
-    OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
+    SAGE: tl.constexpr, OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
 
     q, k, v, v_kept: operands (layout.py); v is quantized with QUANTIZE_PV, v_kept, for the kept groups, never. out, out_hp (O'):
     any strides, for packed sequences with batch stride 0. key_mask uint8, a row of k_rows for each sequence, by slot; leftpad
-    int32 [B]; cu_seqlens int32 [B + 1]; q_dot_k_shift, lse float32. stats float32 [2, all_q_rows]: row maximum and base-2
-    log-sum-exp of the scores of the quantized Q and K, +inf for rows without a (quantized) key, which makes their probabilities
-    zero.
+    int32 [B]; cu_seqlens int32 [B + 1]; q_dot_k_shift, lse float32; mean_scores float32 [B, H, ceil(Lq / 128), Lk] (SAGE). stats
+    float32 [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the quantized Q and K, +inf for rows without a
+    (quantized) key, which makes their probabilities zero.
     """
     KEPT: tl.constexpr = LEAD > 0
     batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
@@ -160,16 +163,20 @@ def attention_forward_kernel(
     q_pos, upper, begin, full, stop, open_start, open_blocks = slot_ranges(
         rows, block * BLOCK_M, seqlen_k - seqlen_q + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
     )  # fmt: skip
+    if SAGE:
+        mean_scores_ptr += mean_scores_row(batch_head, block * BLOCK_M, seqlen_q) * seqlen_k
     if HAS_KEY_MASK:
         full = begin
     else:
         out, out_hp, row_sum, row_max = _attend(
-            out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, upper, begin, full, softmax_scale_log2,
-            BLOCK_N, ORDER, False, False, QUANTIZE_PV, OUT_HP,
+            out, out_hp, row_sum, row_max,
+            q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, begin, full, softmax_scale_log2,
+            BLOCK_N, ORDER, False, False, QUANTIZE_PV, SAGE, OUT_HP,
         )  # fmt: skip
     out, out_hp, row_sum, row_max = _attend(
-        out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, upper, full, stop, softmax_scale_log2,
-        BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, OUT_HP,
+        out, out_hp, row_sum, row_max,
+        q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, full, stop, softmax_scale_log2,
+        BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP,
     )  # fmt: skip
 
     if STORE_STATS:

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from qat_kernels.spec import QuantSpec
+from qat_kernels import smoothing
+from qat_kernels.spec import SMOOTH_BLOCK, Formats, QuantSpec
 from qat_kernels.varlen import Packing, lse_shape
 
-from . import tiles
+from . import operands, tiles
 from .backward import grad_key_value_kernel, grad_query_kernel, preprocess_kernel
 from .device import TRITON, arch_of, check_device, on_device
 from .forward import attention_forward_kernel
@@ -82,7 +83,7 @@ def forward(
     """
     check_device(query.device)
     problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
-    with_out_hp = with_gradient and spec.pv == "nvfp4"
+    with_out_hp = with_gradient and spec.quantizes_pv
     stats_shape, codes_shape = output_shapes(
         query.shape, key.shape, packing, spec=spec, causal=causal, with_gradient=with_gradient
     )
@@ -98,7 +99,11 @@ def forward(
     if problem.empty:
         result.out.zero_(), result.out_hp.zero_(), result.lse.fill_(-torch.inf)
         return result
+    formats, smoothed = spec.formats, None
     with on_device(query.device):
+        if formats.smooth is not None:
+            smoothed = smoothing.smooth(query, key)
+            query, key = smoothed.query, smoothed.key
         allowed = allowed_keys(key_mask, problem.key)
         tile = _tiles(query.device, problem).forward
         order = order_of(tile.block_n)
@@ -108,23 +113,24 @@ def forward(
             k_shift, q_dot_k_shift = k_shift.contiguous(), torch.empty_like(result.lse)
         q = quantize_rows(
             query, problem.query, is_k=False, k_shift=k_shift, q_dot_k_shift=q_dot_k_shift, negate=scale < 0,
-            rotate=spec.rotate, four_over_six=spec.four_over_six, codes=q_codes,
+            rotate=spec.rotate, **problem.rounding(formats.query), codes=q_codes,
         )  # fmt: skip
         k = quantize_rows(
             key, problem.key, is_k=True, order=order, allowed=allowed, k_shift=k_shift,
-            rotate=spec.rotate, four_over_six=spec.four_over_six, codes=k_codes,
+            rotate=spec.rotate, **problem.rounding(formats.key), codes=k_codes,
         )  # fmt: skip
         v, v_kept = _value_operands(value, problem, allowed, order, codes=v_codes)
         num_blocks = problem.query.blocks(tile.block_m)
         attention_forward_kernel[(problem.query.batch * problem.query.num_heads * num_blocks,)](
             *descriptors([q, k, v, v_kept], [tile.block_m, tile.block_n, tile.block_n, tile.block_n]),
             *key_mask_pointers(allowed), q_dot_k_shift, problem.query.cu_seqlens, problem.key.cu_seqlens,
-            result.out, result.out_hp, result.lse, result.stats,
+            None if smoothed is None else smoothed.scores, result.out, result.out_hp, result.lse, result.stats,
             *strides_of(result.out), *head_strides(result.lse), key_mask_stride(allowed),
             *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
             problem.softmax_scale_log2, scale,
             **problem.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ORDER=order, HAS_KEY_MASK=allowed is not None,
-            QUANTIZE_PV=spec.pv == "nvfp4", OUT_HP=with_out_hp, STORE_STATS=with_gradient, HAS_K_SHIFT=k_shift is not None,
+            QUANTIZE_PV=spec.quantizes_pv, SAGE=smoothed is not None, OUT_HP=with_out_hp, STORE_STATS=with_gradient,
+            HAS_K_SHIFT=k_shift is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return result
@@ -143,11 +149,14 @@ def backward(
     spec: QuantSpec,
     causal: bool,
     scale: float,
+    query: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO.
 
     Args:
-        value: V where it is read as it is (`spec.reads_value`), else None.
+        value: V where it is read as it is (`QuantSpec.reads_value`), else None.
+        query, key: Q and K where they are (`QuantSpec.reads_query`), else None.
         out_hp: O', or O with BF16 PV.
         stats, codes: of `forward`.
     """
@@ -164,7 +173,11 @@ def backward(
     scaled_grad_out = grad_out.new_empty((side.all_rows, problem.block_d), dtype=operand)
     grad_out_operand = torch.empty_like(scaled_grad_out) if kept else None
     delta = torch.empty_like(stats)
+    smoothed = grad_sums = None
     with on_device(device):
+        if spec.formats.smooth is not None:
+            assert query is not None and key is not None, "Q and K are read again"
+            smoothed = smoothing.smooth(query, key)
         allowed = allowed_keys(key_mask, problem.key)
         q_codes, k_codes, v_codes = problem.codes_in(codes)
         q, k = unpack(q_codes, operand, along_tokens=False), unpack(k_codes, operand, along_tokens=False)
@@ -174,6 +187,8 @@ def backward(
             assert value is not None, "V is read again"
             v, v_kept = _value_operands(value, problem, allowed)
         constants = {**problem.constants, "HAS_KEY_MASK": allowed is not None, "ROTATE": spec.rotate}
+        constants["SAGE"] = smoothed is not None
+        mean_scores = None if smoothed is None else smoothed.scores
         chosen = _tiles(device, problem)
         block_m = max(16, 2048 // problem.block_d)
         num_blocks = side.blocks(block_m)
@@ -192,9 +207,13 @@ def backward(
 
         tile = chosen.grad_query
         num_blocks = side.blocks(tile.block_m)
+        if smoothed is not None:
+            grad_sums = grad_query.new_zeros(
+                (side.batch, side.num_heads, num_blocks, problem.key.max_seqlen), dtype=torch.float32
+            )
         grad_query_kernel[(side.batch * side.num_heads * num_blocks,)](
             *descriptors([q, k, v, v_kept], [tile.block_m, tile.block_n, tile.block_n, tile.block_n]), *pointers,
-            grad_out, delta, stats, grad_query,
+            mean_scores, grad_sums, grad_out, delta, stats, grad_query,
             *strides_of(grad_out), *numbers(grad_query, num_blocks, math.copysign(problem.softmax_scale, scale)),
             **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -204,21 +223,40 @@ def backward(
         rows = [tile.block_m, tile.block_n, tile.block_n, tile.block_m, tile.block_n, tile.block_m]
         grad_key_value_kernel[(problem.key.batch * problem.key.num_heads * num_blocks,)](
             *descriptors([q, k, v, scaled_grad_out, v_kept, grad_out_operand], rows), *pointers,
-            delta, stats, grad_key, grad_value,
-            *numbers(grad_key, num_blocks, problem.softmax_scale), **constants, QUANTIZE_PV=spec.pv == "nvfp4",
+            mean_scores, delta, stats, grad_key, grad_value,
+            *numbers(grad_key, num_blocks, problem.softmax_scale), **constants, QUANTIZE_PV=spec.quantizes_pv,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+        if smoothed is not None and grad_sums is not None:
+            tiles_of_block = SMOOTH_BLOCK // chosen.grad_query.block_m
+            grad_sums = grad_sums.unflatten(2, (-1, tiles_of_block)).sum(3) * problem.softmax_scale
+            grad_query = smoothing.grad_query(grad_query.float(), grad_sums, smoothed.key.float()).to(dtype)
+            grad_key = smoothing.grad_key(grad_key.float(), grad_sums, smoothed.query_mean.float()).to(dtype)
     return grad_query, grad_key, grad_value
+
+
+def fake_quantize_kv(
+    key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None, formats: Formats
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V fake-quantized, for attention that quantizes nothing else (`operands.fake_quantize_kv`).
+
+    Raises:
+        ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
+    """
+    check_device(key.device)
+    with on_device(key.device):
+        return operands.fake_quantize_kv(key, value, key_mask, formats)
 
 
 def _value_operands(
     value: torch.Tensor, problem: Problem, allowed: AllowedKeys | None, order: int = 0, *, codes: Codes | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """V as the spec has it, and where groups are kept V as it is."""
-    quantized = problem.spec.pv == "nvfp4"
+    how = problem.spec.formats.value
+    quantized = how is not None
     operand, *kept = quantize_tokens(
         value, problem.key, allowed=allowed, quantized=quantized, unquantized=not quantized or problem.key.lead > 0,
-        order=order, four_over_six=problem.spec.four_over_six, codes=codes,
+        order=order, **problem.rounding(how), codes=codes,
     )  # fmt: skip
     return operand, kept[0] if kept else None
 

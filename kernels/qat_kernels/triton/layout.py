@@ -15,11 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qat_kernels import spec
+
 from .nvfp4 import GROUP
 
 PAD = 128
 """Rows of a sequence are padded to a multiple of this, the largest tile."""
 _PAD = tl.constexpr(PAD)
+SMOOTH_BLOCK = tl.constexpr(spec.SMOOTH_BLOCK)
 
 
 @triton.jit
@@ -105,6 +108,12 @@ def first_row(batch, head, num_heads, rows, start, LEAD: tl.constexpr, VARLEN: t
         extra: tl.constexpr = 1 if LEAD == 0 else 2
         return head * rows + (start // _PAD + batch * extra) * _PAD
     return (batch * num_heads + head) * rows
+
+
+@triton.jit
+def mean_scores_row(batch_head, row, seqlen_q):
+    """The row of `smoothing.Smoothed.scores` that the queries from `row` on take; a tile lies in one block of 128."""
+    return batch_head.to(tl.int64) * tl.cdiv(seqlen_q, SMOOTH_BLOCK) + row // SMOOTH_BLOCK
 
 
 @triton.jit

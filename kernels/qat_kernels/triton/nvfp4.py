@@ -59,12 +59,12 @@ def _power_of_two_below(x):
 
 @triton.jit
 def round_to_e4m3(x):
-    """The nearest E4M3 value, ties to even, of x >= 0 clamped to [2^-9, 448]; NaN is lost (see `round_groups`).
+    """The nearest E4M3 value, ties to even, of x >= 0, saturating at 448; NaN is lost (see `round_groups`).
 
     Adding and subtracting 2^23 spacings leaves a float32 rounded to that spacing, which is an eighth of the power of two
     below the value.
     """
-    x = tl.minimum(tl.maximum(x, _SCALE_MIN), _SCALE_MAX)
+    x = tl.minimum(x, _SCALE_MAX)
     anchor = tl.maximum(_power_of_two_below(x), _SCALE_MIN_NORMAL) * _E4M3_ANCHOR
     return (x + anchor) - anchor
 
@@ -78,13 +78,21 @@ def round_to_e2m1(x):
 
 
 @triton.jit
-def fake_quantize_p(groups, group_max):
+def fake_quantize_p(groups, group_max, SAGE: tl.constexpr = False):
     """phi of P~, cut into groups along some axes, where `group_max` has length 1: PF~ * 2688, exact in bfloat16.
 
     Inputs are in [0, 1], so nothing saturates; a NaN among them is not kept, because it reaches the row's sum too.
+    SAGE: codes divide by the scale before its rounding, and there is no smallest scale (docs/NUMERICS.md, 9).
     """
-    scale = scale_of_p(group_max)
-    return round_p_to_e2m1(groups * encode_scale_of_p(scale, P_GLOBAL_SCALE * E2M1_ANCHOR)) * scale
+    if SAGE:
+        scale = round_to_e4m3(group_max * (P_GLOBAL_SCALE / _E2M1_MAX))
+        # What has no scale has no codes; its maximum may be too small to divide by.
+        largest = tl.where(scale > 0.0, group_max, 1.0)
+        codes = round_p_to_e2m1(groups * encode_scale_of_p(largest, _E2M1_MAX * E2M1_ANCHOR))
+        return tl.where(scale > 0.0, codes * scale, 0.0)
+    else:
+        scale = scale_of_p(group_max)
+        return round_p_to_e2m1(groups * encode_scale_of_p(scale, P_GLOBAL_SCALE * E2M1_ANCHOR)) * scale
 
 
 @triton.jit
@@ -102,7 +110,7 @@ def scale_of_p(group_max):
 
 @triton.jit
 def encode_scale_of_p(scale, NUMERATOR: tl.constexpr):
-    """NUMERATOR / scale, rounded correctly, because that decides ties; NUMERATOR is 2688, or a power of two times that."""
+    """NUMERATOR / scale, rounded correctly, because that decides ties; NUMERATOR is 2688 or 6, or a power of two times that."""
     whole = tl.zeros_like(scale) + NUMERATOR
     if INTERPRET:
         return whole / scale
@@ -144,14 +152,26 @@ def mul_sub(a, b, c, F32X2: tl.constexpr):
 
 
 @triton.jit
-def _e4m3_scale(amax, CODE_MAX: tl.constexpr):
-    """E4M3 of amax / CODE_MAX, rounded correctly; the divisor is made a tensor, which is what `div_rn` takes."""
-    return round_to_e4m3(tl.div_rn(amax, amax * 0.0 + CODE_MAX))
+def _e4m3_scale(amax, CODE_MAX: tl.constexpr, RECIPROCAL: tl.constexpr):
+    """E4M3 of amax / CODE_MAX, rounded correctly; the divisor is made a tensor, which is what `div_rn` takes.
+
+    RECIPROCAL: of amax * RN(1 / CODE_MAX), with no smallest scale.
+    """
+    if RECIPROCAL:
+        return round_to_e4m3(amax * (1.0 / CODE_MAX))
+    else:
+        return round_to_e4m3(tl.maximum(tl.div_rn(amax, amax * 0.0 + CODE_MAX), _SCALE_MIN))
 
 
 @triton.jit
-def _divide(x, scale):
-    """x / scale, rounded correctly, for 1 % of bfloat16 inputs are exact ties: one division a group (Markstein's theorem)."""
+def _divide(x, scale, RECIPROCAL: tl.constexpr):
+    """x / scale, rounded correctly, for 1 % of bfloat16 inputs are exact ties: one division a group (Markstein's theorem).
+
+    RECIPROCAL: x * RN(1 / scale), and zero where the scale is zero.
+    """
+    if RECIPROCAL:
+        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, _SCALE_MIN))
+        return x * tl.where(scale > 0.0, inverse, 0.0)
     if INTERPRET:  # its fused multiply-add rounds twice
         return tl.div_rn(x, scale)
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
@@ -167,18 +187,18 @@ def _squared_error(magnitude, scale, exact, inv_pow2, AXIS: tl.constexpr):
 
 
 @triton.jit
-def round_groups(groups, AXIS: tl.constexpr, FOUR_OVER_SIX: tl.constexpr):
+def round_groups(groups, AXIS: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, RECIPROCAL: tl.constexpr = False):
     """E2M1 magnitudes, E4M3 scales (AXIS has length 1) and whether a group is finite: `quantize` of the reference with g = 1."""
     exact = tl.abs(groups)
     # As integers, magnitudes have the same order, and unlike the maximum of floats this one keeps NaN.
     amax_bits = tl.max(groups.to(tl.int32, bitcast=True) & _MAGNITUDE, AXIS, keep_dims=True)
     finite = amax_bits < _EXPONENT
     amax = tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True)
-    scale = _e4m3_scale(amax, 6.0)
-    magnitude = round_to_e2m1(_divide(exact, scale))
+    scale = _e4m3_scale(amax, 6.0, RECIPROCAL)
+    magnitude = round_to_e2m1(_divide(exact, scale, RECIPROCAL))
     if FOUR_OVER_SIX:
-        scale4 = _e4m3_scale(amax, 4.0)
-        magnitude4 = round_to_e2m1(_divide(exact, scale4))
+        scale4 = _e4m3_scale(amax, 4.0, RECIPROCAL)
+        magnitude4 = round_to_e2m1(_divide(exact, scale4, RECIPROCAL))
         inv_pow2 = (-(amax.to(tl.int32, bitcast=True) & _EXPONENT) + _INV_POW2_BITS).to(tl.float32, bitcast=True)
         error4 = _squared_error(magnitude4, scale4, exact, inv_pow2, AXIS)
         smaller = error4 < _squared_error(magnitude, scale, exact, inv_pow2, AXIS)

@@ -8,11 +8,11 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qat_kernels.spec import GROUP_SIZE
+from qat_kernels.spec import GROUP_SIZE, Formats
 
 from .layout import PAD
 from .nvfp4 import INTERPRET
-from .quantize import quantize_rows_kernel, quantize_tokens_kernel, unpack_kernel
+from .quantize import fake_quantize_kv_kernel, quantize_rows_kernel, quantize_tokens_kernel, unpack_kernel
 
 _ELEMENTS = 4096
 """Elements of a tile: 32 for each thread of four warps."""
@@ -151,6 +151,7 @@ def quantize_rows(
     negate: bool = False,
     rotate: bool = False,
     four_over_six: bool = False,
+    reciprocal: bool = False,
     operand: bool = True,
     codes: Codes | None = None,
 ) -> torch.Tensor | None:
@@ -163,6 +164,7 @@ def quantize_rows(
         is_k: K, minus `k_shift`. Otherwise Q, with the opposite sign if `negate`.
         order: ORDER of the operand's rows (layout.py); 0 for slots in their own order. Codes have it only without an operand.
         k_shift: float32 [Hk, D], contiguous.
+        rotate, four_over_six, reciprocal: as the spec and its formats say.
         q_dot_k_shift: for Q, takes the product of each row with its key head's shift; float32 [B, H, L] or [H, total].
     """
     head_dim, block_d = x.shape[-1], triton.next_power_of_2(x.shape[-1])
@@ -176,7 +178,8 @@ def quantize_rows(
         1 if k_shift is None else sequences.num_heads // k_shift.shape[0], -1.0 if negate else 1.0,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead, ORDER=order, IS_K=is_k,
         HAS_K_SHIFT=k_shift is not None, HAS_KEY_MASK=allowed is not None, VARLEN=sequences.cu_seqlens is not None,
-        ROTATE=rotate, FOUR_OVER_SIX=four_over_six, STORE_OPERAND=operand, STORE_CODES=codes is not None,
+        ROTATE=rotate, FOUR_OVER_SIX=four_over_six, RECIPROCAL=reciprocal,
+        STORE_OPERAND=operand, STORE_CODES=codes is not None,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return result
@@ -191,6 +194,7 @@ def quantize_tokens(
     unquantized: bool = False,
     order: int = 0,
     four_over_six: bool = False,
+    reciprocal: bool = False,
     codes: Codes | None = None,
     col_major: bool = False,
 ) -> list[torch.Tensor]:
@@ -211,11 +215,39 @@ def quantize_tokens(
         *strides_of(x), key_mask_stride(allowed),
         sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows,
         HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_C=block_c, BLOCK_L=block_l, LEAD=sequences.lead,
-        HAS_KEY_MASK=allowed is not None, VARLEN=sequences.cu_seqlens is not None, FOUR_OVER_SIX=four_over_six, ORDER=order,
+        HAS_KEY_MASK=allowed is not None, VARLEN=sequences.cu_seqlens is not None,
+        FOUR_OVER_SIX=four_over_six, RECIPROCAL=reciprocal, ORDER=order,
         STORE_QUANTIZED=quantized, STORE_UNQUANTIZED=unquantized, STORE_CODES=codes is not None, COL_MAJOR=col_major,
         num_warps=1, enable_fp_fusion=True,
     )  # fmt: skip
     return [operand for operand in operands if operand is not None]
+
+
+def fake_quantize_kv(
+    key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None, formats: Formats
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V, [B, H, L, D] or [total, H, D] of any strides, quantized along the head dim and back: contiguous, in their dtype.
+
+    What `key_mask` bool [B, L] excludes is zero.
+    """
+    outs = (
+        torch.empty_like(key, memory_format=torch.contiguous_format),
+        torch.empty_like(value, memory_format=torch.contiguous_format),
+    )
+    if not key.numel():
+        return outs
+    head_dim, block_d = key.shape[-1], triton.next_power_of_2(key.shape[-1])
+    block_l, num_rows = _block_l(block_d), key.numel() // head_dim
+    # Of packed sequences a row is a head of a token: as if heads were tokens.
+    sizes = (key.shape[1], key.shape[2], num_rows) if key.ndim == 4 else (1, key.shape[1], num_rows)
+    strides = [x.stride() if x.ndim == 4 else (x.stride(0), 0, x.stride(1), x.stride(2)) for x in (key, value)]
+    assert formats.value is not None and formats.key.scale == formats.value.scale == "reciprocal", "one rule for both"
+    fake_quantize_kv_kernel[(-(-num_rows // block_l), 2)](
+        key, value, None if key_mask is None else key_mask.contiguous(), *outs, *strides[0], *strides[1], *sizes,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, HAS_KEY_MASK=key_mask is not None,
+        FOUR_OVER_SIX=formats.key.four_over_six, RECIPROCAL=True, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return outs
 
 
 def unpack(stored: Codes, dtype: torch.dtype, *, along_tokens: bool) -> torch.Tensor:

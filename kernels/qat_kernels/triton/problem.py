@@ -8,7 +8,7 @@ import torch
 import triton
 
 from qat_kernels.reference import LOG2_E, scale_of_quantized
-from qat_kernels.spec import GROUP_SIZE, QuantSpec, reads_value
+from qat_kernels.spec import GROUP_SIZE, NVFP4Format, QuantSpec
 from qat_kernels.varlen import Packing
 
 from .layout import PAD
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
         cls, query: torch.Size, key: torch.Size, packing: Packing | None, *, spec: QuantSpec, causal: bool, scale: float
     ) -> Problem:
         """From the shapes [B, H, L, D], or [total, H, D] of packed sequences."""
-        lead = PAD - GROUP_SIZE if causal and spec.pv == "nvfp4" else 0
+        lead = PAD - GROUP_SIZE if spec.keeps_groups(causal) else 0
         if packing is None:
             (batch, num_heads, seqlen_q, head_dim), (_, num_heads_k, seqlen_k, _) = query, key
             sides = (
@@ -51,6 +51,13 @@ class Problem(NamedTuple):
     def empty(self) -> bool:
         """Whether there is nothing to compute."""
         return not (self.query.batch * self.query.num_heads * self.query.max_seqlen * self.key.max_seqlen)
+
+    @staticmethod
+    def rounding(how: NVFP4Format | str | None) -> dict[str, Any]:
+        """The options of `quantize_rows` and `quantize_tokens` for a tensor of this format."""
+        if not isinstance(how, NVFP4Format):
+            return {}
+        return {"four_over_six": how.four_over_six, "reciprocal": how.scale == "reciprocal"}
 
     @property
     def softmax_scale(self) -> float:
@@ -90,7 +97,7 @@ class Problem(NamedTuple):
             *Codes.shapes(self.query, self.head_dim, along_tokens=False),
             *Codes.shapes(self.key, self.head_dim, along_tokens=False),
         ]
-        if not reads_value(self.spec, self.causal):
+        if not self.spec.reads_value(self.causal):
             shapes += Codes.shapes(self.key, self.head_dim, along_tokens=True)
         return shapes
 

@@ -69,7 +69,8 @@ def quantize_rows_kernel(
     num_heads, seqlen, num_blocks, rows, heads_per_k_shift, sign,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, ORDER: tl.constexpr,
     IS_K: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
-    ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
+    ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, RECIPROCAL: tl.constexpr,
+    STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
 ):  # fmt: skip
     """K (IS_K) minus its shift, or Q times `sign`, quantized along the head dim.
 
@@ -95,7 +96,7 @@ def quantize_rows_kernel(
     if ROTATE:
         x = hadamard(x, BLOCK_L, BLOCK_D)
     groups = tl.reshape(x, (BLOCK_L, BLOCK_D // GROUP, GROUP))
-    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
+    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX, RECIPROCAL)
     ordered = row + row_of(slots, ORDER)
     if STORE_CODES:
         where = row + slots if STORE_OPERAND else ordered
@@ -115,8 +116,9 @@ def quantize_tokens_kernel(
     x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, quantized_ptr, unquantized_ptr, codes_ptr, scales_ptr,
     stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, ORDER: tl.constexpr,
-    STORE_QUANTIZED: tl.constexpr, STORE_UNQUANTIZED: tl.constexpr, STORE_CODES: tl.constexpr, COL_MAJOR: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, RECIPROCAL: tl.constexpr,
+    ORDER: tl.constexpr, STORE_QUANTIZED: tl.constexpr, STORE_UNQUANTIZED: tl.constexpr, STORE_CODES: tl.constexpr,
+    COL_MAJOR: tl.constexpr,
 ):  # fmt: skip
     """V, quantized along the tokens from the first allowed one on, and as it is: BLOCK_C columns of BLOCK_L slots."""
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -132,7 +134,7 @@ def quantize_tokens_kernel(
         _store_rows(unquantized_ptr, where, columns, cast_rn(x, unquantized_ptr.dtype.element_ty), BLOCK_D, False)
     if STORE_QUANTIZED or STORE_CODES:
         groups = tl.reshape(x, (BLOCK_L // GROUP, GROUP, BLOCK_C))
-        magnitude, scale, finite = round_groups(groups, 1, FOUR_OVER_SIX)
+        magnitude, scale, finite = round_groups(groups, 1, FOUR_OVER_SIX, RECIPROCAL)
         if STORE_QUANTIZED:
             values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_C))
             _store_rows(quantized_ptr, where, columns, cast_rn(values, quantized_ptr.dtype.element_ty), BLOCK_D, False)
@@ -150,6 +152,37 @@ def quantize_tokens_kernel(
             else:
                 _store_rows(codes_ptr, pairs, columns, codes, HEAD_DIM, HEAD_DIM != BLOCK_D)
                 _store_rows(scales_ptr, group, columns, bits, HEAD_DIM, HEAD_DIM != BLOCK_D)
+
+
+@triton.jit
+def fake_quantize_kv_kernel(
+    k_ptr, v_ptr, key_mask_ptr, k_out_ptr, v_out_ptr,
+    k_stride_b, k_stride_h, k_stride_l, k_stride_d, v_stride_b, v_stride_h, v_stride_l, v_stride_d, num_heads, seqlen, num_rows,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, RECIPROCAL: tl.constexpr,
+):  # fmt: skip
+    """K (program_id 1 = 0) or V, [B, H, L, D] of any strides, quantized along the head dim and back, into contiguous tensors.
+
+    A row is one token of one head; key_mask uint8 [B, L]: rows that it excludes are zero, whatever they hold.
+    """
+    rows, columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64), tl.arange(0, BLOCK_D)
+    batch, head, token = rows // seqlen // num_heads, rows // seqlen % num_heads, rows % seqlen
+    present = rows < num_rows
+    if HAS_KEY_MASK:
+        present = present & (tl.load(key_mask_ptr + batch * seqlen + token, mask=present, other=0) != 0)
+    inside = (columns < HEAD_DIM)[None, :]
+    if tl.program_id(1) == 0:
+        ptrs = k_ptr + (batch * k_stride_b + head * k_stride_h + token * k_stride_l)[:, None] + columns[None, :] * k_stride_d
+        out_ptr = k_out_ptr
+    else:
+        ptrs = v_ptr + (batch * v_stride_b + head * v_stride_h + token * v_stride_l)[:, None] + columns[None, :] * v_stride_d
+        out_ptr = v_out_ptr
+    x = tl.load(ptrs, mask=present[:, None] & inside, other=0.0).to(tl.float32)
+    groups = tl.reshape(x, (BLOCK_L, BLOCK_D // GROUP, GROUP))
+    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX, RECIPROCAL)
+    values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_D))
+    out_ptrs = out_ptr + rows[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(out_ptrs, cast_rn(values, out_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & inside)
 
 
 @triton.jit

@@ -110,8 +110,9 @@ def plain_config(where: str, name: str, config: dict[str, Any]) -> dict[str, Any
         raise ValueError(
             f"load_checkpoint: {where} sets {live[0]!r}, which could run code from elsewhere; expected a model without it"
         )
-    if unknown:
-        _log.warning("%s: left out what the installed library does not know: %s", where, ", ".join(map(repr, unknown)))
+    # `_model_name_or_path` is Transformers' own note of where a model came from.
+    if told := [key for key in unknown if key != "_model_name_or_path"]:
+        _log.warning("%s: left out what the installed library does not know: %s", where, ", ".join(map(repr, told)))
     return _without(config, unknown)
 
 

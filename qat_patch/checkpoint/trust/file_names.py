@@ -14,6 +14,8 @@ K_SHIFT = "qat_patch_k_shift.safetensors"
 """Beside the weights of a model: a float32 tensor [key heads, head dim] for each patched module, by its name."""
 REFERENCE = "qat_patch_reference.safetensors"
 """Beside the weights of a model: an input, and what the exported model makes of it; see golden_output.py."""
+REFERENCE_FOR_SERVERS = "qat_patch_reference.st"
+"""The same in an export for a server: vLLM and SGLang take every *.safetensors of a folder for weights."""
 
 _SHARD = r"(?:-\d{5}-of-\d{5})?\.safetensors"
 _WEIGHTS = rf"(?:model|diffusion_pytorch_model)(?:{_SHARD}|\.safetensors\.index\.json)"
@@ -24,7 +26,11 @@ _TOKENIZER = (
     r"|(?:tokenizer|spiece|sentencepiece|sentencepiece\.bpe|spm|vocab|tiktoken)\.model"
     r"|vocab\.txt|merges\.txt|chat_template\.jinja"
 )
-_LOADED = re.compile("|".join((_WEIGHTS, _ADAPTERS, _CONFIGS, _TOKENIZER, re.escape(K_SHIFT), re.escape(REFERENCE))), re.ASCII)
+# Read by a server, and by no host library.
+_FOR_SERVERS = ("hf_quant_config.json",)
+_LOADED = re.compile(
+    "|".join((_WEIGHTS, _ADAPTERS, _CONFIGS, _TOKENIZER, *map(re.escape, (K_SHIFT, REFERENCE, REFERENCE_FOR_SERVERS)))), re.ASCII
+)
 _CHAT_TEMPLATE = re.compile(r"[\w-]{1,64}\.jinja", re.ASCII)
 # For people. No host library gets to see them: pictures of a model card, licences, and what the Hub puts beside files.
 _FOR_PEOPLE = re.compile(
@@ -65,7 +71,9 @@ def check_names(where: str, found: Collection[str], recorded: Collection[str], k
             folders.pop()
             is_known = _CHAT_TEMPLATE.fullmatch(file) is not None
         else:
-            is_known = is_loaded(name) or (not folders and kind == "pipeline" and file == "model_index.json")
+            is_known = is_loaded(name) or (
+                not folders and (file in _FOR_SERVERS or (kind == "pipeline" and file == "model_index.json"))
+            )
         if not is_known or not (not folders or (len(folders) == 1 and folders[0] in components)):
             raise ValueError(
                 f"load_checkpoint: {where} holds {name}, which could run code or is unknown, and no export does; remove it, or "

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qat_kernels import QuantSpec, attention
-from qat_patch.config import head_dim_problem
+from qat_patch.config import spec_problem
 from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
-from qat_patch.metadata import CONFIG_KEYS, AttentionMetadata
+from qat_patch.metadata import CONFIG_KEYS, RECORD, AttentionMetadata
 
 from . import context_parallel, listeners, processor_code
 from .masks import key_and_query_masks, refuse_call
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MECHANISM = "diffusers' attention dispatcher"
 REPLACED_BY = "set_processor"
+CAUSAL = False
 _TRANSFORMERS = ("transformer", "transformer_2")
 _BACKEND_METHODS = ("set_attention_backend", "reset_attention_backend")
 
@@ -63,7 +64,9 @@ def _components(pipeline: Any) -> dict[str, torch.nn.Module]:
 
 
 def stored_metadata(model: Any) -> AttentionMetadata | None:
-    """The metadata that an export of this package left in the model's config."""
+    """The metadata that an export of this package left in the model's config, or beside it."""
+    if isinstance(record := getattr(model, RECORD, None), AttentionMetadata):
+        return record
     metadata = model.config.get(CONFIG_KEYS["diffusers"])
     return AttentionMetadata.from_dict(metadata) if AttentionMetadata.is_ours(metadata) else None
 
@@ -94,7 +97,7 @@ def reason_to_skip(module: Any) -> str | None:
 
 def problem(module: Any, spec: QuantSpec) -> str | None:
     """Why 4-bit attention cannot compute what this module asks for."""
-    return head_dim_problem(_head_dim(module), spec)
+    return spec_problem(spec, _head_dim(module), causal=False, grouped=False)
 
 
 def prepare(original: Any) -> None:
@@ -139,6 +142,7 @@ def restore(model: Any, layers: list[AttentionLayer]) -> None:
     for layer in layers:
         model.get_submodule(layer.name).processor = layer.original
     # What is saved from now on is an ordinary model.
+    model.__dict__.pop(RECORD, None)
     model._internal_dict = type(model.config)({key: x for key, x in model.config.items() if key != CONFIG_KEYS["diffusers"]})
 
 
@@ -240,7 +244,8 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
         k_shift = layer.shift_on(key.device)
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, k_shift: torch.Tensor | None) -> torch.Tensor:
-            out = attention(query, key, value, spec=layer.spec, causal=causal, scale=scale, key_mask=key_mask, k_shift=k_shift)
+            options: dict[str, Any] = {"spec": layer.spec, "causal": causal, "scale": scale, "impl": layer.impl}
+            out = attention(query, key, value, key_mask=key_mask, k_shift=k_shift, **options)
             if layer.probed:
                 layer.note_call()
             return out

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qat_kernels import QuantSpec
-from qat_patch.config import head_dim_problem
+from qat_patch.config import spec_problem
 from qat_patch.layer import AttentionLayer
 from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
 
@@ -21,6 +21,7 @@ from .source import attention_code
 
 MECHANISM = "transformers' AttentionInterface"
 REPLACED_BY = "set_attn_implementation"
+CAUSAL = True
 NAME = "qat_fp4"
 """The name of 4-bit attention among transformers' attention implementations. What follows it says what ran there before."""
 _CONFIG = "_qat_config"
@@ -120,7 +121,8 @@ def problem(module: Any, spec: QuantSpec) -> str | None:
     value_dim = getattr(module, "v_head_dim", head_dim)
     if None not in (head_dim, value_dim) and value_dim != head_dim:
         return f"values of {value_dim} elements beside keys of {head_dim}; expected as many"
-    return head_dim_problem(head_dim, spec)
+    grouped = getattr(module, "num_key_value_groups", 1) != 1
+    return spec_problem(spec, head_dim, causal=module.is_causal, grouped=grouped)
 
 
 def _kind(kinds: Sequence[str], module: Any) -> str | None:

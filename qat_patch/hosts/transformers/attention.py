@@ -72,8 +72,8 @@ def attention_forward(
     else:
         causal = masks.Causal(key.shape[2], None, None)
     if not isinstance(key, torch.Tensor):
-        options = {"spec": layer.spec, "scale": scaling, "key_mask": causal.key_mask, "k_shift": layer.shift_on(query.device)}
-        out = key.attention(query, **options)
+        shift = layer.shift_on(query.device)
+        out = key.attention(query, spec=layer.spec, scale=scaling, key_mask=causal.key_mask, k_shift=shift, impl=layer.impl)
         return out.transpose(1, 2).contiguous(), None
     if layer.observer is not None:
         arguments = {"scaling": scaling, "dropout": dropout} | kwargs
@@ -87,12 +87,13 @@ def attention_forward(
     if causal.filled < key.shape[2]:
         key, value = key[:, :, : causal.filled], value[:, :, : causal.filled]
     query, key, value = under_autocast(query, key, value)
-    k_shift = layer.shift_on(key.device)
+    options: dict[str, Any] = {"spec": layer.spec, "causal": True, "scale": scaling, "impl": layer.impl}
+    options["k_shift"] = layer.shift_on(key.device)
     if packing is not None:
-        flat = (packed_samples.flatten(x) for x in (query, key, value))
-        out = attention(*flat, spec=layer.spec, causal=True, scale=scaling, k_shift=k_shift, **packing)
+        q, k, v = (packed_samples.flatten(x) for x in (query, key, value))
+        out = attention(q, k, v, **options, **packing)
         return out.unflatten(0, (query.shape[0], query.shape[2])), None
-    out = attention(query, key, value, spec=layer.spec, causal=True, scale=scaling, k_shift=k_shift, key_mask=causal.key_mask)
+    out = attention(query, key, value, **options, key_mask=causal.key_mask)
     return out.transpose(1, 2).contiguous(), None
 
 

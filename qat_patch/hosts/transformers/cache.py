@@ -95,7 +95,7 @@ class FP4Layer(CacheLayerMixin):
         """Remove the last -tokens_to_remove tokens.
 
         Raises:
-            ValueError: the number is positive, or the values that this would reopen are only left in NVFP4.
+            ValueError: the number is positive, or as `KVCache.crop`.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected how many tokens to remove as a negative number, got {tokens_to_remove}")
@@ -148,8 +148,8 @@ def new_cache(model: Any, modules: dict[str, Any], layers: list[AttentionLayer])
 
 def _reason_against(layer: AttentionLayer, module: Any, own: list[Any], users: Counter[int]) -> str | None:
     """Why the cache of a patched module stays transformers' own."""
-    if layer.spec.pv != "nvfp4":
-        return "V stays in BF16 with QuantSpec(pv='bf16'), which an FP4 cache cannot hold"
+    if layer.spec.preset not in KVCache.presets:
+        return f"there is no FP4 cache for preset={layer.spec.preset!r}"
     if module.layer_idx is None or module.layer_idx >= len(own):
         return f"it has number {module.layer_idx} of {len(own)} layers"
     if type(kept := own[module.layer_idx]) is not DynamicLayer:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from diffusers.utils.export_utils import encode_video
-from skimage.metrics import structural_similarity
 
 from qat_patch import PatchHandle
+from qat_patch.measure.videos import psnr, ssim
 from qat_recipes.data.video import EncodedClips
 
 
@@ -40,19 +39,6 @@ class SampleSettings:
                 raise ValueError(f"samples.{name}: expected at least 1, got {getattr(self, name)}")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError("samples.negative_prompt: has no effect without guidance; leave it out or raise guidance_scale")
-
-
-def psnr(video: Any, reference: Any) -> float:
-    """Peak signal-to-noise ratio in dB of a video [frames, height, width, 3] in [0, 1], at most 100."""
-    error = ((video - reference) ** 2).mean()
-    return 100.0 if error < 1e-10 else float(-10 * math.log10(error))
-
-
-def ssim(video: Any, reference: Any) -> float:
-    """Structural similarity, 1 where they are equal: scikit-image's, mean over frames of [frames, height, width, 3] in [0, 1]."""
-    pairs = zip(video, reference, strict=True)
-    values = [structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs]
-    return float(sum(values) / len(values))
 
 
 class Samples:

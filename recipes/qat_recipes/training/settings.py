@@ -23,7 +23,8 @@ class TrainingSettings:
     attention: Literal["fp4", "original"] = "fp4"
     """Attention that the steps train through: 4-bit, or the model's own (a control run). Both are measured either way."""
     qat: AttnQATConfig = AttnQATConfig()
-    """What is patched and what is quantized."""
+    """What is patched and what is quantized. `qat.spec.preset` says on whose grid: this package's (`nvfp4`), or that of a server,
+    such as `kv_nvfp4` for the NVFP4 KV caches of vLLM and SGLang, and `sage3` for SageAttention3 (docs/SERVERS.md)."""
     calibration_batches: int = 0
     """Before the first step, measure the mean keys that are subtracted before quantization (`k_shift`) on so many of the first
     batches of each process; 0: nothing is subtracted."""
@@ -90,6 +91,12 @@ class TrainingSettings:
         )
         batches = self.steps * self.accumulation_steps
         need(0 <= self.calibration_batches <= batches, "calibration_batches", f"at most the batches of the run ({batches})")
+        shifts = self.qat.spec.rules.options
+        need(
+            not self.calibration_batches or shifts,
+            "calibration_batches",
+            f"0 with preset {self.qat.spec.preset}, which has no K shifts",
+        )
         need(
             self.calibration_batches > 0 or not self.calibration_exclude, "calibration_exclude", "[] without calibration_batches"
         )

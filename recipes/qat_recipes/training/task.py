@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
+from qat_patch.checkpoint.adapters import adapter_owner
+from qat_patch.servers import check_servable, check_spec
 
 from .adapters import LoraSettings, add_adapters
 from .fingerprint import digest_of_weights
@@ -87,6 +89,8 @@ class ModelSettings:
     """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory, a third slower."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the exported weights; held-out losses are measured before this rounding."""
+    export_server: Literal["vllm", "sglang", "diffusers-sage3"] | None = None
+    """What the export is for, with `qat.spec.preset` as it computes (docs/SERVERS.md); null: this package."""
 
     def __post_init__(self) -> None:
         if self.revision is not None and self.is_local:
@@ -114,6 +118,11 @@ class FineTuningSettings(TrainingSettings):
                 f"model.export_dtype: adapters alone are exported in float32, got {self.model.export_dtype}; leave it out, or "
                 "set lora.export to merged"
             )
+        if self.model.export_server is not None:
+            try:
+                check_spec(self.model.export_server, self.qat.spec, "qat.spec.preset")
+            except ValueError as error:
+                raise ValueError(f"model.export_server: {error}") from None
         if self.lora and self.lora.base_dtype == "bfloat16" and self.mixed_precision is None:
             raise ValueError("lora.base_dtype: expected float32 or null without mixed_precision=bf16, got bfloat16")
 
@@ -181,6 +190,7 @@ class FineTuning(Task, Generic[Settings]):
             dtype=None if alone else getattr(torch, source.export_dtype),
             merge_adapters=not alone,
             component=self.component,
+            server=source.export_server,
         )
 
     def _build(self) -> tuple[torch.nn.Module, PatchHandle]:
@@ -200,4 +210,10 @@ class FineTuning(Task, Generic[Settings]):
             unpatch_model(model)
         if settings.lora is not None:
             model = add_adapters(model, settings.lora, self.lora_targets, settings.seed)
-        return model, patch_model(model, settings.qat)
+        handle = patch_model(model, settings.qat)
+        if settings.model.export_server is not None:
+            # Now, not at the end of the run.
+            alone = settings.lora is not None and settings.lora.export == "adapters"
+            adapters = next(iter(adapter_owner(model).peft_config.values())) if alone else None
+            check_servable(settings.model.export_server, handle, adapters=adapters)
+        return model, handle

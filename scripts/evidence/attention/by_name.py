@@ -5,23 +5,26 @@
 | `original` | the model's own |
 | `nvfp4`, `pv_bf16` | docs/NUMERICS.md, with V and P in NVFP4 or not, as `patch_model` puts it in force |
 | `nvfp4+rotate+k_shift` | the same with options: `rotate`, `four_over_six`, `k_shift` |
+| `preset=kv_nvfp4`, ... | a preset of `QuantSpec`, likewise |
 | `sage3`, `d_from_o`, ... | a baseline of `scripts.evidence.attention.baselines`, through the host's own seams |
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import types
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 
 import qat_patch
 from qat_kernels import QuantSpec
+from qat_kernels.spec import Preset
 from qat_patch import AttnQATConfig
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from qat_patch.hosts.transformers import adapter as transformers_adapter
@@ -30,7 +33,8 @@ from qat_patch.layer import under_autocast
 from scripts.evidence.attention.baseline_attention import baseline_attention
 from scripts.evidence.attention.baselines import BASELINES, Baseline
 
-_SPECS = {"nvfp4": QuantSpec(), "pv_bf16": QuantSpec(pv="bf16")}
+_SPECS = {"nvfp4": QuantSpec(), "pv_bf16": QuantSpec(preset="nvfp4_qk")}
+_SPECS |= {f"preset={name}": QuantSpec(preset=name) for name in get_args(Preset) if name not in ("nvfp4", "nvfp4_qk")}
 _OPTIONS = ("rotate", "four_over_six", "k_shift")
 _DISPATCH = "dispatch_attention_fn"
 
@@ -81,10 +85,10 @@ def _options_of(name: str) -> tuple[QuantSpec, bool]:
     if base not in _SPECS or not set(options) <= set(_OPTIONS) or len(set(options)) < len(options):
         known = ", ".join(["original", *_SPECS, *BASELINES])
         raise ValueError(
-            f"attention: expected one of {known}, the second and third with any of +{' +'.join(_OPTIONS)}; got {name!r}"
+            f"attention: expected one of {known}, nvfp4 and pv_bf16 with any of +{' +'.join(_OPTIONS)}; got {name!r}"
         )
     chosen = {option: True for option in options if option != "k_shift"}
-    return QuantSpec(pv=_SPECS[base].pv, **chosen), "k_shift" in options
+    return dataclasses.replace(_SPECS[base], **chosen), "k_shift" in options
 
 
 class _Baselines:

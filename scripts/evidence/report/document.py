@@ -14,13 +14,14 @@ from pathlib import Path
 
 from scripts.evidence.report import ablations as report_ablations
 from scripts.evidence.report import serve as report_serve
+from scripts.evidence.report import servers as report_servers
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.report import untrained as report_untrained
 from scripts.evidence.report import video as report_video
 from scripts.evidence.results import FOLDER, Entry, Results
 
 DOCUMENT = FOLDER.parent / "EVIDENCE.md"
-EXPERIMENTS = (report_untrained, report_trained, report_ablations, report_serve, report_video)
+EXPERIMENTS = (report_untrained, report_trained, report_ablations, report_serve, report_video, report_servers)
 Load = Callable[[str], dict[str, Entry]]
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

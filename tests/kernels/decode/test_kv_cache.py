@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qat_kernels import KVCache, QuantSpec, attention
+from qat_kernels import KVCache, QuantSpec, attention, quantize
+from qat_kernels.decode.byte_layout import unpack_rows
 from support.kernels.cache_runs import run_cache
 from support.kernels.cases import Case, error
 
@@ -28,6 +29,10 @@ CASES = [
     case(rotate=True, four_over_six=True, shift=True, mask="left", coarse=True),
     case(head_dim=80, scale=-0.3, shift=True),
     case(head_dim=16, size=10.0),
+    case(preset="kv_nvfp4"),
+    case(preset="kv_nvfp4", mask="left", heads=(3, 1)),
+    case(preset="kv_nvfp4", mask="holes", head_dim=80, scale=-0.3),
+    case(preset="kv_nvfp4", mask="empty row", head_dim=48, size=1e-3),
 ]
 
 
@@ -36,23 +41,24 @@ CASES = [
 def test_equals_attention_over_all_tokens(case, steps):
     q, k, v, _ = case.tensors()
     out, lse, cache = run_cache(case, steps, (q, k, v))
-    expected, expected_lse = attention(q, k, v, return_lse=True, **case.options())
+    expected, expected_lse = attention(q, k, v, return_lse=True, impl="eager", **case.options())
     assert error(out, expected) < 1e-12
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
     assert cache.length == 75
 
 
 @pytest.mark.parametrize("mask", [None, "left"])
-def test_crop_takes_tokens_back(mask):
+@pytest.mark.parametrize("preset", KVCache.presets)
+def test_crop_takes_tokens_back(mask, preset):
     """Past the ends of groups, again and again; what cannot be restored is refused, and nothing has changed then."""
-    problem = case(mask=mask)
+    problem = case(mask=mask, preset=preset)
     q, k, v, _ = problem.tensors()
     key_mask = problem.key_mask()
 
     def step(cache, stop):
         part = slice(cache.length, stop)
         wrong = [x[:, :, part].flip(2) * 7 + 1 for x in (q, k, v)]
-        options = {"key_mask": None if key_mask is None else key_mask[:, :stop]}
+        options = {"spec": problem.spec(), "key_mask": None if key_mask is None else key_mask[:, :stop]}
         cache.attention(*wrong, **options)
         cache.crop(stop - part.start)
         return cache.attention(*(x[:, :, part] for x in (q, k, v)), **options)
@@ -85,24 +91,64 @@ def test_crop_beyond_the_values_at_hand_is_refused():
     assert cache.length == cache.nbytes == 0
 
 
-def test_select_reorders_drops_and_repeats_sequences():
-    problem = case(mask="left", batch=3)
+def test_without_kept_groups_any_number_of_tokens_is_taken_back():
+    """Into the middle of any group, the first too, and before the first allowed slot of a sequence."""
+    problem = case(preset="kv_nvfp4", mask="left", lq=300, lk=300)
+    q, k, v, _ = problem.tensors()
+    mask, spec = problem.key_mask(), problem.spec()
+    first = int((~mask).sum(1).max())
+    cache = KVCache()
+    cache.append(k.flip(2), v.flip(2), spec=spec, key_mask=mask)
+    for length in (200, first + 3, first - 5, 1):
+        cache.crop(cache.length - length)
+        assert cache.length == length
+    cache.crop(1)
+    assert cache.length == cache.nbytes == 0
+    cache.append(k, v, spec=spec, key_mask=mask)
+    cache.crop(300 - (first - 5))
+    out = cache.attention(*(x[:, :, first - 5 :] for x in (q, k, v)), spec=spec, key_mask=mask)
+    assert error(out, attention(q, k, v, **problem.options())[:, :, first - 5 :]) < 1e-12
+
+
+@pytest.mark.parametrize("head_dim", [48, 128])
+def test_holds_what_servers_hold(head_dim):
+    """K and V of a token in groups along the head dim, by the reciprocal rule, down to the scale of zero; half a byte and a
+    sixteenth a value, and nothing else."""
+    x = torch.randn(2, 3, 40, head_dim, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    x[:, :, 7] *= 2.0**-12
+    x[:, :, 8, :16], x[:, :, 9] = 0.0, float("inf")
+    cache = KVCache()
+    for part in (slice(0, 30), slice(30, 31), slice(31, 40)):
+        cache.append(x[:, :, part], -2 * x[:, :, part], spec=QuantSpec(preset="kv_nvfp4"))
+    for name, stored in (("key", x), ("value", -2 * x)):
+        codes, scales = (cache._packed[f"{name}_{part}"][:, :, :40] for part in ("codes", "scales"))
+        expected = quantize(stored, scale="reciprocal")
+        codes, scales = unpack_rows(codes, scales, head_dim)
+        assert torch.equal(codes, expected.codes) and torch.equal(scales, expected.scales.view(torch.uint8))
+        assert (scales[:, :, 8, 0] == 0).all() and (scales[:, :, 9] == 0x7F).all()
+    assert cache.nbytes == 2 * 2 * 3 * 128 * 18 * -(-head_dim // 32)  # room for 128 tokens, in rows of 32 elements
+
+
+@pytest.mark.parametrize("preset", KVCache.presets)
+def test_select_reorders_drops_and_repeats_sequences(preset):
+    problem = case(mask="left", batch=3, preset=preset)
     q, k, v, _ = problem.tensors()
     mask, rows = problem.key_mask(), torch.tensor([2, 0, 0, 1])
     cache = KVCache()
-    cache.attention(q[:, :, :50], k[:, :, :50], v[:, :, :50], key_mask=mask[:, :50])
+    cache.attention(q[:, :, :50], k[:, :, :50], v[:, :, :50], spec=problem.spec(), key_mask=mask[:, :50])
     cache.select(rows)
-    out = cache.attention(*(x[rows, :, 50:] for x in (q, k, v)), key_mask=mask[rows])
+    out = cache.attention(*(x[rows, :, 50:] for x in (q, k, v)), spec=problem.spec(), key_mask=mask[rows])
     assert error(out, attention(q, k, v, **problem.options())[rows, :, 50:]) < 1e-12
 
 
 @pytest.mark.parametrize("length", [4096, 4097, 10_000])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_bytes_are_at_most_30_percent_of_bfloat16(length, head_dim):
-    cache = KVCache()
+@pytest.mark.parametrize("preset", KVCache.presets)
+def test_bytes_are_at_most_30_percent_of_bfloat16(length, head_dim, preset):
+    cache, spec = KVCache(), QuantSpec(preset=preset)
     k = torch.randn(1, 1, length - 5, head_dim, dtype=torch.bfloat16)
-    cache.append(k, k)
-    cache.attention(*[k[:, :, :5]] * 3)
+    cache.append(k, k, spec=spec)
+    cache.attention(*[k[:, :, :5]] * 3, spec=spec)
     assert cache.length == length
     assert cache.nbytes <= 0.30 * 2 * 2 * length * head_dim
 
@@ -110,7 +156,9 @@ def test_bytes_are_at_most_30_percent_of_bfloat16(length, head_dim):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"spec": QuantSpec(pv="bf16")}, "pv='nvfp4', which the cache stores V in"),
+        ({"spec": QuantSpec(preset="nvfp4_qk")}, "a spec with preset 'nvfp4' or 'kv_nvfp4', got .*'nvfp4_qk'"),
+        ({"spec": QuantSpec(preset="kv_nvfp4_fp8")}, "a spec with preset 'nvfp4' or 'kv_nvfp4', got .*'kv_nvfp4_fp8'"),
+        ({"spec": QuantSpec(preset="kv_nvfp4")}, "expected QuantSpec.*'nvfp4'.*with which it was filled, got .*'kv_nvfp4'"),
         ({"spec": QuantSpec(rotate=True)}, "expected QuantSpec.*rotate=False.*with which it was filled"),
         ({"key_mask": torch.ones(2, 3, dtype=torch.bool)}, r"key_mask bool \[2, 23\] over all slots"),
         ({"q": torch.zeros(2, 4, 2, 32)}, "as many queries as new keys, and at least one, got 2 and 3"),
@@ -127,3 +175,41 @@ def test_what_does_not_continue_the_cache_is_refused(change, message):
         cache.attention(inputs.pop("q"), inputs.pop("k"), inputs.pop("v"), **inputs)
     assert cache.length == 20
     assert cache.attention(q[:, :, :3], k[:, :, :3], v[:, :, :3]).shape == (2, 4, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"impl": "fp4"}, "impl with preset='kv_nvfp4': expected auto, eager or triton, got 'fp4'"),
+        ({"impl": "sdpa"}, "impl with preset='kv_nvfp4': expected auto, eager or triton, got 'sdpa'"),
+        ({"impl": "triton"}, "dtype with impl='triton': expected float32.*got torch.float64"),
+        ({"k_shift": torch.zeros(2, 32)}, "k_shift with preset='kv_nvfp4'"),
+    ],
+)
+def test_what_servers_do_not_compute_is_refused(options, message):
+    q, k = torch.zeros(2, 4, 20, 32, dtype=torch.float64), torch.zeros(2, 2, 20, 32, dtype=torch.float64)
+    cache = KVCache()
+    with pytest.raises(ValueError, match=message):
+        cache.attention(q, k, k, spec=QuantSpec(preset="kv_nvfp4"), **options)
+    assert cache.length == cache.nbytes == 0
+
+
+@pytest.mark.parametrize("preset", KVCache.presets)
+def test_kernels_that_cannot_run_here_are_refused_before_anything_changes(preset):
+    q, k = torch.zeros(1, 2, 20, 32), torch.zeros(1, 2, 20, 32)
+    cache = KVCache()
+    for call in (cache.attention, lambda _, *inputs, **options: cache.append(*inputs, **options)):
+        with pytest.raises(ValueError, match="expected tensors on an NVIDIA GPU, got cpu"):
+            call(q, k, k, spec=QuantSpec(preset=preset), impl="triton")
+        assert cache.length == cache.nbytes == 0
+
+
+def test_autocast_does_not_round_what_is_stored():
+    """The rotation of the keys is a matrix product."""
+    problem = case(rotate=True)
+    _, k, v, _ = problem.tensors(torch.float32)
+    cache, same = KVCache(), KVCache()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache.append(k, v, spec=problem.spec())
+    same.append(k, v, spec=problem.spec())
+    assert torch.equal(cache._packed["key_codes"], same._packed["key_codes"])

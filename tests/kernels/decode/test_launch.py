@@ -3,6 +3,7 @@
 from collections import Counter
 from unittest import mock
 
+import pytest
 import torch
 
 from support.kernels.aot import believe_in
@@ -28,7 +29,7 @@ class Recorder:
         self.launches.append((self, arguments))
 
 
-def record_steps() -> tuple[Counter, list[bool], list[bool]]:
+def record_steps(**spec: bool | str) -> tuple[Counter, list[bool], list[bool]]:
     """Decode with fake kernels, launching each time in both ways.
 
     How often each kernel was compiled; for every launch, whether both took the same kernel, and the same arguments.
@@ -70,11 +71,9 @@ def record_steps() -> tuple[Counter, list[bool], list[bool]]:
             cache = KVCache()
             for n in STEPS:
                 q, k, v = (zeros(offset, batch, h, n, 32) for h in (heads, key_heads, key_heads))
-                options = {"spec": QuantSpec(rotate=True)}
-                options |= {
-                    "key_mask": zeros(offset, batch, cache.length + n, dtype=torch.bool),
-                    "k_shift": zeros(offset, key_heads, 32),
-                }
+                options = {"spec": QuantSpec(**spec), "key_mask": zeros(offset, batch, cache.length + n, dtype=torch.bool)}
+                if spec["preset"] == "nvfp4":
+                    options["k_shift"] = zeros(offset, key_heads, 32)
                 if cache.length:
                     cache.attention(q, k, v, impl="triton", scale=1.0, **options)
                 else:
@@ -84,8 +83,9 @@ def record_steps() -> tuple[Counter, list[bool], list[bool]]:
     return compiled, [a is b for (a, _), (b, _) in pairs], same_arguments
 
 
-def test_launches_by_type_are_those_of_triton(compiler):
+@pytest.mark.parametrize("spec", [{"preset": "nvfp4", "rotate": True}, {"preset": "kv_nvfp4"}], ids=str)
+def test_launches_by_type_are_those_of_triton(spec, compiler):
     """Whatever the numbers and the alignment of what the caller passes: one kernel for several tokens, and one for one."""
-    compiled, same_kernel, same_arguments = compiler.submit(record_steps).result()
+    compiled, same_kernel, same_arguments = compiler.submit(record_steps, **spec).result()
     assert len(same_kernel) == 3 * 3 * 3 and all(same_kernel) and all(same_arguments)
     assert compiled == {"append_kernel": 1, "split_kernel": 2, "combine_kernel": 1}

@@ -11,8 +11,9 @@ from support.kernels.cases import Case, assert_same_bits, error, lse_error
 from support.kernels.interpreter import on
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-STEPS = [143, 1, 1, 9, 1, 40, 1]
-"""Of 196 tokens: prompt, single tokens, several at once, also more than the ring of values has room for."""
+STEPS = {196: [143, 1, 1, 9, 1, 40, 1], 100: [71, 1, 1, 8, 19]}
+"""By the number of tokens: prompt, single tokens, several at once; of 196 also more than the ring of values has room for."""
+SHORT = {"preset": "kv_nvfp4", "lq": 100, "lk": 100}
 CASES = [
     Case(**({"lq": 196, "lk": 196, "batch": 2, "heads": (2, 1), "causal": True, "coarse": True, "seed": 3} | options))
     for options in (
@@ -22,9 +23,17 @@ CASES = [
         {"mask": "empty row", "head_dim": 80, "four_over_six": True},
         {"head_dim": 16, "rotate": True, "scale": -0.7},
         {"head_dim": 256, "batch": 1, "size": 3.0},
+        SHORT | {"heads": (5, 1), "head_dim": 128, "batch": 1},
+        SHORT | {"mask": "empty row", "head_dim": 80, "scale": -0.7},
+        SHORT | {"mask": "left", "head_dim": 16, "size": 0.03, "scale": 300.0},
     )
 ]
 BOUNDS = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+def bound(case: Case, dtype: torch.dtype, device: str) -> float:
+    """With `kv_nvfp4` Q and P~ are float16; V of kept groups is multiplied as TF32 on a GPU."""
+    return 1e-3 if dtype == torch.float32 and (device == "cuda" or case.spec().kv_only) else BOUNDS[dtype]
 
 
 def run_with_triton(case: Case, dtype: torch.dtype, *, device: str):
@@ -33,7 +42,7 @@ def run_with_triton(case: Case, dtype: torch.dtype, *, device: str):
     results = []
     prompt_impl = None if device == "cuda" else "eager"  # the interpreter takes long, and the kernels of prompts have other tests
     for _ in range(2 if device == "cuda" or dtype == torch.float32 else 1):
-        out, lse, cache = run_cache(case, STEPS, tensors, impl="triton", prompt_impl=prompt_impl, device=device)
+        out, lse, cache = run_cache(case, STEPS[case.lk], tensors, impl="triton", prompt_impl=prompt_impl, device=device)
         results.append((out, lse, {name: x.cpu() for name, x in cache._packed.items()} | {"recent": cache._recent.cpu()}))
     return results
 
@@ -48,22 +57,63 @@ def test_same_bytes_and_output_as_eager(index, device):
         (out, lse, packed), *again = on(device, run_with_triton, case, dtype)
         for each in again:
             assert_same_bits(each, (out, lse, packed))
-        _, _, cache = run_cache(case, STEPS, tensors)
+        _, _, cache = run_cache(case, STEPS[case.lk], tensors)
         for name, expected in cache._packed.items():
             assert torch.equal(packed[name], expected), name
         assert torch.equal(packed["recent"], cache._recent)
         # A quantized step of P~ is the same whatever the maximum it was taken from: the reference sees all keys at once.
-        expected, expected_lse, _ = run_cache(case, STEPS, [x.float() for x in tensors])
+        expected, expected_lse, _ = run_cache(case, STEPS[case.lk], [x.float() for x in tensors])
         assert out.dtype == dtype
-        decoded = slice(STEPS[0], None)
-        bound = 1e-3 if dtype == torch.float32 and device == "cuda" else BOUNDS[dtype]
-        assert error(out[:, :, decoded], expected[:, :, decoded]) < bound
+        decoded = slice(STEPS[case.lk][0], None)
+        assert error(out[:, :, decoded], expected[:, :, decoded]) < bound(case, dtype, device)
         assert lse_error(lse[:, :, decoded], expected_lse[:, :, decoded]) < 1e-4
 
 
-def add_with_padding(impl: str, *, device: str = "cpu"):
-    """Sequences that begin late, one of them after the prompt; tokens are added, taken back and added again."""
+def step_with(case: Case, size: float, *, device: str):
+    """O and LSE of the last token, with queries so many times as large and a scale that undoes it."""
     from qat_kernels import KVCache
+
+    q, k, v = (x.to(device) for x in case.tensors(torch.bfloat16)[:3])
+    cache, options = KVCache(), {"spec": case.spec(), "impl": "triton"}
+    cache.append(k[:, :, :-1], v[:, :, :-1], **options)
+    out, lse = cache.attention(q[:, :, -1:] * size, k[:, :, -1:], v[:, :, -1:], scale=0.2 / size, return_lse=True, **options)
+    return out.cpu(), lse.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_queries_may_be_of_any_size(device):
+    """float16 would hold neither of these: rows are brought to its middle by powers of two."""
+    case = Case(lq=24, lk=24, batch=1, heads=(2, 1), causal=True, preset="kv_nvfp4")
+    expected = on(device, step_with, case, 1.0)
+    assert expected[0].isfinite().all() and expected[0].count_nonzero() == expected[0].numel()
+    for size in (2.0**-40, 2.0**40):
+        assert_same_bits(on(device, step_with, case, size), expected)
+
+
+def step_after_crop(impl: str, *, device: str = "cpu"):
+    """O of two tokens, where others stood that were not finite and were taken back; one sequence begins late."""
+    from qat_kernels import KVCache, QuantSpec
+
+    x = torch.randn(2, 1, 45, 48, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    mask = torch.arange(45, device=device) >= torch.tensor([0, 19], device=device)[:, None]
+    cache, options = KVCache(), {"spec": QuantSpec(preset="kv_nvfp4"), "impl": impl}
+    cache.append(x[:, :, :40], -x[:, :, :40], key_mask=mask[:, :40], **options)
+    wrong = torch.full_like(x[:, :, 40:], float("nan"))
+    cache.append(wrong, wrong, key_mask=mask, **options)
+    cache.crop(7)
+    out = cache.attention(x[:, :, 38:40], x[:, :, 38:40], -x[:, :, 38:40], key_mask=mask[:, :40], **options)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_taken_back_is_never_computed_with(device):
+    out, expected = on(device, step_after_crop, "triton"), step_after_crop("eager")
+    assert expected.isfinite().all() and error(out, expected) < 2e-3
+
+
+def add_with_padding(impl: str, preset: str, *, device: str = "cpu"):
+    """Sequences that begin late, one of them after the prompt; tokens are added, taken back and added again."""
+    from qat_kernels import KVCache, QuantSpec
 
     x = torch.randn(3, 1, 1270, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     mask = torch.arange(1270, device=device) >= torch.tensor([0, 1100, 1203], device=device)[:, None]
@@ -81,34 +131,41 @@ def add_with_padding(impl: str, *, device: str = "cpu"):
         (1270, 0),
     ):
         key, value = (y[:, :, cache.length : stop] for y in (x, -x))
-        cache.append(key, value, key_mask=mask[:, :stop], impl=impl)
+        cache.append(key, value, spec=QuantSpec(preset=preset), key_mask=mask[:, :stop], impl=impl)
         cache.crop(crop)
     return cache._leftpad.cpu(), cache._recent.cpu(), {name: y.cpu() for name, y in cache._packed.items()}
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_first_tokens_are_found_and_tokens_taken_back_as_in_eager(device):
-    first, recent, packed = on(device, add_with_padding, "triton")
-    expected_first, expected_recent, expected = add_with_padding("eager")
+@pytest.mark.parametrize(
+    ("device", "preset"),
+    # The interpreter takes long, and finding the first token is the same code.
+    [("cpu", "nvfp4"), *[pytest.param("cuda", preset, marks=pytest.mark.gpu) for preset in ("nvfp4", "kv_nvfp4")]],
+)
+def test_first_tokens_are_found_and_tokens_taken_back_as_in_eager(device, preset):
+    first, recent, packed = on(device, add_with_padding, "triton", preset)
+    expected_first, expected_recent, expected = add_with_padding("eager", preset)
     assert first.tolist() == expected_first.tolist() == [0, 1100, 1203]
     assert torch.equal(recent, expected_recent)
     assert all(torch.equal(packed[name], expected[name]) for name in packed)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
 @pytest.mark.parametrize("options", [{}, {"mask": "left"}, {"head_dim": 64, "heads": (9, 3)}], ids=str)
-def test_long_caches_stay_within_the_bounds(options):
+def test_long_caches_stay_within_the_bounds(options, preset):
     """Many splits, and rows of different lengths; a prompt of thousands of tokens, then one, then several."""
     from qat_kernels import KVCache
 
-    case = Case(**({"lq": 5013, "lk": 5013, "batch": 3, "heads": (40, 8), "head_dim": 128, "causal": True, "seed": 5} | options))
+    case = {"lq": 5013, "lk": 5013, "batch": 3, "heads": (40, 8), "head_dim": 128, "causal": True, "seed": 5, "preset": preset}
+    case = Case(**(case | options))
     q, k, v = (x.cuda() for x in case.tensors(torch.bfloat16)[:3])
     mask = None if case.mask is None else case.key_mask().cuda()
-    caches, prompt = (KVCache(), KVCache()), 5000
+    caches, prompt, spec = (KVCache(), KVCache()), 5000, case.spec()
     for cache, impl in zip(caches, ("triton", "eager"), strict=True):
-        cache.append(k[:, :, :prompt], v[:, :, :prompt], key_mask=None if mask is None else mask[:, :prompt], impl=impl)
+        part = {"key_mask": None if mask is None else mask[:, :prompt], "spec": spec, "impl": impl}
+        cache.append(k[:, :, :prompt], v[:, :, :prompt], **part)
     for start, stop in ((prompt, prompt + 1), (prompt + 1, 5013)):
-        options = {"key_mask": None if mask is None else mask[:, :stop], "return_lse": True}
+        options = {"key_mask": None if mask is None else mask[:, :stop], "return_lse": True, "spec": spec}
         inputs = [x[:, :, start:stop] for x in (q, k, v)]
         out, lse = caches[0].attention(*inputs, impl="triton", **options)
         expected, expected_lse = caches[1].attention(*inputs, impl="eager", **options)
@@ -116,3 +173,25 @@ def test_long_caches_stay_within_the_bounds(options):
         assert lse_error(lse, expected_lse) < 1e-4
     for name, packed in caches[1]._packed.items():
         assert torch.equal(caches[0]._packed[name], packed), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
+@pytest.mark.parametrize("mask", [None, "left"])
+def test_prompt_and_tokens_are_those_of_full_recomputation(mask, preset):
+    """As `generate` calls it, the prompt in one piece by the fastest implementation, in bfloat16: docs/NUMERICS.md, section 7."""
+    from qat_kernels import KVCache, attention
+
+    case = Case(lq=900, lk=900, batch=3, heads=(10, 2), head_dim=128, causal=True, mask=mask, preset=preset, seed=6)
+    q, k, v = (x.cuda() for x in case.tensors(torch.bfloat16)[:3])
+    key_mask = None if mask is None else case.key_mask().cuda()
+    cache, parts, spec = KVCache(), [], case.spec()
+    for start, stop in [(0, 850), (850, 880), *((n, n + 1) for n in range(880, 900))]:
+        part = None if key_mask is None else key_mask[:, :stop]
+        parts.append(cache.attention(*(x[:, :, start:stop] for x in (q, k, v)), key_mask=part, spec=spec))
+    exact = (x.float() for x in (q, k, v))
+    expected = attention(*exact, causal=True, key_mask=key_mask, spec=spec, impl="eager")
+    for row, out in enumerate(torch.cat(parts, 2)):
+        first = 0 if key_mask is None else int(key_mask[row].int().argmax())
+        assert error(out[:, first:850], expected[row, :, first:850]) < 3e-3
+        assert error(out[:, 850:], expected[row, :, 850:]) < 3e-3

@@ -24,7 +24,7 @@ class Code(NamedTuple):
     """Instructions of the longest loop, each with its modifiers."""
 
 
-def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bool = False, **spec: bool) -> list[Code]:
+def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bool = False, **spec: bool | str) -> list[Code]:
     """What `KVCache.attention` on a filled cache launches, for Qwen3-14B's heads. Belongs into a process of its own."""
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
@@ -69,10 +69,11 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bo
     return compiled
 
 
-def assert_fits(arch: int, compiled: list[Code]) -> None:
+def assert_fits(arch: int, compiled: list[Code], spilled: int = 0) -> None:
+    """`spilled`: bytes that may be put aside before a loop and taken back behind it."""
     assert [kernel.name for kernel in compiled] == KERNELS
     for kernel in compiled:
-        assert kernel.spilled == 0, (arch, kernel)
+        assert kernel.spilled <= spilled and not any(name.startswith(("LDL", "STL")) for name in kernel.loop), (arch, kernel)
         assert kernel.registers > 16 and kernel.shared <= SHARED_MEMORY[arch] * 1024, (arch, kernel)
 
 
@@ -95,19 +96,41 @@ def test_one_token_is_decoded_with_few_instructions(compiler):
         assert arch < 89 or compiled[1].registers <= 128
 
 
+def test_a_server_s_token_is_decoded_with_as_few_instructions(compiler):
+    """`kv_nvfp4`: P is not quantized, but V lies by tokens. Its words still go from the memory of the tile to the tensor cores in
+    the registers of one lane: two words are decoded at a time, for 1/8 of an instruction more a value.
+    """
+    futures = {arch: compiler.submit(compile_decode, arch, 128, 1, False, preset="kv_nvfp4") for arch in SHARED_MEMORY}
+    for arch, future in futures.items():
+        compiled = future.result()
+        assert_fits(arch, compiled)
+        loop, values = compiled[1].loop, 2 * 64 * 128 / compiled[1].threads
+        assert sum(n for name, n in loop.items() if name.startswith("HMMA.16816")) == values / 4
+        assert loop.total() < (6.0 if arch >= 89 else 6.4) * values, (arch, loop)
+        assert loop["LDGSTS.E.BYPASS.128"] >= 4 and not any(name.startswith(("LDL", "STL", "LDG.E.U8")) for name in loop)
+        # What is stored there is P, on sm_80 and with Triton 3.6 in smaller pieces; V would be 128 of them.
+        stored = sum(n for name, n in loop.items() if name.startswith(("STS", "STSM")))
+        assert stored <= (8 if arch >= 90 else 14) and not any(name.startswith("LDSM") for name in loop), (arch, loop)
+
+
 def test_other_calls_fit_one_architecture_each(compiler):
     """The rest is `slow`."""
     calls = [(90, 64, 1, True), (120, 128, 5, True), (80, 128, 1, True), (90, 80, 1, False)]
     futures = [(call[0], compiler.submit(compile_decode, *call)) for call in calls]
     futures.append((90, compiler.submit(compile_decode, 90, 128, 1, True, shifted=True, rotate=True, four_over_six=True)))
+    calls = [(80, 128, 5, True), (90, 64, 1, True), (100, 80, 1, True), (120, 256, 5, False)]
+    of_servers = [(call[0], compiler.submit(compile_decode, *call, preset="kv_nvfp4")) for call in calls]
     for arch, future in futures:
         assert_fits(arch, future.result())
+    for arch, future in of_servers:
+        assert_fits(arch, future.result(), spilled=8)  # with Triton 3.8, on sm_90
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("new", [1, 5])
-def test_all_calls_fit(head_dim, new, compiler):
+@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
+def test_all_calls_fit(head_dim, new, preset, compiler):
     calls = [(arch, head_dim, new, masked) for arch in SHARED_MEMORY for masked in (False, True)]
-    for call, future in [(call, compiler.submit(compile_decode, *call)) for call in calls]:
-        assert_fits(call[0], future.result())
+    for call, future in [(call, compiler.submit(compile_decode, *call, preset=preset)) for call in calls]:
+        assert_fits(call[0], future.result(), spilled=8 if preset == "kv_nvfp4" else 0)

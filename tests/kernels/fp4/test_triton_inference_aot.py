@@ -5,26 +5,27 @@ import pytest
 from support.kernels.aot import SHARED_MEMORY
 from support.kernels.instruction_counts import compile_inference, fp4_products_needed, needed
 
-TABLE = [(arch, head_dim, pv) for arch in (100, 103, 120, 121) for head_dim in (64, 128) for pv in ("nvfp4", "bf16")]
+TABLE = [(arch, head_dim, preset) for arch in (100, 103, 120, 121) for head_dim in (64, 128) for preset in ("nvfp4", "nvfp4_qk")]
 
 
-def assert_on_fp4_units(arch: int, head_dim: int, pv: str, compiled: dict) -> None:
+def assert_on_fp4_units(arch: int, head_dim: int, preset: str, compiled: dict) -> None:
     names = compiled["names"]
     packed = sum(n for name, n in names.items() if name.startswith("F2FP.SATFINITE.E2M1"))
     # What is put aside before the loops and taken back behind them, a few numbers, costs nothing.
     assert compiled["spilled in loops"] == 0 and compiled["spilled"] <= 64
     shared = SHARED_MEMORY[arch // 10 * 10]
     assert compiled["registers"] > 16 and compiled["shared"] <= shared * 1024 and compiled["tensor memory"] <= 512
-    assert compiled["fp4 products"] == fp4_products_needed(arch, compiled["tile"].block_n, head_dim, pv) > 0
+    assert compiled["fp4 products"] == fp4_products_needed(arch, compiled["tile"].block_n, head_dim, preset) > 0
+    assert compiled["self-check"] is None  # which reads the PTX alone, and on a user's machine
     # P is packed by the conversion instruction if it is quantized at all: no arithmetic stands in for it.
-    assert (packed > 0) == (pv == "nvfp4")
+    assert (packed > 0) == (preset == "nvfp4")
 
 
 def native(compiler, problems: list[tuple], **options) -> list[tuple[tuple, dict]]:
-    """Those (arch, head dim, causal, pv) that the installed Triton is said to compile well, each with what it makes of it."""
+    """Those (arch, head dim, causal, preset) that the installed Triton is said to compile well, each with what it makes of it."""
     from qat_kernels.fp4 import launch as fp4_launch
 
-    problems = [p for p in problems if fp4_launch.why_not_native(p[0], p[1], p[3]) is None]
+    problems = [p for p in problems if fp4_launch.why_not_native(p[0], p[1], p[3] == "nvfp4") is None]
     if not problems:
         pytest.skip(f"Triton {fp4_launch.TRITON} is not known to compile any of these well, so they are emulated")
     futures = [(problem, compiler.submit(compile_inference, *problem, **options)) for problem in problems]
@@ -32,20 +33,23 @@ def native(compiler, problems: list[tuple], **options) -> list[tuple[tuple, dict
 
 
 def assert_all_on_fp4_units(compiler, problems: list[tuple], **options) -> None:
-    for (arch, head_dim, _, pv), compiled in native(compiler, problems, **options):
-        assert_on_fp4_units(arch, head_dim, pv, compiled)
+    for (arch, head_dim, _, preset), compiled in native(compiler, problems, **options):
+        assert_on_fp4_units(arch, head_dim, preset, compiled)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("arch", [100, 120])
 def test_the_table_of_what_this_triton_compiles_well(arch, head_dim, compiler):
-    assert_all_on_fp4_units(compiler, [(arch, head_dim, causal, pv) for causal in (False, True) for pv in ("nvfp4", "bf16")])
+    assert_all_on_fp4_units(
+        compiler, [(arch, head_dim, causal, preset) for causal in (False, True) for preset in ("nvfp4", "nvfp4_qk")]
+    )
 
 
 def test_every_entry_of_the_table_is_tested():
     from qat_kernels.fp4 import launch as fp4_launch
 
-    assert {each[1:] for each in fp4_launch.ON_FP4_UNITS} == set(TABLE)
+    found = {(*each[1:3], "nvfp4" if each.quantize_pv else "nvfp4_qk") for each in fp4_launch.ON_FP4_UNITS}
+    assert found == set(TABLE)
 
 
 def test_packed_sequences(compiler):
@@ -54,7 +58,7 @@ def test_packed_sequences(compiler):
 
 def test_more_fp4_products_with_quantized_weights_than_without(compiler):
     """One product for the scores, one for the output: with BF16 values only the first is left."""
-    (_, quantized), (_, plain) = native(compiler, [(120, 128, False, pv) for pv in ("nvfp4", "bf16")])
+    (_, quantized), (_, plain) = native(compiler, [(120, 128, False, preset) for preset in ("nvfp4", "nvfp4_qk")])
     fp4, bf16 = (
         [sum(n for k, n in compiled["names"].items() if k.startswith(kind)) for compiled in (quantized, plain)]
         for kind in ("OMMA", "HMMA")
@@ -74,10 +78,10 @@ def test_a_tile_takes_few_more_instructions_than_its_algorithm_needs(arch, compi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "head_dim", "pv"), TABLE)
+@pytest.mark.parametrize(("arch", "head_dim", "preset"), TABLE)
 @pytest.mark.parametrize("options", [{}, {"packed": True}], ids=str)
-def test_the_whole_table(options, arch, head_dim, pv, compiler):
-    assert_all_on_fp4_units(compiler, [(arch, head_dim, causal, pv) for causal in (False, True)], **options)
+def test_the_whole_table(options, arch, head_dim, preset, compiler):
+    assert_all_on_fp4_units(compiler, [(arch, head_dim, causal, preset) for causal in (False, True)], **options)
 
 
 @pytest.mark.slow

@@ -66,7 +66,16 @@ def test_head_dims_between_the_entries_compile(head_dim, causal, compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [{"dtype": "float16"}, {"dtype": "float32"}, {"masked": True}, {"rotate": True}, {"pv": "bf16"}], ids=str
+    "options",
+    [
+        {"dtype": "float16"},
+        {"dtype": "float32"},
+        {"masked": True},
+        {"rotate": True},
+        {"preset": "nvfp4_qk"},
+        {"preset": "fa4_fp4"},
+    ],
+    ids=str,
 )
 def test_variants_compile(options, compiler):
     """They may spill: the tiles are chosen for bfloat16 without a key mask."""
@@ -77,3 +86,16 @@ def test_variants_compile(options, compiler):
         for causal in (False, True):
             for kernel in compiler.submit(compile_kernels, arch, 128, causal, **options).result():
                 assert_launchable(arch, kernel)
+
+
+def test_the_kernels_of_sage_compile(compiler):
+    """Without a causal mask only; they may spill, as the variants above."""
+    from qat_kernels.triton.device import too_old_triton
+
+    problems = [(arch, dim) for arch, dim in ((80, 64), (90, 128), (100, 128), (120, 64)) if not too_old_triton(arch)]
+    futures = {problem: compiler.submit(compile_kernels, *problem, False, preset="sage3") for problem in problems}
+    for (arch, _), future in futures.items():
+        compiled = future.result()
+        assert {kernel.name for kernel in compiled} == KERNELS
+        for kernel in compiled:
+            assert_launchable(arch, kernel)

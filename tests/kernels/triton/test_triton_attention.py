@@ -75,7 +75,7 @@ def test_future_tokens_leave_earlier_outputs_bit_identical(mask, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "pv": "bf16"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "preset": "nvfp4_qk"}], ids=str)
 @pytest.mark.parametrize("mask", ["holes", "left"])
 def test_what_masked_slots_hold_has_no_effect(mask, options, device):
     case = Case(**{**SMALL, **options, "mask": mask})
@@ -89,7 +89,7 @@ def test_what_masked_slots_hold_has_no_effect(mask, options, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{"causal": True, "mask": "holes"}, {"pv": "bf16"}], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True, "mask": "holes"}, {"preset": "nvfp4_qk"}], ids=str)
 def test_strides_do_not_show_in_the_bits(options, device):
     case = Case(**{**SMALL, **options})
     tensors = case.tensors(torch.bfloat16)
@@ -110,10 +110,10 @@ def test_strides_do_not_show_in_the_bits(options, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("pv", ["nvfp4", "bf16"])
-def test_rows_without_keys_are_zero(pv, device):
+@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
+def test_rows_without_keys_are_zero(preset, device):
     """A sequence with no key at all; and causal rows before the first key, by left padding or because Lq > Lk."""
-    case = Case(**{**SMALL, "lq": 40, "lk": 33, "causal": True, "pv": pv, "batch": 3})
+    case = Case(**{**SMALL, "lq": 40, "lk": 33, "causal": True, "preset": preset, "batch": 3})
     mask = torch.ones(3, 33, dtype=torch.bool)
     mask[1], mask[2, :9] = False, False
     empty = torch.zeros(3, 40, dtype=torch.bool)

@@ -71,7 +71,7 @@ def test_every_head_dim_stays_within_the_bounds(head_dim, causal):
     for dtype in DTYPES:
         tensors = case.tensors(dtype)
         assert_within_bounds(run_kernels(case, tensors, device="cuda"), run_reference(case, tensors), dtype, "cuda")
-    bf16_values = dataclasses.replace(case, pv="bf16")
+    bf16_values = dataclasses.replace(case, preset="nvfp4_qk")
     tensors = bf16_values.tensors(torch.bfloat16)
     expected = run_reference(bf16_values, tensors)
     assert_within_bounds(run_kernels(bf16_values, tensors, device="cuda"), expected, torch.bfloat16, "cuda")

@@ -36,7 +36,7 @@ def run_public(case: Case, tensors: list[torch.Tensor], *, device: str, compiled
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("options", [{"causal": True, "shift": True}, {"pv": "bf16", "mask": "holes"}], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True, "shift": True}, {"preset": "nvfp4_qk", "mask": "holes"}], ids=str)
 def test_the_public_function_runs_the_kernels(options, compiled, device):
     case = Case(**{**SMALL, **options})
     tensors = case.tensors(torch.bfloat16)
@@ -57,7 +57,7 @@ def run_packed(*, device: str, **options) -> tuple[tuple, list[tuple]]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "options", [{}, {"causal": True, "shift": True}, {"causal": True, "pv": "bf16", "heads": (3, 1)}], ids=str
+    "options", [{}, {"causal": True, "shift": True}, {"causal": True, "preset": "nvfp4_qk", "heads": (3, 1)}], ids=str
 )
 def test_packed_documents_are_as_if_alone_to_the_bit(options, device):
     packed, alone = on(device, run_packed, **options)
@@ -75,13 +75,15 @@ def run_opcheck(case: Case, *, device: str) -> None:
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "triton"))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "triton"))
     out, out_hp, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "triton")
-    out_hp = out if case.pv == "bf16" else out_hp
+    out_hp = out if case.preset == "nvfp4_qk" else out_hp
     rest = (*masks, k.shape[2], k.shape[1], case.spec().to_json(), case.causal, 0.2)
     torch.library.opcheck(op.attention_backward.default, (grad_out, None, None, v, out_hp, stats, codes, *rest, "triton"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{"causal": True, "lq": 9}, {"pv": "bf16", "mask": "holes", "shift": True, "lk": 9}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"causal": True, "lq": 9}, {"preset": "nvfp4_qk", "mask": "holes", "shift": True, "lk": 9}], ids=str
+)
 def test_opcheck(options, device):
     on(device, run_opcheck, Case(**{**SMALL, **options}))
 

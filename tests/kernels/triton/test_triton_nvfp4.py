@@ -230,3 +230,48 @@ def test_addresses_beyond_32_bits():
     del queries
     (values,) = operands.quantize_tokens(x, sequences)
     assert torch.equal(values[-4096:], nvfp4.scaled_codes(tail, axis=-2).to(x.dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reciprocals(dtype, axis, device):
+    """The rule of servers: scales of zero among them, and ties that move."""
+    x = spread(2, 2, 45, 48, dtype=dtype)
+    x[0, 0, :20, :20] = 2.0**-14
+    actual = on(device, quantize_on_device, axis, x, reciprocal=True)
+    assert (actual[1] == 0).any()
+    assert_same_bits(actual, quantize_eagerly(axis, x, scale="reciprocal"))
+
+
+def fake_quantize_on_device(k, v, key_mask, *, device):
+    from qat_kernels.triton import operands
+
+    formats = QuantSpec(preset="kv_nvfp4").formats
+    # A mask that is a part of a longer one, as a cache passes it.
+    mask = None if key_mask is None else torch.cat((key_mask, ~key_mask), 1).to(device)[:, : key_mask.shape[1]]
+    return [x.cpu() for x in operands.fake_quantize_kv(k.to(device), v.to(device), mask, formats)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_and_values_of_servers_in_one_launch(dtype, masked, device):
+    k, v = spread(3, 2, 37, 48, dtype=dtype), spread(3, 37, 2, 48, dtype=dtype, seed=1).transpose(1, 2)
+    k[1, 1, 5, 3], v[0, 0, 1] = torch.nan, 0
+    mask = torch.rand(3, 37, generator=torch.Generator().manual_seed(2)) < 0.7 if masked else None
+    actual = on(device, fake_quantize_on_device, k, v, mask)
+    if mask is not None:
+        k, v = (torch.where(mask[:, None, :, None], x, 0.0) for x in (k, v))
+    assert_same_bits(
+        actual, [nvfp4.in_format(x, how) for x, how in zip((k, v), QuantSpec(preset="kv_nvfp4").formats[1:3], strict=True)]
+    )
+    assert all(x.is_contiguous() and x.dtype == dtype for x in actual)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_keys_and_values_of_packed_documents(device):
+    k, v = spread(41, 3, 32), spread(41, 3, 32, seed=1)
+    formats = QuantSpec(preset="kv_nvfp4").formats
+    actual = on(device, fake_quantize_on_device, k, v, None)
+    assert_same_bits(actual, [nvfp4.in_format(k, formats.key), nvfp4.in_format(v, formats.value)])

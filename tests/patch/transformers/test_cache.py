@@ -9,7 +9,7 @@ from packaging.version import Version
 from transformers import BartConfig, BartForConditionalGeneration
 from transformers.models.mllama import modeling_mllama
 
-from qat_kernels import QuantSpec
+from qat_kernels import KVCache, QuantSpec
 from qat_patch import AttnQATConfig, patch_model
 from qat_patch.commands.generate import cache_argument
 from qat_patch.hosts.transformers.cache import FP4Layer
@@ -22,10 +22,16 @@ def generate(model, ids, steps=40, **kwargs):
     return model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0, **{"do_sample": False} | kwargs)
 
 
+EACH_PRESET = pytest.mark.parametrize(
+    "config", [AttnQATConfig(spec=QuantSpec(preset=x)) for x in KVCache.presets], ids=KVCache.presets
+)
+
+
 @pytest.mark.parametrize("build", [tiny_qwen3, tiny_llama])
-def test_equals_full_recomputation_also_with_left_padding(build):
+@EACH_PRESET
+def test_equals_full_recomputation_also_with_left_padding(build, config):
     model, ids = build(torch.float64), token_ids(length=21)
-    handle = patch_model(model)
+    handle = patch_model(model, config)
     full = generate(model, ids, use_cache=False)
     assert torch.equal(generate(model, ids, past_key_values=handle.cache()), full)
     padded, mask = pad(ids, 9, "left")
@@ -34,6 +40,7 @@ def test_equals_full_recomputation_also_with_left_padding(build):
     cache = handle.cache()
     assert torch.equal(generate(model, padded, attention_mask=mask, past_key_values=cache), full)
     assert cache.get_seq_length() == 30 + 40 - 1
+    assert all(isinstance(layer, FP4Layer) for layer in cache.layers)
 
 
 @pytest.mark.parametrize(
@@ -46,20 +53,22 @@ def test_equals_full_recomputation_also_with_left_padding(build):
     ],
     ids=str,
 )
-def test_ways_to_generate(options):
+@EACH_PRESET
+def test_ways_to_generate(options, config):
     """Beams reorder the cache, lookup crops what was guessed wrongly, chunks continue it by several tokens."""
     model = tiny_qwen3(torch.float64)
     ids = token_ids(batch=1, length=7).repeat(1, 5)  # repeats itself, so that lookup finds guesses
-    handle = patch_model(model)
+    handle = patch_model(model, config)
     torch.manual_seed(0)
     expected = generate(model, ids, **options)
     torch.manual_seed(0)
     assert torch.equal(generate(model, ids, past_key_values=handle.cache(), **options), expected)
 
 
-def test_a_conversation_goes_on_with_the_same_cache():
+@EACH_PRESET
+def test_a_conversation_goes_on_with_the_same_cache(config):
     model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
-    handle = patch_model(model)
+    handle = patch_model(model, config)
     cache = handle.cache()
     turn = torch.cat((generate(model, ids, 10, past_key_values=cache), token_ids(length=12, seed=4)), 1)
     assert torch.equal(generate(model, turn, 20, past_key_values=cache), generate(model, turn, 20, use_cache=False))
@@ -77,9 +86,10 @@ def test_modules_with_original_attention_keep_an_ordinary_cache():
     assert [layer.keys is None for layer in cache.layers] == [True, False, True]
 
 
-def test_batches_are_selected_and_repeated():
+@EACH_PRESET
+def test_batches_are_selected_and_repeated(config):
     model, ids = tiny_qwen3(torch.float64), token_ids(batch=3, length=30)
-    handle = patch_model(model)
+    handle = patch_model(model, config)
     cache = handle.cache()
     with torch.no_grad():
         model(ids, past_key_values=cache)
@@ -99,33 +109,76 @@ def test_what_it_cannot_do_is_refused():
         model(ids, past_key_values=handle.cache())
     with pytest.raises(ValueError, match="negative number, got 3"):
         handle.cache().crop(3)
-    other = patch_model(tiny_qwen3(), AttnQATConfig(spec=QuantSpec(pv="bf16")))
-    with pytest.raises(ValueError, match="V stays in BF16"):
-        other.cache()
+    with pytest.raises(ValueError, match="offloaded cache of transformers"):
+        handle.cache().layers[0].offload()
+
+
+@pytest.mark.parametrize("preset", ["nvfp4_qk", "kv_nvfp4_fp8", "kv_nvfp4_4over6", "fa4_fp4"])
+def test_presets_without_a_cache_are_refused_by_name(preset):
+    handle = patch_model(tiny_qwen3(), AttnQATConfig(spec=QuantSpec(preset=preset)))
+    with pytest.raises(
+        ValueError, match=rf"layers\.0\.self_attn: there is no FP4 cache for preset='{preset}'.*the default cache"
+    ):
+        handle.cache()
 
 
 def test_a_module_that_leaves_v_unquantized_keeps_an_ordinary_cache():
     model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
-    handle = patch_model(model, AttnQATConfig(overrides={"*.1.self_attn": QuantSpec(pv="bf16")}))
+    handle = patch_model(model, AttnQATConfig(overrides={"*.1.self_attn": QuantSpec(preset="nvfp4_qk")}))
     cache = handle.cache()
     assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids, use_cache=False))
     assert [isinstance(layer, FP4Layer) for layer in cache.layers] == [True, False, True]
 
 
+def test_each_module_keeps_what_fits_its_preset():
+    """K and V by this package's grid, by that of servers, and in transformers' own cache, in one model."""
+    model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
+    overrides = {"*.1.self_attn": QuantSpec(preset="nvfp4_qk"), "*.2.self_attn": QuantSpec(preset="kv_nvfp4")}
+    handle = patch_model(model, AttnQATConfig(overrides=overrides))
+    cache = handle.cache()
+    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids, use_cache=False))
+    specs = [layer.packed.spec.preset if isinstance(layer, FP4Layer) else None for layer in cache.layers]
+    assert specs == ["nvfp4", None, "kv_nvfp4"]
+
+
+def test_as_many_tokens_as_you_like_are_taken_back_from_a_cache_of_servers():
+    """More than the 32 that the other one allows."""
+    model, ids = tiny_qwen3(torch.float64), token_ids(length=90)
+    handle = patch_model(model, AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4")))
+    cache = handle.cache()
+    generate(model, ids, 10, past_key_values=cache)
+    for kept in (89, 41, 3):
+        cache.crop(kept - cache.get_seq_length())
+        assert torch.equal(generate(model, ids, 10, past_key_values=cache), generate(model, ids, 10, use_cache=False))
+
+
+def test_cache_of_servers_is_small():
+    model, ids = tiny_qwen3(dtype := torch.bfloat16), token_ids(batch=1, length=600)
+    handle = patch_model(model, AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4")))
+    cache = handle.cache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :40], past_key_values=cache)
+    config = model.config
+    values = 2 * 640 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert sum(layer.packed.nbytes for layer in cache.layers) <= 0.30 * values * dtype.itemsize
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
-def test_encoder_decoders(options):
+@EACH_PRESET
+def test_encoder_decoders(options, config):
     """Self-attention in NVFP4, the keys and values of the encoder's output as they are."""
     sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 128, "dropout": 0.0, "pad_token_id": 0}
-    config = BartConfig(**sizes, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
+    bart = BartConfig(**sizes, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)
     torch.manual_seed(0)
-    model = lively(BartForConditionalGeneration(config)).double().eval()
+    model = lively(BartForConditionalGeneration(bart)).double().eval()
     ids = token_ids(batch=1, length=21)
     without_lookup = {} if "prompt_lookup_num_tokens" in options else options
     if not torch.equal(generate(model, ids, **options), generate(model, ids, **without_lookup, use_cache=False)):
         assert Version(transformers.__version__) < Version("5.24")
         pytest.skip(f"transformers {transformers.__version__} itself goes wrong here, without a patch too")
-    handle = patch_model(model)
+    handle = patch_model(model, config)
     cache = handle.cache()
     full = generate(model, ids, **without_lookup, use_cache=False)
     assert torch.equal(generate(model, ids, past_key_values=cache, **options), full)

@@ -43,14 +43,14 @@ def test_patch_and_unpatch_is_bit_equal(build, implementation, calls):
 
 def test_receipt_names_every_module():
     model = tiny_qwen3()
-    handle = patch_model(model, AttnQATConfig(exclude=["model.layers.1.*"], spec=QuantSpec(rotate=True, pv="bf16")))
+    handle = patch_model(model, AttnQATConfig(exclude=["model.layers.1.*"], spec=QuantSpec(rotate=True, preset="nvfp4_qk")))
     assert list(handle.patched) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
     assert handle.skipped == {"model.layers.1.self_attn": "excluded by 'model.layers.1.*'"}
     receipt = str(handle)
     assert "4-bit attention in 2 of 3 attention modules" in receipt
     for name in (*handle.patched, *handle.skipped):
         assert name in receipt
-    assert "QK nvfp4, PV bf16, rotate" in receipt
+    assert "nvfp4_qk, rotate" in receipt
     assert get_handle(model) is handle
 
 
@@ -59,16 +59,18 @@ def test_receipt_says_what_was_replaced_after_the_patch():
     handle = patch_model(model)
     assert "LOST" not in str(handle)
     model.set_attn_implementation("sdpa")
-    assert "model.layers.1.self_attn: QK nvfp4, PV nvfp4 - LOST: sdpa was put in its place after the patch" in str(handle)
+    assert "model.layers.1.self_attn: nvfp4 - LOST: sdpa was put in its place after the patch" in str(handle)
 
 
 def test_every_layer_has_its_own_spec(calls):
     model = tiny_qwen3()
-    patch_model(model, AttnQATConfig(overrides={"*.0.self_attn": QuantSpec(pv="bf16"), "*.[12].*": QuantSpec(rotate=True)}))
+    patch_model(
+        model, AttnQATConfig(overrides={"*.0.self_attn": QuantSpec(preset="nvfp4_qk"), "*.[12].*": QuantSpec(rotate=True)})
+    )
     logits(model, token_ids())
-    assert [call["spec"] for call in calls] == [QuantSpec(pv="bf16"), QuantSpec(rotate=True), QuantSpec(rotate=True)]
+    assert [call["spec"] for call in calls] == [QuantSpec(preset="nvfp4_qk"), QuantSpec(rotate=True), QuantSpec(rotate=True)]
     with pytest.raises(ValueError, match="decides for no module that is patched"):
-        patch_model(tiny_qwen3(), AttnQATConfig(exclude_first_blocks=1, overrides={"*.0.*": QuantSpec(pv="bf16")}))
+        patch_model(tiny_qwen3(), AttnQATConfig(exclude_first_blocks=1, overrides={"*.0.*": QuantSpec(preset="nvfp4_qk")}))
 
 
 def test_excluded_layers_run_the_original_attention(calls):
@@ -98,12 +100,12 @@ def test_two_models_in_one_process_are_independent(calls):
     ids = token_ids()
     stock = logits(third, ids)
     patch_model(first, AttnQATConfig(spec=QuantSpec(rotate=True)))
-    patch_model(second, AttnQATConfig(spec=QuantSpec(pv="bf16"), exclude=["*.0.*"]))
+    patch_model(second, AttnQATConfig(spec=QuantSpec(preset="nvfp4_qk"), exclude=["*.0.*"]))
     logits(first, ids)
     assert [call["spec"] for call in calls] == [QuantSpec(rotate=True)] * 3
     calls.clear()
     logits(second, ids)
-    assert [call["spec"] for call in calls] == [QuantSpec(pv="bf16")] * 2
+    assert [call["spec"] for call in calls] == [QuantSpec(preset="nvfp4_qk")] * 2
     calls.clear()
     assert torch.equal(logits(third, ids), stock)
     assert not calls

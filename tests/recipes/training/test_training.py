@@ -127,10 +127,10 @@ def test_mixed_precision_keeps_float32_weights(inputs, tmp_path, monkeypatch):
 
 
 def test_training_goes_on_from_an_export(reference, inputs, tmp_path):
-    finetune(inputs, tmp_path / "run", **BARE, **{"model.path": reference / "export", "qat.spec.pv": "bf16"})
+    finetune(inputs, tmp_path / "run", **BARE, **{"model.path": reference / "export", "qat.spec.preset": "nvfp4_qk"})
     assert log(tmp_path / "run")[0]["loss"] < log(reference)[1]["loss"] - 0.5
     handle = get_handle(load_checkpoint(tmp_path / "run" / "export"))
-    assert {layer.spec.pv for layer in handle.patched.values()} == {"bf16"}
+    assert {layer.spec.preset for layer in handle.patched.values()} == {"nvfp4_qk"}
 
 
 @pytest.mark.filterwarnings("ignore:.*no supported trackers")

@@ -133,7 +133,7 @@ def test_what_the_log_says_of_layers(inputs, tmp_path):
     records = finetune(inputs, tmp_path / "run", layers_every=2)
     plain = finetune(inputs, tmp_path / "plain")
     assert [record["loss"] for record in records] == [record["loss"] for record in plain]
-    unquantized_v = finetune(inputs, tmp_path / "pv", layers_every=2, **{"qat.spec.pv": "bf16"})
+    unquantized_v = finetune(inputs, tmp_path / "pv", layers_every=2, **{"qat.spec.preset": "nvfp4_qk"})
     errors = [f"quantization_error/model.layers.{layer}.self_attn" for layer in (0, 1)]
     assert all(0.01 < unquantized_v[1][name] < records[1][name] < 0.3 for name in errors) and errors[0] not in records[2]
     names = {"grad_norm/model.layers.0", "grad_norm/model.layers.1", "grad_norm/rest"}

@@ -59,7 +59,11 @@ def truncate(path):
         (lambda run: truncate(run / "checkpoint-6/checkpoint.json"), {}, "checkpoint.json cannot be read"),
         (lambda run: None, {"resume": "checkpoint-4"}, "holds newer checkpoints than"),
         (lambda run: None, {"learning_rate": 2e-3}, r"learning_rate was 0\.001 and is 0\.002"),
-        (lambda run: None, {"data.train.blocks": 6, "qat.spec.pv": "bf16"}, "data.train.blocks was 7 and is 6; qat.spec.pv was"),
+        (
+            lambda run: None,
+            {"data.train.blocks": 6, "qat.spec.preset": "nvfp4_qk"},
+            "data.train.blocks was 7 and is 6; qat.spec.preset was",
+        ),
         (lambda run: None, {"schedule": "linear", "steps": 7}, "schedule was 'constant' and is 'linear'; steps was 6 and is 7"),
         (lambda run: None, {"steps": 5}, "checkpoint-6 has seen 6 steps already, got 5"),
         (lambda run: None, {"resume": "null"}, "holds a run"),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qat_kernels
+from qat_patch.bench.shapes import Shape
 from scripts.bench import __main__ as bench
-from scripts.bench.shapes import Shape
 from support.kernels.interpreter import interpreted
 
 INFERENCE = ["inference", "--shape", "1,4,2,33,48,32", "--shape", "1,2,1,40,40,16,causal", "--rounds", "3", "--json"]
@@ -53,7 +53,7 @@ def test_inference_is_checked_and_timed_with_each_recipe(tmp_path, capsys):
     file = tmp_path / "bench.json"
     interpreted(bench.main, [*INFERENCE, str(file)])
     results = json.loads(file.read_text())
-    names = ["fp4", "fp4, pv=bf16", "triton", "sdpa flash"]
+    names = ["fp4", "fp4, nvfp4_qk", "triton", "sdpa flash"]
     assert [(r["queries"], r["name"]) for r in results] == [(queries, name) for queries in (33, 40) for name in names]
     assert all(r["what"] == "forward" and r["seconds"][1] > 0 for r in results)
     bench.main(["report", str(file)])

@@ -20,7 +20,8 @@ def test_results_are_complete(tmp_path, capsys):
     file = tmp_path / "decode.json"
     bench_decode.main(["--length", "300", "--batch", "2", "--rounds", "3", "--json", str(file)])
     results = json.loads(file.read_text())
-    assert results[0]["name"] == "fp4 cache" and len(results) > 1
+    assert [each["name"] for each in results[:2]] == ["fp4 cache", "kv_nvfp4 cache"] and len(results) > 2
+    assert results[1]["bytes"] < 0.4 * results[2]["bytes"]  # of 384 tokens, for 300
     assert all(0 < r["low"] <= r["ms"] <= r["high"] for r in results)
     assert "relative L2 of the output" in capsys.readouterr().out
 
@@ -54,6 +55,23 @@ def test_steps_are_reported_against_the_fastest(tmp_path, capsys):
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_both_caches_are_reported(tmp_path, capsys):
+    file = tmp_path / "decode.json"
+    times = {"fp4 cache": (0.2, 30), "kv_nvfp4 cache": (0.25, 28), "bf16 sdpa flash": (0.4, 100)}
+    file.write_text(
+        json.dumps(
+            [
+                {"device": "GPU", "torch": "2", "batch": 8, "length": 32768, "name": name, "ms": ms, "bytes": n}
+                for name, (ms, n) in times.items()
+            ]
+        )
+    )
+    bench.main(["report", str(file), "--png", str(tmp_path / "decode.png")])
+    printed = capsys.readouterr().out
+    assert "| fp4 cache, ms | kv_nvfp4 cache, ms | best bf16 sdpa, ms |" in printed
+    assert "| 8 | 32,768 | 0.200 | 0.250 | 0.400 | flash | 2.00 | 1.60 | 0.300 | 0.280 |" in printed
+
+
 def test_a_small_model_is_for_generate_only(capsys):
     with pytest.raises(SystemExit):
         bench_decode.main(["--tiny"])
@@ -61,14 +79,15 @@ def test_a_small_model_is_for_generate_only(capsys):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])
-def test_what_is_wrong_is_not_timed(factor, monkeypatch):
+@pytest.mark.parametrize("name", bench_decode.CACHES)
+def test_what_is_wrong_is_not_timed(name, factor, monkeypatch):
     q, k = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 40, 32)
     cache = bench_decode.KVCache()
-    cache.append(k, k)
+    cache.append(k, k, spec=bench_decode.CACHES[name])
     attention = cache.attention.__func__
 
-    def eager(self, *inputs, impl):
-        return attention(self, *inputs, impl="eager") * (factor if impl == "triton" else 1)
+    def eager(self, *inputs, spec, impl):
+        return attention(self, *inputs, spec=spec, impl="eager") * (factor if impl == "triton" else 1)
 
     monkeypatch.setattr(bench_decode.KVCache, "attention", eager)
     if factor == 1.0:

@@ -101,7 +101,7 @@ def phi(baseline: Baseline, x, axis):
 
 @pytest.mark.parametrize("case", [c for c in random_cases(48) if not (c.rotate or c.four_over_six or c.shift)], ids=str)
 def test_the_definition_is_a_baseline(case):
-    baseline = Baseline() if case.pv == "nvfp4" else Baseline(quantize_p=False, quantize_v=False)
+    baseline = Baseline() if case.preset == "nvfp4" else Baseline(quantize_p=False, quantize_v=False)
     tensors = case.tensors()
     out, _, grads = run(*tensors, **case.options())
     actual, actual_grads = run_baseline(baseline, *tensors, **options_of(case))

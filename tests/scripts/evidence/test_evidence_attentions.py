@@ -95,7 +95,7 @@ def test_options_of_the_definition():
         assert {layer.spec for layer in handle.patched.values()} == {qat_patch.QuantSpec(rotate=True, four_over_six=True)}
         assert set(handle.k_shift) == set(handle.patched)
     with attention_in(model, "pv_bf16") as handle:
-        assert {layer.spec for layer in handle.patched.values()} == {qat_patch.QuantSpec(pv="bf16")}
+        assert {layer.spec for layer in handle.patched.values()} == {qat_patch.QuantSpec(preset="nvfp4_qk")}
         assert not handle.k_shift
     before = logits(model, ids)
     with attention_in(model, "original") as handle, handle.disabled():
@@ -105,7 +105,7 @@ def test_options_of_the_definition():
 @pytest.mark.parametrize("name", ["fp4", "nvfp4+smooth", "nvfp4+rotate+rotate", "original+rotate", "sage3+rotate"])
 def test_unknown_names_are_refused(name):
     with (
-        pytest.raises(ValueError, match="expected one of original, nvfp4, pv_bf16, definition"),
+        pytest.raises(ValueError, match="expected one of original, nvfp4, pv_bf16, preset=kv_nvfp4, .*definition"),
         attention_in(tiny_llama(), name),
     ):
         pass

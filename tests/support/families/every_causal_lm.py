@@ -255,7 +255,8 @@ def short(error: BaseException) -> str:
 def reason(error: ValueError) -> str:
     """Why, in a message of ours, without the modules and what to do about it."""
     text = re.sub(
-        r"^.*?that 4-bit attention cannot do: |^patch_model: |^cache: .*?\(|; or leave them out.*$|\); generate with.*$",
+        r"^.*?that 4-bit attention cannot do: |^patch_model: |^cache: .*?\(|; or leave them out.*$|; no other is left$"
+        r"|\); generate with.*$",
         "",
         str(error),
     )

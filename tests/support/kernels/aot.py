@@ -65,7 +65,6 @@ def compile_kernels(
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import QuantSpec
-    from qat_kernels.spec import reads_value
     from qat_kernels.triton import launch as training_launch
 
     believe_in(arch)
@@ -77,7 +76,7 @@ def compile_kernels(
         compiled.append(Compiled(self.__name__, *usage(kernel.asm["cubin"]), used.shared, used.tmem_size))
 
     spec = QuantSpec(**spec)
-    q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4))
+    q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4 if spec.rules.mask else 8))
     mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
     options = {"spec": spec, "causal": causal, "scale": 0.1}
     with (
@@ -87,8 +86,9 @@ def compile_kernels(
     ):
         forward = training_launch.forward(q, k, k, mask, None, with_gradient=needs_gradient, **options)
         if needs_gradient:
-            value = k if reads_value(spec, causal) else None
+            value = k if spec.reads_value(causal) else None
             saved = (value, q, forward.stats, forward.codes)
+            options |= {"query": q, "key": k} if spec.reads_query else {}
             training_launch.backward(q, *saved, mask, key_shape=k.shape, **options)
     return compiled
 

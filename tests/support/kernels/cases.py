@@ -18,7 +18,7 @@ MASKS = (None, "holes", "left", "right", "empty row")
 SPECS = (
     {},
     {"causal": True, "heads": (2, 2)},
-    {"pv": "bf16", "causal": True},
+    {"preset": "nvfp4_qk", "causal": True},
     {"causal": True, "rotate": True, "four_over_six": True, "shift": True},
     {"heads": (3, 1), "mask": "holes"},
     {"causal": True, "mask": "left", "shift": True},
@@ -37,7 +37,7 @@ class Case:
     batch: int = 2
     causal: bool = False
     mask: str | None = None
-    pv: str = "nvfp4"
+    preset: str = "nvfp4"
     rotate: bool = False
     four_over_six: bool = False
     shift: bool = False
@@ -95,10 +95,10 @@ class Case:
 
     def oracle_options(self) -> dict:
         """The keywords of the oracle."""
-        return self.tensor_options() | {"pv": self.pv, "rotate": self.rotate, "four_over_six": self.four_over_six}
+        return self.tensor_options() | {"preset": self.preset, "rotate": self.rotate, "four_over_six": self.four_over_six}
 
     def spec(self) -> QuantSpec:
-        return QuantSpec(pv=self.pv, rotate=self.rotate, four_over_six=self.four_over_six)
+        return QuantSpec(preset=self.preset, rotate=self.rotate, four_over_six=self.four_over_six)
 
 
 def random_cases(count: int) -> list[Case]:
@@ -118,7 +118,7 @@ def random_cases(count: int) -> list[Case]:
                 batch=2 if mask == "empty row" else rng.choice((1, 2)),
                 causal=causal,
                 mask=mask,
-                pv="bf16" if seed % 7 == 6 else "nvfp4",
+                preset="nvfp4_qk" if seed % 7 == 6 else "nvfp4",
                 rotate=exotic and rng.random() < 0.6,
                 four_over_six=exotic and rng.random() < 0.6,
                 shift=rng.random() < 0.3,

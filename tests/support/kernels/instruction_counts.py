@@ -32,11 +32,11 @@ CLASSES = {
 }
 
 
-def fp4_products_needed(arch: int, keys: int, head_dim: int, pv: str) -> int:
+def fp4_products_needed(arch: int, keys: int, head_dim: int, preset: str) -> int:
     """How many of them QK^T takes in a tile, and P V with it if that is quantized; a warp's (sm_120), or the block's."""
     if arch >= 120:
-        return keys // 8 * (head_dim // 64) + (head_dim // 8 * (keys // 64) if pv == "nvfp4" else 0)
-    return head_dim // 64 + (keys // 64 if pv == "nvfp4" else 0)
+        return keys // 8 * (head_dim // 64) + (head_dim // 8 * (keys // 64) if preset == "nvfp4" else 0)
+    return head_dim // 64 + (keys // 64 if preset == "nvfp4" else 0)
 
 
 def needed(arch: int, queries: int, keys: int, head_dim: int) -> Counter:
@@ -83,13 +83,14 @@ def found(loop: list) -> Counter:
 
 
 def compile_inference(
-    arch: int, head_dim: int, causal: bool, pv: str = "nvfp4", *, masked: bool = False, packed: bool = False
+    arch: int, head_dim: int, causal: bool, preset: str = "nvfp4", *, masked: bool = False, packed: bool = False
 ) -> dict:
     """Resources, instructions and the main loop of what `impl="fp4"` launches. For a process of its own (`aot.believe_in`)."""
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import QuantSpec
     from qat_kernels.fp4 import launch as fp4_launch
+    from qat_kernels.fp4.machine_code import why_not_on_fp4_units
     from qat_kernels.varlen import Packing
 
     believe_in(arch)
@@ -109,7 +110,7 @@ def compile_inference(
         mock.patch.object(fp4_launch, "arch_of", lambda _: arch),
         mock.patch.object(fp4_launch, "check_device", lambda _: None),
     ):
-        fp4_launch.forward(q, k, k, mask, None, packing, spec=QuantSpec(pv=pv), causal=causal, scale=0.1)
+        fp4_launch.forward(q, k, k, mask, None, packing, spec=QuantSpec(preset=preset), causal=causal, scale=0.1)
     (kernel,) = compiled
     cubin = kernel.asm["cubin"]
     code = instructions(cubin)
@@ -123,8 +124,9 @@ def compile_inference(
         "shared": kernel.metadata.shared,
         "tensor memory": kernel.metadata.tmem_size,
         "names": Counter(each.name for each in code),
-        "tile": fp4_launch.choose(arch, head_dim, pv),
+        "tile": fp4_launch.choose(arch, head_dim, preset == "nvfp4"),
         "loop": found(loop),
+        "self-check": why_not_on_fp4_units(kernel, arch, head_dim, preset == "nvfp4"),
         "fp4 products": sum(each.name.startswith(FP4_PRODUCT[arch >= 120]) for each in loop),
     }
 

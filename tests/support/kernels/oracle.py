@@ -5,7 +5,8 @@ grids (section 1), full [Lq, Lk] score matrices (sections 3 and 4), and two inde
 section 5 and autograd through its straight-through rule. Nothing here is fast, and nothing here is shared with the
 implementations that it checks.
 
-Only phi, k - k_shift and the rotation run in float32, because the sections 1 and 6 put them there.
+Only phi, k - k_shift and the rotation run in float32, because the sections 1 and 6 put them there, and the smoothing of section 9
+in bfloat16.
 """
 
 import math
@@ -23,6 +24,19 @@ E2M1_TIES = [(0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, Fal
 E4M3 = torch.tensor(
     [(c & 7) * 2.0**-9 if c < 8 else (8 + (c & 7)) * 2.0 ** ((c >> 3) - 10) for c in range(127)], dtype=torch.float64
 )
+
+# Section 9: Q, K and V as (axis, rule, four_over_six, then_e4m3), where axis is that of a head's [tokens, D]; then P.
+OURS, RECIPROCAL = (-1, "divide", False, False), (-1, "reciprocal", False, False)
+PRESETS = {
+    "nvfp4": (OURS, OURS, (0, "divide", False, False), "two_level"),
+    "nvfp4_qk": (OURS, OURS, None, None),
+    "kv_nvfp4": (None, RECIPROCAL, RECIPROCAL, None),
+    "kv_nvfp4_fp8": ("e4m3", (-1, "reciprocal", False, True), (-1, "reciprocal", False, True), None),
+    "kv_nvfp4_4over6": ("e4m3", (-1, "reciprocal", True, True), (-1, "reciprocal", True, True), None),
+    "fa4_fp4": (RECIPROCAL, RECIPROCAL, None, None),
+    "sage3": (RECIPROCAL, RECIPROCAL, (0, "reciprocal", False, False), "sage"),
+    "fastvideo_sm120": (RECIPROCAL, RECIPROCAL, (0, "reciprocal", False, False), "sage_one_level"),
+}
 
 
 def _e4m3_rn(x):
@@ -42,7 +56,7 @@ def _e2m1_rn(x):
     return index
 
 
-def phi(x, axis, g=1.0, four_over_six=False):
+def phi(x, axis, g=1.0, four_over_six=False, rule="divide"):
     """NVFP4 and back in groups of 16 along `axis`: docs/NUMERICS.md, section 1; `four_over_six`: section 6.
 
     Returns xf (float64), codes (uint8, sign << 3 | e2m1 bits) and scales (float64, ceil(n / 16) along `axis`).
@@ -55,9 +69,13 @@ def phi(x, axis, g=1.0, four_over_six=False):
     amax = x.abs().amax(-1, keepdim=True)
 
     def round_with(divisor):
-        s = _e4m3_rn((amax * global_scale) / torch.full_like(amax, divisor)).clamp(2.0**-9, 448.0).float()
+        if rule == "divide":
+            s = _e4m3_rn((amax * global_scale) / torch.full_like(amax, divisor)).clamp(2.0**-9, 448.0).float()
+        else:
+            s = _e4m3_rn(amax * global_scale * torch.tensor(1 / divisor, dtype=torch.float32)).float()
         s = s.masked_fill(~amax.isfinite(), math.nan)
-        index = _e2m1_rn(((x * global_scale) / s).abs())
+        x_scaled = (x * global_scale) / s if rule == "divide" else torch.where(s == 0, 0.0, (x * global_scale) * (1 / s))
+        index = _e2m1_rn(x_scaled.abs())
         # In units of the power of two below amax, at most 1/2, squared in float32 and cut to 28 bits behind the point.
         error = (E2M1[index] * s.double() - (x * global_scale).abs().double()).float().double().abs()
         error = torch.ldexp(error, 1 - torch.frexp(amax * global_scale).exponent).clamp(max=0.5).float().square()
@@ -91,15 +109,52 @@ def _straight_through(x, xf):
     return xf.detach() + (x - x.detach())
 
 
-def _quantize_rows(x, shift, rotate, four_over_six):
-    """QF or KF of one head: shift, rotate and phi along the head dim (docs/NUMERICS.md, sections 2 and 6)."""
+def in_format(x, how, four_over_six=False):
+    """A head's Q, K or V in a format of PRESETS; the option `four_over_six` changes those of section 6."""
+    if how is None:
+        return x
+    if how == "e4m3":
+        return torch.copysign(_e4m3_rn(x.float().abs()), x)
+    axis, rule, always, then_e4m3 = how
+    xf = phi(x, axis, four_over_six=four_over_six or always, rule=rule)[0]
+    return torch.copysign(_e4m3_rn(xf.abs()), xf) if then_e4m3 else xf
+
+
+def sage_p(p, g):
+    """Section 9: phi of P~ with codes that divide by the scale before it is rounded."""
+    n = p.shape[-1]
+    x = torch.nn.functional.pad(p.float(), (0, -n % GROUP)).reshape(*p.shape[:-1], -1, GROUP)
+    amax = x.amax(-1, keepdim=True)
+    index = _e2m1_rn(torch.where(amax == 0, 0.0, x * (torch.tensor(6.0) / amax)))
+    return (E2M1[index] * _e4m3_rn(amax * torch.tensor(g / 6, dtype=torch.float32)) / g).flatten(-2)[..., :n]
+
+
+def sage_smooth(q, k):
+    """Section 9: Q and K as they are quantized, and what is added to their scores; each with the gradient of what it rounds."""
+
+    def bf16(x, exact):
+        return _straight_through(exact, x.detach().float().bfloat16().double())
+
+    q, k = bf16(q, q), bf16(k, k)  # what a server is given
+    centred_k = bf16(k - bf16(k.mean(0), k.mean(0)), k - k.mean(0))
+    blocks = torch.arange(q.shape[0]) // 128
+    mean = torch.zeros(int(blocks[-1]) + 1, q.shape[1], dtype=torch.float64).index_add(0, blocks, q) / 128
+    centred_q = bf16(q - mean.float().double()[blocks], q - mean[blocks])
+    added = bf16(mean, mean) @ centred_k.T
+    return centred_q, centred_k, bf16(added, added)[blocks]
+
+
+def _quantize_rows(x, shift, rotate, four_over_six, how=OURS):
+    """QF or KF of one head: shift, rotate and phi along the head dim (docs/NUMERICS.md, sections 2, 6 and 9)."""
+    if how is None:
+        return x
     rounded = x.detach().to(torch.float32)
     if shift is not None:
         x, rounded = x - shift.double(), rounded - shift.float()
     if rotate:
         h = hadamard(x.shape[-1])
         x, rounded = x @ h.double(), rounded @ h
-    return _straight_through(x, phi(rounded, -1, four_over_six=four_over_six)[0])
+    return _straight_through(x, in_format(rounded, how, four_over_six))
 
 
 def _ceil_max(s):
@@ -108,7 +163,7 @@ def _ceil_max(s):
     return torch.cat([s, s.new_full((s.shape[0], 1), -math.inf)], -1).amax(-1, keepdim=True).ceil()
 
 
-def _head(q, k, v, valid, q_pos, *, pv, rotate, four_over_six, scale, shift):
+def _head(q, k, v, valid, q_pos, *, preset, rotate, four_over_six, scale, shift):
     """Forward of one head, differentiable by the rule of section 5 (docs/NUMERICS.md, sections 3 and 4).
 
     `k` and `v` start at the first allowed key of the sequence, so that groups along tokens start at index 0. `q_pos` is
@@ -122,10 +177,14 @@ def _head(q, k, v, valid, q_pos, *, pv, rotate, four_over_six, scale, shift):
         allowed = allowed & (j <= q_pos[:, None])
         kept = (j // GROUP == 0) | (j // GROUP == q_pos[:, None] // GROUP)
 
-    qf = _quantize_rows(q, None, rotate, four_over_six)
-    kf = _quantize_rows(k, shift, rotate, four_over_six)
+    q_format, k_format, v_format, p_format = PRESETS[preset]
+    added = 0.0
+    if preset == "sage3":
+        q, k, added = sage_smooth(q, k)
+    qf = _quantize_rows(q, None, rotate, four_over_six, q_format)
+    kf = _quantize_rows(k, shift, rotate, four_over_six, k_format)
     factor = scale * 64 / q.shape[-1] if rotate else scale
-    s = (qf @ kf.T * (factor * math.log2(math.e))).masked_fill(~allowed, -math.inf)
+    s = ((qf @ kf.T + added) * (factor * math.log2(math.e))).masked_fill(~allowed, -math.inf)
 
     # Codes of P~ are those against m; everything else is relative to the maximum of all keys, kept ones included, an
     # integer too, so the change of reference is an exact power of two and nothing overflows.
@@ -136,14 +195,16 @@ def _head(q, k, v, valid, q_pos, *, pv, rotate, four_over_six, scale, shift):
     row_sum = exp_scores.sum(-1, keepdim=True)
     norm = torch.where(row_sum == 0, 1.0, row_sum)
     p = exp_scores / norm
-    if pv == "nvfp4":
+    pf, vf = p, v if v_format is None else _straight_through(v, in_format(v, v_format, four_over_six))
+    if p_format is not None:
         p_tilde = torch.where(allowed & ~kept, torch.exp2(s.detach() - m), 0.0)
-        pf = _straight_through(p, phi(p_tilde, -1, g=P_GLOBAL_SCALE)[0] * torch.exp2(m - top) / norm)
-        vf = _straight_through(v, phi(v, 0, four_over_six=four_over_six)[0])
-    elif pv == "bf16":
-        pf, vf = p, v
+        if p_format == "two_level":
+            rounded_p = phi(p_tilde, -1, g=P_GLOBAL_SCALE)[0]
+        else:
+            rounded_p = sage_p(p_tilde, P_GLOBAL_SCALE if p_format == "sage" else 1.0)
+        pf = _straight_through(p, rounded_p * torch.exp2(m - top) / norm)
     else:
-        raise ValueError(f"pv={pv!r}")
+        kept = torch.zeros_like(kept)
     high = p.masked_fill(~kept, 0.0) @ v
     return SimpleNamespace(
         out=pf.masked_fill(kept, 0.0) @ vf + high,
@@ -153,7 +214,7 @@ def _head(q, k, v, valid, q_pos, *, pv, rotate, four_over_six, scale, shift):
     )  # fmt: skip
 
 
-def _heads(q, k, v, *, pv="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None):
+def _heads(q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None):
     """Yields (b, h, kv, first, _head(...)) for every query head (docs/NUMERICS.md, Notation, sections 3 and 4)."""
     q, k, v = q.double(), k.double(), v.double()
     (batch, heads, lq, d), (kv_heads, lk) = q.shape, k.shape[1:3]
@@ -167,7 +228,7 @@ def _heads(q, k, v, *, pv="nvfp4", rotate=False, four_over_six=False, causal=Fal
             shift = None if k_shift is None else k_shift[kv]
             head = _head(
                 q[b, h], k[b, kv, first:], v[b, kv, first:], valid[first:], q_pos,
-                pv=pv, rotate=rotate, four_over_six=four_over_six, scale=scale, shift=shift,
+                preset=preset, rotate=rotate, four_over_six=four_over_six, scale=scale, shift=shift,
             )  # fmt: skip
             if shift is not None:
                 head.lse = head.lse + scale * (q[b, h] @ shift.double())
@@ -175,9 +236,11 @@ def _heads(q, k, v, *, pv="nvfp4", rotate=False, four_over_six=False, causal=Fal
 
 
 @torch.no_grad()
-def attention(q, k, v, *, pv="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None):
+def attention(
+    q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None
+):
     """The forward, docs/NUMERICS.md, sections 3, 4 and 6: dict of "out" O, "out_hp" O', "lse" and "row_max" m (float64)."""
-    options = {"pv": pv, "rotate": rotate, "four_over_six": four_over_six, "causal": causal, "scale": scale}
+    options = {"preset": preset, "rotate": rotate, "four_over_six": four_over_six, "causal": causal, "scale": scale}
     out, row = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:-1], dtype=torch.float64)
     result = {"out": out, "out_hp": out.clone(), "lse": row, "row_max": row.clone()}
     for b, h, _, _, head in _heads(q, k, v, key_mask=key_mask, k_shift=k_shift, **options):

@@ -12,7 +12,7 @@ DOCUMENTS = ((33, 33), (1, 1), (5, 40), (0, 0), (48, 48), (20, 3), (7, 0), (0, 9
 SPECS = (
     {},
     {"causal": True},
-    {"pv": "bf16", "causal": True, "heads": (3, 1)},
+    {"preset": "nvfp4_qk", "causal": True, "heads": (3, 1)},
     {"causal": True, "rotate": True, "four_over_six": True, "shift": True},
     {"shift": True, "scale": 0.3, "heads": (2, 2)},
 )

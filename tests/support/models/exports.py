@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from qat_patch import AttnQATConfig, export_checkpoint, get_handle, load_checkpoint, patch_model
+from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, get_handle, load_checkpoint, patch_model
 from qat_patch.checkpoint import export
 from support.models.tiny_qwen3 import tiny_qwen3, token_ids
 from support.models.tiny_wan import CHANNELS, TEXT_DIM, tiny_transformer
@@ -40,7 +40,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "head_dim": 16, "intermediate
 
 
 def write_exports(folder):
-    """One file, shards with an index, a Wan transformer, adapters alone."""
+    """One file, shards with an index, a Wan transformer, adapters alone, and one for a server."""
     config = AttnQATConfig(exclude=["*.0.*"])
     model = tiny_qwen3(**TINY)
     model.save_pretrained(folder / "base")
@@ -55,6 +55,9 @@ def write_exports(folder):
     adapters = add_lora(tiny_qwen3(**TINY))
     patch_model(adapters, config)
     export_checkpoint(adapters, folder / "adapters", merge_adapters=False, base_model=str(folder / "base"))
+    served = tiny_qwen3(**TINY)
+    patch_model(served, AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4")))
+    export_checkpoint(served, folder / "server", server="vllm", auto_enable=True)
 
 
 def outcome(folder, original):

@@ -8,8 +8,8 @@ from qat_patch import QuantSpec
 from support.models.tiny_wan import CHANNELS, IMAGE_DIM, TEXT_DIM, tiny_pipeline, tiny_transformer
 
 SPECS = [
-    QuantSpec(pv=pv, rotate=rotate, four_over_six=four_over_six)
-    for pv, rotate, four_over_six in itertools.product(("nvfp4", "bf16"), (False, True), (False, True))
+    QuantSpec(preset=preset, rotate=rotate, four_over_six=four_over_six)
+    for preset, rotate, four_over_six in itertools.product(("nvfp4", "nvfp4_qk"), (False, True), (False, True))
 ]
 LAYERS = 2
 

@@ -56,14 +56,14 @@ def main(folder: Path) -> None:
     export._SHARD_SIZE = shard_size
 
     model = language_model()
-    overrides = {"*.1.*": QuantSpec(rotate=True), "*": QuantSpec(pv="bf16")}
+    overrides = {"*.1.*": QuantSpec(rotate=True), "*": QuantSpec(preset="nvfp4_qk")}
     generator = torch.Generator().manual_seed(1)
     shift = {"model.layers.0.self_attn": torch.randn(1, 16, generator=generator)}
     patch_model(model, AttnQATConfig(overrides=overrides), k_shift=shift)
     export_checkpoint(model, folder / "language-model-shifted")
 
     model = video_model()
-    patch_model(model, AttnQATConfig(spec=QuantSpec(pv="bf16"), include=["*.attn1"]))
+    patch_model(model, AttnQATConfig(spec=QuantSpec(preset="nvfp4_qk"), include=["*.attn1"]))
     export_checkpoint(model, folder / "video-model", training=TRAINING, base_model="someone/a-video-model")
 
     language_model().save_pretrained(folder / "base")

@@ -45,7 +45,9 @@ class Shape(NamedTuple):
         digits = all(number.isdigit() and int(number) for number in numbers)
         if len(numbers) != 6 or not digits or not {"causal", "packed", "forward"}.issuperset(words):
             raise argparse.ArgumentTypeError(f"expected a shape such as 2,40,8,4096,4096,128,causal, got {text}")
-        return cls(*map(int, numbers), *(word in words for word in ("causal", "packed", "forward")))
+        batch, heads, key_heads, queries, keys, head_dim = map(int, numbers)
+        causal, packed, forward_only = (word in words for word in ("causal", "packed", "forward"))
+        return cls(batch, heads, key_heads, queries, keys, head_dim, causal, packed, forward_only)
 
     def __str__(self) -> str:
         words = [word for word, on in zip(("causal", "packed"), self[6:8], strict=True) if on]
@@ -75,8 +77,8 @@ def packing(lengths: list[int], device: str) -> dict[str, Any]:
 def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """Unit-Gaussian q, k, v and a gradient of the output."""
     generator = torch.Generator(device).manual_seed(0)
-    query = (shape.batch, shape.heads, shape.queries, shape.head_dim)
-    key = (shape.batch, shape.key_heads, shape.keys, shape.head_dim)
+    query: tuple[int, ...] = (shape.batch, shape.heads, shape.queries, shape.head_dim)
+    key: tuple[int, ...] = (shape.batch, shape.key_heads, shape.keys, shape.head_dim)
     if shape.packed:
         query, key = ((x[0] * x[2], x[1], x[3]) for x in (query, key))
     made = [torch.randn(size, generator=generator, device=device, dtype=dtype) for size in (query, key, key, query)]

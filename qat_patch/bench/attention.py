@@ -11,38 +11,60 @@ import torch
 import qat_kernels
 from qat_kernels import QuantSpec
 from qat_kernels.dispatch import why_not
-from scripts.bench.harness import GRADIENT_BOUND, OUTPUT_BOUND, interleave
-from scripts.bench.peers import Attention, peers
-from scripts.bench.shapes import Shape, inputs, packing
+from qat_patch.bench.harness import GRADIENT_BOUND, OUTPUT_BOUND, interleave
+from qat_patch.bench.peers import Attention, peers
+from qat_patch.bench.shapes import Shape, inputs, packing
 
 Options = dict[str, Any]
-TRAINING = {"ours": {"impl": "triton" if torch.cuda.is_available() else "eager"}}
-INFERENCE = {"fp4": {"impl": "fp4"}, "fp4, pv=bf16": {"impl": "fp4", "spec": QuantSpec(pv="bf16")}, "triton": {"impl": "triton"}}
+TRAINING: dict[str, Options] = {"ours": {"impl": "triton" if torch.cuda.is_available() else "eager"}}
+INFERENCE: dict[str, Options] = {
+    "fp4": {"impl": "fp4"},
+    "fp4, nvfp4_qk": {"impl": "fp4", "spec": QuantSpec(preset="nvfp4_qk")},
+    "triton": {"impl": "triton"},
+}
 """Ours: the options of `qat_kernels.attention`, by name."""
 
 
 def inference(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    """Attention without gradients, on FP4 units or emulating them."""
-    problem = why_not("fp4", torch.device(device), dtype, False)
+    """Attention without gradients, on FP4 units or emulating them.
+
+    Raises:
+        ValueError: it cannot run here, or is wrong.
+    """
+    problem = why_not("fp4", torch.device(device), dtype, QuantSpec(), False)
     if problem:
-        raise SystemExit(f"bench: inference: {problem}")
+        raise ValueError(f"bench: inference: {problem}")
     return attention(shape._replace(forward_only=True), device, dtype, rounds, INFERENCE)
 
 
 def attention(
     shape: Shape, device: str, dtype: torch.dtype, rounds: int, variants: dict[str, Options] = TRAINING
 ) -> list[dict[str, Any]]:
-    """Ours, by the options of `qat_kernels.attention`, and others'."""
-    ours, others = implementations(shape, device, variants), peers(shape, device)
-    for name, call in ours.items():
+    """Ours, by the options of `qat_kernels.attention`, and others'.
+
+    Raises:
+        ValueError: ours is wrong; nothing is timed then.
+    """
+    check_all(shape, device, dtype, variants)
+    return timed(shape, device, dtype, rounds, variants)
+
+
+def check_all(shape: Shape, device: str, dtype: torch.dtype, variants: dict[str, Options]) -> None:
+    """`check` of each of ours."""
+    for name, call in implementations(shape, device, variants).items():
         check(name, call, shape, device, dtype, variants[name].get("spec", QuantSpec()))
+
+
+def timed(shape: Shape, device: str, dtype: torch.dtype, rounds: int, variants: dict[str, Options]) -> list[dict[str, Any]]:
+    """Times of ours, which were checked, and of others'."""
+    ours, others = implementations(shape, device, variants), peers(shape, device)
     results = []
     for with_backward in (False,) if shape.forward_only else (False, True):
-        timed = measure(ours | others, shape, device, dtype, rounds, with_backward)
-        for name, seconds in timed.items():
+        seconds_by_name = measure(ours | others, shape, device, dtype, rounds, with_backward)
+        for name, seconds in seconds_by_name.items():
             low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
             what = "forward+backward" if with_backward else "forward"
-            result = {"what": what, "name": name, "seconds": [low, median, high]}
+            result: dict[str, Any] = {"what": what, "name": name, "seconds": [low, median, high]}
             line = f"  {what:16} {name:14} {1e3 * median:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})"
             line += f"  {shape.flops(with_backward) / median / 1e12:7.2f} TFLOP/s"
             if with_backward:
@@ -65,7 +87,11 @@ def implementations(shape: Shape, device: str, variants: dict[str, Options]) -> 
 
 
 def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dtype, spec: QuantSpec) -> None:
-    """End the program unless output and gradients of the first key head are within the bounds of docs/NUMERICS.md, section 7."""
+    """Compare output and gradients of the first key head with float32.
+
+    Raises:
+        ValueError: they are not within the bounds of docs/NUMERICS.md, section 7.
+    """
     *qkv, grad = inputs(shape, device, dtype)
     out = call(*qkv)
     grads = [] if shape.forward_only else torch.autograd.grad(out, qkv, grad)
@@ -88,7 +114,7 @@ def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dt
     for what, a, e, bound in pairs:
         error = ((a.float() - e).norm() / e.norm()).item()
         if not error < bound:
-            raise SystemExit(
+            raise ValueError(
                 f"bench: {name}: relative L2 of {what}: expected less than {bound:.0e}, got {error:.2e}; nothing timed"
             )
         print(f"  {name}: relative L2 of {what} {error:.2e}")
@@ -107,7 +133,7 @@ def measure(
         if with_backward:
             torch.autograd.grad(out, qkv, grad)
 
-    return interleave({name: lambda call=call: run(call) for name, call in candidates.items()}, device, rounds)
+    return interleave({name: partial(run, call) for name, call in candidates.items()}, device, rounds)
 
 
 def memory(call: Attention, shape: Shape, device: str, dtype: torch.dtype) -> tuple[int, int]:

@@ -1,15 +1,17 @@
-"""Attention of others, which is timed beside ours: PyTorch's own, SageAttention and FlashInfer."""
+"""Attention of others, which is timed beside ours: PyTorch's own, FlashAttention, SageAttention and FlashInfer."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from scripts.bench.shapes import Shape, inputs, packing
+from qat_patch.bench.shapes import Shape, inputs, packing
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -22,6 +24,7 @@ def peers(shape: Shape, device: str) -> dict[str, Attention]:
         found = {"varlen_attn": varlen(shape, device)}
     else:
         found = {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape), "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, shape)}
+        found["sdpa"] = sdpa(None, shape)
         found |= installed(shape)
     small = shape if shape.packed else shape._replace(queries=64, keys=64)
     for name, peer in list(found.items()):
@@ -33,9 +36,11 @@ def peers(shape: Shape, device: str) -> dict[str, Attention]:
     return found
 
 
-def sdpa(backend: SDPBackend, shape: Shape) -> Attention:
+def sdpa(backend: SDPBackend | None, shape: Shape) -> Attention:
+    """PyTorch's attention; without a backend the one that it chooses."""
+
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        with sdpa_kernel(backend):
+        with sdpa_kernel(backend) if backend is not None else nullcontext():
             return scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=shape.heads != shape.key_heads)
 
     return call
@@ -49,13 +54,16 @@ def varlen(shape: Shape, device: str) -> Attention:
         from torch.nn.attention.varlen import varlen_attn
 
         known = inspect.signature(varlen_attn).parameters
-        options = {"window_size": (-1, 0 if shape.causal else -1)} if "window_size" in known else {"is_causal": shape.causal}
+        options: dict[str, Any] = (
+            {"window_size": (-1, 0 if shape.causal else -1)} if "window_size" in known else {"is_causal": shape.causal}
+        )
         if shape.heads != shape.key_heads and "enable_gqa" in known:
             options["enable_gqa"] = True
         elif shape.heads != shape.key_heads:
             k, v = (x.repeat_interleave(shape.heads // shape.key_heads, 1) for x in (k, v))
         bounds, longest = documents["cu_seqlens_q"], documents["max_seqlen_q"]
-        return varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+        result: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+        return result
 
     return call
 
@@ -65,6 +73,14 @@ def installed(shape: Shape) -> dict[str, Attention]:
     found: dict[str, Attention] = {}
     if not shape.forward_only or shape.heads != shape.key_heads:
         return found
+    try:
+        from flash_attn import flash_attn_func
+
+        found["flash_attn"] = lambda q, k, v: flash_attn_func(
+            *(x.transpose(1, 2) for x in (q, k, v)), causal=shape.causal
+        ).transpose(1, 2)
+    except ImportError:
+        pass
     try:
         from sageattn3 import sageattn3_blackwell
 

@@ -1,0 +1,87 @@
+"""What a self-check found out about `impl="fp4"` on the GPUs of this machine: plain data, and what `auto` makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Case(NamedTuple):
+    """What is checked by itself: a kernel of its own, or a speed of its own."""
+
+    head_dim: int
+    causal: bool
+    spec: str
+    """`QuantSpec.to_json()`."""
+    dtype: torch.dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return self._asdict() | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Case:
+        """The case that `to_dict` wrote.
+
+        Raises:
+            ValueError: the dtype is none of torch's.
+        """
+        dtype = getattr(torch, values["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"Case: expected the name of a dtype of torch, got {values['dtype']!r}")
+        return cls(values["head_dim"], values["causal"], values["spec"], dtype)
+
+
+class Verdict(NamedTuple):
+    """What the check of one case on one GPU came to."""
+
+    device: torch.device
+    case: Case
+    wins_from: tuple[int, int] | None
+    """Queries and keys of the smallest call from which on `fp4` is right and faster than `triton`; None: it is not taken."""
+    words: str
+    """The result for people: `right; ...` or `failed: ...`."""
+
+    @property
+    def taken(self) -> str:
+        """What `auto` takes, in words."""
+        if self.wins_from is None:
+            return "triton"
+        queries, keys = self.wins_from
+        return f"fp4 from {queries} queries and {keys} keys on, else triton"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """`impl=verdicts` is `impl="auto"` that takes `fp4` where it was checked and is faster.
+
+    They hold in the process that read them. Pickled they become `"auto"`: another process may have other GPUs.
+    """
+
+    found: tuple[Verdict, ...]
+
+    def of(self, device: torch.device, case: Case) -> Verdict | None:
+        """The verdict on a case, if it was checked."""
+        return next((each for each in self.found if each.device == device and each.case == case), None)
+
+    def take_fp4(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, spec: str, queries: int, keys: int
+    ) -> bool:
+        """Whether a call of this size runs `fp4`. torch.compile traces this: sizes may be symbolic."""
+        for on, case, wins_from, _ in self.found:
+            if wins_from is None or case.head_dim != head_dim or case.causal != causal or case.dtype != dtype:
+                continue
+            if on == device and case.spec == spec:
+                return queries >= wins_from[0] and keys >= wins_from[1]
+        return False
+
+    def __copy__(self) -> Verdicts:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Verdicts:
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return str, ("auto",)

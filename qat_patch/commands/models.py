@@ -1,0 +1,119 @@
+"""Models that commands measure: any model, pipeline or export, and the text that they read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat_patch.checkpoint.load import load_checkpoint, load_tokenizer
+from qat_patch.checkpoint.trust.download import holds_export, is_folder
+from qat_patch.checkpoint.trust.file_names import MANIFEST
+from qat_patch.checkpoint.trust.plain_json import read_json
+from qat_patch.config import AttnQATConfig
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
+    parser.add_argument("model", help="a model, a pipeline or an export: a folder, or a name on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored; of diffusers float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much of a text."""
+    parser.add_argument("--batches", type=int, default=4, metavar="N", help="of --text: how many rows (default: 4)")
+    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of --text: tokens of a row (default: 1024)")
+
+
+def is_export(options: argparse.Namespace) -> bool:
+    """Whether the model is an export of this package: a folder that `export_checkpoint` wrote, or one on the Hub."""
+    if not holds_export(options.model, options.revision):
+        return False
+    # save_pretrained of a patched model writes a file of that name too, which is no export.
+    return not is_folder(options.model, options.revision) or "kind" in read_json(Path(options.model, MANIFEST))
+
+
+def load_model(options: argparse.Namespace) -> Any:
+    """The model, on its device, in evaluation mode; an export is patched, anything else is not.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dtype = "auto" if options.dtype is None else getattr(torch, options.dtype)
+    if is_export(options):
+        return load_checkpoint(options.model, revision=options.revision, dtype=dtype, device=options.device)
+    local = is_folder(options.model, options.revision)
+    of_hub = {"local_files_only": local} | ({} if options.revision is None else {"revision": options.revision})
+    for_diffusers = of_hub | ({} if dtype == "auto" else {"dtype": dtype})
+    kind = _kind(options)
+    if kind == "pipeline":
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(options.model, **for_diffusers).to(options.device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+    if kind == "diffusers":
+        from diffusers import AutoModel
+
+        return AutoModel.from_pretrained(options.model, **for_diffusers).eval().to(options.device)
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **of_hub).eval().to(options.device)
+
+
+def _kind(options: argparse.Namespace) -> str:
+    """`pipeline`, `diffusers` for a model of it, or `transformers`.
+
+    Raises:
+        ValueError: there is no model.
+    """
+    model = options.model
+    if not is_folder(model, options.revision):
+        from huggingface_hub import file_exists
+
+        return "pipeline" if file_exists(model, "model_index.json", revision=options.revision) else "transformers"
+    if Path(model, "model_index.json").is_file():
+        return "pipeline"
+    if not Path(model, "config.json").is_file():
+        raise ValueError(f"{model}: expected the folder of a model or a pipeline, got no config.json or model_index.json there")
+    return "diffusers" if "_class_name" in read_json(Path(model, "config.json")) else "transformers"
+
+
+def load_tokenizer_of(options: argparse.Namespace) -> Any:
+    """The tokenizer beside a language model."""
+    if is_export(options):
+        return load_tokenizer(options.model, revision=options.revision)
+    from transformers import AutoTokenizer
+
+    revision = {} if options.revision is None else {"revision": options.revision}
+    return AutoTokenizer.from_pretrained(options.model, local_files_only=is_folder(options.model, options.revision), **revision)
+
+
+def text_rows(options: argparse.Namespace) -> list[torch.Tensor]:
+    """`--batches` rows of `--tokens` token ids of `--text`: int64 [1, tokens], on the device.
+
+    Raises:
+        ValueError: there is less text.
+    """
+    if not options.text.is_file():
+        raise ValueError(f"--text: there is no file {options.text}")
+    for name, least in (("batches", 1), ("tokens", 2)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name}: expected at least {least}, got {getattr(options, name)}")
+    if not is_export(options):
+        _kind(options)
+    tokenizer = load_tokenizer_of(options)
+    ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0].to(options.device)
+    if len(ids) < options.tokens:
+        raise ValueError(f"--tokens: expected at least {options.tokens} tokens in {options.text}, got {len(ids)}")
+    return [*ids[: len(ids) // options.tokens * options.tokens].view(-1, 1, options.tokens)[: options.batches]]
+
+
+def config_of(options: argparse.Namespace) -> AttnQATConfig | None:
+    """The config in `--config`, or None."""
+    return None if options.config is None else AttnQATConfig.from_json(options.config.read_text(encoding="utf-8"))

@@ -1,0 +1,81 @@
+"""Which presets this machine can train, evaluate and serve: what `qat-patch servers` prints."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import get_args
+
+import torch
+
+from qat_kernels import QuantSpec
+from qat_kernels.dispatch import why_not
+from qat_kernels.spec import Preset
+from qat_patch.servers import OTHERS, SERVERS, gpu_names
+
+PACKAGES = (
+    *("transformers", "diffusers", "vllm", "sglang", "flashinfer-python", "kernels", "sageattn3", "sageattention"),
+    *("nvidia-modelopt", "compressed-tensors", "lm-eval", "scikit-image"),
+)
+"""Of servers, and of what `qat-patch evaluate` needs."""
+
+
+def report() -> str:
+    """What is installed, and for each device a line for each preset. No package is imported."""
+    versions = {name: installed(name) for name in PACKAGES}
+    lines = ["installed"]
+    lines += [f"  {name:20} {version or 'not installed'}" for name, version in versions.items()]
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    for device in devices:
+        name, major = "no server of others runs on it", None
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            name = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+        lines += ["", f"{device}: {name}", f"  {'preset':16} {'trains, evaluates in':21} served here by"]
+        for preset in get_args(Preset):
+            lines.append(f"  {preset:16} {implementation(preset, device):21} {served_by(preset, major, versions)}")
+    lines += ["", "who serves what"]
+    for preset in get_args(Preset):
+        where = [
+            f"{about.name} ({gpu_names(offer.gpus)}; server={server!r})"
+            for server, about in SERVERS.items()
+            for offer in about.offers
+            if offer.preset == preset
+        ]
+        if preset in OTHERS:
+            where.append(f"{OTHERS[preset][0]} ({gpu_names(OTHERS[preset][1])}; an ordinary export)")
+        if where:
+            lines.append(f"  {preset:16} {'; '.join(where)}")
+    return "\n".join(lines)
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, by what pip knows: nothing is imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def implementation(preset: Preset, device: torch.device) -> str:
+    """What trains and evaluates a preset on a device, in 16 bits."""
+    spec = QuantSpec(preset=preset)
+    for name in spec.rules.impls:
+        if why_not(name, device, torch.bfloat16, spec, True) is None:
+            return name
+    return "eager (slow)" if device.type == "cuda" else "eager"
+
+
+def served_by(preset: str, major: int | None, versions: dict[str, str | None]) -> str:
+    """What serves a preset on a GPU of this compute capability, and what has to be installed for it."""
+    found = []
+    if preset in ("nvfp4", "nvfp4_qk"):
+        found.append("this package")
+    elif preset == "kv_nvfp4":
+        found.append("this package (generate)")
+    for about in SERVERS.values():
+        if any(offer.preset == preset and major in offer.gpus for offer in about.offers):
+            missing = [name for name in about.packages if versions[name] is None]
+            found.append(about.name + (f" (install {' and '.join(missing)})" if missing else f" {versions[about.packages[0]]}"))
+    if preset in OTHERS and major in OTHERS[preset][1]:
+        found.append(OTHERS[preset][0])
+    return ", ".join(found) or "-"

@@ -1,0 +1,167 @@
+"""The self-check as the rest of the package knows it: check cases on GPUs, and read what earlier checks found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+
+from qat_kernels import QuantSpec
+from qat_kernels.dispatch import needs_triton, on_fp4_units, why_not
+from qat_kernels.verdicts import Case, Verdict, Verdicts
+
+from .child import results
+from .ranks import read_by_rank_0
+from .store import keep, kept, key_of
+
+NOT_CHECKED = "FP4 units not checked: run qat-patch doctor --check"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What the self-check came to for one case on one GPU."""
+
+    device: torch.device
+    case: Case
+    result: dict[str, Any]
+    """As the child told it."""
+    is_kept: bool
+    """Whether a verdict was written."""
+
+    @property
+    def words(self) -> str:
+        """The result for people."""
+        return in_words(self.result)
+
+    @property
+    def taken(self) -> str:
+        """What `auto` takes now."""
+        wins_from = self.result.get("wins_from") if self.is_kept else None
+        return Verdict(self.device, self.case, None if wins_from is None else tuple(wins_from), self.words).taken
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+    """Every case of a self-check. `print(report)` is a table."""
+
+    checked: tuple[Checked, ...]
+
+    def __str__(self) -> str:
+        titles = ("GPU", "case", "passed", "error", "against SDPA", "auto takes", "result")
+        rows = [titles, *(_row(each) for each in self.checked)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
+        return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """All that the child told, and whether it was kept: for JSON."""
+        return [each.result | {"device": str(each.device), "kept": each.is_kept} for each in self.checked]
+
+
+def gpus() -> list[torch.device]:
+    """The GPUs that this process sees."""
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
+def check(devices: Iterable[torch.device], cases: Iterable[Case]) -> CheckReport:
+    """Check cases on GPUs in child processes, and keep the verdicts.
+
+    Raises:
+        ValueError: the kernels cannot run on a device; says why. Nothing has been started then.
+    """
+    devices, cases = list(devices), list(dict.fromkeys(cases))
+    for device, case in product(devices, cases):
+        if (problem := why_not("fp4", device, case.dtype, QuantSpec.from_json(case.spec), False)) is not None:
+            raise ValueError(f"self-check: {problem}; there is nothing to check: `auto` takes eager there")
+    if not cases:
+        raise ValueError("self-check: expected a preset that the kernel for FP4 units computes; there is nothing to check")
+    if not devices:
+        raise ValueError("self-check: expected an NVIDIA GPU, got a machine without one; there is nothing to check")
+    checked = []
+    for device in devices:
+        for case, result in zip(cases, results(str(device), [case.to_dict() for case in cases]), strict=True):
+            # What has no identity has not run as far as a verdict could be told apart from others'.
+            may_keep = result["state"] != "none"
+            result = result if "identity" in result or not may_keep else result | {"identity": _identity(device)}
+            is_kept = may_keep and keep(result | {"words": in_words(result)})
+            checked.append(Checked(device, case, result, is_kept))
+    return CheckReport(tuple(checked))
+
+
+def known_verdicts() -> Verdicts | None:
+    """What was found out about the GPUs of this process, here or on rank 0; None if nothing was.
+
+    Without any file, no GPU is touched.
+    """
+    records = read_by_rank_0(kept)
+    if not records:
+        return None
+    found: list[Verdict] = []
+    for device in gpus():
+        try:
+            key = key_of(_identity(device))
+        except (
+            ImportError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ):  # a GPU that cannot be used, a forked process, no triton: not ours to say
+            continue
+        found += [verdict for record in records if record["key"] == key and (verdict := _verdict(device, record))]
+    return Verdicts(tuple(found)) if found else None
+
+
+def unchecked(verdicts: Verdicts | None, device: torch.device, cases: Iterable[Case]) -> list[Case]:
+    """The cases that would multiply on FP4 units of a device, and that nobody has checked there."""
+    return [
+        case
+        for case in dict.fromkeys(cases)
+        if why_not("fp4", device, case.dtype, QuantSpec.from_json(case.spec), False) is None
+        and on_fp4_units(device, case.head_dim, QuantSpec.from_json(case.spec))
+        and (verdicts is None or verdicts.of(device, case) is None)
+    ]
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """A result for people."""
+    if result["state"] != "passed":
+        return f"{'failed' if result['state'] == 'failed' else 'no verdict'}: {result['reason']}"
+    gains = _gains(result)
+    speed = f"{gains[0]:.2f} times as fast as triton at {gains[2]} tokens" if gains else "not timed"
+    emulated = f", emulated in BF16 ({result['emulated']})" if result.get("emulated") else ""
+    return f"right{emulated}, {speed}" + ("" if result["wins_from"] else ": not faster by enough")
+
+
+def _gains(result: dict[str, Any]) -> tuple[float, float, int] | None:
+    """How much faster than triton and than SDPA, at the most tokens that were timed."""
+    times: Sequence[dict[str, Any]] = result.get("times") or ()
+    if not times:
+        return None
+    last = max(times, key=lambda each: each["queries"] * each["keys"])
+    return last["triton"] / last["fp4"], last["sdpa"] / last["fp4"], last["keys"]
+
+
+def _row(each: Checked) -> tuple[str, ...]:
+    result, case, gains = each.result, each.case, _gains(each.result)
+    passed = {"passed": "yes", "failed": "no"}.get(result["state"], "no verdict")
+    what = f"head_dim {case.head_dim}{', causal' if case.causal else ''}, {str(case.dtype).removeprefix('torch.')}"
+    what += "" if case.spec == QuantSpec().to_json() else f", {case.spec}"
+    error = f"{result['error']:.1e}" if "error" in result else "-"
+    return str(each.device), what, passed, error, f"{gains[1]:.2f} times as fast" if gains else "-", each.taken, each.words
+
+
+def _verdict(device: torch.device, record: dict[str, Any]) -> Verdict | None:
+    wins_from = record.get("wins_from")
+    try:
+        case = Case.from_dict(record["case"])
+    except ValueError:
+        return None
+    return Verdict(device, case, None if wins_from is None else tuple(wins_from), record.get("words", record["state"]))
+
+
+def _identity(device: torch.device) -> dict[str, str]:
+    with needs_triton():
+        from qat_kernels.fp4.identity import identity
+    return identity(device)

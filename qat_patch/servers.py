@@ -1,0 +1,220 @@
+"""Servers that compute 4-bit attention: what each of them computes on which GPU, what it cannot, and how it is told to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+from qat_kernels import QuantSpec
+
+from .handle import PatchHandle
+
+_log = logging.getLogger(__name__)
+Server = Literal["vllm", "sglang", "diffusers-sage3"]
+"""What an export can be made for."""
+
+
+class Offer(NamedTuple):
+    """A preset that a server computes."""
+
+    preset: str
+    gpus: tuple[int, ...]
+    """Major numbers of the compute capabilities."""
+    option: str
+    """What it is told: the value of an option, or the name of a backend."""
+    likeness: str
+    """How near what it computes is to the preset."""
+
+
+class _About(NamedTuple):
+    name: str
+    host: str
+    """The library whose models it serves."""
+    packages: tuple[str, ...]
+    """What has to be installed, as pip calls it."""
+    version: str
+    """Of the first package: what this table was read from."""
+    offers: tuple[Offer, ...]
+
+
+SERVERS: dict[str, _About] = {
+    "vllm": _About(
+        "vLLM",
+        "transformers",
+        ("vllm", "flashinfer-python"),
+        "0.33.0",
+        (
+            Offer("kv_nvfp4", (8, 9, 12), "nvfp4", "equal but for ties in rounding"),
+            Offer("kv_nvfp4_fp8", (10,), "nvfp4", "alike: P and the output are rounded inside a closed kernel"),
+            Offer("kv_nvfp4_4over6", (10,), "nvfp4_4over6", "alike: P and the output are rounded inside a closed kernel"),
+        ),
+    ),
+    "sglang": _About(
+        "SGLang",
+        "transformers",
+        ("sglang", "flashinfer-python"),
+        "0.5.23",
+        (
+            Offer("kv_nvfp4", (12,), "nvfp4", "alike: a prompt reads its own tokens unquantized, and older ones through E4M3"),
+            Offer("kv_nvfp4_fp8", (10,), "nvfp4", "alike: P and the output are rounded inside a closed kernel"),
+        ),
+    ),
+    "diffusers-sage3": _About(
+        "Diffusers with SageAttention3",
+        "diffusers",
+        ("diffusers", "kernels"),
+        "0.42.1",
+        (Offer("sage3", (10, 12), "sage_blackwell_hub", "alike: P is scaled against the running maximum of a row"),),
+    ),
+}
+OTHERS = {"fa4_fp4": ("FastVideo or xDiT", (10,)), "fastvideo_sm120": ("FastVideo", (12,))}
+"""By preset: who else serves it, on which GPUs. They take an ordinary export."""
+
+SERVING = "SERVING.md"
+AUTO_CONFIG = "hf_quant_config.json"
+"""Beside config.json: vLLM reads it where config.json has no `quantization_config`, and Transformers does not look at it."""
+AUTO_ENABLE: dict[str, Any] = {
+    "producer": {"name": "modelopt"},
+    "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["*"]},
+}
+"""Its content: no weights are quantized ("*" is left out), the KV cache is NVFP4, with scales of 1, for none are stored."""
+
+_LORA_FIELDS = {
+    *(
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "lora_dropout",
+        "use_rslora",
+        "layers_to_transform",
+        "layers_pattern",
+    ),
+    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_type", "peft_version"),
+}
+_LORA_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def head_sizes(handle: PatchHandle) -> set[int]:
+    """Those of the patched modules, as far as they tell."""
+    sizes = {getattr(handle.models[0].get_submodule(name), "head_dim", None) for name in handle.patched}
+    return {size for size in sizes if isinstance(size, int)}
+
+
+def check_spec(server: str, spec: QuantSpec, where: str = "the preset in force") -> None:
+    """Raise a ValueError unless a server computes what a spec says, on some GPU."""
+    if server not in get_args(Server):
+        raise ValueError(f"server: expected one of {', '.join(get_args(Server))} or None, got {server!r}")
+    about = SERVERS[server]
+    if spec.preset not in {offer.preset for offer in about.offers}:
+        offers = ", ".join(f"{offer.preset} ({gpu_names(offer.gpus)})" for offer in about.offers)
+        raise ValueError(
+            f"server={server!r}: {about.name} computes {offers}; {where} is {spec.preset!r}. A model trained for another grid "
+            "is no better there than an untrained one: train through QuantSpec(preset=...) of what will serve it, or leave "
+            "server out"
+        )
+
+
+def check_servable(server: str, handle: PatchHandle, *, adapters: Any = None, auto_enable: bool = False) -> None:
+    """Raise a ValueError unless a server can run a patched model as it is patched.
+
+    Args:
+        server: its name.
+        handle: the patch.
+        adapters: the config of the adapters, where they are exported alone.
+        auto_enable: the server is to find out by itself.
+    """
+    for name, spec in handle.specs.items():
+        check_spec(server, spec, f"that of {name}")
+    about, specs = SERVERS[server], {*handle.specs.values()}
+    if handle.host != about.host:
+        raise ValueError(f"server={server!r}: expected a model of {about.host}, got one of {handle.host}")
+    if len(specs) > 1:
+        found = ", ".join(sorted(spec.preset for spec in specs))
+        raise ValueError(f"server={server!r}: expected one preset for all modules, got {found}; a server has one for a model")
+    if handle.k_shift:
+        raise ValueError(
+            f"server={server!r}: expected no K shifts, which {about.name} does not subtract, got {len(handle.k_shift)}"
+        )
+    if server != "diffusers-sage3":
+        _check_language_model(server, handle)
+    if server == "vllm" and next(iter(specs)).preset == "kv_nvfp4" and 64 in head_sizes(handle):
+        _log.warning(
+            "server='vllm': vLLM serves no head size 64 on GPUs that compute kv_nvfp4, and on sm_100 it computes another grid. "
+            "Train for kv_nvfp4_fp8 to serve it there, or for server='sglang'"
+        )
+    if auto_enable and (server != "vllm" or adapters is not None or left_out(handle) or _option(server, handle) != "nvfp4"):
+        raise ValueError(
+            f"auto_enable: expected server='vllm' with kv_nvfp4 or kv_nvfp4_fp8 in all layers of a whole model, got {server!r} "
+            f"with {next(iter(specs)).preset}{', adapters alone' if adapters is not None else ''}"
+            f"{', layers that are left out' if left_out(handle) else ''}; no config switches that on: leave auto_enable out, and "
+            f"use the command in {SERVING}"
+        )
+    if adapters is not None and server != "diffusers-sage3":
+        _check_lora(server, adapters)
+
+
+def left_out(handle: PatchHandle) -> list[str]:
+    """The modules that keep their original attention, but for those that a server of language models leaves alone too."""
+    modules = {name: handle.models[0].get_submodule(name) for name in handle.skipped} if handle.host == "transformers" else {}
+    # Those of an image encoder have no cache.
+    return [name for name in handle.skipped if name not in modules or _has_cache(modules[name])]
+
+
+def _has_cache(module: Any) -> bool:
+    return getattr(module, "is_causal", True) and not getattr(module, "is_cross_attention", False)
+
+
+def _check_language_model(server: str, handle: PatchHandle) -> None:
+    about, model = SERVERS[server], handle.models[0]
+    for name in handle.patched:
+        if not _has_cache(model.get_submodule(name)):
+            raise ValueError(
+                f"server={server!r}: expected causal attention, which has a KV cache, got {name}, which has none; exclude it"
+            )
+    if not (kept := left_out(handle)):
+        return
+    if server == "sglang":
+        raise ValueError(
+            f"server='sglang': SGLang has one KV cache for all layers: expected 4-bit attention in every attention module, got "
+            f"original attention in {kept[0]}; train without exclude, or serve with vLLM"
+        )
+    for name in kept:
+        if number_of(name) is None:
+            raise ValueError(f"server={server!r}: {about.name} leaves out layers by number, and {name} has none; patch it too")
+
+
+def _check_lora(server: str, config: Any) -> None:
+    """Allow what servers read of the config of adapters: plain LoRA."""
+    free = _LORA_FIELDS if server == "sglang" else _LORA_FIELDS | {"rank_pattern", "alpha_pattern"}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        is_plain = field.name in free or value in (default, None) or (field.name == "init_lora_weights" and value in _LORA_INITS)
+        if not is_plain or str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+            raise ValueError(
+                f"server={server!r}: expected plain LoRA, got {type(config).__name__} with {field.name}={value!r}; export merged "
+                "weights (merge_adapters=True)"
+            )
+
+
+def number_of(name: str) -> int | None:
+    """The layer that a module of a language model is in, as vLLM finds it: the one number in its name; None without one."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def gpu_names(majors: Iterable[int]) -> str:
+    """GPUs by the names of their architectures: `sm_80, sm_90` of 8 and 9."""
+    return ", ".join(f"sm_{major}0" for major in majors)
+
+
+def offer_of(server: str, preset: str) -> Offer:
+    """What a server makes of a preset that it serves."""
+    return next(offer for offer in SERVERS[server].offers if offer.preset == preset)
+
+
+def _option(server: str, handle: PatchHandle) -> str:
+    return offer_of(server, next(iter(handle.specs.values())).preset).option

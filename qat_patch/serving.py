@@ -1,0 +1,157 @@
+"""SERVING.md of an export: how a server is told to compute the attention that the weights expect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from .handle import PatchHandle
+from .servers import AUTO_CONFIG, AUTO_ENABLE, SERVERS, SERVING, Offer, gpu_names, head_sizes, left_out, number_of, offer_of
+
+_VLLM_HEAD_DIMS = (64, 128, 256)
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class Exported(NamedTuple):
+    """What is to be served."""
+
+    folder: Path
+    kind: str
+    """`model`, `pipeline` or `adapters`."""
+    base_model: str | None
+    """Of adapters: what they are for; of a transformer alone: the pipeline around it, if it is known."""
+    component: str | None
+    """Which component of a pipeline a transformer is."""
+
+
+def write_serving(server: str, handle: PatchHandle, export: Exported, *, auto_enable: bool) -> None:
+    """Put SERVING.md into an export.
+
+    Args:
+        server: which one.
+        handle: the patch of what was exported.
+        export: complete but for this.
+        auto_enable: add what lets vLLM switch the KV cache on by itself.
+    """
+    about, spec = SERVERS[server], next(iter(handle.specs.values()))
+    of_preset = offer_of(server, spec.preset)
+    if about.host == "transformers":
+        run = _fenced("sh", _command(server, handle, export, of_preset))
+    else:
+        run = _fenced("python", _pipeline_code(handle, export, of_preset))
+    others = [offer for offer in about.offers if offer.option == of_preset.option and offer is not of_preset]
+    rows = [
+        (gpu_names(offer.gpus), offer.preset, offer.likeness if offer is of_preset else "another grid")
+        for offer in (of_preset, *others)
+    ]
+    parts = [
+        f"# Serving this model: {about.name}",
+        f"The weights were exported for `{spec.preset}`: {spec.rules.what}. They are ordinary weights: without what "
+        "is below they run ordinary attention.",
+        f"In this folder ({about.packages[0]} {about.version} or newer; `.` may be the name of this repository on the Hub):",
+        run,
+        *_notes(server, handle, auto_enable),
+        "\n".join(
+            [
+                "| GPU | what is computed | as the weights expect |",
+                "|---|---|---|",
+                *(f"| {a} | `{b}` | {c} |" for a, b, c in rows),
+            ]
+        ),
+        "What they compute with this attention can be seen without the server: `qat_patch.load_checkpoint` loads this folder in "
+        "4-bit attention (`pip install qat-patch`).",
+    ]
+    (export.folder / SERVING).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if auto_enable:
+        (export.folder / AUTO_CONFIG).write_text(json.dumps(AUTO_ENABLE, indent=2) + "\n", encoding="utf-8")
+
+
+def _command(server: str, handle: PatchHandle, export: Exported, offer: Offer) -> str:
+    is_alone, base_model, rank = export.kind == "adapters", export.base_model, 0
+    if is_alone:
+        config = json.loads((export.folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = max(config["r"], *(config.get("rank_pattern") or {}).values()) if config.get("rank_pattern") else config["r"]
+    # Servers cannot compute FP4 caches beside float32.
+    options = [f"--kv-cache-dtype {offer.option}", "--dtype bfloat16"]
+    if server == "vllm":
+        model = [f"vllm serve {base_model if is_alone else '.'}"]
+        if skipped := sorted(number for name in left_out(handle) if (number := number_of(name)) is not None):
+            options.append(f"--kv-cache-dtype-skip-layers {' '.join(map(str, skipped))}")
+        if is_alone:
+            limit = next((size for size in _VLLM_RANKS if size >= rank), rank)
+            options.append(f"--enable-lora --max-lora-rank {limit} --lora-modules tuned=.")
+    else:
+        model = [f"python -m sglang.launch_server --model-path {base_model if is_alone else '.'}"]
+        if is_alone:
+            options.append(f"--enable-lora --max-lora-rank {rank} --lora-paths tuned=.")
+    return " \\\n    ".join(model + options)
+
+
+def _pipeline_code(handle: PatchHandle, export: Exported, offer: Offer) -> str:
+    kind, component = export.kind, export.component
+    import_line, parts = "from diffusers import DiffusionPipeline", [component or "transformer"]
+    base = export.base_model or "PIPELINE"
+    if kind == "pipeline":
+        load = 'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.bfloat16).to("cuda")'
+        parts = [prefix.removesuffix(".") for prefix in handle.plans]
+    elif kind == "model":
+        # By its own class: DiffusionPipeline drops a transformer that it is given.
+        import_line = "from diffusers import AutoModel, WanPipeline  # or the class of the pipeline that it belongs to"
+        load = (
+            f'{parts[0]} = AutoModel.from_pretrained(".", dtype=torch.bfloat16)\n'
+            f'pipe = WanPipeline.from_pretrained("{base}", {parts[0]}={parts[0]}, dtype=torch.bfloat16).to("cuda")'
+        )
+    else:
+        second = ", load_into_transformer_2=True" if component == "transformer_2" else ""
+        load = (
+            f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")\n'
+            f'pipe.load_lora_weights("."{second})'
+        )
+    if handle.skipped:
+        # One by one: the others keep their attention.
+        where = '["attention"]' if kind == "adapters" else '["attention"][part]'
+        switch = (
+            f'record = json.load(open("qat_patch.json"))\nfor part in {parts}:\n'
+            f'    for name in record{where}["groups"][0]["modules"]:\n'
+            f'        getattr(pipe, part).get_submodule(name).set_attention_backend("{offer.option}")'
+        )
+        if kind == "model":
+            switch = switch.replace("[part]", '[""]')
+        return f"import json\nimport torch\n{import_line}\n\n{load}\n{switch}"
+    switch = "\n".join(f'pipe.{part}.set_attention_backend("{offer.option}")' for part in parts)
+    return f"import torch\n{import_line}\n\n{load}\n{switch}"
+
+
+def _notes(server: str, handle: PatchHandle, auto_enable: bool) -> list[str]:
+    """What a user has to know besides the command."""
+    if server == "diffusers-sage3":
+        return [
+            "Needs `pip install kernels` and an RTX 50 or B200 GPU; the kernel comes from the Hub "
+            "(`SageAttention/sage-blackwell`). It takes bfloat16 and float16, head dims 64 and 128, no mask, and no context "
+            "parallelism."
+        ]
+    notes = []
+    if auto_enable:
+        notes.append(
+            f"`{AUTO_CONFIG}` makes vLLM do so by itself: `vllm serve .` resolves `--kv-cache-dtype auto` to `nvfp4`. The "
+            "weights stay as they are, and the scales of the cache are 1."
+        )
+    else:
+        notes.append("The scales of the cache are 1, which is what a server takes where none are stored.")
+    sizes = sorted(head_sizes(handle))
+    if server == "vllm" and 64 in sizes:
+        notes.append(
+            "**Head size 64:** vLLM refuses an NVFP4 cache of it on sm_80, sm_90 and sm_120 (its prefill there misreads it). On "
+            "sm_100 it takes it; so does SGLang."
+        )
+    if server == "vllm" and (odd := [size for size in sizes if size not in _VLLM_HEAD_DIMS]):
+        notes.append(
+            f"**Head size {odd[0]}:** FlashInfer, through which vLLM has this cache, is built for head sizes "
+            f"{', '.join(map(str, _VLLM_HEAD_DIMS))}; vLLM will refuse this model."
+        )
+    return notes
+
+
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
