@@ -388,3 +388,11 @@ def test_the_mode_of_an_export_is_as_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+def test_the_name_that_a_gguf_file_gives_a_model_is_read_as_a_text(originals, tmp_path):
+    """Exports of models from GGUF files have it; nothing loads from it."""
+    folder = shutil.copytree(originals / "single", tmp_path / "named")
+    edit(folder / "config.json", _model_name_or_path="Smollm2 135M")
+    reseal(folder)
+    assert load_checkpoint(folder).config._model_name_or_path == "Smollm2 135M"

@@ -57,8 +57,8 @@ CONFIGS = (
     *_PROCESSORS,
 )
 """The names of configs; other JSON files hold data."""
-_NAMES = ("_name_or_path", "name_or_path")
-"""Where a model came from: kept for people, and not loaded from."""
+_NAMES = ("_name_or_path", "name_or_path", "_model_name_or_path")
+"""Where a model came from, a GGUF file too: kept for people, and not loaded from."""
 
 
 def check_config(where: str, name: str, config: dict[str, Any]) -> None:
@@ -110,9 +110,8 @@ def plain_config(where: str, name: str, config: dict[str, Any]) -> dict[str, Any
         raise ValueError(
             f"load_checkpoint: {where} sets {live[0]!r}, which could run code from elsewhere; expected a model without it"
         )
-    # `_model_name_or_path` is Transformers' own note of where a model came from.
-    if told := [key for key in unknown if key != "_model_name_or_path"]:
-        _log.warning("%s: left out what the installed library does not know: %s", where, ", ".join(map(repr, told)))
+    if unknown:
+        _log.warning("%s: left out what the installed library does not know: %s", where, ", ".join(map(repr, unknown)))
     return _without(config, unknown)
 
 
