@@ -60,7 +60,7 @@ def _attend(
         if "enable_gqa" in _VARLEN_TAKES:
             options["enable_gqa"] = gqa
         elif gqa:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
         out = varlen_attn(q, k, v, *packing, scale=scale, **options)
         assert isinstance(out, torch.Tensor), "no log-sum-exp was asked for"
         return out
@@ -70,13 +70,18 @@ def _attend(
         past = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).tril(seqlen_k - seqlen_q)
         mask = past if mask is None else mask & past
     if mask is not None and gqa:  # with a mask, only the kernel that holds all scores in memory takes grouped heads
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        k, v = _for_each_query_head(k, q), _for_each_query_head(v, q)
     if mask is None:
         is_causal = True if causal and seqlen_q > 1 else False  # noqa: SIM210
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
     # What SDPA makes of a row without a key depends on its kernel: such rows see all keys, and are zeros in the end.
     blind = ~mask.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, mask | blind, scale=scale).masked_fill(blind, 0.0)
+
+
+def _for_each_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """K or V [B, Hk, ...] or [total, Hk, D] with its heads repeated, as many as Q has."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
 class _FakeQuantize(torch.autograd.Function):
