@@ -16,8 +16,12 @@ from .config_reader import check_keys
 
 METHOD = "qat_patch"
 """`quant_method` in a Transformers config, and the key of the metadata in a safetensors header."""
-CONFIG_KEYS = {"transformers": "quantization_config", "diffusers": "attention_quantization"}
+CONFIG_KEYS = {"transformers": "quantization_config", "diffusers": "_attention_quantization"}
 """Where the metadata stands in a model's config, by host library."""
+NOTICE_KEY = "attention_quantization"
+"""In a Diffusers config, beside the metadata: Diffusers prints keys that it does not know with their values, but not those that
+begin with an underscore. Earlier exports have the metadata here."""
+NOTICE = "4-bit by qat_patch; original attention without it"
 RECORD = "_qat_patch_record"
 """The attribute of a model with the metadata that it was saved with, where its config has no place for them."""
 FORMAT_VERSION = 3
@@ -25,6 +29,24 @@ FORMAT_VERSION = 3
 _READ_VERSIONS = (2, FORMAT_VERSION)
 
 _MOST_PATTERNS, _LONGEST_PATTERN = 4096, 512
+
+
+def config_entries(host: str, metadata: AttentionMetadata) -> dict[str, Any]:
+    """What a model's config holds of its attention."""
+    notice = {NOTICE_KEY: NOTICE} if host == "diffusers" else {}
+    return notice | {CONFIG_KEYS[host]: metadata.to_dict()}
+
+
+def in_config(host: str, config: Mapping[str, Any]) -> Any:
+    """The metadata in a model's config as they stand there, unchecked; None if there are none."""
+    earlier = config.get(NOTICE_KEY) if host == "diffusers" else None
+    return config.get(CONFIG_KEYS[host], None if earlier == NOTICE else earlier)
+
+
+def without_entries(host: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as it was before `config_entries`."""
+    ours = {CONFIG_KEYS[host]} | ({NOTICE_KEY} if host == "diffusers" else set())
+    return {key: value for key, value in config.items() if key not in ours}
 
 
 def numerics(spec: QuantSpec) -> dict[str, Any]:

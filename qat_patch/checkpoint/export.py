@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qat_patch.metadata import CONFIG_KEYS, METHOD, AttentionMetadata
+from qat_patch.metadata import METHOD, AttentionMetadata, config_entries, without_entries
 from qat_patch.patch import get_handle, require_handle
 from qat_patch.servers import Server
 from qat_patch.serving import Exported, write_serving
@@ -247,9 +247,7 @@ def _complete_config(folder: Path, class_name: str, metadata: AttentionMetadata 
     else:
         config["architectures"] = [class_name]
     # At the end, and in its order: of the patterns in a config the first one counts.
-    config.pop(CONFIG_KEYS[host], None)
-    if metadata is not None:
-        config[CONFIG_KEYS[host]] = metadata.to_dict()
+    config = without_entries(host, config) | ({} if metadata is None else config_entries(host, metadata))
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

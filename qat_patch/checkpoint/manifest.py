@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from qat_patch.metadata import CONFIG_KEYS, FORMAT_VERSION, AttentionMetadata, check_all_keys, check_format_version
+from qat_patch.metadata import (
+    FORMAT_VERSION,
+    AttentionMetadata,
+    check_all_keys,
+    check_format_version,
+    in_config,
+    without_entries,
+)
 from qat_patch.servers import AUTO_CONFIG, AUTO_ENABLE, SERVERS
 
 from . import integrity
@@ -195,7 +202,7 @@ def _check_configs(folder: Path, kind: str, server: str | None) -> None:
         config = read_json(file)
         if kind == "model" and server is None and file == folder / "config.json":
             # The metadata have checks of their own.
-            config.pop(CONFIG_KEYS[_host(config)], None)
+            config = without_entries(_host(config), config)
         allowed_keys.check_config(str(file), file.name, config)
 
 
@@ -246,10 +253,10 @@ def _stored_metadata(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         return manifest["attention"]
     if manifest["kind"] == "model":
         config = read_json(folder / "config.json")
-        return {"": config.get(CONFIG_KEYS[_host(config)])}
+        return {"": in_config(_host(config), config)}
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"load_checkpoint: {folder} is an export of a pipeline and has no model_index.json; it is incomplete")
-    stored = {file.parent.name: read_json(file).get(CONFIG_KEYS["diffusers"]) for file in sorted(folder.glob("*/config.json"))}
+    stored = {file.parent.name: in_config("diffusers", read_json(file)) for file in sorted(folder.glob("*/config.json"))}
     metadata = {name: values for name, values in stored.items() if values is not None}
     if not metadata:
         raise ValueError(f"load_checkpoint: no model in {folder} has attention metadata of qat_patch; the export is damaged")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
+from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata, config_entries
 from qat_patch.patch import get_handle
 from qat_patch.servers import AUTO_CONFIG, SERVERS, SERVING
 from qat_patch.version import __version__
@@ -105,7 +105,7 @@ def record_in_peft(module: Any) -> None:
 
 def record_in_diffusers(module: Any) -> None:
     """Let `ModelMixin` save what is in force. Diffusers patches nothing itself: `patch_model` finds the record."""
-    model_class, key = module.ModelMixin, CONFIG_KEYS["diffusers"]
+    model_class = module.ModelMixin
     save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
 
     @functools.wraps(save)
@@ -118,7 +118,7 @@ def record_in_diffusers(module: Any) -> None:
         _write_shifts(folder, shifts)
         before = self._internal_dict
         try:
-            self.register_to_config(**{key: _in_any_order(metadata).to_dict()})
+            self.register_to_config(**config_entries("diffusers", _in_any_order(metadata)))
             return save(self, *args, **kwargs)
         finally:
             self._internal_dict = before

@@ -59,7 +59,7 @@ def test_damage_is_found(originals, tmp_path, original):
 
 
 def block_of(config):
-    return config[next(key for key in ("quantization_config", "attention_quantization") if key in config)]
+    return config[next(key for key in ("quantization_config", "_attention_quantization") if key in config)]
 
 
 @pytest.mark.parametrize("original", ["single", "wan", "adapters", "server"])

@@ -29,7 +29,7 @@ def test_transformer_round_trip(tmp_path):
     assert get_handle(loaded).config == CONFIG
     assert list(get_handle(loaded).patched) == ["blocks.1.attn1"]
     assert torch.equal(velocity(loaded), expected)
-    block = json.loads((tmp_path / "out" / "config.json").read_text())["attention_quantization"]
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["_attention_quantization"]
     with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
         assert json.loads(file.metadata()["qat_patch"]) == block
     # plain diffusers, then patched by hand: patch_model finds the config
@@ -37,6 +37,39 @@ def test_transformer_round_trip(tmp_path):
     assert get_handle(plain) is None
     assert torch.allclose(velocity(plain), stock, atol=1e-5)  # its weights lie in the mapped file: other addresses
     assert patch_model(plain).config == CONFIG
+
+
+def test_stock_diffusers_says_in_one_line_what_it_leaves_out(tmp_path):
+    model = tiny_transformer()
+    patch_model(model)
+    export_checkpoint(model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "saved")
+    program = (
+        "import sys; sys.modules['qat_patch'] = None\n"
+        "from diffusers import WanTransformer3DModel\n"
+        "for folder in sys.argv[1:]: WanTransformer3DModel.from_pretrained(folder)"
+    )
+    folders = [str(tmp_path / name) for name in ("out", "saved")]
+    printed = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, check=True).stderr
+    said = [line for line in printed.splitlines() if "attention_quantization" in line]
+    assert len(said) == 2
+    assert all("original attention without it" in line and len(line) < 300 for line in said)
+
+
+def test_earlier_exports_have_their_metadata_in_a_key_that_diffusers_prints(tmp_path):
+    model = tiny_transformer()
+    patch_model(model, CONFIG)
+    export_checkpoint(model, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["attention_quantization"] = config.pop("_attention_quantization")
+    file.write_text(json.dumps(config))
+    reseal(tmp_path / "out")
+    assert get_handle(load_checkpoint(tmp_path / "out")).config == CONFIG
+    plain = WanTransformer3DModel.from_pretrained(tmp_path / "out")
+    assert patch_model(plain).config == CONFIG
+    unpatch_model(plain)
+    assert not {"attention_quantization", "_attention_quantization"} & {*plain.config}
 
 
 def test_a_fresh_process_reproduces_the_output_with_and_without_the_package(tmp_path):
@@ -88,7 +121,7 @@ def test_pipeline_round_trip(tmp_path):
     with pytest.raises(ValueError, match="a pipeline is saved as it is"):
         export_checkpoint(pipe, tmp_path / "cast", dtype=torch.bfloat16)
     config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
-    del config["attention_quantization"]
+    del config["_attention_quantization"]
     (tmp_path / "out" / "transformer" / "config.json").write_text(json.dumps(config))
     reseal(tmp_path / "out")
     with pytest.raises(ValueError, match="no model in .* has attention metadata"):

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from qat_patch.metadata import CONFIG_KEYS, AttentionMetadata
+from qat_patch.metadata import CONFIG_KEYS, NOTICE, NOTICE_KEY, AttentionMetadata
 
 from .adapter_keys import refused_in_adapters
 
@@ -104,7 +104,7 @@ def plain_config(where: str, name: str, config: dict[str, Any]) -> dict[str, Any
     Raises:
         ValueError: one of them could run code.
     """
-    ours = {key for key in CONFIG_KEYS.values() if AttentionMetadata.is_ours(config.get(key))}
+    ours = {key for key in (*CONFIG_KEYS.values(), NOTICE_KEY) if _is_our_entry(config.get(key))}
     unknown = list(refused(where, name, {key: value for key, value in config.items() if key not in ours}))
     if live := [key for key in unknown if key.rpartition(".")[2] in LIVE]:
         raise ValueError(
@@ -251,8 +251,8 @@ def _of_processors(config: dict[str, Any]) -> Iterator[str]:
 
 def _is_allowed(key: str, value: Any, known: set[str], *, free: bool = False) -> bool:
     """Whether a config may say this. `free`: texts may hold anything."""
-    if key == CONFIG_KEYS["diffusers"]:
-        return value is None or AttentionMetadata.is_ours(value)
+    if key in (CONFIG_KEYS["diffusers"], NOTICE_KEY):
+        return value is None or _is_our_entry(value)
     if key in _NAMES:
         return _is_printable(value)
     if key in known:
@@ -260,6 +260,11 @@ def _is_allowed(key: str, value: Any, known: set[str], *, free: bool = False) ->
     if key in LIVE:
         return value is None or value is False
     return key.isidentifier() and not key.startswith("_") and _is_plain(value, texts=False)
+
+
+def _is_our_entry(value: Any) -> bool:
+    """Whether this is what an export says of its attention; metadata have checks of their own."""
+    return value == NOTICE or AttentionMetadata.is_ours(value)
 
 
 def _is_plain(value: Any, *, texts: bool) -> bool:
@@ -311,7 +316,7 @@ def _pipeline_folders() -> dict[str, set[str]]:
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if not (not path and key in CONFIG_KEYS.values()):
+            if not (not path and key in (*CONFIG_KEYS.values(), NOTICE_KEY)):
                 yield from _numbers(inner, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
         for inner in value:

@@ -19,7 +19,7 @@ import torch
 from qat_kernels import QuantSpec, attention
 from qat_patch.config import spec_problem
 from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
-from qat_patch.metadata import CONFIG_KEYS, RECORD, AttentionMetadata
+from qat_patch.metadata import RECORD, AttentionMetadata, in_config, without_entries
 
 from . import context_parallel, listeners, processor_code
 from .masks import key_and_query_masks, refuse_call
@@ -67,7 +67,7 @@ def stored_metadata(model: Any) -> AttentionMetadata | None:
     """The metadata that an export of this package left in the model's config, or beside it."""
     if isinstance(record := getattr(model, RECORD, None), AttentionMetadata):
         return record
-    metadata = model.config.get(CONFIG_KEYS["diffusers"])
+    metadata = in_config("diffusers", model.config)
     return AttentionMetadata.from_dict(metadata) if AttentionMetadata.is_ours(metadata) else None
 
 
@@ -143,7 +143,7 @@ def restore(model: Any, layers: list[AttentionLayer]) -> None:
         model.get_submodule(layer.name).processor = layer.original
     # What is saved from now on is an ordinary model.
     model.__dict__.pop(RECORD, None)
-    model._internal_dict = type(model.config)({key: x for key, x in model.config.items() if key != CONFIG_KEYS["diffusers"]})
+    model._internal_dict = type(model.config)(without_entries("diffusers", model.config))
 
 
 def replaced(module: Any, layer: AttentionLayer) -> str | None:

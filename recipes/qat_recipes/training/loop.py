@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import resource
@@ -66,7 +67,13 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
             run.log.write(step, values | run.measure(step))
             if settings.is_due(settings.checkpoint_every, step):
                 run.save(step)
-        return run.finish()
+        summary = run.finish()
+        # What uses the process group goes before it: else a process may abort on its way out, and a finished run has failed.
+        del run, batches, bar
+        accelerator.free_memory()
+        gc.collect()
+        accelerator.end_training()
+        return summary
 
 
 class _Run:
@@ -221,7 +228,6 @@ class _Run:
             with self._averaged():
                 self.task.export(self.output_dir / "export", {"tokens": self.tokens} | chosen, summary, weights)
         accelerator.wait_for_everyone()  # a process that ends while another still exports takes that one down
-        accelerator.end_training()
         return summary
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
