@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 
 from . import kv_only
-from .arguments import Impl, PackingArguments, validate
+from .arguments import Features, Impl, PackingArguments, validate
 from .derivatives import attention_under_transforms
 from .dispatch import resolve, why_not_sdpa
 from .ops import attention_forward
@@ -32,6 +32,12 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
+    window: int | None = ...,
+    block_size: int = ...,
+    prefix: int = ...,
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = ...,
+    softcap: float | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     impl: Impl | Verdicts = ...,
 ) -> torch.Tensor: ...
@@ -52,6 +58,12 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
     max_seqlen_k: int | None = ...,
+    window: int | None = ...,
+    block_size: int = ...,
+    prefix: int = ...,
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = ...,
+    softcap: float | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[True],
     impl: Impl | Verdicts = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -71,6 +83,12 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    window: int | None = None,
+    block_size: int = 1,
+    prefix: int = 0,
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     impl: Impl | Verdicts = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -99,6 +117,21 @@ def attention(
             is the tokens from entry n to entry n + 1, and may be empty. Its queries see its keys, and the result is that
             of the document alone: Lq and Lk above, groups of 16 along tokens and kept groups are those of each document.
         max_seqlen_q, max_seqlen_k: with packed sequences, the length of the longest document (or more).
+        window: with `causal`, how many keys a query sees, counted back from the last one that it may see: with block size 1
+            its own and `window - 1` before it, as `sliding_window` of Transformers has it. The group of 16 in which a window
+            begins is not kept: a V scale may have been set by up to 15 tokens that the query does not see (section 4).
+        block_size: with `causal`, tokens of a block (a frame, a chunk of frames): a query sees its own block to the end, and
+            with `window` that many keys counted back from there. Blocks are counted from the first allowed key. Default 1.
+        prefix: with `causal` or `bounds`, so many of the first keys (from the first allowed one on) are seen by every query,
+            whatever else it sees: attention sinks of video models, prefixes of images.
+        bounds: (lower, upper), the first and the last key that each query sees, int32 [B, Lq] or [1, Lq] on the device of `q`,
+            neither ever decreasing along the queries, lower from 0 to Lk, upper from -1 to Lk - 1; lower > upper sees none.
+            In place of `causal`, `window` and `block_size`; `key_mask` and `prefix` come on top. Positions are those of `k`
+            as it is given, with padding: query i of a causal call has upper i + (Lk - Lq), whatever the padding. Not with
+            packed sequences. Groups are kept whatever the values.
+        softcap: scores become softcap * tanh(scores / softcap), after `scale` and before softmax (Gemma 2). Not with `k_shift`.
+        sinks: one logit for each query head, [H] in float32 or the dtype of `q`: it enters the denominator of the softmax and
+            the log-sum-exp, and has a gradient (gpt-oss). Not with `k_shift`.
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
         impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
             float64; their matrix products take bfloat16 operands, which is exact for what is quantized, and sum in float32.
@@ -111,23 +144,31 @@ def attention(
         The output in the shape, dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse` also float32
         [B, H, Lq] (float64 for float64 inputs), packed [H, total_q] as FlashAttention's varlen functions return it: the rows of
         a head lie together in both layouts, so that one head stride addresses them. Rows that may see no key are 0, their
-        log-sum-exp is -inf.
+        log-sum-exp is -inf, or with `sinks` that of their head.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, `impl` cannot run here, or the derivative asked for does not exist (a
             second one: where it is computed); the message says what was expected. The
-            values of `cu_seqlens` are checked where they are read, which is in `eager`, on any device. A kernel on a GPU never
-            brings them to the host, because that would wait for all work queued before; there, wrong values are not noticed.
+            values of `cu_seqlens` and `bounds` are checked where they are read, which is in `eager`, on any device. A kernel on a
+            GPU never brings them to the host, because that would wait for all work queued before; there, wrong values are not
+            noticed.
     """
     arguments = PackingArguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     packed = None if cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None else arguments
     packing = validate(q, k, v, spec, key_mask, k_shift, packed, impl, causal=causal, scale=scale, return_lse=return_lse)
+    features = Features(window, block_size, prefix, bounds, softcap, sinks)
+    mask, limits = features.checked(q, spec, impl, causal=causal, packed=packed is not None, k_shift=k_shift)
+    asked = features.asked
     needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if sinks is not None:
+        needs_gradient = needs_gradient or (torch.is_grad_enabled() and sinks.requires_grad)
     spec_json, under_transforms = spec.to_json(), transformed()
-    if isinstance(impl, Verdicts):
+    if isinstance(impl, Verdicts) and asked:  # it was not checked for these
+        impl = "auto"
+    elif isinstance(impl, Verdicts):
         impl = _with_verdicts(impl, q, k, spec_json, causal, needs_gradient or under_transforms, packing)
     if impl == "auto":
-        impl = resolve(q.device, q.dtype, spec.preset, packed is not None)
+        impl = resolve(q.device, q.dtype, spec.preset, packed is not None, asked)
     elif impl == "fp4" and needs_gradient:
         raise ValueError("attention: impl='fp4' has no gradient; call it under torch.no_grad(), or use impl='triton'")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -139,8 +180,10 @@ def attention(
             return kv_only.attention(q, k, v, key_mask, packing, spec=spec, causal=causal, scale=scale)
     if under_transforms and impl != "fp4":  # which of them wants a derivative cannot be seen from here
         needs_gradient = torch.is_grad_enabled()
-    options = (spec_json, causal, scale, needs_gradient, impl)
+    options = (spec_json, mask.to_json(), scale, needs_gradient, impl)
     inputs = (q, k, v, key_mask, k_shift, *options, *((None, None, 0, 0) if packing is None else packing))
+    softcap = None if softcap is None else float(softcap)
+    inputs = (*inputs, *((None, None) if limits is None else limits), softcap, sinks)
     out, _, lse, *_ = attention_under_transforms(return_lse, *inputs) if under_transforms else attention_forward(*inputs)
     return (out, lse.detach()) if return_lse else out
 

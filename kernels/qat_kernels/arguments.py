@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, NoReturn, get_args
 
 import torch
 
-from .spec import GROUP_SIZE, MAX_HEAD_DIM, QuantSpec
+from .mask import Bounds, Mask
+from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, QuantSpec
 from .varlen import Packing
 from .verdicts import Verdicts
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4"]
 """The implementations of attention; `auto` chooses one."""
+COMPUTED: dict[str, tuple[str, ...]] = {"eager": FEATURES, "sdpa": (), "triton": (), "fp4": ()}
+"""Which FEATURES each implementation computes."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -126,6 +130,107 @@ def validate(
         _refuse(*problem)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
     return packing
+
+
+class Features(NamedTuple):
+    """The arguments of `attention` that are named in FEATURES, as the caller gave them."""
+
+    window: int | None = None
+    block_size: int = 1
+    prefix: int = 0
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The names of those that are asked for."""
+        window, block_size, prefix, *others = self
+        on = (window is not None, block_size != 1, prefix != 0, *(x is not None for x in others))
+        return tuple(name for name, is_on in zip(FEATURES, on, strict=True) if is_on)
+
+    def checked(
+        self,
+        q: torch.Tensor,
+        spec: QuantSpec,
+        impl: str | Verdicts,
+        *,
+        causal: bool,
+        packed: bool,
+        k_shift: torch.Tensor | None,
+    ) -> tuple[Mask, Bounds | None]:
+        """Which keys are seen, after everything that can be checked without reading `bounds`, which on a GPU would wait for it.
+
+        Args:
+            q: the queries, already checked.
+            packed: whether sequences are packed.
+
+        Raises:
+            ValueError: an argument has the wrong type, shape, dtype or device, or does not go with another one.
+        """
+        window, block_size, prefix, bounds, softcap, sinks = self
+        for name, value, least, what in (
+            ("window", 1 if window is None else window, 1, "how many keys a query sees, its own among them, or None"),
+            ("block_size", block_size, 1, "the tokens of a block (1: causal token by token)"),
+            ("prefix", prefix, 0, "how many of the first keys every query sees"),
+        ):
+            if not isinstance(value, int | torch.SymInt) or isinstance(value, bool) or value < least:
+                _refuse(name, f"an int from {least} on, {what}", repr(value))
+        if bounds is not None:
+            self._check_bounds(q, causal, packed)
+        elif not causal:
+            for name in self.asked:
+                if name in ("window", "block_size", "prefix"):
+                    _refuse(f"{name} without causal", "causal=True; without it every query sees every key", "causal=False")
+        if softcap is not None and (
+            not isinstance(softcap, int | float) or isinstance(softcap, bool) or not 0 < softcap < math.inf
+        ):
+            _refuse("softcap", "a positive number, the largest magnitude of a score, or None", repr(softcap))
+        if sinks is not None:
+            got = f"{sinks.dtype} {list(sinks.shape)} on {sinks.device}" if isinstance(sinks, torch.Tensor) else repr(sinks)
+            if (
+                not isinstance(sinks, torch.Tensor)
+                or sinks.dtype not in (torch.float32, q.dtype)
+                or (tuple(sinks.shape), sinks.device) != ((q.shape[1],), q.device)
+            ):
+                expected = f"torch.float32 or {q.dtype} [{q.shape[1]}] on {q.device}, one logit for each query head"
+                _refuse("sinks", expected, got)
+        for name in self.asked:
+            if name not in spec.rules.features:
+                _refuse(f"{name} with preset={spec.preset!r}", "it left out: its servers do not compute it", "one")
+            if not isinstance(impl, Verdicts) and impl != "auto" and name not in COMPUTED[impl]:
+                _refuse(
+                    f"{name} with impl={impl!r}", "it left out, or impl='auto': this implementation does not compute it", "one"
+                )
+            if name in ("softcap", "sinks") and k_shift is not None:
+                _refuse(
+                    f"k_shift with {name}", f"None: {name} would see the constant that it adds to a row of scores", "a tensor"
+                )
+        window, causal = None if window is None else int(window), True if causal else False  # noqa: SIM210 (may be symbolic)
+        mask = Mask(causal=causal, window=window, block_size=int(block_size), prefix=int(prefix), bounded=bounds is not None)
+        return mask, None if bounds is None else Bounds(*bounds)
+
+    def _check_bounds(self, q: torch.Tensor, causal: bool, packed: bool) -> None:
+        bounds = self.bounds
+        if packed:
+            _refuse(
+                "bounds with packed sequences", "None; use window, block_size and prefix, which hold in each document", "bounds"
+            )
+        for name, is_set in (("causal", causal), ("window", self.window is not None), ("block_size", self.block_size != 1)):
+            if is_set:
+                _refuse(f"{name} with bounds", "it left out: bounds alone say what is between them", "both")
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+            _refuse("bounds", "(lower, upper), two tensors", repr(bounds))
+        batch, seqlen = q.shape[0], q.shape[2]
+        for name, x in zip(("lower", "upper"), bounds, strict=True):
+            got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
+            if (
+                not isinstance(x, torch.Tensor)
+                or x.ndim != 2
+                or x.shape[0] not in (1, batch)
+                or (x.dtype, x.shape[1], x.device) != (torch.int32, seqlen, q.device)
+            ):
+                _refuse(f"bounds: {name}", f"torch.int32 [{batch} or 1, {seqlen}] on {q.device}", got)
 
 
 def served_problems(spec: QuantSpec, *, head_dim: int, causal: bool, masked: bool, grouped: bool) -> list[tuple[str, str, str]]:

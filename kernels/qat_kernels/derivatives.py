@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from .mask import Mask
 from .ops import attention_backward, attention_forward, attention_tangent, has_out_hp
 from .spec import QuantSpec
 from .transforms import transformed
@@ -83,9 +84,10 @@ class _Attention(torch.autograd.Function):
             raise ValueError("attention: return_lse=True: the log-sum-exp has no tangent; call without it in forward mode")
         if ctx.impl in ("triton", "sdpa"):
             _say_that_tangents_are_slow()
-        q, k, v, _, _, _, *masks, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        q, k, v, _, _, _, *masks, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = ctx.saved_tensors
         directions = (torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents[:3], strict=True))
-        options = (*masks, ctx.spec, ctx.causal, ctx.scale, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
+        options = (*masks, ctx.spec, ctx.mask, ctx.scale, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
+        options = (*options, lower, upper, ctx.softcap, sinks, tangents[-1])
         # Nobody sees the other results, but floats among them have to have a tangent.
         return _Tangent.apply(q, k, v, *directions, *options), *(q.new_zeros(x, dtype=dtype) for x, dtype in ctx.others), None
 
@@ -107,14 +109,15 @@ def _say_that_tangents_are_slow() -> None:
 
 def _set_options(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
     """Sets everything but tensors, and returns what is to be kept of these besides q, k and v."""
-    _, k, _, key_mask, k_shift, ctx.spec, ctx.causal, ctx.scale, needs_gradient, ctx.impl, *packing = inputs
+    _, k, _, key_mask, k_shift, ctx.spec, ctx.mask, ctx.scale, needs_gradient, ctx.impl, *packing = inputs
+    *packing, lower, upper, ctx.softcap, sinks = packing
     cu_seqlens, ctx.max_seqlens = packing[:2], packing[2:]
     out, out_hp, _, stats, codes = output
     if not has_out_hp(QuantSpec.from_json(ctx.spec), needs_gradient):
         out_hp = out  # nothing of P or V was rounded, so O is O'
     ctx.keys, ctx.num_heads_k = k.shape[-2 if k.ndim == 4 else 0], k.shape[1]
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
-    return out_hp, stats, codes, key_mask, k_shift, *cu_seqlens
+    return out_hp, stats, codes, key_mask, k_shift, *cu_seqlens, lower, upper, sinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -123,16 +126,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     if ctx.impl == "triton":  # reads codes instead
         spec = QuantSpec.from_json(ctx.spec)
         q, k = (q, k) if spec.reads_query else (None, None)
-        v = v if spec.reads_value(ctx.causal) else None
+        v = v if spec.reads_value(Mask.from_json(ctx.mask).hides_keys) else None
     ctx.save_for_backward(q, k, v, *saved)
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    options = (ctx.keys, ctx.num_heads_k, ctx.spec, ctx.causal, ctx.scale, ctx.impl)
+    *tensors, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = ctx.saved_tensors
+    options = (ctx.keys, ctx.num_heads_k, ctx.spec, ctx.mask, ctx.scale, ctx.impl, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
     gradient = _Gradient.apply if transformed() else attention_backward
-    grads = gradient(grad_out, *tensors, *options, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
-    return *grads, *(None,) * 11
+    *grads, grad_sinks = gradient(grad_out, *tensors, *options, lower, upper, ctx.softcap, sinks)
+    return *grads, *(None,) * 14, None if sinks is None else grad_sinks
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

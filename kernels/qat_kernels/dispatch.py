@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from .arguments import Impl, validate
+from .arguments import COMPUTED, Features, Impl, validate
 from .spec import NVFP4, Preset, QuantSpec
 from .verdicts import Case, Verdict, Verdicts
 
@@ -57,8 +57,13 @@ def fp4_kernels() -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool) -> Impl:
-    """What `auto` takes."""
+def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool, asked: tuple[str, ...] = ()) -> Impl:
+    """What `auto` takes; `asked`: the FEATURES of the call."""
+    kernel = "sdpa" if QuantSpec(preset=preset).kv_only else "triton"
+    if any(name not in COMPUTED[kernel] for name in asked):
+        if device.type != "cpu":
+            _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(asked)} yet")
+        return "eager"
     if QuantSpec(preset=preset).kv_only:
         return "eager" if why_not_sdpa(device, dtype, packed) else "sdpa"
     return "eager" if device.type == "cpu" else _resolve(device, dtype, preset)
@@ -74,14 +79,21 @@ def _resolve(device: torch.device, dtype: torch.dtype, preset: Preset) -> Impl:
             raise ValueError(f"there is no kernel for preset={preset!r}")
         training_kernels().check_device(device)
     except ValueError as reason:
-        logger.warning("qat_kernels: attention runs the eager implementation: same numbers, but slow (%s).", reason)
+        _say_that_it_is_slow(str(reason))
         return "eager"
     return "triton"
 
 
-def without_verdicts(impl: Impl | Verdicts, device: torch.device, dtype: torch.dtype, preset: Preset) -> Impl:
+@lru_cache
+def _say_that_it_is_slow(reason: str) -> None:
+    logger.warning("qat_kernels: attention runs the eager implementation: same numbers, but slow (%s).", reason)
+
+
+def without_verdicts(
+    impl: Impl | Verdicts, device: torch.device, dtype: torch.dtype, preset: Preset, asked: tuple[str, ...] = ()
+) -> Impl:
     """What runs where there is no choice of `fp4`."""
-    return resolve(device, dtype, preset, packed=False) if isinstance(impl, Verdicts) or impl == "auto" else impl
+    return resolve(device, dtype, preset, False, asked) if isinstance(impl, Verdicts) or impl == "auto" else impl
 
 
 def explain(
@@ -91,23 +103,32 @@ def explain(
     *,
     spec: QuantSpec = NVFP4,
     causal: bool = False,
+    window: int | None = None,
+    block_size: int = 1,
+    prefix: int = 0,
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     impl: Impl | Verdicts = "auto",
     needs_gradient: bool | None = None,
 ) -> str:
     """What `attention` with these arguments would run on this device, in words: a line for each implementation.
 
     Args:
-        q, k, v, spec, causal, impl: as for `attention`.
+        q, k, v, spec, causal, window, block_size, prefix, bounds, softcap, sinks, impl: as for `attention`.
         needs_gradient: whether there is to be a backward pass; default: as `attention` would decide.
 
     Raises:
         ValueError: as `attention` does for wrong shapes, dtypes or devices.
     """
     validate(q, k, v, spec, None, None, None, "auto")
+    features = Features(window, block_size, prefix, bounds, softcap, sinks)
+    features.checked(q, spec, "auto", causal=causal, packed=False, k_shift=None)
     if needs_gradient is None:
-        needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    chosen, verdict = without_verdicts(impl, q.device, q.dtype, spec.preset), None
-    if isinstance(impl, Verdicts):
+        differentiable = (q, k, v) if sinks is None else (q, k, v, sinks)
+        needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
+    chosen, verdict = without_verdicts(impl, q.device, q.dtype, spec.preset, features.asked), None
+    if isinstance(impl, Verdicts) and not features.asked:
         case = Case(q.shape[-1], causal, spec.to_json(), q.dtype)
         verdict = impl.of(q.device, case)
         if not needs_gradient and impl.take_fp4(q.device, q.dtype, *case[:3], q.shape[2], k.shape[2]):
@@ -117,7 +138,7 @@ def explain(
     for name in SPEED:
         if name == "sdpa" and not spec.kv_only:
             continue
-        problem = why_not(name, q.device, q.dtype, spec, needs_gradient)
+        problem = why_not(name, q.device, q.dtype, spec, needs_gradient, features.asked)
         if name == chosen:
             state = f"would raise: {problem}" if problem else f"runs, {how(name, q.device, q.shape[-1], spec, verdict)}"
         elif problem:
@@ -138,12 +159,16 @@ def why_not_sdpa(device: torch.device, dtype: torch.dtype, packed: bool) -> str 
     return None
 
 
-def why_not(impl: str, device: torch.device, dtype: torch.dtype, spec: QuantSpec, needs_gradient: bool) -> str | None:
-    """Why an implementation cannot run, or None."""
+def why_not(
+    impl: str, device: torch.device, dtype: torch.dtype, spec: QuantSpec, needs_gradient: bool, asked: tuple[str, ...] = ()
+) -> str | None:
+    """Why an implementation cannot run, or None; `asked`: the FEATURES of the call."""
     if impl == "eager":
         return None
     if impl not in spec.rules.impls:
         return f"it does not compute preset={spec.preset!r}"
+    if missing := [name for name in asked if name not in COMPUTED[impl]]:
+        return f"it does not compute {', '.join(missing)}"
     if impl == "sdpa":
         return None
     if impl == "fp4" and needs_gradient:

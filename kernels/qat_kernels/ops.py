@@ -8,6 +8,7 @@ import torch
 
 from . import ran, reference, varlen
 from .dispatch import fp4_kernels, training_kernels
+from .mask import Bounds, Mask
 from .spec import QuantSpec
 from .varlen import Packing
 
@@ -20,7 +21,7 @@ def attention_forward(
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     spec: str,
-    causal: bool,
+    mask: str,
     scale: float,
     needs_gradient: bool,
     impl: str,
@@ -28,29 +29,30 @@ def attention_forward(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    lower: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """O, O' (empty where O serves, or no gradient is needed), LSE, and what the backward of `triton` reads beside them."""
     ran.note("eager" if impl == "sdpa" else impl)  # which comes here for tangents alone
-    spec_ = QuantSpec.from_json(spec)
+    spec_, mask_ = QuantSpec.from_json(spec), Mask.from_json(mask)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
-        options: dict[str, Any] = {"with_gradient": needs_gradient, "spec": spec_, "causal": causal, "scale": scale}
+        options: dict[str, Any] = {"with_gradient": needs_gradient, "spec": spec_, "causal": mask_.causal, "scale": scale}
         with torch.autocast(q.device.type, enabled=False):  # the smoothing of `sage3` has matrix products of its own
             return tuple(training_kernels().forward(q, k, v, key_mask, k_shift, packing, **options))
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
-        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=causal, scale=scale)
+        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=mask_.causal, scale=scale)
         return out, q.new_empty(0), lse, lse.new_empty(0), nothing
-    with_out_hp = has_out_hp(spec_, needs_gradient)
+    options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
+    options["with_out_hp"] = has_out_hp(spec_, needs_gradient)
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
         if packing is None:
-            out, out_hp, lse = reference.forward(
-                q, k, v, key_mask, k_shift, spec=spec_, causal=causal, scale=scale, with_out_hp=with_out_hp
-            )
+            out, out_hp, lse = reference.forward(q, k, v, key_mask, k_shift, bounds=_bounds(lower, upper), **options)
         else:
-            out, out_hp, lse = varlen.forward(
-                q, k, v, k_shift, packing, spec=spec_, causal=causal, scale=scale, with_out_hp=with_out_hp
-            )
+            out, out_hp, lse = varlen.forward(q, k, v, k_shift, packing, **options)
     return out, out_hp, lse, lse.new_empty(0), nothing
 
 
@@ -62,7 +64,7 @@ def _(
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     spec: str,
-    causal: bool,
+    mask: str,
     scale: float,
     needs_gradient: bool,
     impl: str,
@@ -70,6 +72,10 @@ def _(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    lower: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     spec_, packing = QuantSpec.from_json(spec), _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     out_hp = torch.empty_like(q) if has_out_hp(spec_, needs_gradient) else q.new_empty(0)
@@ -77,7 +83,7 @@ def _(
     stats_shape = codes_shape = (0,)
     if impl == "triton":
         stats_shape, codes_shape = training_kernels().output_shapes(
-            q.shape, k.shape, packing, spec=spec_, causal=causal, with_gradient=needs_gradient
+            q.shape, k.shape, packing, spec=spec_, causal=Mask.from_json(mask).causal, with_gradient=needs_gradient
         )
     return torch.empty_like(q), out_hp, lse, lse.new_empty(stats_shape), q.new_empty(codes_shape, dtype=torch.uint8)
 
@@ -96,27 +102,44 @@ def attention_backward(
     keys: int,
     num_heads_k: int,
     spec: str,
-    causal: bool,
+    mask: str,
     scale: float,
     impl: str,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK, dV. `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again."""
-    spec_ = QuantSpec.from_json(spec)
+    lower: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK, dV and that of the sinks (empty without).
+
+    `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again.
+    """
+    spec_, mask_ = QuantSpec.from_json(spec), Mask.from_json(mask)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
         shape = _key_shape(grad_out, keys, num_heads_k)
-        options: dict[str, Any] = {"key_shape": shape, "spec": spec_, "causal": causal, "scale": scale, "query": q, "key": k}
+        options: dict[str, Any] = {
+            "key_shape": shape,
+            "spec": spec_,
+            "causal": mask_.causal,
+            "scale": scale,
+            "query": q,
+            "key": k,
+        }
         with torch.autocast(grad_out.device.type, enabled=False):
-            return training_kernels().backward(grad_out, v, out_hp, stats, codes, key_mask, packing, **options)
+            grads = training_kernels().backward(grad_out, v, out_hp, stats, codes, key_mask, packing, **options)
+        return *grads, grad_out.new_empty(0)
     assert q is not None and k is not None and v is not None, "eager reads its inputs again"
+    options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
     with torch.autocast(grad_out.device.type, enabled=False):
         if packing is None:
-            return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, spec=spec_, causal=causal, scale=scale)
-        return varlen.backward(grad_out, q, k, v, out_hp, k_shift, packing, spec=spec_, causal=causal, scale=scale)
+            bounds = _bounds(lower, upper)
+            return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, bounds=bounds, **options)
+        return varlen.backward(grad_out, q, k, v, out_hp, k_shift, packing, **options)
 
 
 @attention_backward.register_fake
@@ -132,11 +155,22 @@ def _(
     k_shift: torch.Tensor | None,
     keys: int,
     num_heads_k: int,
-    *_: object,
-    **__: object,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    spec: str,
+    mask: str,
+    scale: float,
+    impl: str,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    lower: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     shape = _key_shape(grad_out, keys, num_heads_k)
-    return grad_out.new_empty(grad_out.shape), grad_out.new_empty(shape), grad_out.new_empty(shape)
+    of_sinks = grad_out.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return grad_out.new_empty(grad_out.shape), grad_out.new_empty(shape), grad_out.new_empty(shape), of_sinks
 
 
 @torch.library.custom_op("qat_kernels::attention_tangent", mutates_args=())
@@ -150,19 +184,25 @@ def attention_tangent(
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     spec: str,
-    causal: bool,
+    mask: str,
     scale: float,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    lower: torch.Tensor | None = None,
+    upper: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    sinks_tangent: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The tangent of O, in eager PyTorch whatever computed O."""
-    options: dict[str, Any] = {"spec": QuantSpec.from_json(spec), "causal": causal, "scale": scale}
+    options: dict[str, Any] = {"spec": QuantSpec.from_json(spec), "mask": Mask.from_json(mask), "scale": scale}
+    options |= {"softcap": softcap, "sinks": sinks, "sinks_tangent": sinks_tangent}
     packing, tangents = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (q_tangent, k_tangent, v_tangent)
     with torch.autocast(q.device.type, enabled=False):
         if packing is None:
-            return reference.tangent(q, k, v, tangents, key_mask, k_shift, **options)
+            return reference.tangent(q, k, v, tangents, key_mask, k_shift, bounds=_bounds(lower, upper), **options)
         return varlen.tangent(q, k, v, tangents, k_shift, packing, **options)
 
 
@@ -184,6 +224,11 @@ def _packing(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return None
     return Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+
+
+def _bounds(lower: torch.Tensor | None, upper: torch.Tensor | None) -> Bounds | None:
+    """Arguments of the ops: both, or none of them."""
+    return None if lower is None or upper is None else Bounds(lower, upper)
 
 
 def has_out_hp(spec: QuantSpec, needs_gradient: bool) -> bool:

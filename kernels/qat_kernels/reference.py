@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from . import smoothing
+from .mask import Bounds, Mask
 from .nvfp4 import in_format, p_in_format
 from .spec import GROUP_SIZE, HADAMARD_ENTRY, SMOOTH_BLOCK, QuantSpec
 
@@ -24,7 +25,7 @@ LN_2 = math.log(2)
 _SCORES_PER_CHUNK = 1 << 24
 """Scores held at once: 64 MiB of float32."""
 _CAUSAL_ROWS = 128
-"""Most rows of a causal chunk. Keys behind a chunk's last row are never touched: short chunks save up to half the work."""
+"""Most rows of a chunk that does not see every key. Keys outside of all its bounds are never touched: short chunks save work."""
 _MAX_RESCALE = 126.0
 """Largest exponent by which quantized keys are scaled up beside a dominant kept key. Beyond it they weigh less than 2^-126."""
 
@@ -37,15 +38,22 @@ def forward(
     k_shift: torch.Tensor | None,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
     with_out_hp: bool,
+    bounds: Bounds | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """docs/NUMERICS.md, sections 3 and 4: O, O' in high precision (empty unless `with_out_hp`) and LSE.
 
     O and O' have the shape, strides and dtype of `query`; LSE is [B, H, Lq] in the dtype of the arithmetic.
+
+    Raises:
+        ValueError: the values of `bounds` are no bounds.
     """
-    return _forward(_prepare(query, key, value, key_mask, k_shift, spec, causal, scale), query, k_shift, scale, with_out_hp)
+    ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
+    return _forward(ops, query, k_shift, scale, with_out_hp)
 
 
 def forward_cached(
@@ -74,7 +82,7 @@ def forward_cached(
         value=value,
         value_fq=value_fq,
         key_mask=key_mask,
-        positions=positions,
+        upper=positions,
         softmax_scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
     )
@@ -88,8 +96,10 @@ def _forward(
     out = torch.empty_like(query).zero_()
     out_hp = torch.empty_like(query).zero_() if with_out_hp else query.new_empty(0)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=ops.query.dtype, device=query.device)
+    if ops.sinks is not None:  # of rows without a key
+        lse[:] = ops.sinks[:, None]
     for chunk in _chunks(ops):
-        values = ops.value_fq[:, :, : chunk.keys]
+        values = ops.value_fq[:, :, chunk.columns]
         kept = _kept_product(ops, chunk)
         out[:, :, chunk.rows] = ops.by_head((chunk.p_fq @ values + kept) / chunk.row_sum_safe)
         if with_out_hp:
@@ -111,32 +121,46 @@ def backward(
     k_shift: torch.Tensor | None,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """docs/NUMERICS.md, section 5: dQ, dK, dV in the shapes and dtypes of the inputs. `out_hp` is O' of the forward."""
-    ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
+    bounds: Bounds | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """docs/NUMERICS.md, section 5: dQ, dK, dV and that of the sinks (empty without), in the shapes and dtypes of the inputs.
+
+    `out_hp` is O' of the forward.
+    """
+    ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
     # Contiguous, as the op's fake implementation promises; value_fq is not.
     grad_query, grad_key, grad_value = (x.new_zeros(x.shape) for x in (ops.query, ops.key_fq, ops.value_fq))
+    grad_sinks = (
+        query.new_empty(0) if sinks is None or ops.sinks is None else torch.zeros_like(ops.sinks.view(ops.query.shape[1:3]))
+    )
     grad_smooth = None if ops.smooth is None else torch.zeros_like(ops.smooth.scores)
     for chunk in _chunks(ops):
-        rows, keys = chunk.rows, chunk.keys
+        rows, columns = chunk.rows, chunk.columns
         grad = ops.by_key_head(grad_out[:, :, rows])
         delta = (grad * ops.by_key_head(out_hp[:, :, rows])).sum(-1, keepdim=True)
         p = chunk.p / chunk.row_sum_safe
-        grad_p = grad @ ops.value_fq[:, :, :keys].mT
+        grad_p = grad @ ops.value_fq[:, :, columns].mT
         p_fq = chunk.p_fq / chunk.row_sum_safe
-        for columns, kept in chunk.kept_columns(ops):
-            p_fq[..., columns] += p[..., columns] * kept
-            grad_p[..., columns] = torch.where(kept, grad @ ops.value[:, :, columns].mT, grad_p[..., columns])
-        grad_value[:, :, :keys] += p_fq.mT @ grad
-        grad_scores = p * (grad_p - delta) * ops.softmax_scale
+        for place, keys, kept in chunk.kept_columns(ops):
+            p_fq[..., place] += p[..., place] * kept
+            grad_p[..., place] = torch.where(kept, grad @ ops.value[:, :, keys].mT, grad_p[..., place])
+        grad_value[:, :, columns] += p_fq.mT @ grad
+        grad_scores = p * (grad_p - delta)
+        if chunk.slope is not None:
+            grad_scores *= chunk.slope
+        grad_scores *= ops.softmax_scale
+        if chunk.p_sink is not None:
+            grad_sinks -= (chunk.p_sink * delta).unflatten(2, (ops.qheads_per_kvhead, -1)).sum((0, 3, 4))
         if grad_smooth is not None:
             grad_smooth.index_add_(
                 -2, _block_of(rows, grad_scores.device), grad_scores.unflatten(2, (-1, rows.stop - rows.start))
             )
-        grad_query[:, :, :, rows] = (grad_scores @ ops.key_fq[:, :, :keys]).unflatten(2, (ops.qheads_per_kvhead, -1))
-        grad_key[:, :, :keys] += grad_scores.mT @ ops.query[:, :, :, rows].flatten(2, 3)
+        grad_query[:, :, :, rows] = (grad_scores @ ops.key_fq[:, :, columns]).unflatten(2, (ops.qheads_per_kvhead, -1))
+        grad_key[:, :, columns] += grad_scores.mT @ ops.query[:, :, :, rows].flatten(2, 3)
     if ops.smooth is not None and grad_smooth is not None:
         grad_query = smoothing.grad_query(grad_query, grad_smooth, ops.smooth.key)
         grad_key = smoothing.grad_key(grad_key, grad_smooth.squeeze(2), ops.smooth.query_mean.squeeze(2))
@@ -145,7 +169,8 @@ def backward(
         grad_query, grad_key = grad_query @ rotation, grad_key @ rotation
     if key_mask is not None:
         grad_key, grad_value = (_unalign(grad, key_mask) for grad in (grad_key, grad_value))
-    return grad_query.flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    grads = grad_query.flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    return *grads, grad_sinks if sinks is None else grad_sinks.flatten().to(sinks.dtype)
 
 
 def tangent(
@@ -157,11 +182,15 @@ def tangent(
     k_shift: torch.Tensor | None,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
+    bounds: Bounds | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    sinks_tangent: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """docs/NUMERICS.md, section 5: the tangent of O along those of Q, K and V, in the shape, strides and dtype of `query`."""
-    ops = _prepare(query, key, value, key_mask, k_shift, spec, causal, scale)
+    """docs/NUMERICS.md, section 5: the tangent of O along those of Q, K, V and sinks, as `query` in shape, strides and dtype."""
+    ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
     query_tangent, key_tangent, value_tangent = _prepare_tangents(*tangents, key_mask, spec, ops)
     out = torch.empty_like(query).zero_()
     smooth_tangent = None
@@ -170,21 +199,26 @@ def tangent(
         query_tangent = query_tangent - smoothing.per_row(mean, query.shape[2])
         smooth_tangent = mean @ ops.smooth.key.mT + ops.smooth.query_mean @ key_tangent[:, :, None].mT
     for chunk in _chunks(ops):
-        rows, keys = chunk.rows, chunk.keys
-        scores = query_tangent[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, :keys].mT
-        scores += ops.query[:, :, :, rows].flatten(2, 3) @ key_tangent[:, :, :keys].mT
+        rows, columns = chunk.rows, chunk.columns
+        scores = query_tangent[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, columns].mT
+        scores += ops.query[:, :, :, rows].flatten(2, 3) @ key_tangent[:, :, columns].mT
         if smooth_tangent is not None:
             scores += smooth_tangent[..., _block_of(rows, scores.device), :].flatten(2, 3)
         scores *= ops.softmax_scale
+        if chunk.slope is not None:
+            scores *= chunk.slope
         p, p_fq = chunk.p / chunk.row_sum_safe, chunk.p_fq / chunk.row_sum_safe
-        p_tangent = scores.sub_((p * scores).sum(-1, keepdim=True)).mul_(p)
+        mean = (p * scores).sum(-1, keepdim=True)
+        if chunk.p_sink is not None and sinks_tangent is not None:
+            mean += chunk.p_sink * ops.to_rows(sinks_tangent, rows)
+        p_tangent = scores.sub_(mean).mul_(p)
         product: torch.Tensor | float = 0.0
-        for columns, kept in chunk.kept_columns(ops):
-            product = product + (p_tangent[..., columns] * kept) @ ops.value[:, :, columns]
-            product += (p[..., columns] * kept) @ value_tangent[:, :, columns]
+        for place, keys, kept in chunk.kept_columns(ops):
+            product = product + (p_tangent[..., place] * kept) @ ops.value[:, :, keys]
+            product += (p[..., place] * kept) @ value_tangent[:, :, keys]
         if chunk.kept is not None:
             _fill(ops, p_tangent, chunk.kept, 0.0)
-        product = p_tangent @ ops.value_fq[:, :, :keys] + p_fq @ value_tangent[:, :, :keys] + product
+        product = p_tangent @ ops.value_fq[:, :, columns] + p_fq @ value_tangent[:, :, columns] + product
         out[:, :, rows] = ops.by_head(product)
     return out
 
@@ -203,9 +237,13 @@ class _Operands:
     value: torch.Tensor  # [B, K, Lk, D], zero where excluded
     value_fq: torch.Tensor  # the same, quantized
     key_mask: torch.Tensor | None  # bool [B, Lk], True where allowed
-    positions: torch.Tensor | None  # causal: each query's own place among the keys, [B or 1, Lq]
     softmax_scale: float
     spec: QuantSpec
+    lower: torch.Tensor | None = None  # the first and the last key that a query sees, [B or 1, Lq]; None: no such bound
+    upper: torch.Tensor | None = None
+    prefix: int = 0  # keys that every query sees
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None  # [H], in the dtype of the arithmetic
     smooth: smoothing.Smoothed | None = None
     """By key head: query [B, K, G, Lq, D], key [B, K, 1, Lk, D], query_mean and scores [B, K, G, N, ...]."""
 
@@ -222,35 +260,48 @@ class _Operands:
         """[B, H, r, n] -> [B, K, G * r, n], contiguous, in the dtype of the arithmetic."""
         return x.to(self.query.dtype).unflatten(1, (-1, self.qheads_per_kvhead)).flatten(2, 3).contiguous()
 
+    def to_rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """A number for each head, [H] -> [1, K, G * r, 1]."""
+        x = x.to(self.query.dtype).view(1, -1, self.qheads_per_kvhead, 1)
+        return x.expand(-1, -1, -1, rows.stop - rows.start).flatten(2)[..., None]
+
 
 @dataclass(kw_only=True)
 class _Chunk:
-    """Some rows of queries against their first `keys` keys. Row-wise tensors are [B, K, G * r, 1]."""
+    """Some rows of queries against the keys that they may see. Row-wise tensors are [B, K, G * r, 1]."""
 
     rows: slice
-    keys: int
+    columns: slice | torch.Tensor  # which keys: those from `start` to `stop`, and before them the first `head`
+    head: int  # 0, or whole groups that hold the prefix
+    start: int  # where a group begins
+    stop: int
     p: torch.Tensor  # 2^(S - row_max), 0 where excluded; [B, K, G * r, keys]
     p_fq: torch.Tensor  # the same, quantized; 0 where kept
-    row_max: torch.Tensor  # ceiled maximum over all allowed keys; 0 where there is none
-    row_sum: torch.Tensor  # the sum of `p`
-    kept: torch.Tensor | None  # causal: True where a key is kept in high precision, [B or 1, r, keys]
+    row_max: torch.Tensor  # ceiled maximum over all allowed keys and the sink; 0 where there is none
+    row_sum: torch.Tensor  # the sum of `p`, and of the sink
+    p_sink: torch.Tensor | None  # the sink's share of the row
+    slope: torch.Tensor | None  # derivative of the soft cap, as `p`
+    kept: torch.Tensor | None  # True where a key is kept in high precision, [B or 1, r, keys]
 
     @property
     def row_sum_safe(self) -> torch.Tensor:
         """A divisor: 1 for rows without a key."""
         return self.row_sum.masked_fill(self.row_sum == 0, 1.0)
 
-    def kept_columns(self, ops: _Operands) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The column ranges that hold kept keys, each with its mask, broadcastable to [B, K, G * r, columns]."""
+    def kept_columns(self, ops: _Operands) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """The ranges that hold kept keys: their places in this chunk, the same as keys, and a mask, as [B, K, G * r, columns]."""
         if self.kept is None:
             return
-        assert ops.positions is not None
-        open_start = int(ops.positions[:, self.rows].min()) // GROUP_SIZE * GROUP_SIZE
-        sink_end = min(GROUP_SIZE, self.keys)
-        spans = [(0, sink_end), (open_start, self.keys)] if open_start > sink_end else [(0, self.keys)]
+        assert ops.upper is not None
+        open_start = max(int(ops.upper[:, self.rows].min()) // GROUP_SIZE * GROUP_SIZE, self.start)
+        spans = [(open_start, self.stop)]
+        if self.head or not self.start:  # the sink group is among the keys
+            sink_end = min(GROUP_SIZE, self.stop)
+            spans = [(0, sink_end), *spans] if open_start > sink_end else [(0, self.stop)]
         for start, stop in spans:
-            columns = slice(start, stop)
-            yield columns, self.kept[..., columns].repeat(1, ops.qheads_per_kvhead, 1).unsqueeze(1)
+            shift = self.start - self.head if start >= self.start else 0
+            place = slice(start - shift, stop - shift)
+            yield place, slice(start, stop), self.kept[..., place].repeat(1, ops.qheads_per_kvhead, 1).unsqueeze(1)
 
 
 def _prepare(
@@ -260,18 +311,20 @@ def _prepare(
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
+    bounds: Bounds | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> _Operands:
-    dtype = accumulator(query.dtype)
-    positions: torch.Tensor | None = None
-    if causal:
-        positions = torch.arange(query.shape[2], device=query.device)[None] + (key.shape[2] - query.shape[2])
+    dtype, leftpad = accumulator(query.dtype), None
+    if bounds is not None:
+        bounds.check(key.shape[2])
     if key_mask is not None:
         leftpad, order = _alignment(key_mask)
         key, value = (_align(x, key_mask) for x in (key, value))
         key_mask = key_mask.gather(1, order)  # what wraps around is excluded, being before the first allowed key
-        positions = None if positions is None else positions - leftpad
+    lower, upper = mask.bounds(query.shape[2], key.shape[2], leftpad, bounds, query.device)
     # Contiguous, because a matrix product of strided operands may sum in another order: strides must not show in the bits.
     query, key, value = query.contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
     formats, smooth = spec.formats, None
@@ -292,9 +345,13 @@ def _prepare(
         value=value,
         value_fq=value_fq,
         key_mask=key_mask,
-        positions=positions,
         softmax_scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
+        lower=lower,
+        upper=upper,
+        prefix=min(mask.prefix, key.shape[2]),
+        softcap=softcap,
+        sinks=None if sinks is None else sinks.to(dtype),
         smooth=smooth,
     )
 
@@ -327,8 +384,10 @@ def _chunks(ops: _Operands) -> Iterator[_Chunk]:
     keys = ops.key_fq.shape[2]
     if not ops.query.numel():
         return
+    if ops.upper is not None and ops.lower is not None:
+        keys = min(keys, _width(ops, min(_CAUSAL_ROWS, length)))
     rows = max(1, _SCORES_PER_CHUNK // max(1, batch * num_heads_k * qheads_per_kvhead * keys))
-    if ops.positions is not None:
+    if ops.upper is not None:
         rows = min(rows, _CAUSAL_ROWS)
     for start in range(0, length, rows):
         chunk = _chunk(ops, slice(start, min(start + rows, length)))
@@ -336,50 +395,93 @@ def _chunks(ops: _Operands) -> Iterator[_Chunk]:
             yield chunk
 
 
+def _width(ops: _Operands, rows: int) -> int:
+    """No fewer keys than any chunk of so many rows may see."""
+    assert ops.lower is not None and ops.upper is not None
+    lower, upper = ops.lower.amin(0), ops.upper.amax(0)
+    return max(1, ops.prefix + int((upper[rows - 1 :] - lower[: len(lower) - rows + 1]).max()) + 2 * GROUP_SIZE)
+
+
+def _columns(ops: _Operands, rows: slice) -> tuple[int, int, int]:
+    """Which keys these rows may see, in whole groups: the first `head`, and those from `start` to `stop`."""
+    start, stop = 0, ops.key_fq.shape[2]
+    if ops.upper is not None:
+        stop = max(0, min(stop, int(ops.upper[:, rows].max()) + 1))
+    if ops.lower is not None:
+        start = min(max(0, int(ops.lower[:, rows].min())), stop) // GROUP_SIZE * GROUP_SIZE
+    head = -(-ops.prefix // GROUP_SIZE) * GROUP_SIZE
+    return (head, start, stop) if head < start else (0, 0 if head else start, stop)
+
+
 def _chunk(ops: _Operands, rows: slice) -> _Chunk | None:
     """The probabilities of some rows, exact and quantized; None where no key can be allowed."""
-    keys = ops.key_fq.shape[2]
+    head, start, stop = _columns(ops, rows)
+    if start >= stop and not head:
+        return None
+    device = ops.query.device
+    columns: slice | torch.Tensor = slice(start, stop)
+    if head:
+        columns = torch.cat((torch.arange(head, device=device), torch.arange(start, stop, device=device)))
     allowed = ops.key_mask[:, None] if ops.key_mask is not None else None
     kept = None
-    if ops.positions is not None:
-        position = ops.positions[:, rows, None]
-        keys = max(0, min(keys, int(position.max()) + 1))
-        column = torch.arange(keys, device=position.device)
-        visible = column <= position
-        allowed = visible if allowed is None else visible & allowed[..., :keys]
-        if ops.spec.keeps_groups(causal=True):
-            kept = (column < GROUP_SIZE) | (column // GROUP_SIZE == position.div(GROUP_SIZE, rounding_mode="floor"))
-    if keys <= 0:
-        return None
-    scores = ops.query[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, :keys].mT
+    if ops.upper is not None:
+        upper = ops.upper[:, rows, None]
+        column = columns if isinstance(columns, torch.Tensor) else torch.arange(start, stop, device=device)
+        visible = column <= upper
+        if ops.lower is not None:
+            visible = visible & ((column >= ops.lower[:, rows, None]) | (column < ops.prefix))
+        allowed = visible if allowed is None else visible & allowed[..., columns]
+        if ops.spec.keeps_groups(True):
+            kept = (column < GROUP_SIZE) | (column // GROUP_SIZE == upper.div(GROUP_SIZE, rounding_mode="floor"))
+    scores = ops.query[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, columns].mT
     if ops.smooth is not None:
         scores += ops.smooth.scores[..., _block_of(rows, scores.device), :].flatten(2, 3)
-    scores *= ops.softmax_scale * LOG2_E
+    slope = None
+    if ops.softcap is None:
+        scores *= ops.softmax_scale * LOG2_E
+    else:
+        scores = scores.mul_(ops.softmax_scale / ops.softcap).tanh_()
+        slope = 1.0 - scores.square()
+        scores *= ops.softcap * LOG2_E
     if allowed is not None:
         _fill(ops, scores, ~allowed, -torch.inf)
     row_max = scores.amax(-1, keepdim=True).ceil_()
-    row_max.masked_fill_(row_max == -torch.inf, 0.0)
-    rescale = None  # of the keys that are quantized
+    quantized_max = row_max
     if kept is not None:
         quantized_max = _fill(ops, scores.clone(), kept, -torch.inf).amax(-1, keepdim=True).ceil_()
+    sink = None if ops.sinks is None else ops.to_rows(ops.sinks, rows) * LOG2_E
+    if sink is not None:
+        row_max = torch.maximum(row_max, sink.ceil())
+    row_max.masked_fill_(row_max == -torch.inf, 0.0)
+    rescale = None  # of the keys that are quantized
+    if kept is not None or sink is not None:
         rescale = torch.exp2((row_max - quantized_max).clamp_(max=_MAX_RESCALE))
     p = scores.sub_(row_max).exp2_()
     p_fq = p
     if (how := ops.spec.formats.probabilities) is not None:
-        # Codes are those against the maximum of the keys that are quantized; kept keys only rescale, by a power of two.
-        rescaled = p if kept is None or rescale is None else _fill(ops, p * rescale, kept, 0.0)
+        # Codes are those against the maximum of the keys that are quantized; kept keys and sinks rescale, by a power of two.
+        rescaled = p if rescale is None else p * rescale
+        rescaled = rescaled if kept is None else _fill(ops, rescaled, kept, 0.0)
         p_fq, too_large = p_in_format(rescaled, how)
         p_fq = p_fq.to(p.dtype)
         p_fq /= too_large if rescale is None else too_large * rescale
     row_sum = p.sum(-1, keepdim=True)
-    return _Chunk(rows=rows, keys=keys, p=p, p_fq=p_fq, row_max=row_max, row_sum=row_sum, kept=kept)
+    p_sink = None
+    if sink is not None:
+        p_sink = torch.exp2(sink - row_max)
+        row_sum += p_sink
+        p_sink /= row_sum
+    return _Chunk(
+        rows=rows, columns=columns, head=head, start=start, stop=stop, p=p, p_fq=p_fq,
+        row_max=row_max, row_sum=row_sum, p_sink=p_sink, slope=slope, kept=kept,
+    )  # fmt: skip
 
 
 def _kept_product(ops: _Operands, chunk: _Chunk) -> torch.Tensor | float:
     """The kept groups' share of P~ V: unquantized probabilities times unquantized values."""
     product: torch.Tensor | float = 0.0
-    for columns, kept in chunk.kept_columns(ops):
-        product = product + (chunk.p[..., columns] * kept) @ ops.value[:, :, columns]
+    for place, keys, kept in chunk.kept_columns(ops):
+        product = product + (chunk.p[..., place] * kept) @ ops.value[:, :, keys]
     return product
 
 

@@ -26,6 +26,9 @@ SMOOTH_BLOCK = 128
 MAX_HEAD_DIM = 256
 """Head dims are multiples of GROUP_SIZE up to this one."""
 
+FEATURES = ("window", "block_size", "prefix", "bounds", "softcap", "sinks")
+"""Arguments of `attention` that change who sees whom or how scores become probabilities, and that not everybody computes."""
+
 Axis = Literal["head_dim", "keys"]
 ScaleRule = Literal["divide", "reciprocal"]
 Preset = Literal[
@@ -73,6 +76,8 @@ class _Rules(NamedTuple):
     own_scale: bool = True
     """A scale of the scores other than D ** -0.5, and the log-sum-exp."""
     head_dims: tuple[int, ...] | None = None
+    features: tuple[str, ...] = ()
+    """Those of FEATURES that its servers compute."""
     impls: tuple[str, ...] = ("triton", "fp4")
     """What computes it besides `eager`."""
 
@@ -82,31 +87,37 @@ _RECIPROCAL = NVFP4Format(scale="reciprocal")
 _RECIPROCAL_KEYS = NVFP4Format(scale="reciprocal", axis="keys")
 _RECIPROCAL_E4M3 = NVFP4Format(scale="reciprocal", then_e4m3=True)
 _RECIPROCAL_4OVER6 = NVFP4Format(scale="reciprocal", then_e4m3=True, four_over_six=True)
+_OF_CACHES = ("window", "softcap")
 
 _TABLE: dict[str, _Rules] = {
     "nvfp4": _Rules(
         Formats(_DIVIDE, _DIVIDE, NVFP4Format(axis="keys"), "two_level"),
         "Q, K, P and V in NVFP4, on this package's own grid",
         options=True,
+        features=FEATURES,
     ),
     "nvfp4_qk": _Rules(
         Formats(_DIVIDE, _DIVIDE, None, None),
         "Q and K in NVFP4, on this package's own grid, P and V as they are",
         options=True,
+        features=FEATURES,
     ),
     "kv_nvfp4": _Rules(
         Formats(None, _RECIPROCAL, _RECIPROCAL, None),
         "K and V in NVFP4 along the head dim, as the NVFP4 KV caches of vLLM and SGLang hold them",
+        features=_OF_CACHES,
         impls=("sdpa",),
     ),
     "kv_nvfp4_fp8": _Rules(
         Formats("e4m3", _RECIPROCAL_E4M3, _RECIPROCAL_E4M3, None),
         "K and V in NVFP4, then in E4M3 with Q, as vLLM's NVFP4 KV cache is read on sm_100",
+        features=_OF_CACHES,
         impls=(),
     ),
     "kv_nvfp4_4over6": _Rules(
         Formats("e4m3", _RECIPROCAL_4OVER6, _RECIPROCAL_4OVER6, None),
         "the same with four-over-six scales, as vLLM's nvfp4_4over6 on sm_100",
+        features=_OF_CACHES,
         impls=(),
     ),
     "fa4_fp4": _Rules(

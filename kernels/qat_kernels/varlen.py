@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import reference
+from .mask import Mask
 from .spec import QuantSpec
 
 
@@ -65,9 +66,11 @@ def forward(
     packing: Packing,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
     with_out_hp: bool,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.forward` of every document: O, O' (empty unless `with_out_hp`) as `query`, and LSE [H, total]."""
     out = torch.empty_like(query)
@@ -76,7 +79,7 @@ def forward(
     for rows, keys in packing.documents(len(query), len(key)):
         q, k, v = _alone(query, rows), _alone(key, keys), _alone(value, keys)
         out_alone, out_hp_alone, lse_alone = reference.forward(
-            q, k, v, None, k_shift, spec=spec, causal=causal, scale=scale, with_out_hp=with_out_hp
+            q, k, v, None, k_shift, spec=spec, mask=mask, scale=scale, with_out_hp=with_out_hp, softcap=softcap, sinks=sinks
         )
         _alone(out, rows).copy_(out_alone)
         if with_out_hp:
@@ -95,18 +98,23 @@ def backward(
     packing: Packing,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`reference.backward` of every document: dQ, dK, dV in the shapes and dtypes of the inputs, contiguous."""
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`reference.backward` of every document: gradients in the shapes and dtypes of the inputs, contiguous."""
+    options: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
+    grad_sinks = query.new_empty(0) if sinks is None else torch.zeros_like(sinks, dtype=reference.accumulator(query.dtype))
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     for rows, keys in packing.documents(len(query), len(key)):
         do, q, k, v = _alone(grad_out, rows), _alone(query, rows), _alone(key, keys), _alone(value, keys)
-        dq, dk, dv = reference.backward(do, q, k, v, _alone(out_hp, rows), None, k_shift, spec=spec, causal=causal, scale=scale)
+        dq, dk, dv, of_sinks = reference.backward(do, q, k, v, _alone(out_hp, rows), None, k_shift, **options)
+        grad_sinks += of_sinks
         _alone(grad_query, rows).copy_(dq)
         _alone(grad_key, keys).copy_(dk)
         _alone(grad_value, keys).copy_(dv)
-    return grad_query, grad_key, grad_value
+    return grad_query, grad_key, grad_value, grad_sinks if sinks is None else grad_sinks.to(sinks.dtype)
 
 
 def tangent(
@@ -118,15 +126,20 @@ def tangent(
     packing: Packing,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    sinks_tangent: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`reference.tangent` of every document."""
+    options: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap}
+    options |= {"sinks": sinks, "sinks_tangent": sinks_tangent}
     out = torch.empty_like(query)
     for rows, keys in packing.documents(len(query), len(key)):
         q, k, v = _alone(query, rows), _alone(key, keys), _alone(value, keys)
         dq, dk, dv = (_alone(x, where) for x, where in zip(tangents, (rows, keys, keys), strict=True))
-        _alone(out, rows).copy_(reference.tangent(q, k, v, (dq, dk, dv), None, k_shift, spec=spec, causal=causal, scale=scale))
+        _alone(out, rows).copy_(reference.tangent(q, k, v, (dq, dk, dv), None, k_shift, **options))
     return out
 
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qat_kernels import QuantSpec, attention, reference
+from qat_kernels.mask import Mask
 from support.kernels import oracle
 from support.kernels.cases import (
     SPECS,
@@ -240,7 +241,7 @@ def test_memory_is_linear_in_the_length(monkeypatch, causal):
     peaks = []
     for length in (192, 768):
         q, k, v, grad_out = Case(lq=length, lk=length, head_dim=16, heads=(1, 1), batch=1).tensors(torch.float32)
-        options = {"spec": QuantSpec(), "causal": causal, "scale": 0.25}
+        options = {"spec": QuantSpec(), "mask": Mask(causal=causal), "scale": 0.25}
         with PeakMemory() as memory:
             _, out_hp, _ = reference.forward(q, k, v, None, None, with_out_hp=True, **options)
             reference.backward(grad_out, q, k, v, out_hp, None, None, **options)

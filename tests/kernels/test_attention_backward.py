@@ -114,7 +114,7 @@ def test_opcheck(case, dtype, transposed):
     if transposed:
         tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
     q, k, v, grad_out = tensors
-    rest = (case.key_mask(), case.k_shift(), case.spec().to_json(), case.causal, 0.2)
+    rest = (case.key_mask(), case.k_shift(), case.spec().to_json(), case.seen().to_json(), 0.2)
     op = torch.ops.qat_kernels
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "eager"))

@@ -330,5 +330,5 @@ def test_kernels_say_once_that_their_tangents_are_slow():
 def test_opcheck(options):
     case = Case(lq=20, lk=20, **options)
     tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.tensors(torch.float32)[:3]]
-    rest = (case.key_mask(), case.k_shift(), case.spec().to_json(), case.causal, 0.2)
+    rest = (case.key_mask(), case.k_shift(), case.spec().to_json(), case.seen().to_json(), 0.2)
     torch.library.opcheck(torch.ops.qat_kernels.attention_tangent.default, (*tensors, *directions(tensors), *rest))

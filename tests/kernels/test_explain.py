@@ -20,7 +20,7 @@ def on_gpu(capability):
     return (
         mock.patch("qat_kernels.triton.launch.check_device", lambda device: None),
         mock.patch("qat_kernels.fp4.launch.arch_of", lambda device: arch),
-        mock.patch("qat_kernels.dispatch.resolve", lambda device, dtype, preset, packed: "triton"),
+        mock.patch("qat_kernels.dispatch.resolve", lambda device, dtype, preset, packed, asked: "triton"),
     )
 
 

@@ -150,7 +150,7 @@ def test_opcheck(options, dtype, transposed):
     if transposed:
         tensors = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in tensors]
     q, k, v, grad_out = tensors
-    rest = (None, keywords["k_shift"], case.spec().to_json(), case.causal, 0.2)
+    rest = (None, keywords["k_shift"], case.spec().to_json(), case.seen().to_json(), 0.2)
     packing = Packing(**packing)
     op = torch.ops.qat_kernels
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qat_kernels import reference
+from qat_kernels.mask import Mask
 from qat_kernels.spec import QuantSpec
 from qat_kernels.triton import launch as training
 from qat_kernels.triton.device import arch_of
@@ -147,7 +148,7 @@ def _sampled_rows(problem: problems.Attended, found: launch.Outputs) -> Iterator
             k, v = (x[b : b + 1, h * heads_k // heads, None, :seen].float() for x in (problem.k, problem.v))
             q = problem.q[b : b + 1, h : h + 1, rows].float()
             expected, *_ = reference.forward(
-                q, k, v, None, None, spec=problem.spec, causal=problem.causal, scale=head_dim**-0.5, with_out_hp=False
+                q, k, v, None, None, spec=problem.spec, mask=Mask(causal=problem.causal), scale=head_dim**-0.5, with_out_hp=False
             )
             yield found[0][b : b + 1, h : h + 1, rows], expected
 

@@ -69,14 +69,14 @@ def test_packed_documents_are_as_if_alone_to_the_bit(options, device):
 def run_opcheck(case: Case, *, device: str) -> None:
     q, k, v, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2).to(device) for x in case.tensors(torch.bfloat16))
     masks = [None if x is None else x.to(device) for x in (case.key_mask(), case.k_shift())]
-    rest = (*masks, case.spec().to_json(), case.causal, 0.2)
+    rest = (*masks, case.spec().to_json(), case.seen().to_json(), 0.2)
     op = torch.ops.qat_kernels
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "triton"))
     torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "triton"))
     out, out_hp, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "triton")
     out_hp = out if case.preset == "nvfp4_qk" else out_hp
-    rest = (*masks, k.shape[2], k.shape[1], case.spec().to_json(), case.causal, 0.2)
+    rest = (*masks, k.shape[2], k.shape[1], case.spec().to_json(), case.seen().to_json(), 0.2)
     torch.library.opcheck(op.attention_backward.default, (grad_out, None, None, v, out_hp, stats, codes, *rest, "triton"))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from qat_kernels import QuantSpec, attention
+from qat_kernels.mask import Mask
 from support.kernels import oracle
 
 LENGTHS = (1, 15, 16, 17, 33, 48, 90, 150)
@@ -43,6 +44,12 @@ class Case:
     shift: bool = False
     scale: float | None = None
     size: float = 1.0
+    window: int | None = None
+    block_size: int = 1
+    prefix: int = 0
+    bounds: str | None = None
+    softcap: float | None = None
+    sinks: bool = False
     coarse: bool = False
     """Inputs in multiples of 1/8: then rotations and sums of squared errors are exact in float32, in any order."""
     seed: int = 0
@@ -86,8 +93,36 @@ class Case:
         x = torch.randn(self.heads[1], self.head_dim, generator=torch.Generator().manual_seed(self.seed + 2))
         return ((x * 8).round() / 8 if self.coarse else x) * self.size
 
+    def sink_logits(self) -> torch.Tensor | None:
+        if not self.sinks:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 3)
+        return torch.randn(self.heads[0], generator=generator) * 2
+
+    def bound_tensors(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`images`: causal with a window, and spans of tokens that see each other; `random`: anything, empty intervals too."""
+        if self.bounds is None:
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 4)
+        if self.bounds == "random":
+            lower = torch.randint(0, self.lk + 1, (self.batch, self.lq), generator=generator)
+            upper = torch.randint(-1, self.lk, (1, self.lq), generator=generator)
+            return lower.sort(1).values.int(), upper.sort(1).values.int()
+        position = (torch.arange(self.lq) + self.lk - self.lq).expand(self.batch, -1)
+        end_of_span = torch.where(position % 40 < 23, position, position // 40 * 40 + 39)
+        lower = (end_of_span - 37).clamp(0, self.lk)
+        return lower.int(), end_of_span.clamp(-1, self.lk - 1).int()
+
     def tensor_options(self) -> dict:
-        return {"causal": self.causal, "scale": self.scale, "key_mask": self.key_mask(), "k_shift": self.k_shift()}
+        options = {"causal": self.causal, "scale": self.scale, "key_mask": self.key_mask(), "k_shift": self.k_shift()}
+        return options | self.features()
+
+    def features(self) -> dict:
+        """Of the arguments that not every implementation computes those that are not left out."""
+        values = {name: getattr(self, name) for name in ("window", "block_size", "prefix", "softcap")}
+        values = {name: value for name, value in values.items() if value != getattr(Case, name)}
+        tensors = {"bounds": self.bound_tensors(), "sinks": self.sink_logits()}
+        return values | {name: value for name, value in tensors.items() if value is not None}
 
     def options(self) -> dict:
         """The keywords of `qat_kernels.attention`."""
@@ -96,6 +131,10 @@ class Case:
     def oracle_options(self) -> dict:
         """The keywords of the oracle."""
         return self.tensor_options() | {"preset": self.preset, "rotate": self.rotate, "four_over_six": self.four_over_six}
+
+    def seen(self) -> Mask:
+        bounded = self.bounds is not None
+        return Mask(causal=self.causal, window=self.window, block_size=self.block_size, prefix=self.prefix, bounded=bounded)
 
     def spec(self) -> QuantSpec:
         return QuantSpec(preset=self.preset, rotate=self.rotate, four_over_six=self.four_over_six)
@@ -178,9 +217,12 @@ def lse_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def run(q, k, v, grad_out, **options) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Output, log-sum-exp and the gradients of fresh leaves with the strides of q, k and v."""
+    """Output, log-sum-exp and the gradients of fresh leaves with the strides of q, k and v, and of the sinks if there are any."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out, lse = attention(*leaves, return_lse=True, **options)
+    if options.get("sinks") is not None:
+        leaves.append(options["sinks"].detach().requires_grad_())
+        options["sinks"] = leaves[3]
+    out, lse = attention(*leaves[:3], return_lse=True, **options)
     return out.detach(), lse, list(torch.autograd.grad(out, leaves, grad_out))
 
 
@@ -193,8 +235,9 @@ def forward_op(case: Case, q, k, v, *, needs_gradient: bool = True, impl: str = 
     """O, O' and LSE."""
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     return torch.ops.qat_kernels.attention_forward(
-        q, k, v, case.key_mask(), case.k_shift(), case.spec().to_json(), case.causal, scale, needs_gradient, impl
-    )[:3]
+        q, k, v, case.key_mask(), case.k_shift(), case.spec().to_json(), case.seen().to_json(), scale, needs_gradient, impl,
+        None, None, 0, 0, *(case.bound_tensors() or (None, None)), case.softcap, case.sink_logits(),
+    )[:3]  # fmt: skip
 
 
 def assert_same_bits(actual, expected) -> None:

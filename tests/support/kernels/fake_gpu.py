@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 
 from qat_kernels import QuantSpec, reference, varlen
+from qat_kernels.mask import Mask
 from qat_patch.self_check import child
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ IDENTITY = {
 
 def definition(q, k, v, key_mask, k_shift, packing=None, *, spec, causal, scale, **_):
     """O and LSE, as every launcher returns them first."""
-    options = {"spec": spec, "causal": causal, "scale": scale, "with_out_hp": False}
+    options = {"spec": spec, "mask": Mask(causal=causal), "scale": scale, "with_out_hp": False}
     if packing is None:
         out, _, lse = reference.forward(q, k, v, key_mask, k_shift, **options)
     else:

@@ -163,19 +163,38 @@ def _ceil_max(s):
     return torch.cat([s, s.new_full((s.shape[0], 1), -math.inf)], -1).amax(-1, keepdim=True).ceil()
 
 
-def _head(q, k, v, valid, q_pos, *, preset, rotate, four_over_six, scale, shift):
+def _who_sees_whom(lq, lk, first, causal, window, block_size, prefix, bounds):
+    """Section 4, query by query: a table [lq, lk - first] of what is seen, and one of what would be kept.
+
+    Keys count from the first allowed one; `bounds` are those of this sequence, [lq] each, in the caller's positions.
+    """
+    keys = lk - first
+    seen, kept = (torch.zeros(lq, keys, dtype=torch.bool) for _ in range(2))
+    for i in range(lq):
+        if bounds is not None:
+            lower, upper = (int(bound[i]) - first for bound in bounds)
+        elif causal:
+            upper = ((i + lk - lq - first) // block_size + 1) * block_size - 1
+            lower = 0 if window is None else upper - window + 1
+            upper = min(upper, keys - 1)
+        else:
+            seen[i] = True
+            continue
+        j, in_prefix = torch.arange(keys), min(prefix, keys)
+        seen[i] = (j < in_prefix) | ((lower <= j) & (j <= upper))
+        kept[i] = (j // GROUP == 0) | (j // GROUP == max(upper, in_prefix - 1) // GROUP)
+    return seen, kept
+
+
+def _head(q, k, v, valid, seen, kept, *, preset, rotate, four_over_six, scale, shift, softcap, sink):
     """Forward of one head, differentiable by the rule of section 5 (docs/NUMERICS.md, sections 3 and 4).
 
-    `k` and `v` start at the first allowed key of the sequence, so that groups along tokens start at index 0. `q_pos` is
-    the position of every query on the same axis for causal attention, else None.
+    `k` and `v` start at the first allowed key of the sequence, so that groups along tokens start at index 0; so do the tables
+    `seen` and `kept`. `sink` is a number or None.
     """
     k, v = (torch.where(valid[:, None], x, torch.zeros_like(x)) for x in (k, v))
-    j = torch.arange(k.shape[0])
-    allowed = valid.expand(q.shape[0], -1)
-    kept = torch.zeros_like(allowed)
-    if q_pos is not None:
-        allowed = allowed & (j <= q_pos[:, None])
-        kept = (j // GROUP == 0) | (j // GROUP == q_pos[:, None] // GROUP)
+    allowed = seen & valid
+    kept = kept & allowed
 
     q_format, k_format, v_format, p_format = PRESETS[preset]
     added = 0.0
@@ -184,15 +203,25 @@ def _head(q, k, v, valid, q_pos, *, preset, rotate, four_over_six, scale, shift)
     qf = _quantize_rows(q, None, rotate, four_over_six, q_format)
     kf = _quantize_rows(k, shift, rotate, four_over_six, k_format)
     factor = scale * 64 / q.shape[-1] if rotate else scale
-    s = ((qf @ kf.T + added) * (factor * math.log2(math.e))).masked_fill(~allowed, -math.inf)
+    s, slope, log2_e = qf @ kf.T + added, 1.0, math.log2(math.e)
+    if softcap is None:
+        s = s * (factor * log2_e)
+    else:
+        capped = torch.tanh(s * factor / softcap)
+        s, slope = capped * softcap * log2_e, 1 - capped**2
+    s = s.masked_fill(~allowed, -math.inf)
 
     # Codes of P~ are those against m; everything else is relative to the maximum of all keys, kept ones included, an
     # integer too, so the change of reference is an exact power of two and nothing overflows.
     m = _ceil_max(s.detach().masked_fill(kept, -math.inf))
     top = _ceil_max(s.detach())
+    if sink is not None:
+        top = torch.maximum(top, (sink.detach() * log2_e).ceil())
     top = torch.where(top == -math.inf, 0.0, top)
     exp_scores = torch.exp2(s - top)
     row_sum = exp_scores.sum(-1, keepdim=True)
+    if sink is not None:
+        row_sum = row_sum + torch.exp2(sink * log2_e - top)
     norm = torch.where(row_sum == 0, 1.0, row_sum)
     p = exp_scores / norm
     pf, vf = p, v if v_format is None else _straight_through(v, in_format(v, v_format, four_over_six))
@@ -210,11 +239,15 @@ def _head(q, k, v, valid, q_pos, *, preset, rotate, four_over_six, scale, shift)
         out=pf.masked_fill(kept, 0.0) @ vf + high,
         out_hp=p.masked_fill(kept, 0.0) @ vf + high,
         lse=(top + torch.log2(row_sum)).squeeze(-1) * math.log(2),
+        p_sink=None if sink is None else torch.exp2(sink * log2_e - top) / norm, slope=slope,
         m=m.squeeze(-1), p=p, pf=pf, kept=kept, qf=qf, kf=kf, v=v, vf=vf, factor=factor,
     )  # fmt: skip
 
 
-def _heads(q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None):
+def _heads(
+    q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None,
+    window=None, block_size=1, prefix=0, bounds=None, softcap=None, sinks=None,
+):  # fmt: skip
     """Yields (b, h, kv, first, _head(...)) for every query head (docs/NUMERICS.md, Notation, sections 3 and 4)."""
     q, k, v = q.double(), k.double(), v.double()
     (batch, heads, lq, d), (kv_heads, lk) = q.shape, k.shape[1:3]
@@ -222,13 +255,15 @@ def _heads(q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal
     for b in range(batch):
         valid = torch.ones(lk, dtype=torch.bool) if key_mask is None else key_mask[b]
         first = int(valid.nonzero()[0]) if valid.any() else lk
-        q_pos = torch.arange(lq) + (lk - lq) - first if causal else None
+        of_batch = None if bounds is None else [x.expand(batch, -1)[b] for x in bounds]
+        seen, kept = _who_sees_whom(lq, lk, first, causal, window, block_size, prefix, of_batch)
         for h in range(heads):
             kv = h // (heads // kv_heads)
             shift = None if k_shift is None else k_shift[kv]
             head = _head(
-                q[b, h], k[b, kv, first:], v[b, kv, first:], valid[first:], q_pos,
+                q[b, h], k[b, kv, first:], v[b, kv, first:], valid[first:], seen, kept,
                 preset=preset, rotate=rotate, four_over_six=four_over_six, scale=scale, shift=shift,
+                softcap=softcap, sink=None if sinks is None else sinks[h].double(),
             )  # fmt: skip
             if shift is not None:
                 head.lse = head.lse + scale * (q[b, h] @ shift.double())
@@ -236,14 +271,11 @@ def _heads(q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal
 
 
 @torch.no_grad()
-def attention(
-    q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None
-):
+def attention(q, k, v, **options):
     """The forward, docs/NUMERICS.md, sections 3, 4 and 6: dict of "out" O, "out_hp" O', "lse" and "row_max" m (float64)."""
-    options = {"preset": preset, "rotate": rotate, "four_over_six": four_over_six, "causal": causal, "scale": scale}
     out, row = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:-1], dtype=torch.float64)
     result = {"out": out, "out_hp": out.clone(), "lse": row, "row_max": row.clone()}
-    for b, h, _, _, head in _heads(q, k, v, key_mask=key_mask, k_shift=k_shift, **options):
+    for b, h, _, _, head in _heads(q, k, v, **options):
         for name, value in (("out", head.out), ("out_hp", head.out_hp), ("lse", head.lse), ("row_max", head.m)):
             result[name][b, h] = value
     return result
@@ -257,17 +289,20 @@ def _score_gradients(head, do):
 
 @torch.no_grad()
 def backward(q, k, v, grad_out, **options):
-    """(dq, dk, dv) by the formulas of docs/NUMERICS.md, section 5; options as for `attention`."""
+    """(dq, dk, dv) by the formulas of docs/NUMERICS.md, section 5, and with sinks theirs; options as for `attention`."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v))
+    dsinks = torch.zeros(q.shape[1], dtype=torch.float64)
     for b, h, kv, first, head in _heads(q, k, v, **options):
         do = grad_out[b, h].double()
         dp, delta = _score_gradients(head, do)
-        ds = head.p * (dp - delta)
+        ds = head.p * (dp - delta) * head.slope
+        if head.p_sink is not None:
+            dsinks[h] -= (head.p_sink * delta).sum()
         back = hadamard(q.shape[-1]).double().T if options.get("rotate") else torch.eye(q.shape[-1], dtype=torch.float64)
         dq[b, h] = head.factor * ds @ head.kf @ back
         dk[b, kv, first:] += head.factor * ds.T @ head.qf @ back
         dv[b, kv, first:] += torch.where(head.kept, head.p, head.pf).T @ do
-    return dq, dk, dv
+    return (dq, dk, dv) if options.get("sinks") is None else (dq, dk, dv, dsinks)
 
 
 @torch.no_grad()
@@ -279,7 +314,7 @@ def uncancelled(q, k, v, grad_out, **options):
     squares = torch.zeros(2, dtype=torch.float64)
     for b, h, _, _, head in _heads(q, k, v, **options):
         dp, delta = _score_gradients(head, grad_out[b, h].double())
-        ds = head.factor * head.p * (dp.abs() + delta.abs())
+        ds = head.factor * head.p * (dp.abs() + delta.abs()) * head.slope
         squares += torch.stack([x.square().sum() for x in (ds @ head.kf.abs(), ds.T @ head.qf.abs())])
     if options.get("rotate"):
         squares *= q.shape[-1] / 64  # the rotation back multiplies norms by sqrt(D) / 8
@@ -288,21 +323,23 @@ def uncancelled(q, k, v, grad_out, **options):
 
 @torch.enable_grad()
 def autograd_backward(q, k, v, grad_out, **options):
-    """(dq, dk, dv) by autograd through the straight-through rule of docs/NUMERICS.md, section 5; options as above."""
-    leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v)]
+    """(dq, dk, dv, and dsinks) by autograd through the straight-through rule of docs/NUMERICS.md, section 5; options as above."""
+    sinks = [] if (given := options.pop("sinks", None)) is None else [given]
+    leaves = [x.detach().double().clone().requires_grad_() for x in (q, k, v, *sinks)]
     outs, grads = [], []
-    for b, h, _, _, head in _heads(*leaves, **options):
+    for b, h, _, _, head in _heads(*leaves[:3], **options, sinks=leaves[3] if sinks else None):
         outs.append(head.out)
         grads.append(grad_out[b, h].double())
     return torch.autograd.grad(outs, leaves, grads)
 
 
 def tangent(q, k, v, tangents, **options):
-    """The tangent of O along those of q, k and v, by forward-mode differentiation of the same rule; options as above."""
+    """The tangent of O along those of q, k, v and any sinks, by forward-mode differentiation of the same rule."""
+    sinks = [] if (given := options.pop("sinks", None)) is None else [given]
     out = torch.zeros(q.shape, dtype=torch.float64)
     with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x.detach().double(), t.double()) for x, t in zip((q, k, v), tangents, strict=True)]
-        for b, h, _, _, head in _heads(*duals, **options):
+        duals = [forward_ad.make_dual(x.detach().double(), t.double()) for x, t in zip((q, k, v, *sinks), tangents, strict=True)]
+        for b, h, _, _, head in _heads(*duals[:3], **options, sinks=duals[3] if sinks else None):
             along = forward_ad.unpack_dual(head.out).tangent
             out[b, h] = 0.0 if along is None else along
     return out

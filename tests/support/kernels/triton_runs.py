@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qat_kernels import reference
+from qat_kernels.mask import Mask
 from support.kernels.cases import SPECS, Case, error, lse_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -53,10 +54,11 @@ def run_reference(case: Case, tensors: list[torch.Tensor]) -> tuple:
     # SageAttention3's smoothing rounds to the dtype of its inputs.
     q, k, v, grad_out = tensors if case.spec().reads_query else (x.float() for x in tensors)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = {"spec": case.spec(), "causal": case.causal, "scale": scale}
+    options = {"spec": case.spec(), "mask": Mask(causal=case.causal), "scale": scale}
     masks = tuple(None if x is None else x.to(q.device) for x in (case.key_mask(), case.k_shift()))
     out, out_hp, lse = reference.forward(q, k, v, *masks, with_out_hp=True, **options)
-    return out, out_hp, lse, reference.backward(grad_out, q, k, v, out_hp, *masks, **options)
+    *grads, _ = reference.backward(grad_out, q, k, v, out_hp, *masks, **options)
+    return out, out_hp, lse, grads
 
 
 BOUNDS = {torch.bfloat16: (3e-3, 1e-2), torch.float16: (3e-3, 1e-2), torch.float32: (1e-5, 1e-5)}
