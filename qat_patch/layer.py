@@ -101,6 +101,11 @@ class AttentionCall:
     scale: float | None
     key_mask: torch.Tensor | None
     """bool [batch, keys], True where a key may be seen."""
+    window: int | None = None
+    """How many keys a query sees, its own included; None: all before it."""
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    """[heads]"""
 
 
 def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -65,6 +65,12 @@ def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()
     def observe(name: str, layer: AttentionLayer, call: AttentionCall) -> None:
         if any(fnmatchcase(name, pattern) for pattern in exclude):
             return
+        if call.softcap is not None or call.sinks is not None:
+            what = "a soft cap of the scores" if call.softcap is not None else "attention sinks"
+            raise ValueError(
+                f"calibrate: {name} has {what}, which sees what a K shift adds to all scores of a row; expected modules without: "
+                f"exclude it, with exclude=[{name!r}]"
+            )
         if not call.causal:
             _check_one_set_of_keys(name, keys_of_call.setdefault(name, call.key), call.key)
         means.setdefault(name, _Mean()).add(call)

@@ -121,6 +121,9 @@ def _squares(layer: AttentionLayer, call: AttentionCall) -> tuple[torch.Tensor, 
         scale=call.scale,
         key_mask=call.key_mask,
         k_shift=layer.shift_on(call.key.device),
+        window=call.window,
+        softcap=call.softcap,
+        sinks=call.sinks,
     ).double()
     original = call.out.double()
     queries = call.query.shape[2]

@@ -162,7 +162,7 @@ def _forward(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, for whole sequences without padding."""
-    if masks.read(attention_mask, query.shape[2], key.shape[2]) != (query.shape[2], None, None):
+    if masks.read(attention_mask, query.shape[2], key.shape[2], from_the_first=True) != masks.Causal(query.shape[2]):
         raise ValueError("serve: expected whole windows, without padding")
     layer = layers[module]
     if layer.probed:

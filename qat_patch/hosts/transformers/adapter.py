@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from qat_patch.config import spec_problem
 from qat_patch.layer import AttentionLayer
 from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
 
-from . import masks, packed_samples
+from . import masks, packed_samples, windows
 from .attention import CHECKED, COMPUTED, LAYER, WITHOUT_EFFECT, attention_forward
 from .source import attention_code
 
@@ -34,6 +33,8 @@ _ARGUMENTS = frozenset(
     }
 ) | COMPUTED | WITHOUT_EFFECT  # fmt: skip
 """What a module may pass to attention by name."""
+_FEATURES = {"window": "a sliding window", "softcap": "a soft cap of the scores", "sinks": "attention sinks"}
+"""For people: what modules ask for, by the names that `qat_kernels.attention` has for it."""
 
 
 def owns(model: object) -> bool:
@@ -96,24 +97,27 @@ def reason_to_skip(module: Any) -> str | None:
 
 def problem(module: Any, spec: QuantSpec) -> str | None:
     """Why 4-bit attention cannot compute what this module asks for."""
-    config = module.config
     dropout = getattr(module, "attention_dropout", 0.0)
     head_dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
-    kinds = getattr(config, "layer_types", None) or []
     found = {
-        "a sliding window": getattr(module, "sliding_window", None) or _config_window(module),
-        "a soft cap of the scores": getattr(config, "attn_logit_softcapping", None),
-        "attention sinks": "s_aux" if getattr(module, "sinks", None) is not None else None,
         "a position bias": "position_bias" if getattr(module, "has_relative_attention_bias", None) is not None else None,
-        "chunks of tokens": getattr(config, "attention_chunk_size", None)
-        if _kind(kinds, module) == "chunked_attention"
-        else None,
         "dropout": (dropout.p if isinstance(dropout, torch.nn.Dropout) else dropout) or None,
     }
     for what, value in found.items():
         if value is not None:
             return f"{what} ({value})" + ("; set it to 0 in the config" if what == "dropout" else "")
     code = attention_code(module)
+    features = {
+        "window": windows.window_of(module),
+        "softcap": windows.softcap_of(module),
+        "sinks": getattr(module, "sinks", None),
+    }
+    for feature, argument in (("softcap", "softcap"), ("sinks", "s_aux")):
+        if features[feature] is not None and (code is None or code.keywords is None or argument not in code.keywords):
+            return f"{_FEATURES[feature]} that its {type(module).__name__} does not pass to attention as {argument}"
+    for feature, value in features.items():
+        if value is not None and feature not in spec.rules.features:
+            return f"{_FEATURES[feature]}, which the servers of preset={spec.preset!r} do not compute"
     if code is not None and code.keywords is not None and (unknown := sorted(code.keywords - _ARGUMENTS)):
         return f"its {type(module).__name__} passes {', '.join(unknown)} to attention, which is not known here"
     if code is not None and code.uses_mask is not None:
@@ -123,12 +127,6 @@ def problem(module: Any, spec: QuantSpec) -> str | None:
         return f"values of {value_dim} elements beside keys of {head_dim}; expected as many"
     grouped = getattr(module, "num_key_value_groups", 1) != 1
     return spec_problem(spec, head_dim, causal=module.is_causal, grouped=grouped)
-
-
-def _kind(kinds: Sequence[str], module: Any) -> str | None:
-    """What the config calls the attention of this layer."""
-    number = module.layer_idx
-    return kinds[number] if number is not None and number < len(kinds) else None
 
 
 def prepare(original: Any) -> str:
@@ -167,6 +165,8 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
                 around.register_forward_pre_hook(_begin_pass, with_kwargs=True)
             setattr(around, CHECKED, checked)
             setattr(module, CHECKED, checked)
+            if (window := windows.window_of(module)) is not None:
+                setattr(around, windows.WINDOWS, getattr(around, windows.WINDOWS, frozenset()) | {window})
         elif any(module.config is config for config in ours):
             # It runs the host's code as it is: under the name that it had, and with the masks for it.
             setattr(module, _CONFIG, module.config)
@@ -217,6 +217,7 @@ def restore(model: Any, layers: list[AttentionLayer]) -> None:
             module.config = module.__dict__.pop(_CONFIG, module.config)
             module.__dict__.pop(LAYER, None)
             module.__dict__.pop(CHECKED, None)
+            module.__dict__.pop(windows.WINDOWS, None)
             for key, hook in list(module._forward_pre_hooks.items()):
                 if hook in (_give_original_masks, _begin_pass):
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
@@ -258,10 +259,14 @@ def _models_around(model: Any, layer: AttentionLayer) -> list[Any]:
     return [x for depth in range(len(names)) if owns(x := model.get_submodule(".".join(names[:depth])))]
 
 
-def _begin_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """A hook of the models right around patched modules."""
-    if not torch.compiler.is_compiling():
-        getattr(module, CHECKED).begin(kwargs)
+    if torch.compiler.is_compiling():
+        return None
+    getattr(module, CHECKED).begin(kwargs)
+    if not hasattr(module, windows.WINDOWS) or not _is_ours(module.config._attn_implementation):
+        return None
+    return args, windows.prepare_cache(module, kwargs)
 
 
 def _give_original_masks(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -290,11 +295,3 @@ def _keys(cache: Any, layer_idx: int, queries: int) -> int:
         kinds = zip(cache.is_sliding, cache.is_linear, is_dummy, strict=True)
         layer_idx, queries = next((index for index, kind in enumerate(kinds) if not any(kind)), 0), 0
     return cache.get_mask_sizes(queries, layer_idx)[0]
-
-
-def _config_window(module: Any) -> int | None:
-    """The sliding window of models that read it from the config in every layer (Mistral)."""
-    config = module.config
-    if getattr(config, "layer_types", None) is not None or getattr(config, "use_sliding_window", True) is False:
-        return None
-    return getattr(config, "sliding_window", None)

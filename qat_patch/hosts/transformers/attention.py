@@ -15,6 +15,7 @@ from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
 
 from . import masks, packed_samples
 from .source import host_function
+from .windows import layer_kind, softcap_of, window_of
 
 if TYPE_CHECKING:
     from .cache import Incoming
@@ -23,7 +24,12 @@ LAYER = "_qat_layer"
 """The attribute of an attention module that holds its `AttentionLayer`."""
 CHECKED = "_qat_checked"
 """The attribute of patched modules, and of the models around them, that holds the `packed_samples.Checked` that they share."""
-COMPUTED = frozenset({"scaling", "is_causal", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids"})
+COMPUTED = frozenset(
+    {
+        "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    }
+)  # fmt: skip
 """Arguments of attention that 4-bit attention computes, or compares with what it computes."""
 WITHOUT_EFFECT = frozenset(
     {
@@ -62,16 +68,21 @@ def attention_forward(
     refuse_unknown(layer.name, module, dropout, kwargs)
     if layer.probed and layer.observer is None:
         layer.note_call()
-    if packing is None:
-        try:
-            causal = masks.read(attention_mask, query.shape[2], key.shape[2])
-        except ValueError as error:
-            raise ValueError(f"4-bit attention ({layer.name}): {error}") from None
-    elif not isinstance(key, torch.Tensor):
-        raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")
-    else:
-        causal = masks.Causal(key.shape[2], None, None)
+    try:
+        if packing is None or masks.is_compact(attention_mask):
+            from_the_first = window_of(module) is None and layer_kind(module) != "chunked_attention"
+            causal = masks.read(attention_mask, query.shape[2], key.shape[2], from_the_first=from_the_first)
+        else:  # borders alone tell, and no mask
+            causal = masks.Causal(key.shape[2], window=window_of(module))
+        window = _window(causal.window, kwargs.get("sliding_window"), causal.filled, module)
+    except ValueError as error:
+        raise ValueError(f"4-bit attention ({layer.name}): {error}") from None
+    extras: dict[str, Any] = {"window": window, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     if not isinstance(key, torch.Tensor):
+        if packing is not None:
+            raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")
+        if asked := [name for name, value in extras.items() if value is not None]:
+            raise ValueError(f"{layer.name}: an FP4 cache has no {asked[0]}; generate with the default cache")
         shift = layer.shift_on(query.device)
         out = key.attention(query, spec=layer.spec, scale=scaling, key_mask=causal.key_mask, k_shift=shift, impl=layer.impl)
         return out.transpose(1, 2).contiguous(), None
@@ -79,15 +90,15 @@ def attention_forward(
         arguments = {"scaling": scaling, "dropout": dropout} | kwargs
         out, weights = original_attention(original, module, query, key, value, attention_mask, **arguments)
         query, key, value = under_autocast(query, key[:, :, : causal.filled], value[:, :, : causal.filled])
-        shown = {"query": query, "key": key, "value": value, "out": out.transpose(1, 2)}
-        call = AttentionCall(**shown, causal=True, scale=scaling, key_mask=causal.key_mask)
-        for each in [call] if packing is None else packed_samples.split(call, packing):
+        shown: dict[str, Any] = {"query": query, "key": key, "value": value, "out": out.transpose(1, 2)}
+        call = AttentionCall(**shown, **extras, causal=True, scale=scaling, key_mask=causal.key_mask)
+        for each in [call] if packing is None else packed_samples.split(call, packing, attention_mask):
             layer.observer(layer, each)
         return out, weights
     if causal.filled < key.shape[2]:
         key, value = key[:, :, : causal.filled], value[:, :, : causal.filled]
     query, key, value = under_autocast(query, key, value)
-    options: dict[str, Any] = {"spec": layer.spec, "causal": True, "scale": scaling, "impl": layer.impl}
+    options: dict[str, Any] = {"spec": layer.spec, "causal": True, "scale": scaling, "impl": layer.impl} | extras
     options["k_shift"] = layer.shift_on(key.device)
     if packing is not None:
         q, k, v = (packed_samples.flatten(x) for x in (query, key, value))
@@ -95,6 +106,24 @@ def attention_forward(
         return out.unflatten(0, (query.shape[0], query.shape[2])), None
     out = attention(query, key, value, **options, key_mask=causal.key_mask)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(window: int | None, asked: int | None, keys: int, module: torch.nn.Module) -> int | None:
+    """The window of a mask, if it is the one that the module asks for. One that all keys are in is none.
+
+    Raises:
+        ValueError: they do not agree.
+    """
+    if window is not None and asked is None and torch.compiler.is_compiling():
+        # Of a window its mask tells the width alone there: these may be chunks.
+        if layer_kind(module) == "chunked_attention":
+            if keys > window:
+                raise ValueError(f"torch.compile cannot see chunks of {window} tokens; compile the blocks instead of the model")
+            return None
+        asked = window_of(module) or 0
+    if asked is not None and asked != window and (window is not None or asked < keys):
+        raise ValueError(f"the module asks for a sliding window of {asked} keys, and its mask has {window or 'none'}")
+    return window
 
 
 def original_attention(
@@ -107,8 +136,12 @@ def original_attention(
 
 def refuse_unknown(name: str, module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """That a call asks for nothing but what 4-bit attention computes. None and False ask for nothing."""
+    features = {"softcap": softcap_of(module), "s_aux": getattr(module, "sinks", None)}
     for argument, asked in kwargs.items():
-        if asked is None or asked is False or argument in KNOWN:
+        if asked is None or asked is False:
+            continue
+        # Not what only passes through: the original attention of other modules leaves it out.
+        if argument in KNOWN and (argument not in features or features[argument] is not None):
             continue
         raise ValueError(
             f"4-bit attention ({name}): {argument} is not supported: expected nothing for it, got {_short(asked)}; exclude this "

@@ -16,6 +16,7 @@ from qat_kernels import KVCache
 from qat_patch.layer import AttentionLayer, under_autocast
 
 from .source import attention_code, opens_caches
+from .windows import softcap_of
 
 
 class Incoming:
@@ -152,6 +153,8 @@ def _reason_against(layer: AttentionLayer, module: Any, own: list[Any], users: C
         return f"there is no FP4 cache for preset={layer.spec.preset!r}"
     if module.layer_idx is None or module.layer_idx >= len(own):
         return f"it has number {module.layer_idx} of {len(own)} layers"
+    if softcap_of(module) is not None or getattr(module, "sinks", None) is not None:
+        return "there is no FP4 cache for a soft cap of the scores or attention sinks"
     if type(kept := own[module.layer_idx]) is not DynamicLayer:
         return f"its place in a cache is a {type(kept).__name__}"
     if users[module.layer_idx] > 1:

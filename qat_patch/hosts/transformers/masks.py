@@ -3,7 +3,8 @@
 A causal mask says three things: which keys are filled, which of them are padding, and which of its rows are asked for. A compact
 mask says them in a shape like that of the host's own mask, [batch, 3, queries, filled], and holds next to nothing: its last row
 is that of the last filled key (so that hosts may keep the last rows only), and the dtype says what it holds. The 3 is there for
-code that does not know such masks: it fails, and is not silently wrong, for no attention of 3 heads stands behind one of 1.
+code that does not know such masks: it fails, and is not silently wrong, for no attention of 3 heads stands behind one of 1. For a
+sliding window it is 3 and the width of the window.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qat_kernels.spec import GROUP_SIZE
+
 _MARK = 3
 PLAIN = torch.int8
 """The dtype of a mask without padding. It holds one element."""
@@ -21,7 +24,15 @@ PADDED = torch.uint8
 """The dtype of a mask with padding. It holds [batch, keys] booleans, which differ along the keys only."""
 SAMPLES = torch.int32
 """The dtype of a mask for packed samples. It holds [batch, keys] numbers of samples, which differ along the keys only."""
-_COMPACT = frozenset({PLAIN, PADDED, SAMPLES})
+CHUNKS = torch.int64
+"""The dtype of a mask for chunks of tokens that see each other alone. It holds [batch, keys] numbers, as for samples."""
+PADDING = -1
+"""The number of no chunk."""
+_COMPACT = frozenset({PLAIN, PADDED, SAMPLES, CHUNKS})
+BEFORE_A_WINDOW = 3 * GROUP_SIZE - 2
+"""How many keys there have to be before a window, unless the first key is there. They are the rest of the group that the window
+begins in; a whole group that no query sees; and what is left of another one. Groups count from the first token, and the first
+group of all keys stays in high precision where a query sees it: so both are as they are without a cache."""
 
 
 class Causal(NamedTuple):
@@ -29,10 +40,24 @@ class Causal(NamedTuple):
 
     filled: int
     """How many keys there are; those behind are empty slots. The last query is the last of them."""
-    key_mask: torch.Tensor | None
+    key_mask: torch.Tensor | None = None
     """bool [batch, filled], True where a key may be seen; None: all of them."""
-    samples: torch.Tensor | None
-    """int32 [batch, filled]: the number of every token's sample; None: each row is one sample."""
+    documents: torch.Tensor | None = None
+    """[batch, filled]: the number of every token's sample, or chunk; None: each row is one."""
+    window: int | None = None
+    """How many keys a query sees, its own included; None: all before it."""
+
+
+class _Kind(NamedTuple):
+    """What a mask function says, if it says nothing else."""
+
+    window: int | None = None
+    chunk: tuple[int, torch.Tensor] | None = None
+    """Tokens a chunk, and the tokens of left padding [B]."""
+    samples: torch.Tensor | None = None
+    """[B, L]"""
+    positions: torch.Tensor | None = None
+    """[B, L]: places in each of several samples, where transformers counts by them."""
 
 
 def make_mask(
@@ -48,42 +73,84 @@ def make_mask(
     **kwargs: Any,
 ) -> Any:
     """transformers' mask interface: a compact mask if it is causal; else what `original` has, which patched modules refuse."""
-    from transformers.masking_utils import causal_mask_function
-
-    is_causal, samples = _simplify(mask_function, causal_mask_function)
-    filled = int(q_offset) + q_length
-    shape = (batch_size, _MARK, q_length, filled)
-    # Keys may begin later than with the first token, or end before the last query: that is for the host.
-    at_the_end = not kv_offset and kv_length >= filled
-    if not is_causal or kwargs.get("local_size") is not None or not at_the_end:
+    kind = _kind_of(mask_function, kwargs)
+    first_query = int(q_offset)
+    filled = first_query + q_length - kv_offset
+    if kind is None or kv_length < filled or not _has_what_is_needed(kind, first_query, kv_offset, attention_mask):
         arguments = {"mask_function": mask_function, "attention_mask": attention_mask} | kwargs
         made = _host_mask(original, batch_size, q_length, kv_length, q_offset, kv_offset, **arguments)
         # Without a mask the host means a causal one (a window that all keys are in), but not where the queries are.
-        if made is not None or q_length == 1 or not at_the_end or not kwargs.get("allow_is_causal_skip", True):
+        if made is not None or q_length == 1 or kv_offset or kv_length < filled or not kwargs.get("allow_is_causal_skip", True):
             return made
-        samples = attention_mask = None
-    if samples is not None:
-        return samples.to(SAMPLES)[:, None, None].expand(shape)
+        kind, attention_mask = _Kind(), None
+    shape = (batch_size, _MARK + (kind.window or 0), q_length, filled)
+    if kind.chunk is not None and first_query + q_length > kind.chunk[0]:
+        chunks = _chunks(kind, filled, kv_offset, attention_mask)
+        return chunks.to(CHUNKS)[:, None, None].expand(shape)
+    if kind.samples is not None:
+        return kind.samples.to(SAMPLES)[:, None, None].expand(shape)
+    allowed = None
     if attention_mask is not None:
         attention_mask = attention_mask[:batch_size].bool()
-        padded = torch.nn.functional.pad(attention_mask, (0, max(0, filled - attention_mask.shape[1])))[:, :filled]
-        if torch.compiler.is_compiling() or not padded.all():
-            return padded.to(PADDED)[:, None, None].expand(shape)
+        seen = kv_offset + filled
+        allowed = torch.nn.functional.pad(attention_mask, (0, max(0, seen - attention_mask.shape[1])))[:, :seen]
+    if kv_offset:
+        allowed = _from_whole_groups(batch_size, allowed, kv_offset, filled, kwargs.get("device"))
+    if allowed is not None and (torch.compiler.is_compiling() or kv_offset or not allowed.all()):
+        return allowed.to(PADDED)[:, None, None].expand(shape)
     return torch.empty(1, 1, 1, 1, dtype=PLAIN, device=kwargs.get("device")).expand(shape)
+
+
+def _has_what_is_needed(kind: _Kind, first_query: int, kv_offset: int, attention_mask: torch.Tensor | None) -> bool:
+    """Whether the keys begin early enough for 4-bit attention, and padding is where it can be computed."""
+    if kind.chunk is not None and attention_mask is not None and not torch.compiler.is_compiling():
+        holes = attention_mask.int().diff(dim=-1).abs().sum(-1) > 2 - attention_mask[:, 0].int()  # padding on both sides is none
+        if holes.any():
+            return False
+    if not kv_offset:
+        return True
+    if kind.window is not None:
+        return first_query - kind.window + 1 - kv_offset >= BEFORE_A_WINDOW
+    return kind.chunk is not None
+
+
+def _from_whole_groups(
+    batch: int, allowed: torch.Tensor | None, kv_offset: int, filled: int, device: torch.device | None
+) -> torch.Tensor:
+    """[batch, filled]: the keys from the first whole group on. Groups count from the first token that is no padding."""
+    position = torch.arange(kv_offset, kv_offset + filled, device=device)
+    if allowed is None:
+        return (position >= -(-kv_offset // GROUP_SIZE) * GROUP_SIZE).expand(batch, -1)
+    leftpad = (allowed.cumsum(-1) == 0).sum(-1, keepdim=True)
+    return allowed[:, kv_offset:] & (position >= kv_offset + (leftpad - kv_offset) % GROUP_SIZE)
+
+
+def _chunks(kind: _Kind, filled: int, kv_offset: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """[batch, filled]: the number of every token's chunk, PADDING for left padding."""
+    assert kind.chunk is not None
+    size, leftpad = kind.chunk
+    position = torch.arange(kv_offset, kv_offset + filled, device=leftpad.device) - leftpad[:, None]
+    if kind.samples is not None and kind.positions is not None:
+        return kind.samples * (filled // size + 1) + kind.positions // size
+    return torch.where(position < 0, PADDING, position // size)
 
 
 def is_compact(mask: Any) -> bool:
     """Whether this is a compact mask."""
-    return isinstance(mask, torch.Tensor) and mask.dtype in _COMPACT and mask.ndim == 4 and mask.shape[1] == _MARK
+    return isinstance(mask, torch.Tensor) and mask.dtype in _COMPACT and mask.ndim == 4 and mask.shape[1] >= _MARK
 
 
-def samples_of(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """int32 [batch, keys]: the number of every token's sample; None if the mask tells none apart."""
-    return mask[:, 0, 0] if mask is not None and is_compact(mask) and mask.dtype == SAMPLES else None
+def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[batch, keys]: the number of every token's sample, or chunk; None if the mask tells none apart."""
+    return mask[:, 0, 0] if mask is not None and is_compact(mask) and mask.dtype in (SAMPLES, CHUNKS) else None
 
 
-def read(mask: torch.Tensor | None, queries: int, keys: int) -> Causal:
+def read(mask: torch.Tensor | None, queries: int, keys: int, *, from_the_first: bool) -> Causal:
     """What a mask says to so many queries and keys. No mask is causal if there are as many keys, or one query.
+
+    Args:
+        from_the_first: whether the first key that a query may see is the first of its sequence, as without windows and chunks. To
+            one query any mask is one of keys then.
 
     Raises:
         ValueError: it is not a causal mask, or one of other queries or keys.
@@ -94,17 +161,19 @@ def read(mask: torch.Tensor | None, queries: int, keys: int) -> Causal:
                 f"no mask for {queries} queries and {keys} keys: expected one that says where the queries are; the model has to "
                 "make it with transformers' create_causal_mask"
             )
-        return Causal(keys, None, None)
+        return Causal(keys)
     if not is_compact(mask):
-        if queries == 1 and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, keys):  # to one query, any mask is of keys
-            return Causal(keys, mask[:, 0, 0], None)
+        if from_the_first and queries == 1 and mask.dtype == torch.bool and mask.shape[1:] == (1, 1, keys):
+            return Causal(keys, mask[:, 0, 0])
         raise ValueError(
             f"unsupported mask {mask.dtype} {tuple(mask.shape)}: expected causal attention with an "
-            "optional padding mask [batch, keys], or packed samples; sliding windows and custom 4D masks are not supported yet "
-            "(inside torch.compile pass attention_mask, or cu_seq_lens_q and what goes with it if samples are packed: "
+            "optional padding mask [batch, keys], a sliding window, chunks of tokens or packed samples; other 4D masks are not "
+            "supported, nor a cache that has dropped tokens before 4-bit attention saw them, nor a static one whose window "
+            "slides (inside torch.compile pass attention_mask, or cu_seq_lens_q and what goes with it if samples are packed: "
             "transformers cannot look at position_ids there, and masks as if they were)"
         )
-    _, _, rows, filled = mask.shape
+    _, marked, rows, filled = mask.shape
+    window = marked - _MARK or None
     if rows != queries or filled > keys:
         raise ValueError(
             f"the mask of the model is for {rows} queries and {filled} keys, attention was asked for {queries} "
@@ -113,8 +182,8 @@ def read(mask: torch.Tensor | None, queries: int, keys: int) -> Causal:
     if mask.dtype == PADDED:
         by_key = mask[:, 0, 0]
         # The same, but torch.compile turns no bytes into booleans on every device.
-        return Causal(filled, by_key != 0 if torch.compiler.is_compiling() else by_key.view(torch.bool), None)
-    return Causal(filled, None, samples_of(mask))
+        return Causal(filled, by_key != 0 if torch.compiler.is_compiling() else by_key.view(torch.bool), None, window)
+    return Causal(filled, None, documents_of(mask), window)
 
 
 def restore(mask: Any, original: str, keys: int | None, dtype: torch.dtype) -> Any:
@@ -123,18 +192,23 @@ def restore(mask: Any, original: str, keys: int | None, dtype: torch.dtype) -> A
     Args:
         keys: also counting the empty slots of a static cache behind those that are filled; None: there are none.
     """
-    from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
+    from transformers import masking_utils
 
     if not is_compact(mask):
         return mask
     batch, _, queries, filled = mask.shape
     keys = filled if keys is None else keys
-    causal = read(mask, queries, keys)
-    function, can_skip = causal_mask_function, queries > 1 or filled == keys
-    if causal.samples is not None:
-        function, can_skip = and_masks(causal_mask_function, packed_sequence_mask_function(causal.samples)), False
-    kwargs = {"dtype": dtype, "device": mask.device, "allow_is_causal_skip": can_skip, "attention_mask": causal.key_mask}
-    return _host_mask(original, batch, queries, keys, filled - queries, 0, mask_function=function, **kwargs)
+    causal = read(mask, queries, keys, from_the_first=False)
+    function, padding, can_skip = masking_utils.causal_mask_function, causal.key_mask, queries > 1 or filled == keys
+    if causal.window is not None:
+        function = masking_utils.sliding_window_causal_mask_function(causal.window)
+    if causal.documents is not None:
+        documents = torch.nn.functional.pad(causal.documents, (0, keys - filled), value=PADDING)
+        function = masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
+        padding, can_skip = documents != PADDING, False
+    kwargs = {"dtype": dtype, "device": mask.device, "allow_is_causal_skip": can_skip, "attention_mask": padding}
+    kwargs |= {"mask_function": function, "local_size": causal.window}
+    return _host_mask(original, batch, queries, keys, filled - queries, 0, **kwargs)
 
 
 def _host_mask(original: str, batch: int, queries: int, keys: int, q_offset: Any, kv_offset: int, **kwargs: Any) -> Any:
@@ -146,17 +220,21 @@ def _host_mask(original: str, batch: int, queries: int, keys: int, q_offset: Any
     return None if make is None else make(**sizes, **kwargs)
 
 
-def _simplify(mask_function: Callable, causal_mask_function: Callable) -> tuple[bool, torch.Tensor | None]:
-    """Whether a mask function says nothing but causal, inside of samples if there are any; and the samples, [B, L].
+def _kind_of(mask_function: Callable, arguments: dict[str, Any]) -> _Kind | None:
+    """What a mask function says, or None if it says more than causal attention, with a window, in chunks or inside of samples.
 
-    Transformers does not hand them over otherwise. They are read from its function only if this is made of exactly the known
+    Transformers does not hand these over otherwise. They are read from its function only if this is made of exactly the known
     parts; what is unknown becomes a full mask, which 4-bit attention refuses.
     """
+    from transformers.masking_utils import causal_mask_function
+
     if mask_function is causal_mask_function:
-        return True, None
+        return None if arguments.get("local_size") is not None else _Kind()
     if torch.compiler.is_compiling():
-        return False, None
-    samples = None
+        # It cannot be looked into here. Nothing was added to it: a window or chunks; `attention_forward` asks the module which.
+        local, plain = arguments.get("local_size"), arguments.get("allow_is_causal_skip") and not arguments.get("use_vmap")
+        return _Kind(window=local) if local is not None and plain else None
+    samples = positions = None
     parts = _parts(mask_function, "and_masks")
     if len(parts) == 2 and set(found := _closed_over(parts[1])) == {"packed_sequence_mask"}:
         mask_function, samples = parts[0], found["packed_sequence_mask"]
@@ -167,8 +245,20 @@ def _simplify(mask_function: Callable, causal_mask_function: Callable) -> tuple[
         mask_function = parts[0]
     # Transformers 5.17 has the causal function itself here, later versions one that counts positions in every sample.
     if samples is not None and set(remapped := _closed_over(mask_function)) == {"mask_function", "position_ids"}:
-        mask_function = remapped["mask_function"]
-    return mask_function is causal_mask_function, samples
+        mask_function, positions = remapped["mask_function"], remapped["position_ids"]
+    if mask_function is causal_mask_function:
+        return _Kind(samples=samples)
+    parts = _parts(mask_function, "and_masks")
+    if len(parts) != 2 or parts[1] is not causal_mask_function:
+        return None
+    overlay, found = getattr(parts[0], "__qualname__", ""), _closed_over(parts[0])
+    if overlay.startswith("sliding_window_overlay.") and set(found) == {"sliding_window"}:
+        return _Kind(window=found["sliding_window"], samples=samples)
+    if overlay.startswith("chunked_overlay.") and set(found) == {"chunk_size", "left_padding"}:
+        if samples is not None and positions is None:
+            return None  # which chunk a token is in is not told
+        return _Kind(chunk=(found["chunk_size"], found["left_padding"]), samples=samples, positions=positions)
+    return None
 
 
 def _parts(mask_function: Callable, combination: str) -> tuple[Callable, ...]:

@@ -1,7 +1,7 @@
-"""Packed samples of Transformers: several in a row, told apart by position_ids that restart.
+"""Packed samples of Transformers: several in a row, told apart by position_ids that restart; and chunks of tokens.
 
-Transformers finds them itself and asks for a mask that adds their borders to causality. Kept compact (masks.py), that mask is the
-number of every token's sample; 4-bit attention takes it as a packed sequence of B * L tokens.
+Transformers finds samples itself and asks for a mask that adds their borders to causality. Kept compact (masks.py), that mask is
+the number of every token's sample; 4-bit attention takes it as a packed sequence of B * L tokens. Chunks (Llama 4) are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from qat_patch.layer import AttentionCall
 
-from .masks import PLAIN, SAMPLES, is_compact, samples_of
+from .masks import CHUNKS, PADDING, PLAIN, SAMPLES, documents_of, is_compact
 
 _HINT = "position_ids that restart with every sample, no attention_mask, and use_cache=False"
 
@@ -69,8 +69,10 @@ def _nothing() -> None:
 
 
 def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, *cu_seq_lens: Any) -> None:
+    if mask is not None and mask.dtype == CHUNKS:
+        return  # layers with full attention tell
     samples = torch.zeros_like(query[:, 0, :, 0], dtype=torch.int32)
-    found = samples_of(mask)
+    found = documents_of(mask)
     if found is not None and found.shape == samples.shape:
         samples = samples + found
     # Beside padding positions may be anything; those in several axes tell places in pictures.
@@ -88,7 +90,7 @@ def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, *cu_s
 
 
 def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The keywords of `qat_kernels.attention` for packed samples; None if every row is one sample.
+    """The keywords of `qat_kernels.attention` for packed samples, or chunks; None if every row is one.
 
     cu_seq_lens and max_length are taken as they are given, as for FlashAttention; without them the mask is read, which waits for
     the GPU in every layer. `torch.compile` cannot do that: there transformers always asks for a mask of borders, and they
@@ -99,9 +101,11 @@ def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, An
     """
     given = [kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
     told = given[0] is not None or given[1] is not None
+    if mask is not None and mask.dtype == CHUNKS and (chunks := documents_of(mask)) is not None:
+        return _of_last_queries(chunks, query.shape[2])
     if not told and (mask is None or mask.dtype != SAMPLES):
         return None
-    samples = samples_of(mask)
+    samples = documents_of(mask)
     if not told:
         if samples is None:
             return None
@@ -124,13 +128,19 @@ def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, An
     return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), (*cu_seqlens, *given[2:]), strict=True))
 
 
-def split(call: AttentionCall, packing: dict[str, Any]) -> Iterator[AttentionCall]:
-    """A call of its own for every packed sample."""
-    length = call.query.shape[2]
-    for start, stop in itertools.pairwise(packing["cu_seqlens_q"].tolist()):
-        row, first = divmod(start, length)
-        tensors = {name: getattr(call, name) for name in ("query", "key", "value", "out")}
-        parts = {name: x[row : row + 1, :, first : first + stop - start] for name, x in tensors.items()}
+def split(call: AttentionCall, packing: dict[str, Any], mask: torch.Tensor | None) -> Iterator[AttentionCall]:
+    """A call of its own for every packed sample, or chunk, with queries; not for padding."""
+    numbers = documents_of(mask)
+    bounds = (itertools.pairwise(packing[f"cu_seqlens_{side}"].tolist()) for side in "qk")
+    for queries, keys in zip(*bounds, strict=True):
+        row, first_key = divmod(keys[0], call.key.shape[2])
+        if queries[0] == queries[1] or (numbers is not None and numbers[row, first_key] == PADDING):
+            continue
+        parts = {}
+        for name, (start, stop) in {"query": queries, "out": queries, "key": keys, "value": keys}.items():
+            x = getattr(call, name)
+            row, first = divmod(start, x.shape[2])
+            parts[name] = x[row : row + 1, :, first : first + stop - start]
         yield dataclasses.replace(call, **parts)
 
 
@@ -144,3 +154,16 @@ def _boundaries(samples: torch.Tensor) -> torch.Tensor:
     starts = torch.ones_like(samples, dtype=torch.bool)
     starts[:, 1:] = samples.diff(dim=1) != 0
     return torch.nn.functional.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=samples.numel()).int()
+
+
+def _of_last_queries(documents: torch.Tensor, queries: int) -> dict[str, Any]:
+    """The keywords of `qat_kernels.attention` for the documents of [B, L] keys, and the last queries of every row."""
+    boundaries = _boundaries(documents)
+    borders = torch.zeros(documents.numel() + 1, dtype=torch.int32, device=documents.device)
+    borders[boundaries[:-1].long()] = 1
+    number = (borders[:-1].cumsum(0) - 1).view_as(documents)[:, -queries:]
+    counts = torch.bincount(number.flatten(), minlength=len(boundaries) - 1)
+    cu_seqlens_q = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+    longest = (int(x.diff().max()) for x in (cu_seqlens_q, boundaries))
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return dict(zip(names, (cu_seqlens_q, boundaries, *longest), strict=True))

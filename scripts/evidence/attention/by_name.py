@@ -151,9 +151,12 @@ def _transformers_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface, causal: [B, H, Lq, D] and [B, Hk, Lk, D] -> [B, Lq, H, D]."""
-    filled, key_mask, samples = masks.read(attention_mask, query.shape[2], key.shape[2])
-    packed = samples is not None or [name for name in kwargs if name.startswith("cu_seq_lens") and kwargs[name] is not None]
-    if dropout or kwargs.get("sliding_window") or packed or not module.is_causal:
+    causal = masks.read(attention_mask, query.shape[2], key.shape[2], from_the_first=True)
+    filled, key_mask = causal.filled, causal.key_mask
+    packed = causal.documents is not None or [
+        name for name in kwargs if name.startswith("cu_seq_lens") and kwargs[name] is not None
+    ]
+    if dropout or kwargs.get("sliding_window") or causal.window or packed or not module.is_causal:
         raise ValueError(
             "baselines in Transformers: expected causal attention without dropout, windows or packed samples, and no mask or "
             "bool [batch, 1, 1, keys] for padding"

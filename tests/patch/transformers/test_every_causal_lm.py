@@ -34,4 +34,4 @@ def test_the_table_is_of_all_classes():
         names = {every_causal_lm.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] for model_type in every_causal_lm.model_types()}
         assert names == every_causal_lm.load().keys()
     outcomes = {row["outcome"] for row in every_causal_lm.load().values()}
-    assert outcomes == {"exact", "exact without windows", "partly", "refused", "not built"}
+    assert outcomes == {"exact", "refused", "not built"}

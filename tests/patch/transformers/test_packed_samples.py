@@ -188,7 +188,7 @@ def test_samples_are_found_whichever_layer_is_patched():
 @pytest.mark.parametrize("model_type", ["gpt_bigcode", "persimmon", "ctrl"])
 def test_models_that_keep_positions_from_their_layers(model_type):
     """They are read from the arguments of the model."""
-    model, inputs = every_causal_lm.build(model_type, windows=False), pack(*SAMPLES)
+    model, inputs = every_causal_lm.build(model_type), pack(*SAMPLES)
     inputs["input_ids"] = inputs["input_ids"] % 97 + 3
     patch_model(model)
     with pytest.raises(ValueError, match="position_ids restart inside a row"):

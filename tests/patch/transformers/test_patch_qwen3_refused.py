@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GptOssConfig, MistralConfig
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from qat_patch import AttnQATConfig, QuantSpec, get_handle, patch_model, unpatch_model
 from support.families.families import relative
@@ -21,13 +21,9 @@ LLAMA = SMALL | {"num_key_value_heads": 2, "intermediate_size": 64}
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: build(MistralConfig(**LLAMA, sliding_window=16)), "a sliding window .16."),
-        (lambda: build(Gemma2Config(**LLAMA, head_dim=16)), "sliding window|soft cap"),
-        (lambda: build(GptOssConfig(**LLAMA, head_dim=16, num_local_experts=2)), "sliding window|sinks"),
         (lambda: build(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=VOCAB)), "found no attention"),
         (lambda: tiny_qwen3(attention_dropout=0.1), "dropout .0.1."),
         (lambda: tiny_qwen3(head_dim=24), "head_dim 24; expected a multiple of 16"),
-        (lambda: tiny_qwen3(use_sliding_window=True, sliding_window=16, max_window_layers=1), "a sliding window .16."),
         (lambda: torch.nn.Linear(4, 4), "expected a model of"),
         (lambda: "Qwen/Qwen3-0.6B", "expected a model of"),
     ],

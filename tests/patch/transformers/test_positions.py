@@ -62,7 +62,7 @@ def test_compact_masks_become_what_the_host_makes(original, queries, before, emp
     arguments |= {"allow_is_causal_skip": not (empty and queries == 1)}
     compact = masks.make_mask(**arguments, original=original)
     assert masks.is_compact(compact) and compact.untyped_storage().nbytes() <= 2 * filled
-    causal = masks.read(compact, queries, filled + empty)
+    causal = masks.read(compact, queries, filled + empty, from_the_first=True)
     assert causal.filled == filled and (causal.key_mask is None) == (padding == 0)
     expected = AttentionMaskInterface()[original](**arguments)
     found = masks.restore(compact, original, filled + empty, torch.float32)
@@ -73,9 +73,9 @@ def test_compact_masks_become_what_the_host_makes(original, queries, before, emp
 
 
 def test_no_mask_is_no_position():
-    assert masks.read(None, 5, 5).filled == 5 and masks.read(None, 1, 9).filled == 9
+    assert masks.read(None, 5, 5, from_the_first=True).filled == 5 and masks.read(None, 1, 9, from_the_first=True).filled == 9
     with pytest.raises(ValueError, match="no mask for 5 queries and 9 keys: expected one that says where the queries are"):
-        masks.read(None, 5, 9)
+        masks.read(None, 5, 9, from_the_first=True)
 
 
 @pytest.mark.parametrize("compute", [torch.add, torch.where, torch.nn.functional.scaled_dot_product_attention])

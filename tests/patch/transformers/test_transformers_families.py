@@ -163,7 +163,8 @@ def lora(family, monkeypatch, tmp_path):
 def packed(family, monkeypatch):
     """Samples one after the other in a row, told apart by position_ids: each as if alone, forward and backward."""
     model, ids = family.patched(torch.float64).train(), token_ids(batch=1, length=60)
-    calibrate(model, [ids])
+    if "`calibrate`, `sensitivity`" not in family.refused_modes:
+        calibrate(model, [ids])
     positions = torch.cat([torch.arange(23), torch.arange(37)])[None]
     whole = model(ids, position_ids=positions, use_cache=False).logits
     whole.square().sum().backward()
@@ -216,7 +217,7 @@ def cells():
 def test_family_in_mode(family, mode, monkeypatch, tmp_path):
     arguments = {"tmp_path": tmp_path} if mode in ("`Trainer`", "`peft` LoRA") else {}
     if mode in family.refused_modes:
-        with pytest.raises(ValueError, match=re.escape(family.refused_modes[mode])):
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match=re.escape(family.refused_modes[mode])):
             MODES[mode](family, monkeypatch, **arguments)
     else:
         MODES[mode](family, monkeypatch, **arguments)

@@ -41,12 +41,10 @@ EVERY = """## Every causal language model of Transformers {version}
 
 What `tests/support/families/every_causal_lm.py` found when it built each class from a tiny config, patched it and compared it
 in float64: switched off it is bit-equal to the stock model, and 4-bit attention is the oracle's, through the whole model, with
-padding, on a cache and on an FP4 cache. `tests/patch/transformers/test_every_causal_lm.py` does it again (`-m slow`; some
-classes always).
+padding, on a cache and on an FP4 cache. Where a class has sliding windows they are 12 keys wide, and chunks have 16 tokens.
+`tests/patch/transformers/test_every_causal_lm.py` does it again (`-m slow`; some classes always).
 
 - **exact**: all attention of the class. {exact} classes.
-- **partly**: in its default config some layers are refused, for the reason given, and keep their original attention.
-  {partly} classes.
 - **refused**: with a message that says why. {refused} classes; {outside} of them, listed below the table, do not call
   attention through transformers' AttentionInterface.
 
@@ -60,7 +58,7 @@ def _every_class() -> str:
     rows = list(every_causal_lm.load().values())
     outside = [row["name"] for row in rows if row["why"] == every_causal_lm.OUTSIDE]
     unbuilt = [row["name"] for row in rows if row["outcome"] == "not built"]
-    count = {kind: sum(row["outcome"].startswith(kind) for row in rows) for kind in ("exact", "partly", "refused")}
+    count = {kind: sum(row["outcome"].startswith(kind) for row in rows) for kind in ("exact", "refused")}
     lines = [EVERY.format(version=every_causal_lm.version(), outside=len(outside), **count).rstrip()]
     for row in rows:
         if row["name"] not in (*outside, *unbuilt):

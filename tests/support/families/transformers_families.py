@@ -3,7 +3,6 @@
 import transformers
 from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from qat_patch import AttnQATConfig
 from support.families.families import Family
 from support.models.tiny_qwen3 import VOCAB, token_ids
 
@@ -19,12 +18,14 @@ SIZES = {
     "eos_token_id": 2,
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+SLIDING = {"static cache": "nor a static one whose window slides"}
+NO_SHIFT = {"`calibrate`, `sensitivity`": "which sees what a K shift adds to all scores of a row"}
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
 def causal_lm(config, **overrides):
     # Another way through the experts of a mixture knows no float64.
-    options = {"experts_implementation": "batched_mm"} if "Moe" in config else {}
+    options = {"experts_implementation": "batched_mm"} if "Moe" in config or "Oss" in config else {}
     return lambda: AutoModelForCausalLM.from_config(getattr(transformers, config)(**SIZES | overrides), **options)
 
 
@@ -42,14 +43,39 @@ FAMILIES = [
     ),
     Family("Qwen2", causal_lm("Qwen2Config"), inputs, calls=2),
     Family("Llama", causal_lm("LlamaConfig"), inputs, calls=2),
-    Family("Mistral (no window)", causal_lm("MistralConfig", sliding_window=None), inputs, calls=2),
+    Family("Mistral, no window", causal_lm("MistralConfig", sliding_window=None), inputs, calls=2),
+    Family("Mistral", causal_lm("MistralConfig", sliding_window=12), inputs, calls=2, refused_modes=SLIDING),
     Family(
-        "Gemma 3 (full layers)",
-        causal_lm("Gemma3TextConfig", num_hidden_layers=4, head_dim=16, sliding_window=16, layer_types=GEMMA3_LAYERS),
+        "Gemma 2", causal_lm("Gemma2Config", head_dim=16, sliding_window=12), inputs, calls=2, refused_modes=SLIDING | NO_SHIFT
+    ),
+    Family(
+        "Gemma 3",
+        causal_lm("Gemma3TextConfig", num_hidden_layers=4, head_dim=16, sliding_window=12, layer_types=GEMMA3_LAYERS),
+        inputs,
+        calls=4,
+        refused_modes=SLIDING,
+    ),
+    Family(
+        "gpt-oss",
+        causal_lm("GptOssConfig", head_dim=16, num_local_experts=2, num_experts_per_tok=2, sliding_window=12),
         inputs,
         calls=2,
-        skipped=2,
-        config=AttnQATConfig(exclude=["*.0.self_attn", "*.2.self_attn"]),
+        # The stock model does not separate them.
+        refused_modes=SLIDING | NO_SHIFT | {"packed samples": "position_ids restart inside a row (packed samples)"},
+    ),
+    Family(
+        "Llama 4, text",
+        causal_lm(
+            "Llama4TextConfig",
+            num_hidden_layers=4,
+            head_dim=16,
+            attention_chunk_size=16,
+            intermediate_size_mlp=48,
+            num_local_experts=2,
+        ),
+        inputs,
+        calls=4,
+        refused_modes={"`torch.compile(fullgraph=True)`, training": "torch.compile cannot see chunks of 16 tokens"},
     ),
     Family("SmolLM3", causal_lm("SmolLM3Config"), inputs, calls=2),
     Family("Phi-3", causal_lm("Phi3Config", sliding_window=None), inputs, calls=2),
@@ -61,22 +87,6 @@ FAMILIES = [
     ),
 ]
 REFUSED = [
-    Family("Mistral with a window", causal_lm("MistralConfig", sliding_window=16), refused="a sliding window (16)"),
-    Family(
-        "Gemma 3, all layers",
-        causal_lm("Gemma3TextConfig", num_hidden_layers=4, head_dim=16, sliding_window=16, layer_types=GEMMA3_LAYERS),
-        refused="AttnQATConfig(exclude=['model.layers.0.self_attn', 'model.layers.2.self_attn'])",
-    ),
-    Family(
-        "Gemma 2",
-        causal_lm("Gemma2Config", head_dim=16, layer_types=["full_attention"] * 2),
-        refused="a soft cap of the scores (50.0)",
-    ),
-    Family(
-        "gpt-oss",
-        causal_lm("GptOssConfig", head_dim=16, num_local_experts=2, layer_types=["full_attention"] * 2),
-        refused="attention sinks (s_aux)",
-    ),
     Family("Bloom", causal_lm("BloomConfig", n_head=4), refused="found no attention in BloomForCausalLM"),
     Family(
         "T5",

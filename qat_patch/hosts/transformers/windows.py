@@ -1,0 +1,75 @@
+"""Sliding windows in transformers: which modules have one, and caches that keep enough before it for 4-bit attention.
+
+A cache with a window drops what no query will see. 4-bit attention needs a little more, because one scale of V belongs to 16
+tokens: the group that the window begins in, and groups count from the first token (`masks.BEFORE_A_WINDOW`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from .masks import BEFORE_A_WINDOW
+
+WINDOWS = "_qat_windows"
+"""The attribute of a model right around patched modules that holds their windows."""
+_KEEPS_MORE = "_qat_keeps_more"
+"""The attribute of a layer of a cache that says so."""
+
+
+def window_of(module: Any) -> int | None:
+    """How many keys a query of this module sees, its own included, as far as module and config tell."""
+    config, own = module.config, getattr(module, "sliding_window", None)
+    if own is not None:
+        return own
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # read from the config in every layer (Mistral)
+        return None if getattr(config, "use_sliding_window", True) is False else getattr(config, "sliding_window", None)
+    return getattr(config, "sliding_window", None) if layer_kind(module) == "sliding_attention" else None
+
+
+def softcap_of(module: Any) -> float | None:
+    """The soft cap of the scores that the config asks for (Gemma 2)."""
+    return getattr(module.config, "attn_logit_softcapping", None)
+
+
+def layer_kind(module: Any) -> str | None:
+    """What the config calls the attention of this layer."""
+    kinds, number = getattr(module.config, "layer_types", None) or [], module.layer_idx
+    return kinds[number] if number is not None and number < len(kinds) else None
+
+
+def prepare_cache(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model right around patched modules, with a cache that keeps enough before a window.
+
+    Raises:
+        ValueError: the cache has dropped tokens before.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    cache = next((kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None), None)
+    if cache is None:
+        uses = kwargs.get("use_cache")
+        uses = getattr(module.config, "use_cache", False) if uses is None else uses
+        if not uses or module.training or getattr(module.config, "is_encoder_decoder", False):
+            return kwargs
+        cache = DynamicCache(config=module.config)  # as the model itself would make it
+        name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+        kwargs = kwargs | {name: cache}
+    windows = getattr(module, WINDOWS)
+    # All layers with such a window: transformers makes one mask for them, as long as the first one's keys are.
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) is not DynamicSlidingWindowLayer or layer.sliding_window not in windows or hasattr(layer, _KEEPS_MORE):
+            continue
+        if layer.get_seq_length() >= layer.sliding_window:
+            raise ValueError(
+                "4-bit attention: this cache has dropped tokens before a sliding window, in passes without 4-bit attention; "
+                "expected a new cache, or one that 4-bit attention has seen from its first token on"
+            )
+        layer.sliding_window += BEFORE_A_WINDOW
+        layer._sliding_window_tensor = torch.tensor(layer.sliding_window, device=layer._sliding_window_tensor.device)
+        setattr(layer, _KEEPS_MORE, True)
+    return kwargs
