@@ -86,8 +86,9 @@ class PatchHandle:
     def check(self, device: torch.device | None = None) -> CheckReport:
         """Prove FP4 units on this machine: each kind of call of these models.
 
-        Runs in child processes, for minutes, with random tensors. From then on `impl="auto"` takes `fp4` where it was found
-        right and faster, in these models at once, and in others from their `patch_model` on.
+        Runs in child processes, for minutes, with random tensors. From then on `impl="auto"` takes `fp4` (for the preset `sage3`
+        `sageattn3`, SageAttention3 itself, where it is installed) where it was found right and faster, in these models at once,
+        and in others from their `patch_model` on.
 
         Args:
             device: default: the GPU where a model is, or every one.

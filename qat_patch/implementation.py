@@ -58,11 +58,11 @@ def describe_impl(plan: Plan) -> str:
 
 
 def _taken(plan: Plan, verdicts: Verdicts | None) -> str:
-    """What `auto` takes where there are verdicts, with the reason where that is not FP4."""
+    """What `auto` takes where there are verdicts, with the reason where that is no kernel for inference."""
     if verdicts is None or plan.weights is None:
         return ""
     found = [verdict for case in plan.cases() if (verdict := verdicts.of(plan.weights.device, case)) is not None]
-    words = [each.taken if each.wins_from else f"{each.taken} (fp4 {each.words})" for each in found]
+    words = [each.taken if each.wins_from else f"{each.taken} ({each.case.kernel} {each.words})" for each in found]
     return "; ".join(dict.fromkeys(words))
 
 

@@ -83,9 +83,9 @@ class Plan:
     def cases(self) -> list[Case]:
         """What its inference calls would look like to the self-check, as far as the model tells before a call.
 
-        None of those with a preset that the kernel for FP4 units does not compute.
+        None of those with a preset that no kernel for inference computes.
         """
-        layers = [layer for layer in self.patched if "fp4" in layer.spec.rules.impls]
+        layers = [layer for layer in self.patched if layer.spec.inference_kernel is not None]
         shapes = {layer: self.adapter.key_shape(self.model.get_submodule(layer.name)) for layer in layers}
         dtype = self.weights.dtype if self.weights is not None else torch.bfloat16
         return list(

@@ -11,7 +11,7 @@ from .arguments import Features, Impl, PackingArguments, validate
 from .derivatives import attention_under_transforms
 from .dispatch import resolve, why_not_sdpa
 from .ops import attention_forward
-from .spec import NVFP4, QuantSpec
+from .spec import INFERENCE_KERNELS, NVFP4, QuantSpec
 from .transforms import transformed
 from .varlen import Packing
 from .verdicts import Verdicts
@@ -97,7 +97,7 @@ def attention(
     Derivatives: `backward`, and `torch.func`'s `grad`, `vjp`, `jacrev`; forward mode, which is `torch.func`'s `jvp`, `jacfwd`,
     `linearize` and `torch.autograd.forward_ad`; `vmap` over any of them, one sample after the other. The gradient may go through
     the output of a `jvp`, with its tangent detached. Under `torch.compile` all but `backward` and `vmap` break the graph.
-    Refused: second derivatives of any kind, any tangent with `impl="fp4"` or `return_lse`.
+    Refused: second derivatives of any kind, any tangent with `impl="fp4"`, `impl="sageattn3"` or `return_lse`.
 
     Args:
         q: queries [B, H, Lq, D], or packed [total_q, H, D]; D a multiple of 16 up to 256; float32, float16, bfloat16 (float64
@@ -135,10 +135,12 @@ def attention(
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
         impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
             float64; their matrix products take bfloat16 operands, which is exact for what is quantized, and sum in float32.
-            `fp4` is the kernel for FP4 units, without a gradient, which other GPUs from sm_80 on emulate. `sdpa` is PyTorch's
-            own attention, for specs that quantize K and V alone (`QuantSpec.kv_only`), and takes these only. `auto` takes
-            `triton` or `sdpa` where it can run, and `eager` elsewhere; `Verdicts` are `auto` that takes `fp4` where a self-check
-            on this GPU found it right and faster, and no derivative is asked for. `explain` says what runs, and why.
+            `fp4` is the kernel for FP4 units, without a gradient, which other GPUs from sm_80 on emulate. `sageattn3` is
+            SageAttention3's own kernel where it is installed: for the preset `sage3` in 16 bits, without a gradient, on GPUs with
+            FP4 units. `sdpa` is PyTorch's own attention, for specs that quantize K and V alone (`QuantSpec.kv_only`), and takes
+            these only. `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere; `Verdicts` are `auto` that takes
+            `fp4` or `sageattn3` where a self-check on this GPU found it right and faster, and no derivative is asked for.
+            `explain` says what runs, and why.
 
     Returns:
         The output in the shape, dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse` also float32
@@ -166,11 +168,11 @@ def attention(
     if isinstance(impl, Verdicts) and asked:  # it was not checked for these
         impl = "auto"
     elif isinstance(impl, Verdicts):
-        impl = _with_verdicts(impl, q, k, spec_json, causal, needs_gradient or under_transforms, packing)
+        impl = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing)
     if impl == "auto":
         impl = resolve(q.device, q.dtype, spec.preset, packed is not None, asked)
-    elif impl == "fp4" and needs_gradient:
-        raise ValueError("attention: impl='fp4' has no gradient; call it under torch.no_grad(), or use impl='triton'")
+    elif impl in INFERENCE_KERNELS and needs_gradient:
+        raise ValueError(f"attention: impl={impl!r} has no gradient; call it under torch.no_grad(), or use impl='triton'")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if impl == "sdpa":
         reason = why_not_sdpa(q.device, q.dtype, packed is not None)
@@ -178,7 +180,7 @@ def attention(
             raise ValueError(f"attention: impl='sdpa': {reason}; use impl='eager'")
         if not under_transforms:
             return kv_only.attention(q, k, v, key_mask, packing, spec=spec, causal=causal, scale=scale)
-    if under_transforms and impl != "fp4":  # which of them wants a derivative cannot be seen from here
+    if under_transforms and impl not in INFERENCE_KERNELS:  # which of them wants a derivative cannot be seen from here
         needs_gradient = torch.is_grad_enabled()
     options = (spec_json, mask.to_json(), scale, needs_gradient, impl)
     inputs = (q, k, v, key_mask, k_shift, *options, *((None, None, 0, 0) if packing is None else packing))
@@ -192,14 +194,15 @@ def _with_verdicts(
     verdicts: Verdicts,
     q: torch.Tensor,
     k: torch.Tensor,
-    spec: str,
+    spec: QuantSpec,
     causal: bool,
     needs_derivative: bool,
     packing: Packing | None,
 ) -> Impl:
-    """`fp4` where it was checked and wins; of packed sequences the mean length counts, for most of them are short."""
-    if needs_derivative:
+    """The kernel for inference where it was checked and wins. Of packed sequences the mean length counts: most are short."""
+    kernel = spec.inference_kernel
+    if needs_derivative or kernel is None:
         return "auto"
     documents = None if packing is None else max(packing.cu_seqlens_q.shape[0] - 1, 1)
     queries, keys = (q.shape[2], k.shape[2]) if documents is None else (q.shape[0] // documents, k.shape[0] // documents)
-    return "fp4" if verdicts.take_fp4(q.device, q.dtype, q.shape[-1], causal, spec, queries, keys) else "auto"
+    return kernel if verdicts.take_kernel(q.device, q.dtype, q.shape[-1], causal, spec.to_json(), queries, keys) else "auto"

@@ -12,9 +12,9 @@ from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, QuantSpec
 from .varlen import Packing
 from .verdicts import Verdicts
 
-Impl = Literal["auto", "eager", "sdpa", "triton", "fp4"]
+Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
-COMPUTED: dict[str, tuple[str, ...]] = {"eager": FEATURES, "sdpa": (), "triton": (), "fp4": ()}
+COMPUTED: dict[str, tuple[str, ...]] = {"eager": FEATURES, "sdpa": (), "triton": (), "fp4": (), "sageattn3": ()}
 """Which FEATURES each implementation computes."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -96,6 +96,8 @@ def validate(
         )
     if impl in ("triton", "fp4") and q.dtype == torch.float64:
         _refuse(f"dtype with impl={impl!r}", "float32, float16 or bfloat16; use impl='eager' for float64", q.dtype)
+    if impl == "sageattn3" and q.dtype not in (torch.bfloat16, torch.float16):
+        _refuse("dtype with impl='sageattn3'", "bfloat16 or float16; use impl='triton' or 'eager' for others", q.dtype)
     if not q.device == k.device == v.device:
         _refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
     num_heads, num_heads_k, head_dim = q.shape[1], k.shape[1], q.shape[-1]

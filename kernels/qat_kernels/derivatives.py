@@ -15,7 +15,7 @@ import torch
 
 from .mask import Mask
 from .ops import attention_backward, attention_forward, attention_tangent, has_out_hp
-from .spec import QuantSpec
+from .spec import INFERENCE_KERNELS, QuantSpec
 from .transforms import transformed
 
 logger = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if ctx.impl == "fp4":
-            raise ValueError("attention: impl='fp4' has no derivative; use impl='auto'")
+        if ctx.impl in INFERENCE_KERNELS:
+            raise ValueError(f"attention: impl={ctx.impl!r} has no derivative; use impl='auto'")
         if ctx.return_lse:
             raise ValueError("attention: return_lse=True: the log-sum-exp has no tangent; call without it in forward mode")
         if ctx.impl in ("triton", "sdpa"):

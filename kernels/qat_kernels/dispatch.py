@@ -13,13 +13,14 @@ from types import ModuleType
 
 import torch
 
+from . import sageattn3
 from .arguments import COMPUTED, Features, Impl, validate
-from .spec import NVFP4, Preset, QuantSpec
+from .spec import INFERENCE_KERNELS, NVFP4, Preset, QuantSpec
 from .verdicts import Case, Verdict, Verdicts
 
 logger = logging.getLogger(__name__)
 
-SPEED = ("fp4", "triton", "sdpa", "eager")
+SPEED = ("fp4", "sageattn3", "triton", "sdpa", "eager")
 """Implementations, the fastest first."""
 
 
@@ -92,7 +93,7 @@ def _say_that_it_is_slow(reason: str) -> None:
 def without_verdicts(
     impl: Impl | Verdicts, device: torch.device, dtype: torch.dtype, preset: Preset, asked: tuple[str, ...] = ()
 ) -> Impl:
-    """What runs where there is no choice of `fp4`."""
+    """What runs where there is no choice of a kernel for inference."""
     return resolve(device, dtype, preset, False, asked) if isinstance(impl, Verdicts) or impl == "auto" else impl
 
 
@@ -131,12 +132,13 @@ def explain(
     if isinstance(impl, Verdicts) and not features.asked:
         case = Case(q.shape[-1], causal, spec.to_json(), q.dtype)
         verdict = impl.of(q.device, case)
-        if not needs_gradient and impl.take_fp4(q.device, q.dtype, *case[:3], q.shape[2], k.shape[2]):
-            chosen = "fp4"
+        kernel = spec.inference_kernel
+        if kernel and not needs_gradient and impl.take_kernel(q.device, q.dtype, *case[:3], q.shape[2], k.shape[2]):
+            chosen = kernel
     is_auto = isinstance(impl, Verdicts) or impl == "auto"
     lines = []
     for name in SPEED:
-        if name == "sdpa" and not spec.kv_only:
+        if name in ("sageattn3", "sdpa") and name not in spec.rules.impls:
             continue
         problem = why_not(name, q.device, q.dtype, spec, needs_gradient, features.asked)
         if name == chosen:
@@ -171,7 +173,7 @@ def why_not(
         return f"it does not compute {', '.join(missing)}"
     if impl == "sdpa":
         return None
-    if impl == "fp4" and needs_gradient:
+    if impl in INFERENCE_KERNELS and needs_gradient:
         return "it has no gradient"
     if dtype == torch.float64:
         return "float64 is for eager only"
@@ -179,13 +181,16 @@ def why_not(
         training_kernels().check_device(device)
     except ValueError as error:
         return str(error).removeprefix("attention: impl='triton': ")
-    return None
+    return sageattn3.why_not(device, dtype) if impl == "sageattn3" else None
 
 
-def on_fp4_units(device: torch.device, head_dim: int, spec: QuantSpec) -> bool:
-    """Whether `fp4` multiplies on FP4 units on this device."""
-    if why_not("fp4", device, torch.bfloat16, spec, False) is not None:
+def on_fp4_units(device: torch.device, head_dim: int, dtype: torch.dtype, spec: QuantSpec) -> bool:
+    """Whether the kernel for inference that computes a spec can run on this device, and multiplies on FP4 units there."""
+    kernel = spec.inference_kernel
+    if kernel is None or why_not(kernel, device, dtype, spec, False) is not None:
         return False
+    if kernel == "sageattn3":
+        return True
     kernels = fp4_kernels()
     return kernels.why_not_native(kernels.arch_of(device), head_dim, spec.quantizes_pv) is None
 
@@ -198,6 +203,10 @@ def how(impl: str, device: torch.device, head_dim: int, spec: QuantSpec, verdict
         return "as PyTorch's own attention, with K and V fake-quantized"
     if impl == "triton":
         return "as fused kernels that multiply the exact FP4 values in 16 bits" + training_kernels().remark(device)
+    if impl == "sageattn3":
+        checked = f"checked here: {verdict.words}" if verdict else "never run by the authors of this package"
+        found = sageattn3.installed()
+        return f"by {found.name if found else 'SageAttention3'} on FP4 units ({checked})"
     kernels = fp4_kernels()
     reason = kernels.why_not_native(kernels.arch_of(device), head_dim, spec.quantizes_pv)
     checked = f"checked here: {verdict.words}" if verdict else "compiled and inspected by its authors, not run there"

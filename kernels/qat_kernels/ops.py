@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import ran, reference, varlen
+from . import ran, reference, sageattn3, varlen
 from .dispatch import fp4_kernels, training_kernels
 from .mask import Bounds, Mask
 from .spec import QuantSpec
@@ -45,6 +45,10 @@ def attention_forward(
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
         out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=mask_.causal, scale=scale)
+        return out, q.new_empty(0), lse, lse.new_empty(0), nothing
+    if impl == "sageattn3":
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=mask_.causal, scale=scale)
         return out, q.new_empty(0), lse, lse.new_empty(0), nothing
     options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
     options["with_out_hp"] = has_out_hp(spec_, needs_gradient)

@@ -31,6 +31,10 @@ FEATURES = ("window", "block_size", "prefix", "bounds", "softcap", "sinks")
 
 Axis = Literal["head_dim", "keys"]
 ScaleRule = Literal["divide", "reciprocal"]
+InferenceKernel = Literal["fp4", "sageattn3"]
+INFERENCE_KERNELS: tuple[InferenceKernel, ...] = get_args(InferenceKernel)
+"""Implementations without a gradient, which `auto` takes where a self-check has proved them: this package's own kernel for FP4
+units, and SageAttention3 where it is installed."""
 Preset = Literal[
     "nvfp4", "nvfp4_qk", "kv_nvfp4", "kv_nvfp4_fp8", "kv_nvfp4_4over6", "fa4_fp4", "sage3", "fastvideo_sm120"
 ]  # fmt: skip
@@ -127,7 +131,7 @@ _TABLE: dict[str, _Rules] = {
     "sage3": _Rules(
         Formats(_RECIPROCAL, _RECIPROCAL, _RECIPROCAL_KEYS, "sage", "sage3"),
         "Q, K, P and V in NVFP4, Q and K centred, as SageAttention3",
-        causal=False, mask=False, own_scale=False, head_dims=(64, 128), impls=("triton",),
+        causal=False, mask=False, own_scale=False, head_dims=(64, 128), impls=("triton", "sageattn3"),
     ),
     "fastvideo_sm120": _Rules(
         Formats(_RECIPROCAL, _RECIPROCAL, _RECIPROCAL_KEYS, "sage_one_level"),
@@ -186,6 +190,14 @@ class QuantSpec:
     def rules(self) -> _Rules:
         """The row of the table."""
         return _TABLE[self.preset]
+
+    @property
+    def inference_kernel(self) -> InferenceKernel | None:
+        """What of `INFERENCE_KERNELS` computes it, if one does."""
+        for name in INFERENCE_KERNELS:  # a loop, which torch.compile can trace
+            if name in self.rules.impls:
+                return name
+        return None
 
     @cached_property
     def formats(self) -> Formats:

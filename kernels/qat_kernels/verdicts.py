@@ -1,4 +1,4 @@
-"""What a self-check found out about `impl="fp4"` on the GPUs of this machine: plain data, and what `auto` makes of it."""
+"""What a self-check found out about the kernels for inference on this machine's GPUs: plain data, and what `auto` makes of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import torch
+
+from .spec import InferenceKernel, QuantSpec
 
 
 class Case(NamedTuple):
@@ -17,6 +19,11 @@ class Case(NamedTuple):
     """`QuantSpec.to_json()`."""
     dtype: torch.dtype
 
+    @property
+    def kernel(self) -> InferenceKernel | None:
+        """What is checked: the kernel that computes the spec."""
+        return QuantSpec.from_json(self.spec).inference_kernel
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return self._asdict() | {"dtype": str(self.dtype).removeprefix("torch.")}
@@ -26,12 +33,19 @@ class Case(NamedTuple):
         """The case that `to_dict` wrote.
 
         Raises:
-            ValueError: the dtype is none of torch's.
+            ValueError: the dtype is none of torch's, or no kernel computes the spec.
         """
         dtype = getattr(torch, values["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"Case: expected the name of a dtype of torch, got {values['dtype']!r}")
-        return cls(values["head_dim"], values["causal"], values["spec"], dtype)
+        case = cls(values["head_dim"], values["causal"], values["spec"], dtype)
+        try:
+            kernel = case.kernel
+        except (TypeError, ValueError):  # no JSON, or fields that no spec has
+            kernel = None
+        if kernel is None:
+            raise ValueError(f"Case: expected a spec that a kernel for inference computes, got {case.spec!r}")
+        return case
 
 
 class Verdict(NamedTuple):
@@ -40,7 +54,7 @@ class Verdict(NamedTuple):
     device: torch.device
     case: Case
     wins_from: tuple[int, int] | None
-    """Queries and keys of the smallest call from which on `fp4` is right and faster than `triton`; None: it is not taken."""
+    """Queries and keys of the smallest call from which on the kernel is right and faster than `triton`; None: it is not taken."""
     words: str
     """The result for people: `right; ...` or `failed: ...`."""
 
@@ -50,12 +64,12 @@ class Verdict(NamedTuple):
         if self.wins_from is None:
             return "triton"
         queries, keys = self.wins_from
-        return f"fp4 from {queries} queries and {keys} keys on, else triton"
+        return f"{self.case.kernel} from {queries} queries and {keys} keys on, else triton"
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """`impl=verdicts` is `impl="auto"` that takes `fp4` where it was checked and is faster.
+    """`impl=verdicts` is `impl="auto"` that takes the kernel for inference where it was checked and is faster.
 
     They hold in the process that read them. Pickled they become `"auto"`: another process may have other GPUs.
     """
@@ -66,10 +80,10 @@ class Verdicts:
         """The verdict on a case, if it was checked."""
         return next((each for each in self.found if each.device == device and each.case == case), None)
 
-    def take_fp4(
+    def take_kernel(
         self, device: torch.device, dtype: torch.dtype, head_dim: int, causal: bool, spec: str, queries: int, keys: int
     ) -> bool:
-        """Whether a call of this size runs `fp4`. torch.compile traces this: sizes may be symbolic."""
+        """Whether a call of this size runs the kernel for inference. torch.compile traces this: sizes may be symbolic."""
         for on, case, wins_from, _ in self.found:
             if wins_from is None or case.head_dim != head_dim or case.causal != causal or case.dtype != dtype:
                 continue

@@ -16,8 +16,12 @@ from qat_patch.version import __version__
 from qat_patch.versions import SUPPORTED, is_supported
 
 HEAD_DIM = 128
-CASES = tuple(Case(head_dim, causal, QuantSpec().to_json(), torch.bfloat16) for head_dim in (128, 64) for causal in (False, True))
-"""What most models call; `handle.check()` checks what a model of another kind calls."""
+SAGE3 = QuantSpec(preset="sage3")
+CASES = (
+    *(Case(head_dim, causal, NVFP4.to_json(), torch.bfloat16) for head_dim in (128, 64) for causal in (False, True)),
+    *(Case(head_dim, False, SAGE3.to_json(), torch.bfloat16) for head_dim in (128, 64)),
+)
+"""What most models call, and with `sage3` where SageAttention3 is installed; `handle.check()` checks what others call."""
 
 
 def report() -> str:
@@ -29,9 +33,12 @@ def report() -> str:
     for device in devices:
         lines += ["", f"{device}: {_describe(device)}"]
         q = torch.empty(1, 2, 16, HEAD_DIM, dtype=torch.bfloat16, device=device)
-        for what, needs_gradient in (("training", True), ("inference", False)):
+        calls = [("training", NVFP4, True), ("inference", NVFP4, False)]
+        if why_not("sageattn3", device, q.dtype, SAGE3, False) is None:
+            calls.append(("inference with SageAttention3", SAGE3, False))
+        for what, spec, needs_gradient in calls:
             lines.append(f"  {what} (bfloat16, head_dim {HEAD_DIM})")
-            words = explain(q, q, q, impl=verdicts or "auto", needs_gradient=needs_gradient)
+            words = explain(q, q, q, spec=spec, impl=verdicts or "auto", needs_gradient=needs_gradient)
             lines += [f"    {line}" for line in words.splitlines()]
         if unchecked(verdicts, device, CASES):
             lines.append(f"  {NOT_CHECKED}")

@@ -7,7 +7,7 @@ from typing import get_args
 
 import torch
 
-from qat_kernels import QuantSpec
+from qat_kernels import QuantSpec, sageattn3
 from qat_kernels.dispatch import why_not
 from qat_kernels.spec import Preset
 from qat_patch.servers import OTHERS, SERVERS, gpu_names
@@ -17,11 +17,13 @@ PACKAGES = (
     *("nvidia-modelopt", "compressed-tensors", "lm-eval", "scikit-image"),
 )
 """Of servers, and of what `qat-patch evaluate` needs."""
+SAGE = "SageAttention3"
+"""Which is found as a package or in the Hub's cache."""
 
 
 def report() -> str:
-    """What is installed, and for each device a line for each preset. No package is imported."""
-    versions = {name: installed(name) for name in PACKAGES}
+    """What is installed, and for each device a line for each preset. No package of a server is imported."""
+    versions = {name: installed(name) for name in PACKAGES} | {SAGE: _sage_attention()}
     lines = ["installed"]
     lines += [f"  {name:20} {version or 'not installed'}" for name, version in versions.items()]
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
@@ -56,6 +58,12 @@ def installed(package: str) -> str | None:
         return None
 
 
+def _sage_attention() -> str | None:
+    """SageAttention3 as a patched model finds it."""
+    found = sageattn3.installed()
+    return None if found is None else found.name
+
+
 def implementation(preset: Preset, device: torch.device) -> str:
     """What trains and evaluates a preset on a device, in 16 bits."""
     spec = QuantSpec(preset=preset)
@@ -72,6 +80,8 @@ def served_by(preset: str, major: int | None, versions: dict[str, str | None]) -
         found.append("this package")
     elif preset == "kv_nvfp4":
         found.append("this package (generate)")
+    elif preset == "sage3" and major is not None and major >= 10 and (found_here := versions.get(SAGE)):
+        found.append(f"this package by {found_here}")
     for about in SERVERS.values():
         if any(offer.preset == preset and major in offer.gpus for offer in about.offers):
             missing = [name for name in about.packages if versions[name] is None]

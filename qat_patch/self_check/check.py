@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qat_kernels import QuantSpec
-from qat_kernels.dispatch import needs_triton, on_fp4_units, why_not
+from qat_kernels.dispatch import needs_triton, on_fp4_units, why_not, without_verdicts
 from qat_kernels.verdicts import Case, Verdict, Verdicts
 
 from .child import results
@@ -66,25 +66,29 @@ def gpus() -> list[torch.device]:
 
 
 def check(devices: Iterable[torch.device], cases: Iterable[Case]) -> CheckReport:
-    """Check cases on GPUs in child processes, and keep the verdicts.
+    """Check cases on GPUs in child processes, and keep the verdicts. Cases that cannot run on a GPU are left out there.
 
     Raises:
-        ValueError: the kernels cannot run on a device; says why. Nothing has been started then.
+        ValueError: none of them can run on any of these GPUs; says why. Nothing has been started then.
     """
     devices, cases = list(devices), list(dict.fromkeys(cases))
-    for device, case in product(devices, cases):
-        if (problem := why_not("fp4", device, case.dtype, QuantSpec.from_json(case.spec), False)) is not None:
-            raise ValueError(f"self-check: {problem}; there is nothing to check: `auto` takes eager there")
     if not cases:
-        raise ValueError("self-check: expected a preset that the kernel for FP4 units computes; there is nothing to check")
+        raise ValueError("self-check: expected a preset that a kernel for inference computes; there is nothing to check")
     if not devices:
         raise ValueError("self-check: expected an NVIDIA GPU, got a machine without one; there is nothing to check")
+    problems = {(device, case): _problem(device, case) for device, case in product(devices, cases)}
+    if all(problems.values()):
+        (device, case), problem = next(iter(problems.items()))
+        base = without_verdicts("auto", device, case.dtype, QuantSpec.from_json(case.spec).preset)
+        raise ValueError(f"self-check: {problem}; there is nothing to check: `auto` takes {base} there")
     checked = []
     for device in devices:
-        for case, result in zip(cases, results(str(device), [case.to_dict() for case in cases]), strict=True):
+        here = [case for case in cases if problems[device, case] is None]
+        for case, result in zip(here, results(str(device), [case.to_dict() for case in here]), strict=True):
             # What has no identity has not run as far as a verdict could be told apart from others'.
             may_keep = result["state"] != "none"
-            result = result if "identity" in result or not may_keep else result | {"identity": _identity(device)}
+            if may_keep and "identity" not in result:
+                result |= {"identity": _identity(device) | _identity_of_kernel(case)}
             is_kept = may_keep and keep(result | {"words": in_words(result)})
             checked.append(Checked(device, case, result, is_kept))
     return CheckReport(tuple(checked))
@@ -101,7 +105,7 @@ def known_verdicts() -> Verdicts | None:
     found: list[Verdict] = []
     for device in gpus():
         try:
-            key = key_of(_identity(device))
+            identity = _identity(device)
         except (
             ImportError,
             OSError,
@@ -109,7 +113,7 @@ def known_verdicts() -> Verdicts | None:
             ValueError,
         ):  # a GPU that cannot be used, a forked process, no triton: not ours to say
             continue
-        found += [verdict for record in records if record["key"] == key and (verdict := _verdict(device, record))]
+        found += [verdict for record in records if (verdict := _verdict(device, identity, record))]
     return Verdicts(tuple(found)) if found else None
 
 
@@ -118,8 +122,8 @@ def unchecked(verdicts: Verdicts | None, device: torch.device, cases: Iterable[C
     return [
         case
         for case in dict.fromkeys(cases)
-        if why_not("fp4", device, case.dtype, QuantSpec.from_json(case.spec), False) is None
-        and on_fp4_units(device, case.head_dim, QuantSpec.from_json(case.spec))
+        if _problem(device, case) is None
+        and on_fp4_units(device, case.head_dim, case.dtype, QuantSpec.from_json(case.spec))
         and (verdicts is None or verdicts.of(device, case) is None)
     ]
 
@@ -140,7 +144,7 @@ def _gains(result: dict[str, Any]) -> tuple[float, float, int] | None:
     if not times:
         return None
     last = max(times, key=lambda each: each["queries"] * each["keys"])
-    return last["triton"] / last["fp4"], last["sdpa"] / last["fp4"], last["keys"]
+    return last["triton"] / last["kernel"], last["sdpa"] / last["kernel"], last["keys"]
 
 
 def _row(each: Checked) -> tuple[str, ...]:
@@ -152,16 +156,30 @@ def _row(each: Checked) -> tuple[str, ...]:
     return str(each.device), what, passed, error, f"{gains[1]:.2f} times as fast" if gains else "-", each.taken, each.words
 
 
-def _verdict(device: torch.device, record: dict[str, Any]) -> Verdict | None:
+def _problem(device: torch.device, case: Case) -> str | None:
+    """Why the kernel of a case cannot run on a device, or None."""
+    return why_not(case.kernel or "", device, case.dtype, QuantSpec.from_json(case.spec), False)
+
+
+def _verdict(device: torch.device, identity: dict[str, str], record: dict[str, Any]) -> Verdict | None:
+    """What a record says of a device, if it is about what is there now."""
     wins_from = record.get("wins_from")
     try:
         case = Case.from_dict(record["case"])
     except ValueError:
+        return None
+    if record["key"] != key_of(identity | _identity_of_kernel(case)):
         return None
     return Verdict(device, case, None if wins_from is None else tuple(wins_from), record.get("words", record["state"]))
 
 
 def _identity(device: torch.device) -> dict[str, str]:
     with needs_triton():
-        from qat_kernels.fp4.identity import identity
+        from qat_kernels.self_check.identity import identity
     return identity(device)
+
+
+def _identity_of_kernel(case: Case) -> dict[str, str]:
+    with needs_triton():
+        from qat_kernels.self_check.identity import of_kernel
+    return of_kernel(case.kernel)

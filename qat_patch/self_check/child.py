@@ -13,7 +13,7 @@ from typing import Any
 
 import qat_kernels
 
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "qat_kernels.fp4.self_check")
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "qat_kernels.self_check")
 SECONDS = 600.0
 """What one case may take on average, compilers included; a kernel that hangs is killed after it."""
 _RANK = frozenset(f"{of}{what}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE", "NAME"))
@@ -26,7 +26,7 @@ def results(device: str, cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]
 
     Args:
         device: such as `cuda:0`.
-        cases: as `qat_kernels.fp4.self_check.case_values` has them.
+        cases: as `Case.to_dict` has them.
 
     Yields:
         For each case a dict with `case`, `state` (`passed`, `failed`, or `none` for no verdict) and `reason`.

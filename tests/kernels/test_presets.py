@@ -144,7 +144,7 @@ REFUSED = [
     ("kv_nvfp4", {"return_lse": True}, "return_lse with preset='kv_nvfp4': expected False; or impl='eager'"),
     ("kv_nvfp4", {"impl": "triton"}, "impl with preset='kv_nvfp4': expected one of auto, eager, sdpa, got 'triton'"),
     ("nvfp4", {"impl": "sdpa"}, "impl with preset='nvfp4': expected one of auto, eager, triton, fp4, got 'sdpa'"),
-    ("sage3", {"impl": "fp4"}, "impl with preset='sage3': expected one of auto, eager, triton, got 'fp4'"),
+    ("sage3", {"impl": "fp4"}, "impl with preset='sage3': expected one of auto, eager, triton, sageattn3, got 'fp4'"),
     ("kv_nvfp4_fp8", {"impl": "triton"}, "impl with preset='kv_nvfp4_fp8': expected one of auto, eager, got 'triton'"),
 ]
 

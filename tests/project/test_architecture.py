@@ -20,6 +20,9 @@ PATCH = {"torch", "safetensors", "qat_kernels", "qat_patch"}
 LIBRARY = (
     ("kernels/qat_kernels/triton/*.py", KERNELS | {"triton"}, set()),
     ("kernels/qat_kernels/fp4/*.py", KERNELS | {"triton"}, set()),
+    ("kernels/qat_kernels/self_check/*.py", KERNELS | {"triton"}, set()),
+    # Of others, where it is installed.
+    ("kernels/qat_kernels/sageattn3.py", KERNELS, {"huggingface_hub", "kernels", "sageattn3"}),
     # The cache itself works without triton; its kernels do not.
     ("kernels/qat_kernels/decode/cache.py", KERNELS, set()),
     ("kernels/qat_kernels/decode/eager.py", KERNELS, set()),
@@ -65,13 +68,15 @@ ROOMS = {
         "qat_kernels.reference": {"spec", "mask", "nvfp4", "smoothing"},
         "qat_kernels.varlen": {"spec", "mask", "reference"},
         "qat_kernels.ran": set(),
-        "qat_kernels.verdicts": set(),
+        "qat_kernels.verdicts": {"spec"},
         "qat_kernels.arguments": {"spec", "mask", "varlen", "verdicts"},
         "qat_kernels.triton": {"spec", "mask", "smoothing", "reference", "varlen"},
-        "qat_kernels.fp4": {"spec", "mask", "reference", "varlen", "verdicts", "triton"},
-        "qat_kernels.dispatch": {"spec", "verdicts", "arguments", "triton", "fp4"},
+        "qat_kernels.fp4": {"spec", "varlen", "triton"},
+        "qat_kernels.sageattn3": {"spec", "varlen", "triton"},
+        "qat_kernels.self_check": {"spec", "mask", "reference", "varlen", "verdicts", "triton", "fp4", "sageattn3"},
+        "qat_kernels.dispatch": {"spec", "verdicts", "arguments", "triton", "fp4", "sageattn3"},
         "qat_kernels.kv_only": {"spec", "nvfp4", "ran", "varlen", "dispatch", "derivatives"},
-        "qat_kernels.ops": {"spec", "mask", "ran", "reference", "varlen", "dispatch"},
+        "qat_kernels.ops": {"spec", "mask", "ran", "reference", "varlen", "dispatch", "sageattn3"},
         "qat_kernels.derivatives": {"spec", "mask", "transforms", "ops"},
         "qat_kernels.api": {"spec", "transforms", "varlen", "verdicts", "arguments", "dispatch", "kv_only", "ops", "derivatives"},
         "qat_kernels.decode": {
@@ -309,7 +314,8 @@ def test_setup_cfg_declares_what_is_imported():
     declared = {normalized(re.match(r"[\w.-]+", line)[0]) for line in requirements.split("\n") if line}
     ours = OURS | {Path(name).stem for name in files_matching("recipes/*.py")}
     imported = {i.top for file in LIBRARY_FILES + PROGRAM_FILES for i in imports_in(file)} - ours
-    imported -= {"flash_attn", "flashinfer", "sageattention", "sageattn3"}  # which qat_patch/bench/peers.py finds where they are
+    # Attention of others, and the library that loads it from the Hub: found where they are.
+    imported -= {"flash_attn", "flashinfer", "kernels", "sageattention", "sageattn3"}
     installed = packages_distributions()
     assert {name for name in imported if not declared & {normalized(n) for n in installed.get(name, [name])}} == set()
 

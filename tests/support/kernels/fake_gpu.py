@@ -54,6 +54,8 @@ def fake_gpu(arch=120, identities=None):
         for patch in (
             mock.patch("qat_kernels.triton.launch.check_device", lambda device: None),
             mock.patch("qat_kernels.fp4.launch.arch_of", lambda device: arch),
+            mock.patch("qat_kernels.triton.device.check_device", lambda device: None),
+            mock.patch("qat_kernels.triton.device.arch_of", lambda device: arch),
             mock.patch("qat_kernels.fp4.launch.TRITON", (3, 9)),
             mock.patch("qat_kernels.dispatch.resolve", lambda *_, **__: "triton"),
             mock.patch("qat_kernels.api.resolve", lambda *_, **__: "triton"),
@@ -64,7 +66,7 @@ def fake_gpu(arch=120, identities=None):
                 "qat_kernels.ops.training_kernels",
                 lambda: SimpleNamespace(forward=as_training, output_shapes=lambda *_, **__: ((0,), (0,))),
             ),
-            mock.patch("qat_kernels.fp4.identity.identity", identity),
+            mock.patch("qat_kernels.self_check.identity.identity", identity),
             mock.patch("qat_patch.self_check.check.gpus", lambda: [CPU] * len(known)),
             mock.patch("qat_patch.implementation.gpus", lambda: [CPU] * len(known)),
             mock.patch("qat_patch.measure.doctor.gpus", lambda: [CPU] * len(known)),
@@ -74,8 +76,8 @@ def fake_gpu(arch=120, identities=None):
 
 
 def times(ratio=2.0, lengths=(16, 64)):
-    """What a child measured: triton takes `ratio` times as long as fp4."""
-    return [{"queries": a, "keys": b, "fp4": 1.0, "triton": ratio, "sdpa": 3.0} for a in lengths for b in lengths]
+    """What a child measured: triton takes `ratio` times as long as the kernel."""
+    return [{"queries": a, "keys": b, "kernel": 1.0, "triton": ratio, "sdpa": 3.0} for a in lengths for b in lengths]
 
 
 def passed(wins_from=(16, 16), **more):

@@ -1,4 +1,4 @@
-"""What a verdict of the self-check depends on: GPU, driver, torch, Triton as it compiles, and the source of our kernels."""
+"""What a verdict of the self-check depends on: GPU, driver, torch, Triton as it compiles, and the kernels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.cache import triton_key
 
+from qat_kernels import sageattn3
+from qat_kernels.spec import InferenceKernel
 from qat_kernels.triton.device import arch_of
 
 try:
@@ -27,7 +29,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """Name and value of everything that a verdict on this device depends on. Two GPUs of one kind have the same.
+    """Name and value of everything that every verdict on this device depends on. Two GPUs of one kind have the same.
 
     Raises:
         RuntimeError: there is no such GPU, or this process cannot use it.
@@ -42,6 +44,14 @@ def identity(device: torch.device) -> dict[str, str]:
         "compiler": _compiler(arch),
         "kernels": _source(),
     }
+
+
+def of_kernel(kernel: InferenceKernel | None) -> dict[str, str]:
+    """What a verdict on a kernel of others depends on besides."""
+    if kernel != "sageattn3":
+        return {}
+    found = sageattn3.installed()
+    return {kernel: found.fingerprint if found is not None else "not installed"}
 
 
 @lru_cache

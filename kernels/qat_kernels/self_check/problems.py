@@ -49,9 +49,23 @@ def large(head_dim: int) -> tuple[int, int, int, int]:
 
 
 def problems(
-    case: Case, device: torch.device, *, long: int = LONG, largest: tuple[int, int, int, int] | None = None
+    case: Case,
+    device: torch.device,
+    *,
+    tensors: int,
+    long: int = LONG,
+    largest: tuple[int, int, int, int] | None = None,
 ) -> Iterator[Attended]:
-    """One after the other, so that one at a time takes memory."""
+    """One after the other, so that one at a time takes memory. What the servers of a spec refuse is left out.
+
+    Args:
+        case: what is checked.
+        device: where.
+        tensors: so many of the size of Q, in its dtype, a call takes, codes of Q, K and V aside.
+        long: tokens of the long one.
+        largest: shape of the largest, if another than `large` says.
+    """
+    spec = QuantSpec.from_json(case.spec)
     generator = torch.Generator(device).manual_seed(0)
 
     def new(*shape: int) -> torch.Tensor:
@@ -59,29 +73,34 @@ def problems(
 
     def inputs(queries: int, keys: int, batch: int = 1, heads: tuple[int, int] = (2, 2)) -> _Inputs:
         # [batch, tokens, heads, head_dim] in memory, as models have them
-        sizes = ((queries, heads[0]), (keys, heads[1]), (keys, heads[1]))
+        key_heads = heads[1] if spec.rules.mask else heads[0]
+        sizes = ((queries, heads[0]), (keys, key_heads), (keys, key_heads))
         q, k, v = (new(batch, tokens, count, case.head_dim).transpose(1, 2) for tokens, count in sizes)
         return q, k, v
 
-    common: dict[str, Any] = {"spec": QuantSpec.from_json(case.spec), "causal": case.causal}
+    common: dict[str, Any] = {"spec": spec, "causal": case.causal}
     yield Attended("gaussian", *inputs(256, 384, heads=(4, 2)), **common)
     q, k, v = inputs(200, 200)
     yield Attended("peaky", q * 3, k, v, **common)
     yield Attended("odd lengths", *inputs(133, 269, batch=2, heads=(3, 1)), **common)
-    yield Attended("one query", *inputs(1, 131), **common)
+    yield Attended("one query", *inputs(1, 131, heads=(16, 16)), **common)
     yield Attended("more queries than keys", *inputs(150, 37), **common)
-    mask = torch.rand(3, 210, generator=generator, device=device) < 0.8
-    mask[0, :50], mask[1, :] = False, False  # padding on the left; a sequence without any key
-    yield Attended("masked", *inputs(210, 210, batch=3), key_mask=mask, **common)
+    if spec.rules.mask:
+        mask = torch.rand(3, 210, generator=generator, device=device) < 0.8
+        mask[0, :50], mask[1, :] = False, False  # padding on the left; a sequence without any key
+        yield Attended("masked", *inputs(210, 210, batch=3), key_mask=mask, **common)
+        yield _packed(new, case, device, common)
     q, k, v = inputs(160, 240)
     offset = 4 * new(2, case.head_dim)
-    yield Attended("shifted keys", q, k + offset[:, None], v, k_shift=offset.float(), **common)
-    yield _packed(new, case, device, common)
+    if spec.rules.options:
+        yield Attended("shifted keys", q, k + offset[:, None], v, k_shift=offset.float(), **common)
+    if spec.formats.smooth is not None:  # without its smoothing, or the scores of the means, this comes out quite different
+        yield Attended("shifted queries and keys", q + 2 * new(2, 1, case.head_dim), k + offset[:, None], v, **common)
     yield Attended("long", *inputs(long, long, heads=(2, 1)), sampled=True, **common)
     batch, heads, tokens, head_dim = largest or large(case.head_dim)
-    if not _fits(batch * heads * tokens * head_dim, case.dtype, device):
+    if not _fits(batch * heads * tokens * head_dim, tensors, case.dtype, device):
         return
-    # One tensor three times, in two layouts: what memory holds twice is O.
+    # One tensor three times, in two layouts.
     x = new(batch, heads, tokens, head_dim)
     y = x.view(batch, tokens, heads, head_dim).transpose(1, 2)
     yield Attended("over 2^31 elements", x, y, y, sampled=True, **common)
@@ -94,9 +113,9 @@ def _packed(new: Any, case: Case, device: torch.device, common: dict[str, Any]) 
     return Attended("packed", q, k, v, packing=Packing(bounds[0], bounds[1], max(lengths[0]), max(lengths[1])), **common)
 
 
-def _fits(elements: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether such a call fits on the GPU: the input, two outputs, and codes of Q, K and V. If not, hardly any user's does."""
+def _fits(elements: int, tensors: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether such a call fits on the GPU: so many tensors, and codes of Q, K and V. If not, hardly any user's does."""
     if device.type != "cuda":
         return True
-    needed = elements * (3 * dtype.itemsize + 3 * 9 / 16)
+    needed = elements * (tensors * dtype.itemsize + 3 * 9 / 16)
     return needed < 0.9 * torch.cuda.get_device_properties(device).total_memory

@@ -1,4 +1,4 @@
-"""How fast `fp4` is against the Triton forward and PyTorch's own attention, and from which size on it wins."""
+"""How fast a kernel is against the Triton forward and PyTorch's own attention, and from which size on it wins."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from qat_kernels.spec import QuantSpec
 from qat_kernels.triton import launch as training
 from qat_kernels.verdicts import Case
 
-from . import launch
 from .problems import Attended
 
 LENGTHS = (256, 1024, 4096, 16384)
 """Queries and keys that are timed, each with each."""
 GAIN = 1.05
-"""How much faster `fp4` has to be to be taken."""
+"""How much faster a kernel has to be to be taken."""
 _HEADS, _ROUNDS, _CALLS = 16, 7, 3
 
 
@@ -31,18 +30,18 @@ class Timed(NamedTuple):
 
     queries: int
     keys: int
-    fp4: float
+    kernel: float
     triton: float
     sdpa: float
 
     @property
     def wins(self) -> bool:
-        """Whether `fp4` is faster by enough."""
-        return self.fp4 * GAIN <= self.triton
+        """Whether the kernel is faster by enough."""
+        return self.kernel * GAIN <= self.triton
 
 
-def measure(case: Case, device: torch.device, lengths: Iterable[int] = LENGTHS) -> list[Timed]:
-    """Every pair of lengths; of causal calls those whose first query sees a key."""
+def measure(forward: Callable[..., Any], case: Case, device: torch.device, lengths: Iterable[int] = LENGTHS) -> list[Timed]:
+    """`forward` with every pair of lengths; of causal calls those whose first query sees a key."""
     spec, results = QuantSpec.from_json(case.spec), []
     for queries, keys in product(lengths, repeat=2):
         if case.causal and queries > keys:
@@ -54,7 +53,7 @@ def measure(case: Case, device: torch.device, lengths: Iterable[int] = LENGTHS) 
         )
         call = Attended("timed", q, k, v, spec, case.causal)
         calls: dict[str, Callable[[], Any]] = {
-            "fp4": partial(call.run, launch.forward),
+            "kernel": partial(call.run, forward),
             "triton": partial(call.run, training.forward, with_gradient=False),
             "sdpa": partial(scaled_dot_product_attention, q, k, v, is_causal=case.causal),
         }

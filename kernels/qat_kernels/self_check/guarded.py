@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qat_kernels.fp4.launch import Outputs, new_outputs
 from qat_kernels.varlen import Packing
-
-from .launch import Outputs, new_outputs
 
 BAND, SENTINEL = 1 << 16, -7.0
 """Elements on both sides of an output, and what they hold."""
