@@ -14,7 +14,7 @@ from qat_kernels.dispatch import needs_triton, on_fp4_units, why_not, without_ve
 from qat_kernels.verdicts import Case, Verdict, Verdicts
 
 from .child import results
-from .ranks import read_by_rank_0
+from .ranks import in_a_distributed_run, read_by_rank_0
 from .store import keep, kept, key_of
 
 NOT_CHECKED = "FP4 units not checked: run qat-patch doctor --check"
@@ -69,8 +69,14 @@ def check(devices: Iterable[torch.device], cases: Iterable[Case]) -> CheckReport
     """Check cases on GPUs in child processes, and keep the verdicts. Cases that cannot run on a GPU are left out there.
 
     Raises:
-        ValueError: none of them can run on any of these GPUs; says why. Nothing has been started then.
+        ValueError: none of them can run on any of these GPUs, or this process is one of several; says why. Nothing has been
+            started then.
     """
+    if in_a_distributed_run():
+        raise ValueError(
+            "self-check: expected a process alone, got one of a distributed run: they would time each other, and know different "
+            "verdicts; run `qat-patch doctor --check`, or handle.check() in a process alone, before"
+        )
     devices, cases = list(devices), list(dict.fromkeys(cases))
     if not cases:
         raise ValueError("self-check: expected a preset that a kernel for inference computes; there is nothing to check")

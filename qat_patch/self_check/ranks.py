@@ -14,19 +14,24 @@ _KEY = "qat_patch/verdicts"
 _PATIENCE = datetime.timedelta(seconds=20)
 
 
-def read_by_rank_0(read: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `read` returns, on rank 0 if there are ranks.
+def in_a_distributed_run() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
-    It goes through the store of the process group and is no collective: where rank 0 alone loads a model, it waits for nobody.
+
+def read_by_rank_0(read: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `read` returns; if there are ranks, what it returned on rank 0 the first time, as long as the process group lasts.
+
+    Only the first time, because ranks read when they patch: a later reading would be another one on some of them. It goes through
+    the store of the process group and is no collective: where rank 0 alone loads a model, it waits for nobody.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not in_a_distributed_run():
         return read()
     store = torch.distributed.distributed_c10d._get_default_store()
     if torch.distributed.get_rank() == 0:
-        records = read()
-        store.set(_KEY, json.dumps(records))
-        return records
-    if not torch.cuda.device_count():
+        if not store.check([_KEY]):
+            store.set(_KEY, json.dumps(read()))
+    elif not torch.cuda.device_count():
         return []
     try:
         store.wait([_KEY], _PATIENCE)

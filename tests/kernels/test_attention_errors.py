@@ -98,7 +98,10 @@ WRONG_CALLS = {
         {"q": tensor(2, 4, 5, 48), "k": tensor(2, 2, 7, 48), "v": tensor(2, 2, 7, 48), "spec": QuantSpec(rotate=True)},
         r"head_dim with QuantSpec\(rotate=True\): expected a power of two, got 48",
     ),
-    "an unknown implementation": ({"impl": "cuda"}, r"impl: expected one of auto, eager, sdpa, triton, fp4, sageattn3, got 'cuda'"),
+    "an unknown implementation": (
+        {"impl": "cuda"},
+        r"impl: expected one of auto, eager, sdpa, triton, fp4, sageattn3, got 'cuda'",
+    ),
     "a spec by name": ({"spec": "nvfp4"}, r"spec: expected a QuantSpec, got 'nvfp4'"),
     "no spec": ({"spec": None}, r"spec: expected a QuantSpec, got None"),
 }

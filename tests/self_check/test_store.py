@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from qat_patch import patch_model
 from qat_patch.self_check import ranks, store
-from qat_patch.self_check.check import known_verdicts
+from qat_patch.self_check.check import check, known_verdicts
 from support.kernels.fake_gpu import IDENTITY, SPEC, fake_gpu, passed, says
 from support.models.tiny_qwen3 import tiny_qwen3
 
@@ -147,16 +147,23 @@ def read_as_rank(sender, rank, cache, meeting):
         dist.barrier()
         dist.barrier()
         found = ranks.read_by_rank_0(store.kept)
+        dist.barrier()
     else:
         dist.barrier()
         found = ranks.read_by_rank_0(store.kept)  # alone: it waits for nobody
         dist.barrier()
+        assert store.keep({"case": CASE | {"head_dim": 64}} | passed())  # by another process, meanwhile
+        dist.barrier()
+    again = ranks.read_by_rank_0(store.kept)  # whoever is first
+    with pytest.raises(ValueError, match="self-check: expected a process alone, got one of a distributed run"):
+        check([torch.device("cuda:0")], [])
     dist.destroy_process_group()
-    sender.send([record["case"]["head_dim"] for record in found])
+    after = ranks.read_by_rank_0(store.kept)
+    sender.send([sorted(record["case"]["head_dim"] for record in each) for each in (found, again, after)])
 
 
 def test_ranks_go_by_what_rank_0_has_read(monkeypatch, tmp_path, cache):
     for rank in (0, 1):
         monkeypatch.setenv(store.FOLDER, f"{cache}{rank}")
         assert store.keep({"case": CASE | {"head_dim": 16 * (rank + 1)}} | passed())
-    assert forked(read_as_rank, cache, tmp_path / "meet") == [[16], [16]]
+    assert forked(read_as_rank, cache, tmp_path / "meet") == [[[16], [16], [16, 64]], [[16], [16], [32]]]
