@@ -24,12 +24,16 @@ import torch
 from qat_kernels import KVCache
 from qat_kernels.dispatch import SPEED
 from qat_kernels.ran import counted
+from qat_kernels.verdicts import Case
 from qat_patch.checkpoint.load import component_of, load_checkpoint, load_tokenizer
 from qat_patch.checkpoint.trust.download import export_folder
 from qat_patch.checkpoint.trust.opening import printable
 from qat_patch.handle import PatchHandle
 from qat_patch.patch import require_handle
+from qat_patch.self_check.store import FOLDER
 
+_CHECKED: set[tuple[torch.device, Case]] = set()
+"""What this process has checked, whether or not the verdict could be kept: once is enough."""
 _TEXT_ONLY = ("max_new_tokens", "min_new_tokens")
 _VIDEO_ONLY = (
     "output",
@@ -112,9 +116,19 @@ def checked(handle: PatchHandle, device: str) -> None:
     where = torch.device(device)
     if where.type == "cuda":
         where = torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
-    if handle.unchecked(where):
-        print("self-check of FP4 units, once for this machine: it takes minutes", flush=True)
-        print(f"{handle.check(where)}\n")
+    missing = {(where, case) for case in handle.unchecked(where)}
+    if not missing - _CHECKED:
+        return
+    print("self-check of FP4 units, once for this machine: it takes minutes", flush=True)
+    report = handle.check(where)
+    _CHECKED.update(missing)
+    print(report)
+    if not all(each.is_kept for each in report.checked):
+        print(
+            "not all of this could be kept: `auto` takes triton there, and the next start checks again. Where verdicts cannot be "
+            f"written, set {FOLDER} to a folder that can be written to"
+        )
+    print()
 
 
 def _text(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:

@@ -111,7 +111,7 @@ ROOMS = {
         "qat_patch.measure": {"version", "versions", "config", "layer", "self_check", "handle", "patch", "servers"},
         "qat_patch.checkpoint": {"version", "config", "layer", "metadata", "hosts", "handle", "patch", "servers", "serving"},
         "qat_patch.bench": set(),
-        "qat_patch.commands": {"bench", "config", "handle", "patch", "measure", "checkpoint"},
+        "qat_patch.commands": {"bench", "config", "handle", "patch", "measure", "checkpoint", "self_check"},
         "qat_patch.cli": {"commands"},
         "qat_patch.__main__": {"cli"},
     },

@@ -1,5 +1,6 @@
 """From patch_model to the FP4 units: what `auto` takes after which verdict, and that everything that tells agrees."""
 
+import contextlib
 import copy
 import json
 import pickle
@@ -218,6 +219,7 @@ def test_generate_checks_once_and_says_what_ran(monkeypatch, tmp_path, capsys):
     from qat_patch.commands import generate
     from support.models.tiny_wan import tiny_tokenizer
 
+    monkeypatch.setattr(generate, "_CHECKED", set())
     model = tiny_qwen3()
     patch_model(model)
     export_checkpoint(model, tmp_path / "out", tokenizer=tiny_tokenizer())
@@ -233,6 +235,27 @@ def test_generate_checks_once_and_says_what_ran(monkeypatch, tmp_path, capsys):
         generate.main(arguments)
         out = capsys.readouterr().out
         assert "self-check" not in out and "3 fp4, 9 eager" in out
+
+
+@pytest.mark.parametrize("why", ["no verdict", "no folder"])
+def test_generate_says_that_nothing_could_be_kept_and_checks_once_a_process(monkeypatch, tmp_path, capsys, cache, why):
+    from qat_patch.commands import generate
+
+    monkeypatch.setattr(generate, "_CHECKED", set())
+    result = {"state": "none", "reason": "out of memory: tried to allocate 4 GiB"} if why == "no verdict" else passed()
+    if why == "no folder":
+        cache.write_text("a file where the folder should be")
+    says(monkeypatch, result)
+    with fake_gpu():
+        handle = patch_model(tiny_qwen3())
+        with pytest.warns(UserWarning, match="cannot be written") if why == "no folder" else contextlib.nullcontext():
+            generate.checked(handle, "cpu")
+        out = capsys.readouterr().out
+        assert "once for this machine" in out and "not all of this could be kept: `auto` takes triton there" in out
+        assert "QAT_PATCH_CACHE" in out and NOT_CHECKED in str(handle)
+        says(monkeypatch, None, "raise AssertionError")
+        generate.checked(handle, "cpu")
+        assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("gpu")

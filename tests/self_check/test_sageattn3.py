@@ -301,6 +301,7 @@ def test_generate_and_the_receipt_say_what_ran(monkeypatch, tmp_path, capsys):
     pipe, make = tiny_pipeline(layers=1, heads=1, head_dim=64), generate.make_pipeline
     patched(pipe)
     export_checkpoint(pipe, tmp_path / "out")
+    monkeypatch.setattr(generate, "_CHECKED", set())
     # As on a GPU; on a CPU it would be float32.
     monkeypatch.setattr(generate, "make_pipeline", lambda folder, base, dtype, **more: make(folder, base, torch.bfloat16, **more))
     arguments = [str(tmp_path / "out"), "--prompt", "a red square", "--output", str(tmp_path / "a.mp4")]
