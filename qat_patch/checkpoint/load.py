@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qat_patch.patch import get_handle, patch_model, require_handle, unpatch_mod
 from .adapters import LORA_FILE, load_adapter
 from .manifest import ExportFolder
 from .trust.building import building, check_complete, rename, settle
+from .trust.file_names import holds_tokenizer
 from .trust.headers import weight_files
 from .trust.opening import base_model, opened, said_plainly
 from .trust.plain_json import read_json
@@ -63,10 +65,20 @@ def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     with opened(folder, revision) as export, said_plainly(export.name, export.folder):
+        check_tokenizer(export.folder, "export it again with export_checkpoint(..., tokenizer=...)")
         options = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = _hosted("transformers", [export.folder], lambda: AutoTokenizer.from_pretrained(export.folder, **options))
         tokenizer.name_or_path = export.name
     return tokenizer
+
+
+def check_tokenizer(folder: str | Path, remedy: str = "put it there with tokenizer.save_pretrained(...)") -> None:
+    """Raise a ValueError unless the folder of a language model holds a tokenizer.
+
+    Transformers makes one without words of the model's config instead, or says that sentencepiece is missing.
+    """
+    if not holds_tokenizer(os.listdir(folder)):
+        raise ValueError(f"{folder}: expected the tokenizer of the language model in this folder, got none; {remedy}")
 
 
 def load_part(export: ExportFolder, part: str, dtype: torch.dtype | str = "auto") -> torch.nn.Module:

@@ -134,10 +134,10 @@ def checked(handle: PatchHandle, device: str) -> None:
 def _text(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
     if options.prompt is None:
         raise ValueError("--prompt: needed to generate text")
+    tokenizer = load_tokenizer(options.folder)
     model = load_checkpoint(options.folder)
     checked(require_handle(model), device)
     model = model.to(device)
-    tokenizer = load_tokenizer(options.folder)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
     if not inputs["input_ids"].numel():
         raise ValueError("--prompt: expected at least one token; the tokenizer makes none of it")

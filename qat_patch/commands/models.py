@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qat_patch.checkpoint.load import load_checkpoint, load_tokenizer
+from qat_patch.checkpoint.load import check_tokenizer, load_checkpoint, load_tokenizer
 from qat_patch.checkpoint.trust.download import holds_export, is_folder
 from qat_patch.checkpoint.trust.file_names import MANIFEST
 from qat_patch.checkpoint.trust.plain_json import read_json
@@ -90,8 +90,11 @@ def load_tokenizer_of(options: argparse.Namespace) -> Any:
         return load_tokenizer(options.model, revision=options.revision)
     from transformers import AutoTokenizer
 
+    local = is_folder(options.model, options.revision)
+    if local:
+        check_tokenizer(options.model)
     revision = {} if options.revision is None else {"revision": options.revision}
-    return AutoTokenizer.from_pretrained(options.model, local_files_only=is_folder(options.model, options.revision), **revision)
+    return AutoTokenizer.from_pretrained(options.model, local_files_only=local, **revision)
 
 
 def text_rows(options: argparse.Namespace) -> list[torch.Tensor]:

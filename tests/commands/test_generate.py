@@ -116,6 +116,15 @@ def test_mistakes(exports, arguments, message):
         generate.main([str(exports / arguments[0]), *arguments[1:]])
 
 
+def test_an_export_without_a_tokenizer_says_so(tmp_path, monkeypatch):
+    model = tiny_qwen3(num_hidden_layers=1)
+    patch_model(model)
+    export_checkpoint(model, tmp_path / "out")
+    monkeypatch.setattr(generate, "load_checkpoint", None)  # which may take minutes
+    with pytest.raises(ValueError, match=rf"{tmp_path}/out: expected the tokenizer .* got none; export it again with export_ch"):
+        generate.main([str(tmp_path / "out"), "--prompt", "a"])
+
+
 @pytest.mark.parametrize("component", ["transformer", "transformer_2"])
 def test_the_slot_of_an_expert(tmp_path, component):
     """Wan 2.2 has two transformers of one shape: nothing else would tell them apart."""

@@ -183,6 +183,15 @@ def test_mistakes(saved, capsys, monkeypatch, model, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "sensitivity"])
+def test_a_model_without_a_tokenizer_says_so(saved, capsys, command):
+    for file in (saved / "model").glob("*token*"):
+        file.unlink()
+    arguments = ["--text", str(saved / "text"), "--tokens", "40", "--device", "cpu"]
+    assert main([command, str(saved / "model"), *arguments]) == 1
+    assert "model: expected the tokenizer of the language model in this folder, got none; put it" in capsys.readouterr().err
+
+
 def test_tasks_of_the_harness_get_every_attention(saved, capsys, monkeypatch):
     """The harness itself is run by tests/recipes/test_evaluate_harness.py, where it is installed."""
     seen = {}

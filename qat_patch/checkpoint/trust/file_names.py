@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 MANIFEST = "qat_patch.json"
 """Written last: what kind of export this is, and size and SHA-256 of every file that loading may read."""
@@ -42,6 +42,11 @@ LEFT_BY_DOWNLOADS = (".git", ".cache")
 """Folders at the top that git and `hf download` leave; nobody looks into them."""
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_][\w.+-]*/)*[A-Za-z0-9_][\w.+-]*", re.ASCII)
 _LONGEST_NAME = 255
+
+
+def holds_tokenizer(names: Iterable[str]) -> bool:
+    """Whether a folder with these files has a tokenizer. Transformers makes an empty one of the model's config if it has not."""
+    return any(re.fullmatch(_TOKENIZER, name) and not name.startswith("chat_template.") for name in names)
 
 
 def check_plain(where: str, name: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from qat_patch.checkpoint.load import check_tokenizer
 from qat_recipes.data.chat import IGNORED, load_chat
 from qat_recipes.data.streaming import StreamedBlocks, WindowBatches
 from qat_recipes.data.text import (
@@ -99,6 +101,8 @@ class LanguageModeling(FineTuning[Settings]):
                 f"{blocks}; take fewer, or a larger window"
             )
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision or "main"}
+        if Path(settings.model.path).is_dir():
+            check_tokenizer(settings.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         check_vocabulary(self.tokenizer, AutoConfig.from_pretrained(**self.source).get_text_config().vocab_size)
         # Files that have to be downloaded or cached are so once.
