@@ -125,6 +125,8 @@ def test_help_documents_every_setting(settings, capsys):
         assert "  pair (float, float; default (0.0, 1.0))\n      Two.\n" in printed
     else:
         assert printed.count(")\n      ") >= 5
+    if settings is Settings:
+        assert "At least 1 with held-out data (`data.eval` or" in " ".join(printed.split())
 
 
 def arguments(**changes):

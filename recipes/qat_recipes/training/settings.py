@@ -62,7 +62,8 @@ class TrainingSettings:
     deterministic: bool = False
     """Algorithms that give the same bits in every run on the same machine; on a GPU some are slower. A CPU needs no such wish."""
     eval_every: int = 0
-    """Measure the held-out losses before the first step, every so many steps and after the last; 0: never."""
+    """Measure the held-out losses before the first step, every so many steps and after the last. At least 1 with held-out data
+    (`data.eval` or `data.eval_fraction`), and 0 without any."""
     checkpoint_every: int = 0
     """Write a checkpoint every so many steps and after the last; 0: never."""
     keep_checkpoints: int | None = None
@@ -117,7 +118,10 @@ class TrainingSettings:
             ValueError: one of them has no effect.
         """
         if has_eval and not self.eval_every:
-            raise ValueError("settings.eval_every: expected at least 1, since there is held-out data, got 0")
+            raise ValueError(
+                "settings.eval_every: expected at least 1, since there is held-out data, got 0; set it, or leave data.eval and "
+                "data.eval_fraction out"
+            )
         if self.eval_every and not has_eval:
             raise ValueError(f"settings.eval_every: expected 0, since there is no held-out data, got {self.eval_every}")
 
