@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from qat_patch import PatchHandle, get_handle, load_checkpoint
 from qat_patch.checkpoint.load import load_tokenizer
-from qat_recipes.command_line import read_settings
+from qat_recipes.command_line import read_settings, run
 from qat_recipes.data.documents import TextSource
 from qat_recipes.data.text import check_vocabulary, load_source
 from qat_recipes.tasks.language_modeling import NextToken
@@ -62,4 +62,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,13 +1,15 @@
 """Fine-tune a causal language model of Transformers for 4-bit attention: Qwen3, or any other that qat_patch can patch.
 
-accelerate launch recipes/finetune_qwen3.py --config recipes/configs/qwen3_14b.yaml learning_rate=1e-5
+accelerate launch --quiet recipes/finetune_qwen3.py --config recipes/configs/qwen3_14b.yaml learning_rate=1e-5
+
+A mistake in settings or data is one line and exit status 1; without `--quiet` accelerate adds a traceback of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qat_recipes.command_line import read_settings
+from qat_recipes.command_line import read_settings, run
 from qat_recipes.tasks.language_modeling import LanguageModeling, Settings
 from qat_recipes.training.loop import train
 
@@ -19,4 +21,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

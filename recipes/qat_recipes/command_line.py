@@ -6,19 +6,24 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import sys
 import textwrap
+import traceback
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+import qat_kernels
+import qat_patch
 from qat_patch.config_reader import from_dict, spell
 
 Settings = TypeVar("Settings")
+_OURS = [Path(__file__).parent, *(Path(module.__path__[0]) for module in (qat_kernels, qat_patch))]
 
 
 def read_settings(cls: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
@@ -45,6 +50,21 @@ def read_settings(cls: type[Settings], arguments: Sequence[str] | None = None) -
     for override in parsed.overrides:
         _override(values, override)
     return from_dict(cls, values, "settings", parse=_read_argument)
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a program as a process does: what it refuses (a ValueError of ours) is its message alone, and exit status 1.
+
+    Other errors keep their traceback, a ValueError from within another library among them.
+    """
+    try:
+        main()
+    except ValueError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(folder in Path(frames[-1].filename).parents for folder in _OURS):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

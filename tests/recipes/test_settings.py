@@ -1,6 +1,9 @@
 """Settings of the recipes: files, arguments, and what they refuse."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 from typing import Literal
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from evaluate_qwen3 import Settings as EvaluateSettings
 from qat_patch import AttnQATConfig, QuantSpec
 from qat_patch.config_reader import from_dict
-from qat_recipes.command_line import flatten, read_settings, to_dict, to_yaml
+from qat_recipes.command_line import flatten, read_settings, run, to_dict, to_yaml
 from qat_recipes.tasks.language_modeling import Settings
 from qat_recipes.tasks.video_diffusion import Settings as WanSettings
 from support.runs.runs import RECIPES
@@ -127,6 +130,30 @@ def test_help_documents_every_setting(settings, capsys):
         assert printed.count(")\n      ") >= 5
     if settings is Settings:
         assert "At least 1 with held-out data (`data.eval` or" in " ".join(printed.split())
+
+
+def test_what_a_recipe_refuses_is_one_line_and_what_breaks_is_a_traceback(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: read_settings(Settings, ["steps=0"]))
+    said = capsys.readouterr()
+    assert ended.value.code == 1 and said.out == "" and said.err.startswith("error: settings: ") and said.err.count("\n") == 1
+    for breaks in (lambda: json.loads("{"), lambda: [][0]):
+        with pytest.raises((ValueError, IndexError)):
+            run(breaks)
+    assert run(lambda: {"loss": 1.0}) is None
+
+
+@pytest.mark.parametrize("program", ["finetune_qwen3", "finetune_wan", "evaluate_qwen3"])
+def test_every_recipe_is_run_so(program):
+    assert (RECIPES / f"{program}.py").read_text().endswith('if __name__ == "__main__":\n    run(main)\n')
+
+
+def test_under_accelerate_launch_nothing_else_is_said():
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes=1", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", str(RECIPES / "finetune_qwen3.py"), "steps=0"]
+    done = subprocess.run(launch, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: settings: 'output_dir' is missing")
+    assert "Traceback" not in done.stderr + done.stdout
 
 
 def arguments(**changes):
