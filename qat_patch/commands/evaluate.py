@@ -65,9 +65,7 @@ def _text(options: argparse.Namespace) -> Any:
     rows, model = text_rows(options), load_model(options)
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(f"--text: expected a language model, got {type(model).__name__}; a pipeline needs --prompt")
-    known = model.get_input_embeddings().weight.shape[0]
-    if (largest := max(int(row.max()) for row in rows)) >= known:
-        raise ValueError(f"--text: the tokenizer makes token {largest}, and the model knows {known}; they do not belong together")
+    _check_tokens("--text", model, max(int(row.max()) for row in rows))
     with Attentions(model, _names(options, "kv_nvfp4"), _config(options)) as attentions:
         return text_quality(model, rows, attentions)
 
@@ -91,10 +89,11 @@ def _samples(options: argparse.Namespace) -> Any:
 
 def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     def load() -> Any:
-        model = load_model(options)
+        model, tokenizer = load_model(options), load_tokenizer_of(options)
+        _check_tokens("--tasks", model, max(tokenizer.get_vocab().values()))
         attentions = Attentions(model, _names(options, "kv_nvfp4"), _config(options))
         by_name = {name: functools.partial(attentions.in_force, name) for name in attentions.names}
-        return model, load_tokenizer_of(options), by_name
+        return model, tokenizer, by_name
 
     given = {name: getattr(options, name) for name in _OF_TASKS if getattr(options, name) is not None}
     found = run_tasks(load, options.tasks.split(","), **given)
@@ -104,6 +103,14 @@ def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             cells = " ".join(f"{of_attention[task].get(metric, float('nan')):16.4f}" for of_attention in found.values())
             lines.append(f"{task:24} {metric:28} {cells}")
     return {"attentions": found}, "\n".join(lines)
+
+
+def _check_tokens(option: str, model: Any, largest: int) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise ValueError(
+            f"{option}: the tokenizer makes token {largest}, and the model knows {known}; they do not belong together"
+        )
 
 
 def _names(options: argparse.Namespace, of_a_server: str) -> list[str]:

@@ -193,7 +193,7 @@ def test_a_model_without_a_tokenizer_says_so(saved, capsys, command):
 
 
 def test_tasks_of_the_harness_get_every_attention(saved, capsys, monkeypatch):
-    """The harness itself is run by tests/recipes/test_evaluate_harness.py, where it is installed."""
+    """The harness itself is run by tests/commands/test_evaluate_tasks.py, where it is installed."""
     seen = {}
 
     def run_tasks(load, tasks, **given):
