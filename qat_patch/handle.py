@@ -100,8 +100,13 @@ class PatchHandle:
             ValueError: there is no NVIDIA GPU that could run the kernels.
         """
         checked: list[Checked] = []
+        seen: set[tuple[Any, ...]] = set()  # the two transformers of a pipeline make the same calls
         for plan in self.plans.values():
-            checked += check(devices_of(plan) if device is None else [device], plan.cases()).checked
+            devices, cases = devices_of(plan) if device is None else [device], plan.cases()
+            if cases and seen.issuperset((*devices, case) for case in cases):
+                continue
+            seen.update((*devices, case) for case in cases)
+            checked += check(devices, cases).checked
         verdicts = known_verdicts()
         for plan in self.plans.values():
             plan.take(plan.impl, verdicts)

@@ -36,9 +36,10 @@ def patch_model(
         k_shift: vectors that are subtracted from keys before these are quantized, float32 [key heads, head_dim], by the names
             of patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them. Without
             `config`, a model from an export with K shifts needs them, or `{}` to do without.
-        impl: which implementation computes 4-bit attention, as `qat_kernels.attention` knows them. It changes speed, and no
-            checkpoint remembers it. `auto` takes what is fastest among what is known to be right on this machine: FP4 units
-            where `handle.check()` or `qat-patch doctor --check` has proved them, for calls without a gradient.
+        impl: which implementation computes 4-bit attention, as `qat_kernels.attention` knows them. It changes speed (and
+            `sageattn3`, how P is scaled: docs/NUMERICS.md, section 9), and no checkpoint remembers it. `auto` takes what is
+            fastest among what is known to be right on this machine: FP4 units, by `fp4` or `sageattn3`, where `handle.check()`
+            or `qat-patch doctor --check` has proved them, for calls without a gradient.
 
     Returns:
         The handle; the model keeps it too (see `get_handle`).

@@ -18,7 +18,7 @@ from qat_patch.measure import doctor
 from qat_patch.self_check import store
 from qat_patch.self_check.check import NOT_CHECKED, known_verdicts
 from support.kernels.fake_gpu import CPU, IDENTITY, fake_gpu, passed, says
-from support.models.lively_wan import tiny_wan, wan_inputs
+from support.models.lively_wan import tiny_wan, tiny_wan_pipeline, wan_inputs
 from support.models.tiny_qwen3 import tiny_qwen3
 
 
@@ -292,6 +292,14 @@ def test_a_case_is_what_attention_computes_in():
     model.scale_shift_table.data = model.scale_shift_table.data.float()
     (plan,) = patch_model(model).plans.values()
     assert [(case.head_dim, case.causal, case.dtype) for case in plan.cases()] == [(32, False, torch.bfloat16)]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_both_transformers_of_a_pipeline_call_is_checked_once(monkeypatch):
+    says(monkeypatch, passed((16, 16)))
+    handle = patch_model(tiny_wan_pipeline(two_transformers=True))
+    assert len(handle.plans) == 2 and len(handle.check().checked) == 1
+    assert all(isinstance(layer.impl, Verdicts) for layer in handle.patched.values())
 
 
 @pytest.mark.usefixtures("gpu")
