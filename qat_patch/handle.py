@@ -20,6 +20,8 @@ from .plan import Plan, restore
 from .self_check.check import Checked, CheckReport, check, known_verdicts, unchecked
 
 _SWITCHING = threading.RLock()
+_LISTED = 8
+"""Skipped modules with one reason that a receipt names one by one."""
 """Held while layers are switched, for several threads may do so with one model. No state of any model."""
 
 
@@ -275,6 +277,12 @@ class PatchHandle:
             lines.insert(0, "patched no longer, or anew: this is the receipt of an earlier patch")
         for prefix, plan in self.plans.items():
             lines += [f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.patched]
-        lines += [f"  skipped  {name}: {reason}" for name, reason in skipped.items()]
+        # Encoders have many, all for one reason.
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            shown = names if len(names) <= _LISTED else [f"{names[0]} and {len(names) - 1} more, up to {names[-1]}"]
+            lines += [f"  skipped  {name}: {reason}" for name in shown]
         lines += [f"  not patched  {name}: patch_model(pipe.{name}) patches this {kind}" for name, kind in self.untouched.items()]
         return "\n".join(lines)

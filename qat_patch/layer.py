@@ -103,6 +103,8 @@ class AttentionCall:
     """bool [batch, keys], True where a key may be seen."""
     window: int | None = None
     """How many keys a query sees, its own included; None: all before it."""
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
+    """In place of causality and a window: the first and the last key that each query sees, int32 [batch, queries]."""
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """[heads]"""

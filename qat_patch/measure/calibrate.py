@@ -71,7 +71,7 @@ def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()
                 f"calibrate: {name} has {what}, which sees what a K shift adds to all scores of a row; expected modules without: "
                 f"exclude it, with exclude=[{name!r}]"
             )
-        if not call.causal:
+        if not call.causal and call.bounds is None:
             _check_one_set_of_keys(name, keys_of_call.setdefault(name, call.key), call.key)
         means.setdefault(name, _Mean()).add(call)
         counts[name] = count_limits(counts.get(name), layer, call)

@@ -122,12 +122,13 @@ def _squares(layer: AttentionLayer, call: AttentionCall) -> tuple[torch.Tensor, 
         key_mask=call.key_mask,
         k_shift=layer.shift_on(call.key.device),
         window=call.window,
+        bounds=call.bounds,
         softcap=call.softcap,
         sinks=call.sinks,
     ).double()
     original = call.out.double()
     queries = call.query.shape[2]
-    is_self_attention = call.causal or queries == call.key.shape[2]
+    is_self_attention = call.causal or call.bounds is not None or queries == call.key.shape[2]
     if call.key_mask is not None and is_self_attention:  # the last keys are those of the queries
         seen = call.key_mask[:, None, -queries:, None]
         ours, original = (torch.where(seen, x, 0.0) for x in (ours, original))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qat_kernels import QuantSpec
+from qat_kernels.spec import MAX_HEAD_DIM
 from qat_patch.config import spec_problem
 from qat_patch.layer import AttentionLayer
 from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
@@ -63,13 +64,15 @@ def stored_metadata(model: Any) -> AttentionMetadata | None:
 
 
 def attention_modules(model: Any) -> dict[str, torch.nn.Module]:
-    """The modules whose attention goes through AttentionInterface, by name."""
+    """The modules whose attention goes through AttentionInterface, by name; those of encoders among them."""
     if not model._can_set_attn_implementation():
         return {}
     return {
         name: module
         for name, module in model.named_modules()
-        if all(hasattr(module, attribute) for attribute in ("is_causal", "layer_idx", "config"))
+        if hasattr(module, "is_causal")
+        and hasattr(module, "config")
+        and (hasattr(module, "layer_idx") or attention_code(module) is not None)
     }
 
 
@@ -92,13 +95,18 @@ def reason_to_skip(module: Any) -> str | None:
     """Why a module cannot have 4-bit attention although that is no mistake of the user's."""
     if attention_code(module) is None:
         return f"its {type(module).__name__} never calls {MECHANISM}"
-    return None if module.is_causal else "not causal: only decoder self-attention is supported"
+    if not module.is_causal or not hasattr(module, "layer_idx"):
+        return "not causal: only decoder self-attention is supported"
+    head_dim = _head_dim(module)
+    if head_dim is not None and head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim}: at most {MAX_HEAD_DIM} is supported"
+    return None
 
 
 def problem(module: Any, spec: QuantSpec) -> str | None:
     """Why 4-bit attention cannot compute what this module asks for."""
     dropout = getattr(module, "attention_dropout", 0.0)
-    head_dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+    head_dim = _head_dim(module)
     found = {
         "a position bias": "position_bias" if getattr(module, "has_relative_attention_bias", None) is not None else None,
         "dropout": (dropout.p if isinstance(dropout, torch.nn.Dropout) else dropout) or None,
@@ -127,6 +135,11 @@ def problem(module: Any, spec: QuantSpec) -> str | None:
         return f"values of {value_dim} elements beside keys of {head_dim}; expected as many"
     grouped = getattr(module, "num_key_value_groups", 1) != 1
     return spec_problem(spec, head_dim, causal=module.is_causal, grouped=grouped)
+
+
+def _head_dim(module: Any) -> int | None:
+    """Of queries and keys, as far as the module tells."""
+    return getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
 
 
 def prepare(original: Any) -> str:

@@ -77,7 +77,12 @@ def attention_forward(
         window = _window(causal.window, kwargs.get("sliding_window"), causal.filled, module)
     except ValueError as error:
         raise ValueError(f"4-bit attention ({layer.name}): {error}") from None
-    extras: dict[str, Any] = {"window": window, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    extras: dict[str, Any] = {
+        "window": None if causal.bounds else window,
+        "bounds": causal.bounds,
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
     if not isinstance(key, torch.Tensor):
         if packing is not None:
             raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")
@@ -91,14 +96,14 @@ def attention_forward(
         out, weights = original_attention(original, module, query, key, value, attention_mask, **arguments)
         query, key, value = under_autocast(query, key[:, :, : causal.filled], value[:, :, : causal.filled])
         shown: dict[str, Any] = {"query": query, "key": key, "value": value, "out": out.transpose(1, 2)}
-        call = AttentionCall(**shown, **extras, causal=True, scale=scaling, key_mask=causal.key_mask)
+        call = AttentionCall(**shown, **extras, causal=causal.bounds is None, scale=scaling, key_mask=causal.key_mask)
         for each in [call] if packing is None else packed_samples.split(call, packing, attention_mask):
             layer.observer(layer, each)
         return out, weights
     if causal.filled < key.shape[2]:
         key, value = key[:, :, : causal.filled], value[:, :, : causal.filled]
     query, key, value = under_autocast(query, key, value)
-    options: dict[str, Any] = {"spec": layer.spec, "causal": True, "scale": scaling, "impl": layer.impl} | extras
+    options: dict[str, Any] = {"spec": layer.spec, "causal": causal.bounds is None, "scale": scaling, "impl": layer.impl} | extras
     options["k_shift"] = layer.shift_on(key.device)
     if packing is not None:
         q, k, v = (packed_samples.flatten(x) for x in (query, key, value))

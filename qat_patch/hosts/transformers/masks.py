@@ -26,9 +26,12 @@ SAMPLES = torch.int32
 """The dtype of a mask for packed samples. It holds [batch, keys] numbers of samples, which differ along the keys only."""
 CHUNKS = torch.int64
 """The dtype of a mask for chunks of tokens that see each other alone. It holds [batch, keys] numbers, as for samples."""
+BLOCKS = torch.uint64
+"""The dtype of a mask with blocks of tokens that see each other both ways (images). It holds [batch, keys]: the last key that a
+token sees, plus 1; or 0 for padding."""
 PADDING = -1
 """The number of no chunk."""
-_COMPACT = frozenset({PLAIN, PADDED, SAMPLES, CHUNKS})
+_COMPACT = frozenset({PLAIN, PADDED, SAMPLES, CHUNKS, BLOCKS})
 BEFORE_A_WINDOW = 3 * GROUP_SIZE - 2
 """How many keys there have to be before a window, unless the first key is there. They are the rest of the group that the window
 begins in; a whole group that no query sees; and what is left of another one. Groups count from the first token, and the first
@@ -46,6 +49,8 @@ class Causal(NamedTuple):
     """[batch, filled]: the number of every token's sample, or chunk; None: each row is one."""
     window: int | None = None
     """How many keys a query sees, its own included; None: all before it."""
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None
+    """int32 [batch, queries]: the first and the last key that each query sees, where these are not causal alone."""
 
 
 class _Kind(NamedTuple):
@@ -58,6 +63,8 @@ class _Kind(NamedTuple):
     """[B, L]"""
     positions: torch.Tensor | None = None
     """[B, L]: places in each of several samples, where transformers counts by them."""
+    blocks: torch.Tensor | None = None
+    """[B, L]: the number of every token's block, -1 for tokens in none."""
 
 
 def make_mask(
@@ -76,7 +83,7 @@ def make_mask(
     kind = _kind_of(mask_function, kwargs)
     first_query = int(q_offset)
     filled = first_query + q_length - kv_offset
-    if kind is None or kv_length < filled or not _has_what_is_needed(kind, first_query, kv_offset, attention_mask):
+    if kind is None or kv_length < filled or not _has_what_is_needed(kind, first_query, filled, kv_offset, attention_mask):
         arguments = {"mask_function": mask_function, "attention_mask": attention_mask} | kwargs
         made = _host_mask(original, batch_size, q_length, kv_length, q_offset, kv_offset, **arguments)
         # Without a mask the host means a causal one (a window that all keys are in), but not where the queries are.
@@ -96,19 +103,27 @@ def make_mask(
         allowed = torch.nn.functional.pad(attention_mask, (0, max(0, seen - attention_mask.shape[1])))[:, :seen]
     if kv_offset:
         allowed = _from_whole_groups(batch_size, allowed, kv_offset, filled, kwargs.get("device"))
+    if kind.blocks is not None:
+        last = _last_of_block(kind.blocks[:batch_size, kv_offset : kv_offset + filled])
+        last = last + 1 if allowed is None else torch.where(allowed, last + 1, 0)
+        return last.to(BLOCKS)[:, None, None].expand(shape)
     if allowed is not None and (torch.compiler.is_compiling() or kv_offset or not allowed.all()):
         return allowed.to(PADDED)[:, None, None].expand(shape)
     return torch.empty(1, 1, 1, 1, dtype=PLAIN, device=kwargs.get("device")).expand(shape)
 
 
-def _has_what_is_needed(kind: _Kind, first_query: int, kv_offset: int, attention_mask: torch.Tensor | None) -> bool:
+def _has_what_is_needed(kind: _Kind, first_query: int, filled: int, kv_offset: int, attention_mask: torch.Tensor | None) -> bool:
     """Whether the keys begin early enough for 4-bit attention, and padding is where it can be computed."""
     if kind.chunk is not None and attention_mask is not None and not torch.compiler.is_compiling():
         holes = attention_mask.int().diff(dim=-1).abs().sum(-1) > 2 - attention_mask[:, 0].int()  # padding on both sides is none
         if holes.any():
             return False
+    if kind.blocks is not None and not (kind.blocks.shape[1] >= kv_offset + filled and _are_runs(kind.blocks)):
+        return False
     if not kv_offset:
         return True
+    if kind.blocks is not None and (kind.blocks[:, first_query:] >= 0).any():
+        return False  # a block may begin before the keys do
     if kind.window is not None:
         return first_query - kind.window + 1 - kv_offset >= BEFORE_A_WINDOW
     return kind.chunk is not None
@@ -123,6 +138,23 @@ def _from_whole_groups(
         return (position >= -(-kv_offset // GROUP_SIZE) * GROUP_SIZE).expand(batch, -1)
     leftpad = (allowed.cumsum(-1) == 0).sum(-1, keepdim=True)
     return allowed[:, kv_offset:] & (position >= kv_offset + (leftpad - kv_offset) % GROUP_SIZE)
+
+
+def _are_runs(blocks: torch.Tensor) -> bool:
+    """Whether the tokens of every block follow one another, so that what a query sees is an interval."""
+    begins = torch.nn.functional.pad(blocks, (1, 0), value=-1).diff(dim=-1) != 0
+    return all(
+        len(numbers := row[begin & (row >= 0)]) == len(numbers.unique()) for row, begin in zip(blocks, begins, strict=True)
+    )
+
+
+def _last_of_block(blocks: torch.Tensor) -> torch.Tensor:
+    """[B, L]: the last token of every token's block, or itself."""
+    position = torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks)
+    goes_on = torch.nn.functional.pad((blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] >= 0), (0, 1))
+    # The nearest token from here on that its block does not go on from.
+    ends = torch.where(goes_on, blocks.shape[1], position)
+    return ends.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _chunks(kind: _Kind, filled: int, kv_offset: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -183,7 +215,18 @@ def read(mask: torch.Tensor | None, queries: int, keys: int, *, from_the_first: 
         by_key = mask[:, 0, 0]
         # The same, but torch.compile turns no bytes into booleans on every device.
         return Causal(filled, by_key != 0 if torch.compiler.is_compiling() else by_key.view(torch.bool), None, window)
+    if mask.dtype == BLOCKS:
+        return _between_bounds(mask[:, 0, 0].long(), queries, window)
     return Causal(filled, None, documents_of(mask), window)
+
+
+def _between_bounds(numbers: torch.Tensor, queries: int, window: int | None) -> Causal:
+    """What a mask with blocks says. Rows of padding get bounds that never decrease; they see no key."""
+    upper = (numbers - 1).cummax(-1).values
+    position = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+    lower = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
+    lower, upper = (x[:, -queries:].int().contiguous() for x in (lower, upper))
+    return Causal(numbers.shape[1], numbers > 0, None, window, (lower, upper))
 
 
 def restore(mask: Any, original: str, keys: int | None, dtype: torch.dtype) -> Any:
@@ -202,6 +245,15 @@ def restore(mask: Any, original: str, keys: int | None, dtype: torch.dtype) -> A
     function, padding, can_skip = masking_utils.causal_mask_function, causal.key_mask, queries > 1 or filled == keys
     if causal.window is not None:
         function = masking_utils.sliding_window_causal_mask_function(causal.window)
+    if causal.bounds is not None:
+        last = mask[:, 0, 0].long()
+        same = torch.nn.functional.pad((last[:, 1:] == last[:, :-1]) & (last[:, 1:] > 0), (1, 1))
+        in_blocks = torch.where(same[:, 1:] | same[:, :-1], last, -1)
+        blocks = torch.nn.functional.pad(in_blocks, (0, keys - filled), value=-1)
+        function, can_skip = masking_utils.causal_mask_function, False
+        function = masking_utils.or_masks(function, masking_utils.blockwise_overlay(blocks))
+        if causal.window is not None:
+            function = masking_utils.and_masks(function, masking_utils.sliding_window_overlay(causal.window))
     if causal.documents is not None:
         documents = torch.nn.functional.pad(causal.documents, (0, keys - filled), value=PADDING)
         function = masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(documents))
@@ -238,32 +290,48 @@ def _kind_of(mask_function: Callable, arguments: dict[str, Any]) -> _Kind | None
     parts = _parts(mask_function, "and_masks")
     if len(parts) == 2 and set(found := _closed_over(parts[1])) == {"packed_sequence_mask"}:
         mask_function, samples = parts[0], found["packed_sequence_mask"]
-    # Multimodal models have blocks of tokens that see each other, -1 for tokens in none: in plain text all of them.
-    parts = _parts(mask_function, "or_masks")
-    blocks = _closed_over(parts[1]) if len(parts) == 2 else {}
-    if set(blocks) == {"block_sequence_ids"} and (blocks["block_sequence_ids"] < 0).all():
+    # Multimodal models have blocks of tokens that see each other, -1 for tokens in none: in plain text all of them. A window cuts
+    # blocks too, where it is added to them.
+    parts, window, blocks = _parts(mask_function, "and_masks"), None, None
+    if len(parts) == 2 and (window := _window_of_overlay(parts[1])) is not None:
         mask_function = parts[0]
+    parts = _parts(mask_function, "or_masks")
+    if len(parts) == 2 and set(found := _closed_over(parts[1])) == {"block_sequence_ids"}:
+        mask_function, blocks = parts[0], found["block_sequence_ids"]
+        blocks = None if (blocks < 0).all() else blocks
     # Transformers 5.17 has the causal function itself here, later versions one that counts positions in every sample.
     if samples is not None and set(remapped := _closed_over(mask_function)) == {"mask_function", "position_ids"}:
         mask_function, positions = remapped["mask_function"], remapped["position_ids"]
     if mask_function is causal_mask_function:
-        return _Kind(samples=samples)
+        return None if blocks is not None and samples is not None else _Kind(window=window, samples=samples, blocks=blocks)
     parts = _parts(mask_function, "and_masks")
-    if len(parts) != 2 or parts[1] is not causal_mask_function:
+    if len(parts) != 2 or parts[1] is not causal_mask_function or blocks is not None or window is not None:
         return None
-    overlay, found = getattr(parts[0], "__qualname__", ""), _closed_over(parts[0])
-    if overlay.startswith("sliding_window_overlay.") and set(found) == {"sliding_window"}:
-        return _Kind(window=found["sliding_window"], samples=samples)
-    if overlay.startswith("chunked_overlay.") and set(found) == {"chunk_size", "left_padding"}:
-        if samples is not None and positions is None:
-            return None  # which chunk a token is in is not told
-        return _Kind(chunk=(found["chunk_size"], found["left_padding"]), samples=samples, positions=positions)
-    return None
+    if (window := _window_of_overlay(parts[0])) is not None:
+        return _Kind(window=window, samples=samples)
+    found = _closed_over(parts[0])
+    if not _is_made_by("chunked_overlay", parts[0]) or set(found) != {"chunk_size", "left_padding"}:
+        return None
+    if samples is not None and positions is None:
+        return None  # which chunk a token is in is not told
+    return _Kind(chunk=(found["chunk_size"], found["left_padding"]), samples=samples, positions=positions)
+
+
+def _window_of_overlay(mask_function: Callable) -> int | None:
+    """The width of the window that a mask function says, if it says nothing else."""
+    found = _closed_over(mask_function)
+    is_one = _is_made_by("sliding_window_overlay", mask_function) and set(found) == {"sliding_window"}
+    return found["sliding_window"] if is_one else None
+
+
+def _is_made_by(name: str, mask_function: Callable) -> bool:
+    """Whether one of transformers' functions, which make mask functions, made this one."""
+    return getattr(mask_function, "__qualname__", "").startswith(f"{name}.")
 
 
 def _parts(mask_function: Callable, combination: str) -> tuple[Callable, ...]:
     """The functions that one of transformers' combinations of mask functions is made of."""
-    if not getattr(mask_function, "__qualname__", "").startswith(f"{combination}."):
+    if not _is_made_by(combination, mask_function):
         return ()
     return _closed_over(mask_function).get("mask_functions", ())
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM, masking_utils
 
 from qat_patch import AttnQATConfig, QuantSpec, calibrate, export_checkpoint, get_handle, load_checkpoint, patch_model
 from qat_patch.hosts.transformers import masks
@@ -180,3 +180,95 @@ def test_chunks_see_themselves_alone(models, chunk):
     with handle.observed(lambda layer, call: seen.append((call.query.shape[2], call.key.shape[2]))):
         logits(model, token_ids(batch=1, length=60) % 97 + 3, use_cache=False)
     assert seen == [(chunk, chunk)] * (60 // chunk) + [(60 % chunk, 60 % chunk)]
+
+
+def with_image(length, *spans):
+    """token_type_ids: 1 for the tokens of pictures."""
+    types = torch.zeros(2, length, dtype=torch.long)
+    for start, stop in spans:
+        types[:, start:stop] = 1
+    return types
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("spans", [[(7, 30)], [(20, 36), (40, 43)]], ids=["longer than the window", "two pictures"])
+@pytest.mark.parametrize("model_type", ["gemma3"])
+def test_pictures_see_themselves_both_ways(model_type, spans, padding):
+    stock = every_causal_lm.build(model_type)
+    ids, mask = pad(token_ids(length=LENGTH // 2) % 97 + 3, padding, "left")
+    types = torch.cat([torch.zeros(2, padding, dtype=torch.long), with_image(LENGTH // 2, *spans)], 1)
+    model, real = copy.deepcopy(stock), mask.bool()
+    handle = patch_model(model)
+    found = logits(model, ids, attention_mask=mask, token_type_ids=types, use_cache=False)
+    assert relative(found[real], logits(model, ids, attention_mask=mask, use_cache=False)[real]) > 1e-3
+    expected = every_causal_lm.reference(copy.deepcopy(stock), list(handle.patched), ids, mask, token_type_ids=types)
+    assert relative(found[real], expected[real]) < 1e-6
+    with handle.disabled():
+        expected = logits(stock, ids, attention_mask=mask, token_type_ids=types, use_cache=False)
+        assert torch.equal(logits(model, ids, attention_mask=mask, token_type_ids=types, use_cache=False), expected)
+    # Layers that are left out get masks of the host.
+    half = copy.deepcopy(stock)
+    handle = patch_model(half, AttnQATConfig(include=["*.0.self_attn"]))
+    found = logits(half, ids, attention_mask=mask, token_type_ids=types, use_cache=False)
+    expected = every_causal_lm.reference(copy.deepcopy(stock), list(handle.patched), ids, mask, token_type_ids=types)
+    assert relative(found[real], expected[real]) < 1e-6
+
+
+def test_words_after_a_picture_come_on_a_cache():
+    model = every_causal_lm.build("gemma3")
+    ids, types = token_ids(length=60) % 97 + 3, with_image(60, (7, 30))
+    patch_model(model)
+    whole = logits(model, ids, token_type_ids=types, use_cache=False)
+    with torch.no_grad():
+        out = model(ids[:, :40], token_type_ids=types[:, :40], use_cache=True)
+        found = [out.logits]
+        for token in range(40, 60):
+            out = model(ids[:, token : token + 1], past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    assert relative(torch.cat(found, 1), whole) < 1e-9
+
+
+def test_a_picture_in_two_parts_is_refused():
+    """What its tokens see is no interval."""
+    assert masks.is_compact(masks.make_mask(1, 5, 5, mask_function=masks_of_blocks([[0, 0, -1, 1, 1]])))
+    function = masks_of_blocks([[0, 0, -1, 0, 0]])
+    mask = masks.make_mask(1, 5, 5, mask_function=function, allow_is_causal_skip=False)
+    with pytest.raises(ValueError, match="unsupported mask"):
+        masks.read(mask, 5, 5, from_the_first=True)
+
+
+def masks_of_blocks(ids):
+    return masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(torch.tensor(ids)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape", "length"),
+    [
+        ("gpt_oss", (64, 8, 64, 128), 150),
+        ("gemma3_text", (4, 1, 256, 512), 540),  # 1B
+        ("gemma2", (8, 4, 256, 4096), 60),
+        ("mistral", (32, 8, 128, 4096), 60),
+        ("llama4_text", (40, 8, 128, None), 60),
+        ("qwen3_5_text", (16, 4, 256, None), 60),
+    ],
+)
+def test_head_counts_head_dims_and_windows_as_they_are_published(model_type, shape, length):
+    """One layer of each kind. The windows of 4,096 are wider than the tests are long."""
+    heads, key_heads, head_dim, window = shape
+    stock = every_causal_lm.build(
+        model_type,
+        {
+            "num_attention_heads": heads,
+            "num_key_value_heads": key_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": 4096,
+            **({} if window is None else {"sliding_window": window}),
+        },
+    )
+    ids = token_ids(batch=1, length=length) % 97 + 3
+    model = copy.deepcopy(stock)
+    handle = patch_model(model)
+    found = logits(model, ids, use_cache=False)
+    assert relative(found, logits(stock, ids, use_cache=False)) > 1e-4
+    expected = every_causal_lm.reference(copy.deepcopy(stock), list(handle.patched), ids, torch.ones_like(ids))
+    assert relative(found, expected) < 1e-6

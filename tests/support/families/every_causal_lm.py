@@ -138,15 +138,15 @@ def tiny(config_class, changes: dict):
             sizes[name] = tiny(type(fields[name]), changes.get(name, {}))
     changes = {name: value for name, value in changes.items() if name not in sizes or not isinstance(value, dict)}
     sizes |= changes
-    sizes |= {name: size for name, size in NARROW.items() if isinstance(fields.get(name), int)}
+    sizes |= {name: size for name, size in NARROW.items() if isinstance(fields.get(name), int) and name not in changes}
     return config_class(**sizes)
 
 
-def build(model_type: str) -> torch.nn.Module:
-    """A tiny model with weights that make attention matter, in float64."""
+def build(model_type: str, changes: dict | None = None) -> torch.nn.Module:
+    """A tiny model with weights that make attention matter, in float64. `changes` are of its config."""
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     torch.manual_seed(0)
-    model = model_class(tiny(model_class.config_class, OF_ONE_TYPE.get(model_type, {})))
+    model = model_class(tiny(model_class.config_class, OF_ONE_TYPE.get(model_type, {}) | (changes or {})))
     model.set_experts_implementation("eager")
     model = lively(model).double().eval()
     for module in model.modules():
@@ -155,7 +155,7 @@ def build(model_type: str) -> torch.nn.Module:
     return model
 
 
-def reference(stock, layers, ids, mask):
+def reference(stock, layers, ids, mask, **inputs):
     """The logits of the stock model with the float64 oracle for the attention of these modules. Nothing of the patch runs."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -200,7 +200,7 @@ def reference(stock, layers, ids, mask):
     AttentionInterface.register("oracle", forward)
     AttentionMaskInterface.register("oracle", sdpa_mask)
     stock.set_attn_implementation("oracle")
-    found = logits(stock, ids, attention_mask=mask, use_cache=False)
+    found = logits(stock, ids, attention_mask=mask, use_cache=False, **inputs)
     assert reached == set(layers), f"no call of {set(layers) - reached}"
     return found
 
