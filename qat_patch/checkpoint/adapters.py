@@ -35,6 +35,18 @@ _COMFY_NAMES = {
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
+_DIFFUSERS_NAMES = {theirs: ours for ours, theirs in _COMFY_NAMES.items()}
+_DIFFUSERS_NAMES_OUTSIDE_BLOCKS = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "head.head": "proj_out",
+}
 
 
 def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -236,9 +248,14 @@ def _multiply_in(model: torch.nn.Module, adapter: str, folder: Path) -> None:
     save_file(tensors, file, metadata=header)
 
 
-def check_comfy(model: Any) -> None:
-    """Refuse with a ValueError adapters that have no names in ComfyUI's files: only LoRA of a Wan transformer's blocks has."""
+def check_comfy(model: Any, adapter: str | None = None) -> None:
+    """Refuse with a ValueError adapters that have no names in ComfyUI's files: only LoRA of a Wan transformer's blocks has.
+
+    `adapter`: look at the layers that have the adapter of this name; default: at all.
+    """
     for name, layer in adapter_layers(model).items():
+        if adapter is not None and adapter not in getattr(layer, "lora_A", {adapter}):
+            continue
         if "lora_A" not in dict(layer.named_children()) or any(layer.use_dora.values()) or _comfy_name(name) is None:
             raise ValueError(
                 f"export_checkpoint: lora_format='comfyui': expected LoRA of the attention and feed-forward layers of a Wan "
@@ -258,6 +275,21 @@ def _comfy_name(layer: str) -> str | None:
     if attention not in ("attn1", "attn2") or projection not in _COMFY_NAMES:
         return None
     return f"blocks.{number}.{_COMFY_NAMES[attention]}.{_COMFY_NAMES[projection]}"
+
+
+def diffusers_name(layer: str) -> str | None:
+    """`blocks.0.attn1.to_q` of `blocks.0.self_attn.q`: a layer of Wan's own code as Diffusers names it; None if there is none."""
+    blocks, _, rest = layer.partition(".")
+    number, _, rest = rest.partition(".")
+    if blocks != "blocks" or not number.isdigit():
+        return _DIFFUSERS_NAMES_OUTSIDE_BLOCKS.get(layer)
+    if rest.startswith("ffn."):
+        return f"blocks.{number}.{_DIFFUSERS_NAMES[rest]}" if rest in _DIFFUSERS_NAMES else None
+    part, _, inside = rest.partition(".")
+    if part in ("self_attn", "cross_attn"):
+        inside = inside if inside in ("norm_q", "norm_k") else _DIFFUSERS_NAMES.get(inside, "")
+        return f"blocks.{number}.{_DIFFUSERS_NAMES[part]}.{inside}" if inside else None
+    return f"blocks.{number}.norm2" if rest == "norm3" else None
 
 
 def _comfy_state(model: torch.nn.Module, adapter: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

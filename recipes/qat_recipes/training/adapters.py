@@ -13,30 +13,50 @@ import torch
 from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 
+from qat_recipes.lora.start import START, StartSettings, keep_frozen, merge
+from qat_recipes.lora.start import add_adapter as add_existing_adapter
+
+OWN = "default"
+"""The name of the adapter that is trained."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraSettings:
     """Train low-rank adapters instead of the weights."""
 
-    rank: int
-    """Rank of the matrices."""
-    alpha: float
-    """What the adapters add is scaled by alpha / rank."""
+    rank: int | None = None
+    """Rank of the matrices; required, but for start.use=trained."""
+    alpha: float | None = None
+    """What the adapters add is scaled by alpha / rank; required, but for start.use=trained."""
     dropout: float = 0.0
     """Dropout before the adapters."""
     base_dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the frozen weights; null: bfloat16 with mixed_precision=bf16, which is 2 bytes a weight, else float32. Adapters are
     float32, and so is what Diffusers keeps in float32. The residual stream has this type too."""
     target_modules: tuple[str, ...] | None = None
-    """Last parts of the names of the modules that get adapters; null: the projections of attention."""
+    """Last parts of the names of the modules that get adapters, such as [to_q, to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2]
+    for all linear layers of Wan's blocks; null: the projections of attention."""
+    start: StartSettings | None = None
+    """Someone's LoRA to start from, such as one of distillation; null: none."""
     export: Literal["merged", "adapters"] = "merged"
-    """Export whole weights with the adapters added to them, or the adapters alone, which name the model they belong to."""
+    """Export whole weights with the adapters added to them, and those of `start` too, or the trained adapters alone, which name
+    the model they belong to. What they were trained beside (start.use=frozen or merged) is not in them: load it too."""
+    export_format: Literal["diffusers", "comfyui"] = "diffusers"
+    """How exported adapters of a Diffusers model are named: as `pipe.load_lora_weights` reads them, or as ComfyUI does."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        own = ("rank", "alpha", "target_modules")
+        if self.start is not None and self.start.use == "trained":
+            if given := [name for name in own if getattr(self, name) is not None]:
+                raise ValueError(f"lora.{given[0]}: with start.use=trained it is that of {self.start.path}; leave it out")
+        elif missing := next((name for name in own[:2] if getattr(self, name) is None), None):
+            raise ValueError(f"lora: {missing!r} is missing; set it in the file or as an argument")
+        if self.rank is not None and self.rank < 1:
             raise ValueError(f"lora.rank: expected at least 1, got {self.rank}")
-        if self.alpha <= 0:
+        if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"lora.alpha: expected a positive number, got {self.alpha}")
+        if self.export == "merged" and self.export_format != "diffusers":
+            raise ValueError("lora.export_format: comfyui is for adapters alone; set lora.export to adapters, or leave it out")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout: expected a number in [0, 1), got {self.dropout}")
         if self.target_modules == ():
@@ -44,7 +64,7 @@ class LoraSettings:
 
 
 def add_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[str, ...], seed: int) -> torch.nn.Module:
-    """Freeze a model of Transformers or Diffusers and give it adapters in float32, which change nothing yet.
+    """Freeze a model of Transformers or Diffusers and give it adapters in float32, which add nothing yet but their start.
 
     Args:
         model: changed in place.
@@ -56,24 +76,36 @@ def add_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[
         The model of Diffusers itself; of Transformers a `peft.PeftModel` around it.
 
     Raises:
-        ValueError: a target is the name of no module.
+        ValueError: a target is the name of no module, or the LoRA to start from cannot be read or does not fit.
     """
+    start = settings.start
+    if start is not None and start.use == "trained":
+        with torch.random.fork_rng():
+            model.requires_grad_(False)
+            return add_existing_adapter(model, start, OWN, settings.dropout)
     targets = settings.target_modules or default
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
             raise ValueError(f"lora.target_modules: {type(model).__name__} has no module {target}; leave it out")
+    if start is not None and start.use == "merged":
+        merge(model, start)
+    assert settings.rank is not None and settings.alpha is not None  # checked by the settings
     config = peft.LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(targets)
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if not type(model).__module__.startswith("diffusers."):
-            return peft.get_peft_model(model, config)
-        model.requires_grad_(False)
-        cast(Any, model).add_adapter(config)
-        # PEFT does so for the other.
-        cast_adapter_dtype(model, "default")
-        return model
+            model = peft.get_peft_model(model, config)
+        else:
+            model.requires_grad_(False)
+            cast(Any, model).add_adapter(config)
+            # PEFT does so for the other.
+            cast_adapter_dtype(model, OWN)
+        if start is not None and start.use == "frozen":
+            model = add_existing_adapter(model, start, START)
+            keep_frozen(model, OWN)
+    return model
 
 
 def has_adapters(model: torch.nn.Module) -> bool:
@@ -83,16 +115,20 @@ def has_adapters(model: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model computes as if it had no adapters."""
+    """Inside, the model computes as if it had no adapters but the frozen one that it started from."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    active = [layer._active_adapter for layer in layers]
     try:
         # `layer.enable_adapters` sets requires_grad too, and sharding looks at that during the first forward pass.
         for layer in layers:
-            layer._disable_adapters = True
+            if START in layer.active_adapters:
+                layer._active_adapter = [START]
+            else:
+                layer._disable_adapters = True
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, names in zip(layers, active, strict=True):
+            layer._active_adapter, layer._disable_adapters = names, False
 
 
 def names_left_out(model: torch.nn.Module) -> set[str]:

@@ -12,10 +12,10 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
-from qat_patch.checkpoint.adapters import adapter_owner
+from qat_patch.checkpoint.adapters import adapter_owner, check_comfy
 from qat_patch.servers import check_servable, check_spec
 
-from .adapters import LoraSettings, add_adapters
+from .adapters import OWN, LoraSettings, add_adapters
 from .fingerprint import digest_of_weights
 from .objective import Objective
 from .settings import TrainingSettings
@@ -123,6 +123,12 @@ class FineTuningSettings(TrainingSettings):
                 check_spec(self.model.export_server, self.qat.spec, "qat.spec.preset")
             except ValueError as error:
                 raise ValueError(f"model.export_server: {error}") from None
+        start = self.lora and self.lora.start
+        if start and start.use == "trained" and self.distillation:
+            raise ValueError(
+                "lora.start.use: with distillation the teacher is what the run starts from, and a LoRA that is trained does not "
+                "stay so; expected frozen or merged, got trained"
+            )
         if self.lora and self.lora.base_dtype == "bfloat16" and self.mixed_precision is None:
             raise ValueError("lora.base_dtype: expected float32 or null without mixed_precision=bf16, got bfloat16")
 
@@ -149,7 +155,7 @@ class FineTuning(Task, Generic[Settings]):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.model, self.handle = self._build()
+        self.model, self.handle = self._build(settings.lora)
 
     def load(self) -> torch.nn.Module:
         """The model to start from, in `settings.load_dtype`: autocast makes the copies that mixed precision computes with."""
@@ -174,10 +180,9 @@ class FineTuning(Task, Generic[Settings]):
         self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
     ) -> None:
         model, source, lora = self.model, self.settings.model, self.settings.lora
-        if weights is not None:
-            model, _ = self._build()
-            model.load_state_dict(weights)
         alone = lora is not None and lora.export == "adapters"
+        if weights is not None or (alone and self._has_start_beside):
+            model = self._rebuilt(self.model.state_dict() if weights is None else weights, alone=alone)
         base_model = str(Path(source.path).resolve()) if source.is_local else source.path
         export_checkpoint(
             model,
@@ -189,11 +194,33 @@ class FineTuning(Task, Generic[Settings]):
             base_model=base_model if alone or not source.is_local else None,
             dtype=None if alone else getattr(torch, source.export_dtype),
             merge_adapters=not alone,
+            lora_format="diffusers" if lora is None else lora.export_format,
             component=self.component,
             server=source.export_server,
         )
 
-    def _build(self) -> tuple[torch.nn.Module, PatchHandle]:
+    @property
+    def _has_start_beside(self) -> bool:
+        """Whether the model holds someone's LoRA that is no part of what is trained."""
+        lora = self.settings.lora
+        return lora is not None and lora.start is not None and lora.start.use != "trained"
+
+    def _rebuilt(self, weights: dict[str, torch.Tensor], *, alone: bool) -> torch.nn.Module:
+        """The model with these weights, in one piece; for adapters alone without what they were trained beside."""
+        lora = self.settings.lora
+        if alone and self._has_start_beside and lora is not None:
+            model, handle = self._build(dataclasses.replace(lora, start=None))
+            weights = {name: x for name, x in weights.items() if f".{OWN}." in name}
+            if lost := model.load_state_dict(weights, strict=False).unexpected_keys:
+                raise RuntimeError(f"export: the model has no {lost[0]} without lora.start")
+        else:
+            model, handle = self._build(lora)
+            model.load_state_dict(weights)
+        for name, shift in self.handle.k_shift.items():
+            handle.patched[name].k_shift = shift.cpu()
+        return model
+
+    def _build(self, lora: LoraSettings | None) -> tuple[torch.nn.Module, PatchHandle]:
         """Load, add adapters, patch."""
         settings, model = self.settings, self.load()
         if settings.model.gradient_checkpointing:
@@ -208,12 +235,16 @@ class FineTuning(Task, Generic[Settings]):
         if get_handle(model) is not None:
             # An export of ours is patched as it was exported; here the settings say how.
             unpatch_model(model)
-        if settings.lora is not None:
-            model = add_adapters(model, settings.lora, self.lora_targets, settings.seed)
+        if lora is not None:
+            model = add_adapters(model, lora, self.lora_targets, settings.seed)
         handle = patch_model(model, settings.qat)
+        # What an export would refuse: now, not at the end of the run.
+        if lora is not None and lora.export_format == "comfyui":
+            if handle.host != "diffusers":
+                raise ValueError("lora.export_format: expected diffusers, since only transformers of Wan have names in ComfyUI")
+            check_comfy(model, OWN)
         if settings.model.export_server is not None:
-            # Now, not at the end of the run.
-            alone = settings.lora is not None and settings.lora.export == "adapters"
-            adapters = next(iter(adapter_owner(model).peft_config.values())) if alone else None
+            alone = lora is not None and lora.export == "adapters"
+            adapters = adapter_owner(model).peft_config[OWN] if alone else None
             check_servable(settings.model.export_server, handle, adapters=adapters)
         return model, handle
