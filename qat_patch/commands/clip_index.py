@@ -13,11 +13,18 @@ from qat_patch.checkpoint import integrity
 
 FORMAT_VERSION = 2
 INDEX = "index.json"
+EMPTY_CAPTION = "empty_caption.safetensors"
+"""prompt_embeds of no caption at all, for those that are dropped in training."""
 ASIDE = ".incomplete"
 
 
 def write_index(
-    folder: Path, settings: Mapping[str, Any], clips: Sequence[Mapping[str, Any]], skipped: Mapping[str, str]
+    folder: Path,
+    settings: Mapping[str, Any],
+    clips: Sequence[Mapping[str, Any]],
+    skipped: Mapping[str, str],
+    *,
+    empty_caption: bool = False,
 ) -> None:
     """Write the index of a folder's clips, once their files are complete.
 
@@ -26,11 +33,20 @@ def write_index(
         settings: what all clips share: the encoders, text_length, dtype.
         clips: of each its file relative to the folder, what it was made of, and the shapes in it.
         skipped: sources that were left out, with the reason.
+        empty_caption: whether the folder holds the embeddings of one.
     """
     with ThreadPoolExecutor() as pool:
         names = [clip["file"] for clip in clips]
         digests = dict(zip(names, pool.map(lambda name: integrity.sha256(folder / name), names), strict=True))
-    index = {"format_version": FORMAT_VERSION, "settings": settings, "clips": clips, "sha256": digests, "skipped": skipped}
+    index: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "settings": settings,
+        "clips": clips,
+        "sha256": digests,
+        "skipped": skipped,
+    }
+    if empty_caption:
+        index["empty_caption_sha256"] = integrity.sha256(folder / EMPTY_CAPTION)
     with written_aside(folder / INDEX) as aside:
         aside.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -2,24 +2,27 @@
 
 qat-patch prepare-wan-data --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --input clips --output latents
 
---input holds metadata.jsonl or metadata.csv with file_name (or video) and caption (or text, or prompt), or pairs of clip.mp4
-and clip.txt. Of each clip the start is taken, at --fps: the largest of --num-frames that it fills, resized and centre-cropped to
-the one of --resolutions with the nearest aspect ratio. Clips that cannot be used are reported and left out.
+--input holds metadata.jsonl or metadata.csv, or pairs of clip.mp4 and clip.txt. Tables may be those of DiffSynth-Studio (video or
+image, prompt), musubi-tuner (video_path or image_path, caption) and finetrainers (file_name, caption); text is taken for caption
+too, and captions of metadata.jsonl is a list of texts, of which each step draws one. Of each video --windows are taken, spread
+evenly, or else the start, at --fps: the largest of --num-frames that it fills, resized and centre-cropped to the one of
+--resolutions with the nearest aspect ratio. An image is a clip of one frame (not for image to video). Clips that cannot be used
+are reported and left out.
 
---output gets index.json and one safetensors file a clip:
+--output gets index.json, empty_caption.safetensors, and one safetensors file a window:
     latents        [C, F, h, w]      mean of the VAE's posterior, normalized as the pipeline normalizes
-    prompt_embeds  [tokens, D]       of the caption; the zeros that fill it up to 512 tokens are left out
+    prompt_embeds  [tokens, D]       of the caption; the zeros that fill it up to 512 tokens are left out. Of further captions
+                                     prompt_embeds.1 and so on
     condition      [4 + C, F, h, w]  image to video only: mask and latents of the first frame
     image_embeds   [257, D]          image to video only, and not in Wan 2.2: the first frame, by the image encoder
 
-Run it again to go on after an interruption, or after adding clips: what is done, with this caption and from a video of this
-content, is not done again. Files made with other encoders or settings are refused.
+Run it again to go on after an interruption, or after adding clips, captions, windows, resolutions or lengths: what is done, with
+these captions and from a video of this content, is not done again. Files made with other encoders or settings are refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -30,15 +33,16 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 from diffusers.training_utils import free_memory
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from qat_patch.checkpoint import lock
 
-from .clip_index import ASIDE, INDEX, write_index, written_aside
-from .wan_clips import Clip, Frames, list_clips
+from .clip_captions import Clip, list_clips
+from .clip_index import ASIDE, EMPTY_CAPTION, INDEX, write_index, written_aside
+from .encoded_clips import entry, file_of, finished, record_of
+from .wan_clips import Frames, Windows
 
 TEXT_LENGTH = 512
 """Tokens that the pipelines fill prompts up to."""
@@ -54,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parse(arguments)
     if args.fps <= 0:
         raise ValueError(f"--fps: expected a positive number, got {args.fps:g}")
+    if args.windows < 1:
+        raise ValueError(f"--windows: expected at least 1, got {args.windows}")
     clips, skipped = list_clips(args.input)
     _encode_all(args, clips, skipped)
     # The pipeline is out of scope: a program that goes on from here has its memory back.
@@ -83,7 +89,11 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | 
 
 @torch.no_grad()
 def encode(
-    pipe: WanPipeline | WanImageToVideoPipeline, frames: torch.Tensor, caption: str, dtype: torch.dtype
+    pipe: WanPipeline | WanImageToVideoPipeline,
+    frames: torch.Tensor,
+    caption: str,
+    dtype: torch.dtype,
+    variants: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """The tensors of one clip, as at the top of this file, in `dtype` on the CPU.
 
@@ -92,6 +102,7 @@ def encode(
         frames: uint8 [frames, height, width, 3], of a size that the pipeline can make.
         caption: what they show.
         dtype: of what is returned; latents are computed in float32.
+        variants: other captions.
     """
     vae, device = pipe.vae, pipe.vae.device
     video = pipe.video_processor.normalize(frames.to(device).permute(3, 0, 1, 2)[None] / 255)
@@ -99,9 +110,8 @@ def encode(
     # every run. Normalized as by WanImageToVideoPipeline.prepare_latents; the inverse is in WanPipeline.__call__.
     mean, std = (torch.tensor(x, device=device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
     latents = (vae.encode(video).latent_dist.mode() - mean) * (1.0 / std)
-    prompt_embeds, _ = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
-    tokens = int(prompt_embeds[0].any(-1).nonzero().max()) + 1
-    tensors = {"latents": latents[0], "prompt_embeds": prompt_embeds[0, :tokens]}
+    tensors = {"latents": latents[0], "prompt_embeds": encode_text(pipe, caption)}
+    tensors |= {f"prompt_embeds.{number}": encode_text(pipe, text) for number, text in enumerate(variants, 1)}
     if isinstance(pipe, WanImageToVideoPipeline):
         # Given latents, it draws no noise.
         _, condition = pipe.prepare_latents(
@@ -111,6 +121,14 @@ def encode(
         if pipe.image_encoder is not None:
             tensors["image_embeds"] = pipe.encode_image(frames[0].numpy(), device)[0]
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def encode_text(pipe: WanPipeline | WanImageToVideoPipeline, text: str) -> torch.Tensor:
+    """The embeddings of a caption, [tokens, D], without the zeros that fill it up."""
+    prompt_embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
+    rows = prompt_embeds[0].any(-1).nonzero()
+    return prompt_embeds[0, : int(rows.max()) + 1 if len(rows) else 0]
 
 
 def fingerprint(module: torch.nn.Module, *constants: Any) -> str:
@@ -140,31 +158,59 @@ def _encode_into(
     """The same for a folder that belongs to this process."""
     for leftover in args.output.rglob(f"*{ASIDE}"):
         leftover.unlink()
-    done = {clip: _finished(args.output, clip, settings) for clip in clips}
+    if isinstance(pipe, WanImageToVideoPipeline):
+        reason = "it is an image, and image to video has nothing to learn from one"
+        skipped |= {clip.source: reason for clip in clips if clip.is_image}
+        clips = [clip for clip in clips if not clip.is_image]
+    done = {clip: finished(args.output, clip, settings, args.windows) for clip in clips}
     pending = [clip for clip in clips if done[clip] is None]
-    data = Frames(args.input, pending, num_frames=args.num_frames, resolutions=args.resolutions, fps=args.fps)
+    how = {"num_frames": args.num_frames, "resolutions": args.resolutions, "fps": args.fps, "windows": args.windows}
+    data = Frames(args.input, pending, **how)
     loader = DataLoader(data, batch_size=None, num_workers=min(args.workers, len(pending)))
     bar = tqdm(loader, desc="Encoding", unit="clip", initial=len(clips) - len(pending), total=len(clips))
-    for clip, (frames, reason) in zip(pending, bar, strict=True):
-        if frames is None:
+    for clip, (windows, reason) in zip(pending, bar, strict=True):
+        if windows is None:
             skipped[clip.source] = reason
             continue
-        file, (length, height, width, _) = _file(args.output, clip), frames.shape
-        record = dataclasses.asdict(clip) | {"frames": length, "height": height, "width": width, "fps": args.fps}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(file) as aside:
-            # One entry, for safetensors writes several in any order.
-            metadata = {"clip": json.dumps(record | {"settings": settings})}
-            save_file(encode(pipe, frames, clip.caption, getattr(torch, args.dtype)), aside, metadata)
-        done[clip] = _finished(args.output, clip, settings)
+        done[clip] = _encode_windows(args, pipe, settings, clip, windows)
 
     for source, reason in sorted(skipped.items()):
         print(f"left out: {source}: {reason}")
-    entries = [entry for entry in done.values() if entry is not None]
+    found = [one for entries in done.values() for one in entries or ()]
+    entries = [{name: value for name, value in one.items() if name != "offered"} for one in found]
     if not entries:
         raise ValueError(f"--input: none of the {len(skipped)} clips in {args.input} can be used; the reasons are above")
-    write_index(args.output, settings, entries, skipped)
+    # Again, for what is there may be of another text encoder.
+    _write(args.output / EMPTY_CAPTION, {"prompt_embeds": encode_text(pipe, "").to("cpu", getattr(torch, args.dtype))}, None)
+    write_index(args.output, settings, entries, skipped, empty_caption=True)
     _summarize(args.output, entries, len(skipped))
+
+
+def _encode_windows(
+    args: argparse.Namespace,
+    pipe: WanPipeline | WanImageToVideoPipeline,
+    settings: dict[str, Any],
+    clip: Clip,
+    windows: Windows,
+) -> list[dict[str, Any]]:
+    """Encode those windows of a clip that are not done; returns the entries of all."""
+    entries = []
+    for number, start in enumerate(windows.starts):
+        record, there = record_of(clip, windows, number, args.fps), entry(args.output, clip, start, settings)
+        if there is None or any(there[name] != record[name] for name in ("frames", "height", "width")):
+            tensors = encode(pipe, windows.frames[number], clip.caption, getattr(torch, args.dtype), clip.variants)
+            _write(file_of(args.output, clip, start), tensors, {"clip": json.dumps(record | {"settings": settings})})
+            there = entry(args.output, clip, start, settings)
+        if there is not None:
+            entries.append(there)
+    return entries
+
+
+def _write(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> None:
+    """Write a file whole or not at all; the header has one entry, for safetensors writes several in any order."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(file) as aside:
+        save_file({name: x.contiguous() for name, x in tensors.items()}, aside, metadata)
 
 
 def _settings(args: argparse.Namespace, pipe: WanPipeline | WanImageToVideoPipeline) -> dict[str, Any]:
@@ -193,35 +239,10 @@ def _settings(args: argparse.Namespace, pipe: WanPipeline | WanImageToVideoPipel
     }
 
 
-def _file(output: Path, clip: Clip) -> Path:
-    return output / "clips" / f"{clip.source}.safetensors"
-
-
-def _finished(output: Path, clip: Clip, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The index entry of a clip that is done, as it is now, from the header of its file; else None.
-
-    Raises:
-        ValueError: it was done with other settings.
-    """
-    file = _file(output, clip)
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            record = json.loads(tensors.metadata()["clip"])
-            shapes = {name: tensors.get_slice(name).get_shape() for name in sorted(tensors.keys())}
-    except (FileNotFoundError, SafetensorError):
-        return None
-    then = record.pop("settings")
-    if then != settings:
-        names = [name for name in settings | then if then.get(name) != settings.get(name)]
-        differences = "; ".join(f"{name} was {then.get(name)!r} and is {settings.get(name)!r}" for name in names)
-        raise ValueError(f"--output: {file} was made with other settings: {differences}; choose another folder")
-    if not dataclasses.asdict(clip).items() <= record.items():
-        return None
-    return {"file": file.relative_to(output).as_posix(), **record, "shapes": shapes}
-
-
 def _summarize(output: Path, entries: list[dict[str, Any]], skipped: int) -> None:
-    print(f"{output / INDEX}: {len(entries)} clips; {skipped} left out")
+    sources = len({entry["source"] for entry in entries})
+    windows = f" in {len(entries)} windows" if len(entries) != sources else ""
+    print(f"{output / INDEX}: {sources} clips{windows}; {skipped} left out")
     sizes = Counter((entry["frames"], entry["height"], entry["width"]) for entry in entries)
     for (frames, height, width), count in sorted(sizes.items()):
         print(f"  {count} of {frames} frames, {height}x{width}")
@@ -245,12 +266,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(name, help=help + (" (default: %(default)s)" if "default" in kind else ""), **kind)
 
     option("--model", "folder or Hub name of a Wan pipeline in Diffusers' format", required=True)
-    option("--input", "folder of videos and captions", required=True, type=Path)
+    option("--input", "folder of videos and images with captions", required=True, type=Path)
     option("--output", "folder for the index and the tensors", required=True, type=Path)
     option("--num-frames", "lengths on offer, each a multiple of 4 plus 1", nargs="+", type=int, default=[81])
     sizes = {"nargs": "+", "type": resolution, "default": [(480, 832), (832, 480)], "metavar": "HEIGHTxWIDTH"}
     option("--resolutions", "sizes on offer, such as 480x832", **sizes)
     option("--fps", "frames a second that videos are resampled to; Wan was trained at 16", type=float, default=16.0)
+    option("--windows", "parts of each video, spread evenly from its start to its end; 1: the start", type=int, default=1)
     option("--dtype", "of what is stored, and of the text encoder", choices=["bfloat16", "float32"], default="bfloat16")
     option("--device", "of the encoders", default="cuda" if torch.cuda.is_available() else "cpu")
     option("--workers", "processes that decode videos ahead; 0: decode when needed", type=int, default=2)

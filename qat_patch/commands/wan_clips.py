@@ -1,20 +1,16 @@
-"""Videos with captions in a folder: which there are, and their frames at a given rate and size. For prepare-wan-data."""
+"""Frames of videos at a given rate and size, as players show them, and images as one frame. For prepare-wan-data."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
-import json
 import math
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import chain, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import av
@@ -23,13 +19,11 @@ import torch
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from diffusers.video_processor import VideoProcessor
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from qat_patch.checkpoint import integrity
+from .clip_captions import Clip, is_image
 
-VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
-FILE_COLUMNS, CAPTION_COLUMNS = ("file_name", "video"), ("caption", "text", "prompt")
 _STILL = Disposition.attached_pic | Disposition.still_image | Disposition.timed_thumbnails
 _MILLISECOND = Fraction(1, 1000)
 _PICTURE_CODECS = {"bmp", "gif", "jpegls", "jpeg2000", "mjpeg", "png", "tiff", "webp"}
@@ -53,18 +47,21 @@ class UnusableClip(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
-    """A video and its caption."""
+class Windows:
+    """Parts of one video, of one length and size."""
 
-    source: str
-    """The video, relative to the input folder, with forward slashes."""
-    caption: str
-    video_sha256: str
-    """Of the video. With the caption it tells whether the clip has changed since it was encoded."""
+    frames: list[torch.Tensor]
+    """Of each window, uint8 [frames, height, width, 3]."""
+    starts: list[int]
+    """The number of its first frame, at the rate that was asked for."""
+    source_frames: int | None
+    """How many frames there are at this rate; None: more than were looked at."""
+    source_size: tuple[int, int]
+    """Height and width as players show it."""
 
 
 class Frames(Dataset):
-    """For each clip `read_clip`'s frames and an empty text, or None and the reason why the clip cannot be used.
+    """For each clip its `Windows` and an empty text, or None and the reason why the clip cannot be used.
 
     So that worker processes can decode while the encoders work.
     """
@@ -75,71 +72,107 @@ class Frames(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str]:
+    def __getitem__(self, index: int) -> tuple[Windows | None, str]:
         try:
-            return read_clip(self.folder / self.clips[index].source, **self.how), ""
+            return read_windows(self.folder / self.clips[index].source, **self.how), ""
         except UnusableClip as reason:
             return None, str(reason)
 
 
-def list_clips(folder: Path) -> tuple[list[Clip], dict[str, str]]:
-    """The clips of a folder, by name, and the reasons for leaving out others.
-
-    Raises:
-        ValueError: there are none, or metadata that cannot be read.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"--input: there is no folder {folder}")
-    files = [file for file in (folder / "metadata.jsonl", folder / "metadata.csv") if file.is_file()]
-    if len(files) == 2:
-        raise ValueError(f"--input: {folder} holds metadata.jsonl and metadata.csv; remove one")
-    captions = _from_metadata(files[0]) if files else _from_pairs(folder)
-    if not captions:
-        raise ValueError(f"--input: there is no clip in {folder}; expected metadata.jsonl, metadata.csv, or videos with texts")
-    skipped, good = {} if files else _texts_alone(folder), []
-    for source, caption in sorted(captions.items()):
-        if not (folder / source).is_file():
-            skipped[source] = "there is no such file"
-        elif not caption:
-            skipped[source] = "it has no caption"
-        else:
-            good.append(source)
-    # Hashing lets other threads run.
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda source: integrity.sha256(folder / source), good))
-    return [Clip(source, captions[source], digest) for source, digest in zip(good, digests, strict=True)], skipped
-
-
 def read_clip(path: Path, *, num_frames: Sequence[int], resolutions: Sequence[tuple[int, int]], fps: float) -> torch.Tensor:
-    """The start of a video as players show it, resampled, resized and centre-cropped: uint8 [frames, height, width, 3].
+    """The start of a video: the one window of `read_windows`, uint8 [frames, height, width, 3]."""
+    return read_windows(path, num_frames=num_frames, resolutions=resolutions, fps=fps).frames[0]
+
+
+def read_windows(
+    path: Path, *, num_frames: Sequence[int], resolutions: Sequence[tuple[int, int]], fps: float, windows: int = 1
+) -> Windows:
+    """Parts of a video as players show it, resampled, resized and centre-cropped; of an image the one frame.
 
     Args:
-        path: the video.
+        path: the video or the image.
         num_frames: lengths on offer; the largest that the video fills is taken.
-        resolutions: (height, width) on offer; the one with the nearest aspect ratio is taken, of equals the first.
+        resolutions: (height, width) on offer, for `nearest_resolution`.
         fps: frames a second.
+        windows: how many, spread evenly from the start to the end; one is the start. Short videos have fewer.
 
     Raises:
         UnusableClip: it is damaged, too short or no video, or is shown turned by something else than quarter turns.
     """
-    images: list[torch.Tensor] = []
+    if is_image(path.name):
+        image = _read_image(path)
+        size = (image.height, image.width)
+        return Windows([_resized(image, nearest_resolution(size, resolutions))[None]], [0], 1, size)
+    wanted, longest = [0], max(num_frames)
     try:
-        for image in islice(_decode(path, fps), max(num_frames)):
+        # Of several windows the places follow from the length, which containers get wrong.
+        total = sum(1 for _ in _decode(path, fps)) if windows > 1 else None
+        if total is not None:
+            longest = length_of(total, num_frames, fps)
+            wanted = spread(total, longest, windows)
+        images: dict[int, torch.Tensor] = {}
+        for number, (shape, frame) in enumerate(islice(_decode(path, fps), wanted[-1] + longest)):
             if not images:
-                height, width = min(resolutions, key=lambda size: abs(math.log(size[0] / size[1] * image.width / image.height)))
-            # At once, for frames of full size take much memory.
-            image = VideoProcessor().resize(image, height, width, resize_mode="crop")
-            images.append(torch.from_numpy(numpy.array(image)))
+                shown = shape.shown(frame)
+                size = (shown.height, shown.width)
+            if any(start <= number < start + longest for start in wanted):
+                # At once, for frames of full size take much memory.
+                images[number] = _resized(shape.shown(frame), nearest_resolution(size, resolutions))
     except av.FFmpegError as error:
         raise UnusableClip(f"it cannot be decoded: {error.strerror}") from error
-    lengths = [number for number in num_frames if number <= len(images)]
+    if total is None and len(images) < longest:
+        total = len(images)
+    length = longest if total is None else length_of(total, num_frames, fps)
+    return Windows([torch.stack([images[start + n] for n in range(length)]) for start in wanted], wanted, total, size)
+
+
+def nearest_resolution(size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The (height, width) on offer with the nearest aspect ratio, of equals the first."""
+    height, width = size
+    return min(resolutions, key=lambda one: abs(math.log(one[0] / one[1] * width / height)))
+
+
+def length_of(total: int, num_frames: Sequence[int], fps: float) -> int:
+    """The largest length on offer that so many frames fill.
+
+    Raises:
+        UnusableClip: there is none.
+    """
+    lengths = [number for number in num_frames if number <= total]
     if not lengths:
-        raise UnusableClip(f"it is too short: {len(images)} frames at {fps:g} fps, and at least {min(num_frames)} are needed")
-    return torch.stack(images[: max(lengths)])
+        raise UnusableClip(f"it is too short: {total} frames at {fps:g} fps, and at least {min(num_frames)} are needed")
+    return max(lengths)
 
 
-def _decode(path: Path, fps: float) -> Iterator[Image.Image]:
-    """Frames with square pixels, upright."""
+def spread(total: int, length: int, windows: int) -> list[int]:
+    """Where windows of a length start that are spread evenly over a video; as many as have different starts."""
+    last = total - length
+    count = min(windows, last + 1)
+    return [0] if count == 1 else [round(number * last / (count - 1)) for number in range(count)]
+
+
+def _read_image(path: Path) -> Image.Image:
+    """An image as viewers show it."""
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UnusableClip("it is an animation; make it a video")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise UnusableClip(f"it cannot be decoded: {error}") from error
+    if upright.has_transparency_data and upright.convert("RGBA").getchannel("A").tobytes().strip(b"\xff"):
+        raise UnusableClip("it is transparent in parts; put it on a background")
+    return upright.convert("RGB")
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """Resized and centre-cropped, uint8 [height, width, 3]."""
+    return torch.from_numpy(numpy.array(VideoProcessor().resize(image, *size, resize_mode="crop")))
+
+
+def _decode(path: Path, fps: float) -> Iterator[tuple[_Shape, Any]]:
+    """Frames as they are decoded, each with how it is to be shown."""
     with av.open(str(path)) as container:
         stream = _main_video(container)
         shape = _Shape.of(stream)
@@ -156,7 +189,7 @@ def _decode(path: Path, fps: float) -> Iterator[Image.Image]:
             graph.push(decoded)
             with contextlib.suppress(BlockingIOError, EOFError):
                 while True:
-                    yield shape.shown(graph.pull())
+                    yield shape, graph.pull()
 
 
 def _main_video(container: Any) -> Any:
@@ -214,84 +247,3 @@ def _directions(matrix: tuple[int, ...]) -> tuple[int, int, int, int]:
             f"it is shown turned by a display matrix of ({', '.join(map(str, turn))}): only quarter turns are known"
         )
     return a, b, c, d
-
-
-def _from_pairs(folder: Path) -> dict[str, str]:
-    """Captions by video, from clip.txt beside clip.mp4; empty where there is none."""
-    captions = {}
-    for video in folder.rglob("*"):
-        if video.suffix.lower() in VIDEO_SUFFIXES:
-            text = video.with_suffix(".txt")
-            captions[video.relative_to(folder).as_posix()] = _read_text(text).strip() if text.is_file() else ""
-    return captions
-
-
-def _texts_alone(folder: Path) -> dict[str, str]:
-    """Texts that are captions of nothing, and why."""
-    suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
-    videos = {path.with_suffix("") for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES}
-    texts = (text for text in folder.rglob("*.txt") if text.with_suffix("") not in videos)
-    return {text.relative_to(folder).as_posix(): f"there is no video of this name ({suffixes})" for text in texts}
-
-
-def _from_metadata(file: Path) -> dict[str, str]:
-    """Captions by video, from a table; empty where there is none."""
-    captions, unused = {}, set()
-    for number, row in _csv_rows(file) if file.suffix == ".csv" else _json_rows(file):
-        where = f"--input: {file}, row {number}"
-        names, texts = ([name for name in known if name in row] for known in (FILE_COLUMNS, CAPTION_COLUMNS))
-        if len(names) != 1 or len(texts) != 1:
-            raise ValueError(
-                f"{where}: expected file_name and either caption or text, got {', '.join(map(str, row))} "
-                "(video is taken for file_name, and prompt for caption; one column of each kind)"
-            )
-        (name,), (text,) = names, texts
-        source, caption = row[name], row[text] or ""
-        if not isinstance(source, str) or not isinstance(caption, str):
-            raise ValueError(f"{where}: expected text in {name} and {text}, got {source!r} and {caption!r}")
-        if None in row:
-            raise ValueError(
-                f"{where}: expected as many columns as in the first line, got {row[None]!r} beyond them; a caption with commas "
-                f"needs quotes around it, got {caption!r}"
-            )
-        path = PurePosixPath(source)
-        if not path.name or path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{where}: expected the name of a file in the folder, got {source!r}")
-        if path.as_posix() in captions:
-            raise ValueError(f"{where}: {source} occurs twice; give a clip one caption")
-        captions[path.as_posix()] = caption.strip()
-        unused |= row.keys() - {name, text}
-    if unused:
-        print(f"{file}: not used: {', '.join(sorted(unused))}. Of every clip the start is taken, at --fps")
-    return captions
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
-    rows = csv.DictReader(io.StringIO(_read_text(file)), strict=True)
-    number = 0
-    try:
-        columns = rows.fieldnames or []
-        if len({*columns}) != len(columns):
-            raise ValueError(f"--input: {file}: expected columns with different names, got {', '.join(columns)}")
-        for number, row in enumerate(rows, 1):
-            yield number, row
-    except csv.Error as error:
-        raise ValueError(f"--input: {file}, after row {number}: no CSV: {error}") from error
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, dict[Any, Any]]]:
-    for number, line in enumerate(io.StringIO(_read_text(file)), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            yield number, row if isinstance(row, dict) else {line.strip()[:80]: None}
-
-
-def _read_text(file: Path) -> str:
-    try:
-        # Spreadsheets put a byte order mark in front.
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--input: {file}: not UTF-8 text: {error}") from error

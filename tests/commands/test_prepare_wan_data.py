@@ -40,7 +40,7 @@ def test_index_lists_the_clips_and_why_others_are_left_out(wan_models, clips, tm
     assert "3 clips; 5 left out\n  1 of 5 frames, 32x48\n  1 of 5 frames, 48x32\n  1 of 9 frames, 32x48\n" in output
     files = {f"clips/{source}.safetensors" for source in CAPTIONS}
     assert {clip["file"] for clip in index["clips"]} == files
-    assert contents(tmp_path).keys() == files | {"index.json"}
+    assert contents(tmp_path).keys() == files | {"index.json", "empty_caption.safetensors"}
 
 
 def test_files_describe_themselves(prepared):

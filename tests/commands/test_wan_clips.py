@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 
-from qat_patch.commands.wan_clips import UnusableClip, list_clips, read_clip
+from qat_patch.commands.clip_captions import list_clips
+from qat_patch.commands.wan_clips import UnusableClip, read_clip
 from support.models.clips_to_prepare import CAPTIONS, TALL, WIDE, moving_square, write_video
 
 
@@ -156,7 +157,7 @@ def test_captions_of_nothing_are_reported(tmp_path):
         (tmp_path / name).write_text("a")
     found, skipped = list_clips(tmp_path)
     assert [clip.source for clip in found] == ["a.mp4"]
-    assert skipped == {"b.txt": "there is no video of this name (.avi, .m4v, .mkv, .mov, .mp4, .webm)"}
+    assert skipped == {"b.txt": "there is no video of this name (.avi, .m4v, .mkv, .mov, .mp4, .webm) and no image"}
 
 
 @pytest.mark.parametrize("name", ["a.txt", "metadata.csv"])

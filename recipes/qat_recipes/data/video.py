@@ -6,16 +6,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch.utils.data import Dataset, Sampler
 
-from qat_patch.commands.clip_index import FORMAT_VERSION, INDEX
+from qat_patch.commands.clip_index import EMPTY_CAPTION, FORMAT_VERSION, INDEX
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,12 +31,24 @@ class VideoSettings:
     """Another such folder, of held-out clips. Either this, or `eval_fraction`, or neither."""
     eval_fraction: float | None = None
     """Hold out this part of the clips, the last ones by name."""
+    windows: Literal["all", "random"] = "all"
+    """Of videos of which several windows were encoded: every window comes in every epoch, or one that is drawn."""
+    repeats: dict[str, int] = dataclasses.field(default_factory=dict)
+    """How often clips come in an epoch, by patterns of their names, such as {"images/*": 4}; the first match counts, others come
+    once."""
+    caption_dropout: float = 0.0
+    """Part of the samples that are learned without their caption, as guidance needs it."""
 
     def __post_init__(self) -> None:
         if self.eval is not None and self.eval_fraction is not None:
             raise ValueError("data: eval and eval_fraction are both set; leave one out")
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ValueError(f"data.eval_fraction: expected a number between 0 and 1, got {self.eval_fraction}")
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"data.caption_dropout: expected a number in [0, 1), got {self.caption_dropout}")
+        for pattern, times in self.repeats.items():
+            if times < 1:
+                raise ValueError(f"data.repeats[{pattern!r}]: expected at least 1, got {times}")
         if self.eval is not None and Path(self.eval).resolve() == Path(self.train).resolve():
             raise ValueError(f"data.eval: {self.train} holds the clips to train on too; hold out others")
 
@@ -49,9 +64,13 @@ class EncodedClips(Dataset):
     latents [C, F, h, w], normalized as the pipeline's; prompt_embeds [text length, D], filled up with zeros; for image to
     video condition [4 + C, F, h, w], to concatenate to noisy latents, and image_embeds [257, D] if the model takes any.
 
+    An index may be a pair: the clip, and a number that draws its caption, if there are several or some are dropped.
+
     Args:
         folder: what `qat-patch prepare-wan-data` wrote.
         part: of its clips, which are in the order of their names.
+        caption_dropout: how many of the samples with a number have no caption.
+        seed: of what the numbers draw.
 
     Attributes:
         clips: what the index says of each clip: caption, source, frames, height, width, fps and the shapes in its file.
@@ -63,8 +82,8 @@ class EncodedClips(Dataset):
         ValueError: the folder holds no index, one that cannot be read, or not all files that it lists.
     """
 
-    def __init__(self, folder: str | Path, part: slice = slice(None)) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, part: slice = slice(None), *, caption_dropout: float = 0.0, seed: int = 0) -> None:
+        self.folder, self.caption_dropout, self.seed = Path(folder), caption_dropout, seed
         file = self.folder / INDEX
         if not file.is_file():
             raise ValueError(f"data: there is no {file}; expected a folder that qat-patch prepare-wan-data has finished")
@@ -77,6 +96,13 @@ class EncodedClips(Dataset):
             advice = "run qat-patch prepare-wan-data of this version again"
             raise ValueError(f"data: {file} has format_version {version}, and this program reads {FORMAT_VERSION}; {advice}")
         self.digests = index.get("sha256", {})
+        digest = index.pop("empty_caption_sha256", None)
+        if caption_dropout:
+            if digest is None:
+                raise ValueError(
+                    f"data.caption_dropout: {self.folder} has no {EMPTY_CAPTION}; run qat-patch prepare-wan-data again"
+                )
+            self.digests[EMPTY_CAPTION] = index["empty_caption_sha256"] = digest
         # Also of the rest: which clips are held out follows from all of them.
         self.fingerprint = hashlib.sha256(json.dumps([index, str(part)], sort_keys=True).encode()).hexdigest()
         self.clips = self.clips[part]
@@ -92,18 +118,34 @@ class EncodedClips(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        file = self.folder / self.clips[index]["file"]
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
+        index, number = index if isinstance(index, tuple) else (index, None)
+        tensors = self._read(self.clips[index]["file"])
+        captions = [tensors.pop(name) for name in sorted(tensors) if name.startswith("prompt_embeds")]
+        tensors["prompt_embeds"] = self._filled_up(captions[0] if number is None else self._drawn(captions, number))
+        return tensors
+
+    def _drawn(self, captions: list[torch.Tensor], number: int) -> torch.Tensor:
+        """One of the captions, or the empty one; it follows from the seed and the number alone."""
+        draw = random.Random(f"captions {self.seed} {number}")
+        if draw.random() < self.caption_dropout:
+            return self._read(EMPTY_CAPTION)["prompt_embeds"]
+        return draw.choice(captions)
+
+    def _filled_up(self, embeds: torch.Tensor) -> torch.Tensor:
+        """With the zeros that the pipeline puts behind them."""
+        return torch.nn.functional.pad(embeds, (0, 0, 0, self.settings["text_length"] - len(embeds)))
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        """A file of the folder, if it is what was prepared."""
+        file = self.folder / name
         try:
             content = file.read_bytes()
-            if hashlib.sha256(content).hexdigest() != self.digests[self.clips[index]["file"]]:
+            if hashlib.sha256(content).hexdigest() != self.digests[name]:
                 raise ValueError("its content is not what was prepared")
-            tensors = load(content)
+            return load(content)
         except (OSError, SafetensorError, ValueError, LookupError) as error:
             raise ValueError(f"data: {file} is damaged ({error}); run qat-patch prepare-wan-data again") from error
-        embeds = tensors["prompt_embeds"]
-        tensors["prompt_embeds"] = torch.nn.functional.pad(embeds, (0, 0, 0, self.settings["text_length"] - len(embeds)))
-        return tensors
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -145,13 +187,72 @@ class BucketBatches(Sampler[list[int]]):
         return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def load_clips(settings: VideoSettings) -> tuple[EncodedClips, EncodedClips | None]:
-    """Clips to train on and held-out clips (None if nothing is held out).
+class DrawnBatches(Sampler[list[tuple[int, int]]]):
+    """The same of clips that come several times, or in one of several windows; each sample with its number in the run.
+
+    Args:
+        places: for each place in an epoch the indices of which one takes it, all of one bucket.
+        buckets: of the places.
+        batch_size, seed, start, stop: as for `BucketBatches`, whose order this is.
+    """
+
+    drop_last = True
+
+    def __init__(
+        self,
+        places: Sequence[Sequence[int]],
+        buckets: Sequence[Hashable],
+        *,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        self.places, self.batch_size, self.seed = places, batch_size, seed
+        self.batches = BucketBatches(buckets, batch_size, seed, start, stop)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch, places in enumerate(self.batches, self.batches.start):
+            numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield [(self._index(place, number), number) for place, number in zip(places, numbers, strict=True)]
+
+    def _index(self, place: int, number: int) -> int:
+        indices = self.places[place]
+        return indices[0] if len(indices) == 1 else random.Random(f"windows {self.seed} {number}").choice(indices)
+
+
+def places_of(clips: EncodedClips, settings: VideoSettings) -> list[list[int]]:
+    """What an epoch consists of, for `DrawnBatches`.
+
+    Raises:
+        ValueError: a pattern of repeats matches no clip, or windows=random has no effect.
+    """
+    sources: dict[str, list[int]] = {}
+    for index, clip in enumerate(clips.clips):
+        sources.setdefault(clip["source"], []).append(index)
+    if settings.windows == "random" and len(sources) == len(clips.clips):
+        raise ValueError(f"data.windows: random has no effect: {clips.folder} has one window of each video; leave it out")
+    repeats = [next((p for p in settings.repeats if fnmatchcase(source, p)), None) for source in sources]
+    if unused := settings.repeats.keys() - {*repeats}:
+        raise ValueError(f"data.repeats: no clip in {clips.folder} is called {sorted(unused)[0]}, or an earlier pattern has it")
+    places = []
+    for pattern, indices in zip(repeats, sources.values(), strict=True):
+        once = [indices] if settings.windows == "random" else [[index] for index in indices]
+        places += once * (1 if pattern is None else settings.repeats[pattern])
+    return places
+
+
+def load_clips(settings: VideoSettings, seed: int = 0) -> tuple[EncodedClips, EncodedClips | None]:
+    """Clips to train on and held-out clips (None if nothing is held out). `seed`: of captions that are drawn.
 
     Raises:
         ValueError: a folder that cannot be read, folders made by different encoders, or too few clips to hold some out.
     """
-    train = EncodedClips(settings.train)
+    captions: dict[str, Any] = {"caption_dropout": settings.caption_dropout, "seed": seed}
+    train = EncodedClips(settings.train, **captions)
     if settings.eval is not None:
         evaluation = EncodedClips(settings.eval)
         shared = ("pipeline", "vae", "text_encoder", "image_encoder", "text_length")
@@ -162,7 +263,11 @@ def load_clips(settings: VideoSettings) -> tuple[EncodedClips, EncodedClips | No
         return train, evaluation
     if settings.eval_fraction is None:
         return train, None
-    held_out = max(1, round(len(train) * settings.eval_fraction))
-    if held_out >= len(train):
-        raise ValueError(f"data.eval_fraction: {settings.eval_fraction} of {len(train)} clips leaves none; give more clips")
-    return EncodedClips(settings.train, slice(-held_out)), EncodedClips(settings.train, slice(-held_out, None))
+    # Whole videos, for the windows of one look alike.
+    sources = list(dict.fromkeys(clip["source"] for clip in train.clips))
+    held_out = max(1, round(len(sources) * settings.eval_fraction))
+    if held_out >= len(sources):
+        raise ValueError(f"data.eval_fraction: {settings.eval_fraction} of {len(sources)} clips leaves none; give more clips")
+    first = next(index for index, clip in enumerate(train.clips) if clip["source"] == sources[-held_out])
+    start = first - len(train.clips)
+    return EncodedClips(settings.train, slice(start), **captions), EncodedClips(settings.train, slice(start, None))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
+from diffusers.utils import load_image
 from diffusers.utils.export_utils import encode_video
 
 from qat_patch import PatchHandle
@@ -18,12 +19,23 @@ from qat_recipes.data.video import EncodedClips
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """Videos to look at, of held-out clips: their prompts, their sizes and, for image to video, their first frames."""
+    """Videos to look at: of held-out clips with their prompts, their sizes and, for image to video, their first frames, or of
+    prompts of one's own."""
 
     every: int
     """Sample before the first step, every so many steps and after the last."""
-    clips: int = 2
-    """Of the first so many held-out clips."""
+    clips: int | None = None
+    """Of the first so many held-out clips; null: of 2, or of none where there are prompts."""
+    prompts: tuple[str, ...] = ()
+    """Instead of held-out clips: prompts of one's own."""
+    images: tuple[str, ...] = ()
+    """First frames of `prompts` for image to video: as many image files."""
+    height: int | None = None
+    """Of the videos of `prompts`."""
+    width: int | None = None
+    """Of the videos of `prompts`."""
+    num_frames: int | None = None
+    """Of the videos of `prompts`; they are written at the rate of the clips."""
     inference_steps: int = 50
     """Denoising steps; Diffusers' default for Wan."""
     guidance_scale: float = 5.0
@@ -31,25 +43,41 @@ class SampleSettings:
     negative_prompt: str = ""
     """What guidance leads away from."""
     seed: int = 0
-    """Of the first clip's noise; the others' follow."""
+    """Of the first video's noise; the others' follow."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "clips", "inference_steps", "guidance_scale"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"samples.{name}: expected at least 1, got {getattr(self, name)}")
+        sizes = ("height", "width", "num_frames")
+        for name in ("every", "clips", *sizes, "inference_steps", "guidance_scale"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"samples.{name}: expected at least 1, got {value}")
+        of_prompts, of_clips = ("images", *sizes), ("clips",)
+        for name in of_clips if self.prompts else of_prompts:
+            if getattr(self, name):
+                have = "with" if self.prompts else "without"
+                raise ValueError(f"samples.{name}: has no effect {have} samples.prompts; leave it out")
+        if self.prompts and (missing := next((name for name in sizes if getattr(self, name) is None), None)):
+            raise ValueError(f"samples: {missing!r} is missing; prompts need a size")
+        if self.images and len(self.images) != len(self.prompts):
+            raise ValueError(f"samples.images: expected one for each of {len(self.prompts)} prompts, got {len(self.images)}")
+        if missing := next((path for path in self.images if not Path(path).is_file()), None):
+            raise ValueError(f"samples.images: there is no file {missing}")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError("samples.negative_prompt: has no effect without guidance; leave it out or raise guidance_scale")
 
 
 class Samples:
-    """Writes videos of the first held-out clips.
+    """Writes videos of the first held-out clips, or of prompts of one's own.
 
     Args:
         settings: of the videos.
         source: where the pipeline is, as arguments of from_pretrained.
         model: the transformer in training, on the CPU.
         handle: its patch.
-        clips: held-out clips.
+        clips: held-out clips; with prompts of one's own any clips of the model, for how they were encoded.
+
+    Raises:
+        ValueError: image to video has prompts without first frames, text to video has first frames, or there is a size that
+            the pipeline cannot make.
     """
 
     def __init__(
@@ -62,26 +90,26 @@ class Samples:
     ) -> None:
         kind = WanPipeline if clips.settings["pipeline"] == "WanPipeline" else WanImageToVideoPipeline
         # The text encoder of Wan is several times as large as the rest, and needed once at most.
-        unused = {"text_encoder": None, "tokenizer": None} if settings.guidance_scale == 1 else {}
+        needs_text = settings.guidance_scale > 1 or settings.prompts
+        unused = {} if needs_text else {"text_encoder": None, "tokenizer": None}
         types = {"default": torch.float32, "text_encoder": torch.bfloat16}
         self.pipe = kind.from_pretrained(**source, transformer=model, **unused, dtype=types)
         self.pipe.set_progress_bar_config(disable=True)
-        self.negative = None
-        if settings.guidance_scale > 1:
-            with torch.no_grad():
-                self.negative, _ = self.pipe.encode_prompt(
-                    settings.negative_prompt, do_classifier_free_guidance=False, max_sequence_length=clips.settings["text_length"]
-                )
-            self.pipe.register_modules(text_encoder=None, tokenizer=None)
         self.settings, self.handle, self.clips = settings, handle, clips
+        if settings.prompts:
+            self._check_prompts(kind is WanImageToVideoPipeline)
+        self.negative = self._encoded(settings.negative_prompt) if settings.guidance_scale > 1 else None
+        self.prompts = [self._encoded(prompt) for prompt in settings.prompts]
+        if needs_text:
+            self.pipe.register_modules(text_encoder=None, tokenizer=None)
 
     def write(self, folder: Path, device: torch.device, *, is_writer: bool = True) -> dict[str, float]:
-        """Write clip-NUMBER-original.mp4 and clip-NUMBER-fp4.mp4. The model must be on `device`.
+        """Write clip-NUMBER-original.mp4 and clip-NUMBER-fp4.mp4, or prompt-NUMBER-... The model must be on `device`.
 
         Every process has to call this, for a sharded model needs all of them, and only one should be the writer.
 
         Returns:
-            How close the videos of 4-bit attention are to those of original attention, means over clips: `sample_psnr` in
+            How close the videos of 4-bit attention are to those of original attention, means over the videos: `sample_psnr` in
             dB and `sample_ssim` (Wang et al., 2004).
         """
         distances: dict[str, list[float]] = {"sample_psnr": [], "sample_ssim": []}
@@ -91,7 +119,8 @@ class Samples:
         model.eval()
         for helper in helpers:
             helper.to(device)
-        for number in range(min(self.settings.clips, len(self.clips))):
+        name_of = "prompt" if self.prompts else "clip"
+        for number in range(len(self.prompts) or min(self.settings.clips or 2, len(self.clips))):
             videos = {}
             for name, attention in (("original", self.handle.disabled), ("fp4", contextlib.nullcontext)):
                 with attention():
@@ -99,8 +128,8 @@ class Samples:
                 if is_writer:
                     folder.mkdir(parents=True, exist_ok=True)
                     frames = (torch.from_numpy(videos[name]) * 255).round().to(torch.uint8)
-                    fps = round(self.clips.clips[number]["fps"])
-                    encode_video(frames, fps, str(folder / f"clip-{number}-{name}.mp4"))
+                    fps = round(self.clips.clips[0 if self.prompts else number]["fps"])
+                    encode_video(frames, fps, str(folder / f"{name_of}-{number}-{name}.mp4"))
             distances["sample_psnr"].append(psnr(videos["fp4"], videos["original"]))
             distances["sample_ssim"].append(ssim(videos["fp4"], videos["original"]))
         for helper in helpers:
@@ -111,23 +140,52 @@ class Samples:
     @torch.no_grad()
     def _sample(self, number: int, device: torch.device) -> Any:
         """One video, float32 [frames, height, width, 3] in [0, 1]."""
-        settings, clip, about = self.settings, self.clips[number], self.clips.clips[number]
-        embeds = {"prompt_embeds": clip["prompt_embeds"][None].to(device)}
+        settings = self.settings
+        if self.prompts:
+            inputs: dict[str, Any] = {"prompt_embeds": self.prompts[number].to(device)}
+            inputs |= {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
+            if settings.images:
+                inputs["image"] = self._own_image(settings.images[number])
+        else:
+            clip, about = self.clips[number], self.clips.clips[number]
+            inputs = {"prompt_embeds": clip["prompt_embeds"][None].to(device)}
+            inputs |= {"height": about["height"], "width": about["width"], "num_frames": about["frames"]}
+            if "condition" in clip:
+                inputs["image"] = self._first_frame(clip["latents"].to(device))
         if self.negative is not None:
-            embeds["negative_prompt_embeds"] = self.negative.to(device)
-        if "condition" in clip:
-            embeds["image"] = self._first_frame(clip["latents"].to(device))
+            inputs["negative_prompt_embeds"] = self.negative.to(device)
         return self.pipe(
-            **embeds,
-            height=about["height"],
-            width=about["width"],
-            num_frames=about["frames"],
+            **inputs,
             num_inference_steps=settings.inference_steps,
             guidance_scale=settings.guidance_scale,
             # On the CPU: the same noise on every machine.
             generator=torch.Generator().manual_seed(settings.seed + number),
             output_type="np",
         ).frames[0]
+
+    @torch.no_grad()
+    def _encoded(self, prompt: str) -> torch.Tensor:
+        """The embeddings of a prompt, [1, text length, D]."""
+        embeds, _ = self.pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=self.clips.settings["text_length"]
+        )
+        return embeds
+
+    def _check_prompts(self, needs_images: bool) -> None:
+        settings, pipe = self.settings, self.pipe
+        if needs_images != bool(settings.images):
+            expected = "first frames, for it is a model of image to video" if needs_images else "[] with text to video"
+            raise ValueError(f"samples.images: expected {expected}")
+        spatial, temporal = 2 * pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
+        for name in ("height", "width"):
+            if getattr(settings, name) % spatial:
+                raise ValueError(f"samples.{name}: expected a multiple of {spatial}, got {getattr(settings, name)}")
+        if settings.num_frames is not None and settings.num_frames % temporal != 1:
+            raise ValueError(f"samples.num_frames: expected a multiple of {temporal} plus 1, got {settings.num_frames}")
+
+    def _own_image(self, path: str) -> Any:
+        """An image file as viewers show it, resized and centre-cropped."""
+        return self.pipe.video_processor.resize(load_image(path), self.settings.height, self.settings.width, resize_mode="crop")
 
     def _first_frame(self, latents: torch.Tensor) -> Any:
         """The first frame as an image. The first latent frame holds it alone."""

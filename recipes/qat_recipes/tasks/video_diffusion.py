@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
-from qat_recipes.data.video import BucketBatches, EncodedClips, VideoSettings, load_clips
+from qat_recipes.data.video import DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
 from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
 
 from .flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
@@ -48,8 +48,10 @@ class Settings(FineTuningSettings):
         self.check_eval(self.data.has_eval)
         if self.eval_timesteps < 1:
             raise ValueError(f"settings.eval_timesteps: expected at least 1, got {self.eval_timesteps}")
-        if self.samples is not None and not self.data.has_eval:
-            raise ValueError("samples: they are of held-out clips, and there are none; set data.eval or data.eval_fraction")
+        if self.samples is not None and not self.data.has_eval and not self.samples.prompts:
+            raise ValueError(
+                "samples: they are of held-out clips, and there are none; set data.eval or data.eval_fraction, or samples.prompts"
+            )
         if self.samples is not None and self.samples.every > self.steps:
             raise ValueError(f"samples.every: expected at most steps ({self.steps}), got {self.samples.every}")
 
@@ -65,7 +67,8 @@ class VideoDiffusion(FineTuning[Settings]):
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision}
         self.accelerator = accelerator
         self.pipeline = self._pipeline(settings)
-        self.train_data, self.held_out = load_clips(settings.data)
+        self.train_data, self.held_out = load_clips(settings.data, settings.seed)
+        self.places = places_of(self.train_data, settings.data)
         clips = self.held_out
         self.component = None if self.pipeline is None else settings.model.transformer
         with accelerator.main_process_first():
@@ -76,8 +79,9 @@ class VideoDiffusion(FineTuning[Settings]):
                 check_clips(self.model, each)
         self.eval_data = None if clips is None else HeldOutClips(clips, settings.eval_timesteps, settings.seed)
         self.samples: Samples | None = None
-        if settings.samples is not None and clips is not None:
-            self.samples = Samples(settings.samples, self.source, self.model, self.handle, clips)
+        if settings.samples is not None:
+            about = self.train_data if clips is None else clips
+            self.samples = Samples(settings.samples, self.source, self.model, self.handle, about)
 
     def load(self) -> torch.nn.Module:
         try:
@@ -99,8 +103,11 @@ class VideoDiffusion(FineTuning[Settings]):
                 found[name] = clips.fingerprint
         return found
 
-    def batches(self, start: int, stop: int) -> BucketBatches:
-        return BucketBatches(self.train_data.buckets, self.settings.batch_size, self.settings.seed, start, stop)
+    def batches(self, start: int, stop: int) -> DrawnBatches:
+        of_clips = self.train_data.buckets
+        buckets = [of_clips[indices[0]] for indices in self.places]
+        order = {"batch_size": self.settings.batch_size, "seed": self.settings.seed, "start": start, "stop": stop}
+        return DrawnBatches(self.places, buckets, **order)
 
     def tokens(self, batch: dict[str, torch.Tensor]) -> int:
         """Patches of latents, as self-attention sees them."""

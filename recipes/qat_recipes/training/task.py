@@ -37,7 +37,7 @@ class Task(Protocol):
     eval_batch_size: int
     """How many of these fit into a batch."""
 
-    def batches(self, start: int, stop: int) -> Sampler[list[int]]:
+    def batches(self, start: int, stop: int) -> Sampler[Any]:
         """Batches of indices of train_data, from batch number `start` of the run to `stop`; they follow from the seed alone.
 
         Raises:

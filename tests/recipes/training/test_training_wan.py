@@ -7,7 +7,8 @@ import av
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import finetune_wan
@@ -309,3 +310,52 @@ def test_a_bare_transformer_trains_with_a_shift(inputs, tmp_path):
     finetune(inputs, tmp_path / "bare", **BARE | changes)
     finetune(inputs, tmp_path / "pipeline", **BARE)
     assert_same_run(tmp_path / "bare", tmp_path / "pipeline")
+
+
+def test_samples_of_ones_own_prompts_and_first_frames(inputs, tmp_path, monkeypatch):
+    """Without held-out clips; what is written is what the pipeline makes of them."""
+    videos = {}
+    monkeypatch.setattr(samples, "encode_video", lambda frames, fps, path: videos.update({path: (frames, fps)}))
+    Image.fromarray(torch.randint(0, 255, (70, 90, 3), dtype=torch.uint8).numpy()).save(tmp_path / "first.png")
+    own = {"samples.every": 1, "samples.inference_steps": 2, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5}
+    own |= {"samples.prompts": "[a red square, a green square]", "steps": 1, "samples.negative_prompt": "blue"}
+    types = {"text_encoder": torch.bfloat16, "default": torch.float32}
+    for name, kind in (("t2v", WanPipeline), ("i2v", WanImageToVideoPipeline)):
+        videos.clear()
+        changes = BARE | KINDS["lora"] | own | {"model.path": inputs / name, "data.train": inputs / f"{name}-train"}
+        if name == "i2v":
+            changes["samples.images"] = f"[{tmp_path / 'first.png'}, {tmp_path / 'first.png'}]"
+        finetune(inputs, tmp_path / name, **changes)
+        paths = {f"step-{s}/prompt-{n}-{a}.mp4" for s in (0, 1) for n in (0, 1) for a in ("original", "fp4")}
+        assert {path.removeprefix(f"{tmp_path}/{name}/samples/") for path in videos} == paths
+        pipe = kind.from_pretrained(inputs / name, dtype=types)
+        image = {}
+        if name == "i2v":
+            image = {"image": pipe.video_processor.resize(Image.open(tmp_path / "first.png"), 32, 48, resize_mode="crop")}
+        size = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
+        text = {"prompt": "a green square", "negative_prompt": "blue"}
+        expected = pipe(**text, **image, **size, generator=torch.Generator().manual_seed(1), output_type="pt").frames[0]
+        frames, fps = videos[f"{tmp_path}/{name}/samples/step-0/prompt-1-original.mp4"]
+        assert fps == 16 and (frames.permute(0, 3, 1, 2).float() - 255 * expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples.clips": 1}, "samples.clips: has no effect with samples.prompts"),
+        ({"samples.prompts": "[]"}, "samples.height: has no effect without samples.prompts"),
+        ({"samples.width": ...}, "samples: 'width' is missing; prompts need a size"),
+        ({"samples.width": 40}, "samples.width: expected a multiple of 16, got 40"),
+        ({"samples.num_frames": 6}, "samples.num_frames: expected a multiple of 4 plus 1, got 6"),
+        ({"samples.images": "[a.png]"}, "samples.images: there is no file a.png"),
+        ({"samples.images": "[a.png, b.png]"}, "samples.images: expected one for each of 1 prompts, got 2"),
+        ({"model.path": "i2v", "data.train": "i2v-train"}, "samples.images: expected first frames, for it is a model of image"),
+    ],
+)
+def test_prompts_that_cannot_be_sampled(inputs, tmp_path, changes, message):
+    own = {"samples.every": 1, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "samples.prompts": "[a]"}
+    for name in {"model.path", "data.train"} & changes.keys():
+        changes = changes | {name: inputs / changes[name]}
+    with pytest.raises(ValueError, match=message):
+        finetune(inputs, tmp_path / "run", **BARE | own | changes)
+    assert not (tmp_path / "run").exists()
