@@ -118,7 +118,8 @@ ROOMS = {
     "qat_recipes": {
         "qat_recipes.command_line": set(),
         "qat_recipes.lora": set(),
-        "qat_recipes.training": {"command_line", "lora"},
+        "qat_recipes.memory": set(),
+        "qat_recipes.training": {"command_line", "lora", "memory"},
         "qat_recipes.data": {"command_line"},
         "qat_recipes.tasks": {"command_line", "training", "data"},
     },

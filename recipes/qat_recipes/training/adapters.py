@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 
 from qat_recipes.lora.start import START, StartSettings, keep_frozen, merge
 from qat_recipes.lora.start import add_adapter as add_existing_adapter
+from qat_recipes.memory.frozen_weights import hold_in_float8, hold_in_nf4, known_to_peft
 
 OWN = "default"
 """The name of the adapter that is trained."""
@@ -30,9 +31,12 @@ class LoraSettings:
     """What the adapters add is scaled by alpha / rank; required, but for start.use=trained."""
     dropout: float = 0.0
     """Dropout before the adapters."""
-    base_dtype: Literal["bfloat16", "float32"] | None = None
+    base_dtype: Literal["bfloat16", "float32", "float8", "nf4"] | None = None
     """Type of the frozen weights; null: bfloat16 with mixed_precision=bf16, which is 2 bytes a weight, else float32. Adapters are
-    float32, and so is what Diffusers keeps in float32. The residual stream has this type too."""
+    float32, and so is what Diffusers keeps in float32. The residual stream has this type too. float8 (e4m3, by Diffusers'
+    layerwise casting, with model.gradient_checkpointing) holds the linear layers of the blocks in 1 byte a weight, nf4 (by
+    bitsandbytes) in 4 bits and a scale for every 64; the rest is as with null. One process. Losses are measured with these
+    weights; an export has those of the model."""
     target_modules: tuple[str, ...] | None = None
     """Last parts of the names of the modules that get adapters, such as [to_q, to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2]
     for all linear layers of Wan's blocks; null: the projections of attention."""
@@ -79,32 +83,43 @@ def add_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[
         ValueError: a target is the name of no module, or the LoRA to start from cannot be read or does not fit.
     """
     start = settings.start
-    if start is not None and start.use == "trained":
-        with torch.random.fork_rng():
-            model.requires_grad_(False)
-            return add_existing_adapter(model, start, OWN, settings.dropout)
-    targets = settings.target_modules or default
-    for target in targets:
-        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
-            raise ValueError(f"lora.target_modules: {type(model).__name__} has no module {target}; leave it out")
+    if start is None or start.use != "trained":
+        for target in settings.target_modules or default:
+            if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+                raise ValueError(f"lora.target_modules: {type(model).__name__} has no module {target}; leave it out")
     if start is not None and start.use == "merged":
         merge(model, start)
+    if settings.base_dtype == "nf4":
+        hold_in_nf4(model)
+    with torch.random.fork_rng(), known_to_peft(model) if settings.base_dtype == "nf4" else contextlib.nullcontext():
+        torch.manual_seed(seed)
+        model.requires_grad_(False)
+        model = _with_adapters(model, settings, default)
+    if settings.base_dtype == "float8":
+        hold_in_float8(model)
+    return model
+
+
+def _with_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[str, ...]) -> torch.nn.Module:
+    start = settings.start
+    if start is not None and start.use == "trained":
+        return add_existing_adapter(model, start, OWN, settings.dropout)
     assert settings.rank is not None and settings.alpha is not None  # checked by the settings
     config = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=list(targets)
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules or default),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if not type(model).__module__.startswith("diffusers."):
-            model = peft.get_peft_model(model, config)
-        else:
-            model.requires_grad_(False)
-            cast(Any, model).add_adapter(config)
-            # PEFT does so for the other.
-            cast_adapter_dtype(model, OWN)
-        if start is not None and start.use == "frozen":
-            model = add_existing_adapter(model, start, START)
-            keep_frozen(model, OWN)
+    if not type(model).__module__.startswith("diffusers."):
+        model = peft.get_peft_model(model, config)
+    else:
+        cast(Any, model).add_adapter(config)
+        # PEFT does so for the other.
+        cast_adapter_dtype(model, OWN)
+    if start is not None and start.use == "frozen":
+        model = add_existing_adapter(model, start, START)
+        keep_frozen(model, OWN)
     return model
 
 

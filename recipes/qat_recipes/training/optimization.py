@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 
 from qat_patch import PatchHandle
+from qat_recipes.memory.frozen_weights import repeated_blocks
+from qat_recipes.memory.optimizers import make_adamw
 
 from .settings import TrainingSettings
 
@@ -19,9 +21,10 @@ if TYPE_CHECKING:
 
 def make_optimizer(settings: TrainingSettings, model: torch.nn.Module) -> torch.optim.Optimizer:
     """AdamW over what is trained."""
-    return torch.optim.AdamW(
+    return make_adamw(
+        settings.optimizer,
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=settings.learning_rate,
+        learning_rate=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
         fused=settings.fused_optimizer,
@@ -34,8 +37,7 @@ def compile_blocks(model: torch.nn.Module, handle: PatchHandle, backend: str) ->
     Raises:
         ValueError: the host library does not say which blocks of this model are repeated.
     """
-    names = set(getattr(handle.models[0], "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(
             f"settings.compile: {type(handle.models[0]).__name__} has no blocks that are known to repeat; leave it out"

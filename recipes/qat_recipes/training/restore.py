@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import StateDictType
 
+from qat_recipes.memory.optimizers import check_state
+
 
 class Stateful(Protocol):
     """What Accelerate saves besides models and optimizers."""
@@ -118,11 +120,7 @@ def _load_weights(file: Path, model: torch.nn.Module, device: torch.device, left
 
 def _load_optimizer(file: Path, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     state = load_plain(file, map_location=device, weights_only=True)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in state["state"].items():
-        shape = parameters[index].shape
-        if {*values} != {"step", "exp_avg", "exp_avg_sq"} or any(x.shape not in (shape, ()) for x in values.values()):
-            raise ValueError(f"expected a step and two moments of shape {tuple(shape)} for parameter {index}")
+    check_state(optimizer, state)
     optimizer.load_state_dict(state)
 
 

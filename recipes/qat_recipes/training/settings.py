@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from qat_patch import AttnQATConfig
+from qat_recipes.memory.optimizers import OptimizerName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class TrainingSettings:
     distillation: float = 0.0
     """How much the loss is the distance to the starting weights with original attention, the teacher: 0 is the loss of the
     task alone, 1 the distance alone, in between they are mixed. Without adapters the teacher is a second model in memory."""
+    optimizer: OptimizerName = "adamw"
+    """adamw: PyTorch's, with two float32 moments a weight. adamw_8bit: moments of one byte. paged_adamw, paged_adamw_8bit:
+    moments that leave the GPU when its memory is short. All but the first are those of bitsandbytes."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -42,6 +46,9 @@ class TrainingSettings:
     """Decoupled weight decay, of all parameters."""
     fused_optimizer: bool = False
     """AdamW as one kernel for all parameters: faster on a GPU."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in the memory of the CPU until then; with gradient checkpointing that is the input of
+    each layer. Needs a GPU."""
     ema_decay: float | None = None
     """Keep an exponential moving average of what is trained, with this decay, and measure and export it; null: none."""
     compile: str | None = None
@@ -101,6 +108,7 @@ class TrainingSettings:
         need(
             self.calibration_batches > 0 or not self.calibration_exclude, "calibration_exclude", "[] without calibration_batches"
         )
+        need(self.optimizer == "adamw" or not self.fused_optimizer, "fused_optimizer", f"false with optimizer={self.optimizer}")
         need(self.learning_rate > 0, "learning_rate", "a positive number")
         need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
         need(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "a positive number or null")

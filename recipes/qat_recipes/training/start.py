@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from qat_patch.checkpoint import lock
 from qat_recipes.command_line import flatten, to_dict
+from qat_recipes.memory.optimizers import check_optimizer
 
 from . import checkpoints
 from .log import METRICS, SETTINGS
@@ -51,6 +52,11 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     if kind not in supported or (kind == DistributedType.FSDP and not accelerator.is_fsdp2):
         expected = ", ".join(kind.value for kind in supported)
         raise ValueError(f"accelerate launch asks for {kind.value}; expected one of {expected}, the last with fsdp_version 2")
+    check_optimizer(settings.optimizer, accelerator.device, is_sharded=accelerator.is_fsdp2)
+    if settings.offload_activations and accelerator.device.type != "cuda":
+        raise ValueError(
+            f"settings.offload_activations: there is no GPU to offload from, the run is on {accelerator.device.type}"
+        )
     if accelerator.is_fsdp2 and settings.mixed_precision:
         # Accelerate's policy would also round the loss and sum gradients up in bfloat16.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.autograd.graph import save_on_cpu
 
 from .diagnostics import gradient_norms
 from .objective import Teacher, losses
@@ -47,7 +48,8 @@ class Stepper:
         with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
             for batch in batches:
                 with accelerator.accumulate(self.model):
-                    values = losses(task.objective, self.model, batch, self.teacher, settings.distillation)
+                    with save_on_cpu(pin_memory=True) if settings.offload_activations else contextlib.nullcontext():
+                        values = losses(task.objective, self.model, batch, self.teacher, settings.distillation)
                     accelerator.backward(values["loss"])
                 values["tokens"] = torch.tensor(task.tokens(batch))
                 for name, value in values.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
 
 from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
@@ -129,15 +130,28 @@ class FineTuningSettings(TrainingSettings):
                 "lora.start.use: with distillation the teacher is what the run starts from, and a LoRA that is trained does not "
                 "stay so; expected frozen or merged, got trained"
             )
+        if self.lora and self.is_quantized and self.compile:
+            raise ValueError(f"settings.compile: expected null with lora.base_dtype={self.lora.base_dtype}, got {self.compile}")
+        if self.lora and self.lora.base_dtype == "float8" and not self.model.gradient_checkpointing:
+            raise ValueError(
+                "lora.base_dtype: float8 needs model.gradient_checkpointing=true, for else the backward pass keeps all weights "
+                "in the type that they compute in"
+            )
         if self.lora and self.lora.base_dtype == "bfloat16" and self.mixed_precision is None:
             raise ValueError("lora.base_dtype: expected float32 or null without mixed_precision=bf16, got bfloat16")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether frozen weights are held in fewer bits than they were loaded in."""
+        return self.lora is not None and self.lora.base_dtype in ("float8", "nf4")
 
     @property
     def load_dtype(self) -> torch.dtype:
         """What the model is loaded in: float32 where its weights are trained."""
         if self.lora is None:
             return torch.float32
-        return getattr(torch, self.lora.base_dtype or ("float32" if self.mixed_precision is None else "bfloat16"))
+        own = None if self.is_quantized else self.lora.base_dtype
+        return getattr(torch, own or ("float32" if self.mixed_precision is None else "bfloat16"))
 
 
 Settings = TypeVar("Settings", bound=FineTuningSettings)
@@ -155,6 +169,9 @@ class FineTuning(Task, Generic[Settings]):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        processes = PartialState().num_processes
+        if settings.lora and settings.is_quantized and processes > 1:
+            raise ValueError(f"lora.base_dtype: {settings.lora.base_dtype} runs in one process, and there are {processes}")
         self.model, self.handle = self._build(settings.lora)
 
     def load(self) -> torch.nn.Module:
@@ -181,7 +198,7 @@ class FineTuning(Task, Generic[Settings]):
     ) -> None:
         model, source, lora = self.model, self.settings.model, self.settings.lora
         alone = lora is not None and lora.export == "adapters"
-        if weights is not None or (alone and self._has_start_beside):
+        if weights is not None or self.settings.is_quantized or (alone and self._has_start_beside):
             model = self._rebuilt(self.model.state_dict() if weights is None else weights, alone=alone)
         base_model = str(Path(source.path).resolve()) if source.is_local else source.path
         export_checkpoint(
@@ -206,16 +223,17 @@ class FineTuning(Task, Generic[Settings]):
         return lora is not None and lora.start is not None and lora.start.use != "trained"
 
     def _rebuilt(self, weights: dict[str, torch.Tensor], *, alone: bool) -> torch.nn.Module:
-        """The model with these weights, in one piece; for adapters alone without what they were trained beside."""
+        """The model that was loaded with these weights, in one piece; adapters alone without what they were trained beside."""
         lora = self.settings.lora
-        if alone and self._has_start_beside and lora is not None:
-            model, handle = self._build(dataclasses.replace(lora, start=None))
+        if lora is not None:
+            start = None if alone and self._has_start_beside else lora.start
+            lora = dataclasses.replace(lora, start=start, base_dtype=None if self.settings.is_quantized else lora.base_dtype)
+            # The rest is as it was loaded, or was held in fewer bits.
             weights = {name: x for name, x in weights.items() if f".{OWN}." in name}
-            if lost := model.load_state_dict(weights, strict=False).unexpected_keys:
-                raise RuntimeError(f"export: the model has no {lost[0]} without lora.start")
-        else:
-            model, handle = self._build(lora)
-            model.load_state_dict(weights)
+        model, handle = self._build(lora)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        if lost := [*unexpected, *(name for name in missing if lora is None or f".{OWN}." in name)]:
+            raise RuntimeError(f"export: {lost[0]} is in one of the trained and the exported model only")
         for name, shift in self.handle.k_shift.items():
             handle.patched[name].k_shift = shift.cpu()
         return model
