@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from qat_patch import PatchHandle, sensitivity
@@ -70,10 +71,13 @@ class FlopCount:
 
     Twice where only adapters are trained, since the gradients of frozen weights are not computed. What gradient checkpointing
     computes again does not count. Batches of one shape are counted once.
+
+    A forward pass of a sharded model needs all processes: they count together whenever one of them has a new shape.
     """
 
-    def __init__(self, objective: Objective, handle: PatchHandle, model: torch.nn.Module, device: torch.device) -> None:
-        self.objective, self.handle, self.device = objective, handle, device
+    def __init__(self, objective: Objective, handle: PatchHandle, model: torch.nn.Module, accelerator: Accelerator) -> None:
+        self.objective, self.handle, self.accelerator = objective, handle, accelerator
+        self.device = device = accelerator.device
         self.passes = 2 if has_adapters(model) else 3
         self.known: dict[Any, int] = {}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -83,7 +87,10 @@ class FlopCount:
         """Operations for one batch."""
         tensors = batch.values() if isinstance(batch, dict) else batch
         shapes = tuple(tuple(x.shape) for x in tensors if isinstance(x, torch.Tensor))
-        if shapes not in self.known:
+        is_new = shapes not in self.known
+        if self.accelerator.is_fsdp2:
+            is_new = bool(self.accelerator.reduce(torch.tensor(float(is_new), device=self.device), "sum"))
+        if is_new:
             devices = [self.device] if self.device.type == "cuda" else []
             # Random numbers of the training are left alone; compiled blocks would hide what they do.
             eager = torch.compiler.set_stance("force_eager")

@@ -117,10 +117,10 @@ class _Run:
         self.calibration = (
             Calibration(task.handle, accelerator, settings.calibration_exclude) if settings.calibration_batches else None
         )
-        registered = [self.scheduler, self.average and self.average.average, self.calibration]
+        registered = [self.scheduler, self.average, self.calibration]
         registered = [each for each in registered if each is not None]
         accelerator.register_for_checkpointing(*registered)
-        self.flops = FlopCount(task.objective, task.handle, task.model, accelerator.device)
+        self.flops = FlopCount(task.objective, task.handle, task.model, accelerator)
         accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
         if checkpoint is not None:
             left_out = names_left_out(self.model) if has_adapters(task.model) else set()
@@ -219,7 +219,10 @@ class _Run:
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         summary = self.log.summary()
-        weights = accelerator.get_state_dict(self.model) if accelerator.is_fsdp2 else None  # all processes take part
+        weights = None
+        if accelerator.is_fsdp2:
+            with self._averaged():
+                weights = accelerator.get_state_dict(self.model)  # all processes take part
         # Without autocast, in which an export's reference output could not be computed again.
         accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if accelerator.is_main_process:

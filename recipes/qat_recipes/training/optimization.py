@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from qat_patch import PatchHandle
 from qat_recipes.memory.frozen_weights import repeated_blocks
@@ -49,31 +50,72 @@ def compile_blocks(model: torch.nn.Module, handle: PatchHandle, backend: str) ->
 class WeightAverage:
     """An exponential moving average of what is trained, by Diffusers' EMAModel; checkpoints hold it too.
 
+    Where weights are sharded each process averages its own shards; checkpoints hold whole tensors.
+
     Raises:
-        ValueError: weights are sharded, or Diffusers is not installed.
+        ValueError: Diffusers is not installed.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float, accelerator: Accelerator) -> None:
-        if accelerator.is_fsdp2:
-            raise ValueError("settings.ema_decay: expected null where weights are sharded over processes")
         try:
             from diffusers.training_utils import EMAModel
         except ImportError as error:
             raise ValueError("settings.ema_decay: needs diffusers; pip install it, or leave ema_decay out") from error
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.average: EMAModel = EMAModel(self.parameters, decay=decay, foreach=True)
+        self.is_writer = accelerator.is_main_process
+        self.average: EMAModel = EMAModel(self._here(), decay=decay, foreach=True)
         self.average.to(accelerator.device)
 
     def step(self) -> None:
         """Take the weights in as they are now."""
-        self.average.step(self.parameters)
+        self.average.step(self._here())
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the model has the averaged weights."""
-        self.average.store(self.parameters)
-        self.average.copy_to(self.parameters)
+        self.average.store(self._here())
+        self.average.copy_to(self._here())
         try:
             yield
         finally:
-            self.average.restore(self.parameters)
+            self.average.restore(self._here())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whole tensors, which only the main process needs: the others have none of their values. All processes call this."""
+        state = self.average.state_dict()
+        pairs = zip(state["shadow_params"], self.parameters, strict=True)
+        return state | {"shadow_params": [self._whole(average, parameter) for average, parameter in pairs]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the part of this process from what the main process gave."""
+        pairs = zip(state["shadow_params"], self.parameters, strict=True)
+        self.average.load_state_dict(state | {"shadow_params": [_part(whole, parameter) for whole, parameter in pairs]})
+
+    def _here(self) -> list[torch.nn.Parameter]:
+        """The weights as far as they are in this process, in the same memory."""
+        return [
+            torch.nn.Parameter(cast(DTensor, parameter.detach()).to_local()) if isinstance(parameter, DTensor) else parameter
+            for parameter in self.parameters
+        ]
+
+    def _whole(self, average: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if not isinstance(parameter, DTensor):
+            return average
+        sharded = DTensor.from_local(
+            average,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        whole = sharded.full_tensor()
+        return whole.cpu() if self.is_writer else whole.to("meta")
+
+
+def _part(whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return whole
+    whole = whole.to(parameter.device)
+    # Every process has all of it: nothing is sent.
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

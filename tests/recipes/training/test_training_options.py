@@ -149,7 +149,7 @@ def test_speed(inputs, tmp_path, monkeypatch):
 
     model = tiny_qwen3()
     handle = patch_model(model)
-    count = diagnostics.FlopCount(NextToken(), handle, model, torch.device("cpu"))
+    count = diagnostics.FlopCount(NextToken(), handle, model, Accelerator())
     batch = {"input_ids": token_ids(2, 48), "position_ids": torch.arange(48).repeat(2, 1)}
     state = torch.get_rng_state()
     operations = count.of(model, batch)
