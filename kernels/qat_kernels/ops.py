@@ -49,7 +49,7 @@ def attention_forward(
         return out, q.new_empty(0), lse, lse.new_empty(0), nothing
     if impl == "sageattn3":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=mask_.causal, scale=scale)
+            out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec_, mask=mask_, scale=scale)
         return out, q.new_empty(0), lse, lse.new_empty(0), nothing
     options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
     options["with_out_hp"] = has_out_hp(spec_, needs_gradient)
