@@ -175,7 +175,8 @@ class FineTuning(Task, Generic[Settings]):
     ) -> None:
         model, source, lora = self.model, self.settings.model, self.settings.lora
         if weights is not None:
-            model, _ = self._build()
+            # With what was measured, which is no part of the weights.
+            model, _ = self._build(self.handle.k_shift)
             model.load_state_dict(weights)
         alone = lora is not None and lora.export == "adapters"
         base_model = str(Path(source.path).resolve()) if source.is_local else source.path
@@ -193,7 +194,7 @@ class FineTuning(Task, Generic[Settings]):
             server=source.export_server,
         )
 
-    def _build(self) -> tuple[torch.nn.Module, PatchHandle]:
+    def _build(self, k_shift: dict[str, torch.Tensor] | None = None) -> tuple[torch.nn.Module, PatchHandle]:
         """Load, add adapters, patch."""
         settings, model = self.settings, self.load()
         if settings.model.gradient_checkpointing:
@@ -210,7 +211,7 @@ class FineTuning(Task, Generic[Settings]):
             unpatch_model(model)
         if settings.lora is not None:
             model = add_adapters(model, settings.lora, self.lora_targets, settings.seed)
-        handle = patch_model(model, settings.qat)
+        handle = patch_model(model, settings.qat, k_shift=k_shift)
         if settings.model.export_server is not None:
             # Now, not at the end of the run.
             alone = settings.lora is not None and settings.lora.export == "adapters"

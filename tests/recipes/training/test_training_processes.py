@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 import evaluate_qwen3
+from qat_patch import get_handle, load_checkpoint
 from qat_recipes.training import checkpoints
 from support.runs.qwen3_runs import BARE, finetune, settings
 from support.runs.runs import RECIPES, SHARDED, assert_same_run, command_line, log, run_in_two_processes
@@ -48,6 +49,7 @@ def test_two_processes_equal_a_larger_batch(inputs, tmp_path, sharded):
     state = checkpoints.check(tmp_path / "two" / "checkpoint-4")
     assert (state["processes"], state["tokens"]) == (2, 4 * 2 * 2 * 64)
     assert (tmp_path / "two" / "checkpoint-4" / "model.safetensors").exists() is not sharded
+    assert len(get_handle(load_checkpoint(tmp_path / "two" / "export")).k_shift) == 2
     measured = evaluate_qwen3.main(
         [f"model={tmp_path}/two/export", f"text.path={inputs}/eval.txt", "text.blocks=4", "sequence_length=64"]
     )
