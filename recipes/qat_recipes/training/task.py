@@ -11,8 +11,19 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
+from qat_patch import (
+    LinearQATConfig,
+    PatchHandle,
+    export_checkpoint,
+    get_handle,
+    get_linear_handle,
+    patch_model,
+    quantize_linears,
+    unpatch_model,
+)
 from qat_patch.checkpoint.adapters import adapter_owner
+from qat_patch.checkpoint.exportable import check_linears
+from qat_patch.linear.handle import GlobalScales
 from qat_patch.servers import check_servable, check_spec
 
 from .adapters import LoraSettings, add_adapters
@@ -118,6 +129,11 @@ class FineTuningSettings(TrainingSettings):
                 f"model.export_dtype: adapters alone are exported in float32, got {self.model.export_dtype}; leave it out, or "
                 "set lora.export to merged"
             )
+        if self.lora and self.lora.export == "merged" and self.lora.dropout and self.linear is not None:
+            raise ValueError(
+                f"lora.dropout: expected 0 with linear and merged weights, whose sum with the adapters is rounded, got "
+                f"{self.lora.dropout}; or set lora.export to adapters"
+            )
         if self.model.export_server is not None:
             try:
                 check_spec(self.model.export_server, self.qat.spec, "qat.spec.preset")
@@ -176,7 +192,8 @@ class FineTuning(Task, Generic[Settings]):
         model, source, lora = self.model, self.settings.model, self.settings.lora
         if weights is not None:
             # With what was measured, which is no part of the weights.
-            model, _ = self._build(self.handle.k_shift)
+            scales = None if (linears := get_linear_handle(model)) is None else linears.scales
+            model, _ = self._build(self.handle.k_shift, scales)
             model.load_state_dict(weights)
         alone = lora is not None and lora.export == "adapters"
         base_model = str(Path(source.path).resolve()) if source.is_local else source.path
@@ -194,8 +211,11 @@ class FineTuning(Task, Generic[Settings]):
             server=source.export_server,
         )
 
-    def _build(self, k_shift: dict[str, torch.Tensor] | None = None) -> tuple[torch.nn.Module, PatchHandle]:
-        """Load, add adapters, patch."""
+    def _build(
+        self, k_shift: dict[str, torch.Tensor] | None = None, scales: dict[str, GlobalScales] | None = None
+    ) -> tuple[torch.nn.Module, PatchHandle]:
+        """Load, add adapters, patch, quantize linear layers. `scales`: their global scales; None: those of the model's
+        weights."""
         settings, model = self.settings, self.load()
         if settings.model.gradient_checkpointing:
             # Diffusers', Transformers', and that of its older releases.
@@ -211,10 +231,18 @@ class FineTuning(Task, Generic[Settings]):
             unpatch_model(model)
         if settings.lora is not None:
             model = add_adapters(model, settings.lora, self.lora_targets, settings.seed)
-        handle = patch_model(model, settings.qat, k_shift=k_shift)
+        handle, linears = patch_model(model, settings.qat, k_shift=k_shift), None
+        alone = settings.lora is not None and settings.lora.export == "adapters"
+        if settings.linear is not None:
+            linears = quantize_linears(
+                model, LinearQATConfig.from_dict(settings.linear.to_dict()), scales=scales, merge_adapters=not alone
+            )
+            try:
+                check_linears(handle, "adapters" if alone else "model", is_measured=False)
+            except ValueError as error:
+                raise ValueError(f"settings.linear: the result could not be exported: {error}") from None
         if settings.model.export_server is not None:
             # Now, not at the end of the run.
-            alone = settings.lora is not None and settings.lora.export == "adapters"
             adapters = next(iter(adapter_owner(model).peft_config.values())) if alone else None
-            check_servable(settings.model.export_server, handle, adapters=adapters)
+            check_servable(settings.model.export_server, handle, adapters=adapters, linears=linears)
         return model, handle
