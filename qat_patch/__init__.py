@@ -6,6 +6,8 @@ from qat_patch.checkpoint.hub import push_to_hub
 from qat_patch.checkpoint.load import load_checkpoint
 from qat_patch.checkpoint.registration import register_when_imported
 from qat_patch.checkpoint.verify import verify_checkpoint
+from qat_patch.linear.config import LinearQATConfig
+from qat_patch.linear.handle import LinearHandle, get_linear_handle, quantize_linears, unquantize_linears
 from qat_patch.measure.calibrate import Limits, calibrate
 from qat_patch.measure.sensitivity import SensitivityReport, sensitivity
 
@@ -18,6 +20,8 @@ __all__ = [
     "NVFP4",
     "AttnQATConfig",
     "Limits",
+    "LinearHandle",
+    "LinearQATConfig",
     "PatchHandle",
     "QuantSpec",
     "SensitivityReport",
@@ -25,11 +29,14 @@ __all__ = [
     "calibrate",
     "export_checkpoint",
     "get_handle",
+    "get_linear_handle",
     "load_checkpoint",
     "patch_model",
     "push_to_hub",
+    "quantize_linears",
     "sensitivity",
     "unpatch_model",
+    "unquantize_linears",
     "verify_checkpoint",
 ]
 

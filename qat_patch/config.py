@@ -63,7 +63,7 @@ class AttnQATConfig:
     def reasons_to_skip(self, names: Iterable[str]) -> dict[str, str]:
         """Which of a model's attention modules keep their original attention, and why; `names` in the model's order."""
         names = list(names)
-        blocks = list(dict.fromkeys(block for name in names if (block := _block(name)) is not None))
+        blocks = list(dict.fromkeys(block for name in names if (block := block_of(name)) is not None))
         first, last = blocks[: self.exclude_first_blocks], blocks[max(0, len(blocks) - self.exclude_last_blocks) :]
         reasons = {}
         for name in names:
@@ -72,9 +72,9 @@ class AttnQATConfig:
                 reasons[name] = f"excluded by {excluded!r}"
             elif not any(fnmatchcase(name, pattern) for pattern in self.include):
                 reasons[name] = "matches no include pattern"
-            elif _block(name) in first:
+            elif block_of(name) in first:
                 reasons[name] = f"in one of the first {self.exclude_first_blocks} blocks"
-            elif _block(name) in last:
+            elif block_of(name) in last:
                 reasons[name] = f"in one of the last {self.exclude_last_blocks} blocks"
         return reasons
 
@@ -104,7 +104,7 @@ class AttnQATConfig:
             for pattern in getattr(self, field):
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"AttnQATConfig.{field}: the pattern {pattern!r} matches no attention module; {some}")
-        if (self.exclude_first_blocks or self.exclude_last_blocks) and not any(_block(name) for name in names):
+        if (self.exclude_first_blocks or self.exclude_last_blocks) and not any(block_of(name) for name in names):
             raise ValueError(
                 "AttnQATConfig.exclude_first_blocks and exclude_last_blocks: expected attention modules in numbered blocks; "
                 f"{some}; use exclude"
@@ -133,7 +133,7 @@ class AttnQATConfig:
         return cls.from_dict(json.loads(text))
 
 
-def _block(name: str) -> str | None:
+def block_of(name: str) -> str | None:
     """The numbered block that a module is in: `blocks.7` of `blocks.7.attn1`."""
     parts = name.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)

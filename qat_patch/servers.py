@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from qat_kernels import QuantSpec
 
 from .handle import PatchHandle
+from .linear.handle import LinearHandle
 
 _log = logging.getLogger(__name__)
 Server = Literal["vllm", "sglang", "diffusers-sage3"]
@@ -81,6 +82,9 @@ AUTO_ENABLE: dict[str, Any] = {
 }
 """Its content: no weights are quantized ("*" is left out), the KV cache is NVFP4, with scales of 1, for none are stored."""
 
+_MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers that vLLM and SGLang make one of (`packed_modules_mapping` there); it has one global scale."""
+
 _LORA_FIELDS = {
     *(
         "r",
@@ -117,7 +121,9 @@ def check_spec(server: str, spec: QuantSpec, where: str = "the preset in force")
         )
 
 
-def check_servable(server: str, handle: PatchHandle, *, adapters: Any = None, auto_enable: bool = False) -> None:
+def check_servable(
+    server: str, handle: PatchHandle, *, adapters: Any = None, auto_enable: bool = False, linears: LinearHandle | None = None
+) -> None:
     """Raise a ValueError unless a server can run a patched model as it is patched.
 
     Args:
@@ -125,6 +131,7 @@ def check_servable(server: str, handle: PatchHandle, *, adapters: Any = None, au
         handle: the patch.
         adapters: the config of the adapters, where they are exported alone.
         auto_enable: the server is to find out by itself.
+        linears: its quantized linear layers, if it has any.
     """
     for name, spec in handle.specs.items():
         check_spec(server, spec, f"that of {name}")
@@ -154,6 +161,27 @@ def check_servable(server: str, handle: PatchHandle, *, adapters: Any = None, au
         )
     if adapters is not None and server != "diffusers-sage3":
         _check_lora(server, adapters)
+    if linears is not None:
+        _check_merged(server, linears)
+        if auto_enable:
+            raise ValueError(
+                "auto_enable: expected ordinary linear layers: with packed ones config.json says how the model is quantized, "
+                f"and vLLM does not look at {AUTO_CONFIG}; leave auto_enable out, and use the command in {SERVING}"
+            )
+
+
+def _check_merged(server: str, linears: LinearHandle) -> None:
+    """Layers that a server merges into one are quantized alike."""
+    names = {*linears.layers, *linears.skipped}
+    for name in linears.layers:
+        parent, _, last = name.rpartition(".")
+        for merged in (together for together in _MERGED if last in together):
+            for other in (f"{parent}.{each}" for each in merged):
+                if other in names and other not in linears.layers:
+                    raise ValueError(
+                        f"server={server!r}: {SERVERS[server].name} merges {', '.join(merged)} into one layer: expected all of "
+                        f"them quantized, or none, got {name} without {other}"
+                    )
 
 
 def left_out(handle: PatchHandle) -> list[str]:

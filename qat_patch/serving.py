@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .handle import PatchHandle
+from .linear.handle import LinearHandle
 from .servers import AUTO_CONFIG, AUTO_ENABLE, SERVERS, SERVING, Offer, gpu_names, head_sizes, left_out, number_of, offer_of
 
 _VLLM_HEAD_DIMS = (64, 128, 256)
+_PACKED_BASE = "packed-base"
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -25,7 +27,9 @@ class Exported(NamedTuple):
     """Which component of a pipeline a transformer is."""
 
 
-def write_serving(server: str, handle: PatchHandle, export: Exported, *, auto_enable: bool) -> None:
+def write_serving(
+    server: str, handle: PatchHandle, export: Exported, *, auto_enable: bool, linears: LinearHandle | None = None
+) -> None:
     """Put SERVING.md into an export.
 
     Args:
@@ -33,9 +37,13 @@ def write_serving(server: str, handle: PatchHandle, export: Exported, *, auto_en
         handle: the patch of what was exported.
         export: complete but for this.
         auto_enable: add what lets vLLM switch the KV cache on by itself.
+        linears: its quantized linear layers, if it has any.
     """
     about, spec = SERVERS[server], next(iter(handle.specs.values()))
     of_preset = offer_of(server, spec.preset)
+    on_linears = [] if linears is None else [_note_on_linears(server, linears, export)]
+    if linears is not None and export.kind == "adapters":
+        export = export._replace(base_model=_PACKED_BASE)
     if about.host == "transformers":
         run = _fenced("sh", _command(server, handle, export, of_preset))
     else:
@@ -47,10 +55,12 @@ def write_serving(server: str, handle: PatchHandle, export: Exported, *, auto_en
     ]
     parts = [
         f"# Serving this model: {about.name}",
-        f"The weights were exported for `{spec.preset}`: {spec.rules.what}. They are ordinary weights: without what "
-        "is below they run ordinary attention.",
+        f"The weights were exported for `{spec.preset}`: {spec.rules.what}. "
+        + ("They are ordinary weights: without" if linears is None else "Without")
+        + " what is below they run ordinary attention.",
         f"In this folder ({about.packages[0]} {about.version} or newer; `.` may be the name of this repository on the Hub):",
         run,
+        *on_linears,
         *_notes(server, handle, auto_enable),
         "\n".join(
             [
@@ -121,6 +131,25 @@ def _pipeline_code(handle: PatchHandle, export: Exported, offer: Offer) -> str:
         return f"import json\nimport torch\n{import_line}\n\n{load}\n{switch}"
     switch = "\n".join(f'pipe.{part}.set_attention_backend("{offer.option}")' for part in parts)
     return f"import torch\n{import_line}\n\n{load}\n{switch}"
+
+
+def _note_on_linears(server: str, linears: LinearHandle, export: Exported) -> str:
+    what = "weights and inputs in 4 bits" if linears.config.rounds_inputs else "weights in 4 bits"
+    if export.kind == "adapters":
+        code = (
+            "import qat_patch\nfrom transformers import AutoTokenizer\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({export.base_model!r})\n"
+            "base = qat_patch.load_checkpoint('.').unload()\n"
+            f"qat_patch.export_checkpoint(base, '{_PACKED_BASE}', tokenizer=tokenizer, dtype='bfloat16', server='{server}')"
+        )
+        return (
+            f"`{_PACKED_BASE}` is the base model with its linear layers packed ({linears.config.format}: {what}), beside which "
+            f"these adapters were trained. Make it from this folder:\n\n{_fenced('python', code)}"
+        )
+    note = f"The linear layers are packed in NVFP4 ({linears.config.format}: {what}). `config.json` says so: no option is needed."
+    if linears.config.rounds_inputs:
+        note += " On GPUs without FP4 units vLLM leaves the inputs unrounded, and says so."
+    return note
 
 
 def _notes(server: str, handle: PatchHandle, auto_enable: bool) -> list[str]:

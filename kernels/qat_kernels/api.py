@@ -140,7 +140,8 @@ def attention(
             FP4 units. `sdpa` is PyTorch's own attention, for specs that quantize K and V alone (`QuantSpec.kv_only`), and takes
             these only. `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere; `Verdicts` are `auto` that takes
             `fp4` or `sageattn3` where a self-check on this GPU found it right and faster, and no derivative is asked for.
-            `explain` says what runs, and why.
+            Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`; `auto` knows
+            that, and with `Verdicts` too. `explain` says what runs, and why.
 
     Returns:
         The output in the shape, dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse` also float32

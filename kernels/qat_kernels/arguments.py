@@ -14,7 +14,7 @@ from .verdicts import Verdicts
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
-COMPUTED: dict[str, tuple[str, ...]] = {"eager": FEATURES, "sdpa": (), "triton": (), "fp4": (), "sageattn3": ()}
+COMPUTED: dict[str, tuple[str, ...]] = {"eager": FEATURES, "sdpa": (), "triton": FEATURES, "fp4": (), "sageattn3": ()}
 """Which FEATURES each implementation computes."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

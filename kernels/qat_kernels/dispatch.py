@@ -63,7 +63,7 @@ def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bo
     kernel = "sdpa" if QuantSpec(preset=preset).kv_only else "triton"
     if any(name not in COMPUTED[kernel] for name in asked):
         if device.type != "cpu":
-            _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(asked)} yet")
+            _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(asked)}")
         return "eager"
     if QuantSpec(preset=preset).kv_only:
         return "eager" if why_not_sdpa(device, dtype, packed) else "sdpa"

@@ -39,16 +39,17 @@ def attention_forward(
     spec_, mask_ = QuantSpec.from_json(spec), Mask.from_json(mask)
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
-        options: dict[str, Any] = {"with_gradient": needs_gradient, "spec": spec_, "causal": mask_.causal, "scale": scale}
+        options: dict[str, Any] = {"with_gradient": needs_gradient, "spec": spec_, "mask": mask_, "scale": scale}
+        options |= {"bounds": _bounds(lower, upper), "softcap": softcap, "sinks": sinks}
         with torch.autocast(q.device.type, enabled=False):  # the smoothing of `sage3` has matrix products of its own
             return tuple(training_kernels().forward(q, k, v, key_mask, k_shift, packing, **options))
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
-        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=mask_.causal, scale=scale)
+        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec_, mask=mask_, scale=scale)
         return out, q.new_empty(0), lse, lse.new_empty(0), nothing
     if impl == "sageattn3":
         with torch.autocast(q.device.type, enabled=False):
-            out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec_, causal=mask_.causal, scale=scale)
+            out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec_, mask=mask_, scale=scale)
         return out, q.new_empty(0), lse, lse.new_empty(0), nothing
     options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
     options["with_out_hp"] = has_out_hp(spec_, needs_gradient)
@@ -87,7 +88,7 @@ def _(
     stats_shape = codes_shape = (0,)
     if impl == "triton":
         stats_shape, codes_shape = training_kernels().output_shapes(
-            q.shape, k.shape, packing, spec=spec_, causal=Mask.from_json(mask).causal, with_gradient=needs_gradient
+            q.shape, k.shape, packing, spec=spec_, mask=Mask.from_json(mask), with_gradient=needs_gradient
         )
     return torch.empty_like(q), out_hp, lse, lse.new_empty(stats_shape), q.new_empty(codes_shape, dtype=torch.uint8)
 
@@ -126,17 +127,10 @@ def attention_backward(
     packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if impl == "triton":
         shape = _key_shape(grad_out, keys, num_heads_k)
-        options: dict[str, Any] = {
-            "key_shape": shape,
-            "spec": spec_,
-            "causal": mask_.causal,
-            "scale": scale,
-            "query": q,
-            "key": k,
-        }
+        options: dict[str, Any] = {"key_shape": shape, "spec": spec_, "mask": mask_, "scale": scale, "query": q, "key": k}
+        options |= {"bounds": _bounds(lower, upper), "softcap": softcap, "sinks": sinks}
         with torch.autocast(grad_out.device.type, enabled=False):
-            grads = training_kernels().backward(grad_out, v, out_hp, stats, codes, key_mask, packing, **options)
-        return *grads, grad_out.new_empty(0)
+            return training_kernels().backward(grad_out, v, out_hp, stats, codes, key_mask, packing, **options)
     assert q is not None and k is not None and v is not None, "eager reads its inputs again"
     options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
     with torch.autocast(grad_out.device.type, enabled=False):

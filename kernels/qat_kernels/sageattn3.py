@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from .mask import Mask
 from .spec import QuantSpec
 from .varlen import Packing
 
@@ -105,21 +106,21 @@ def forward(
     packing: Packing | None = None,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O in the shape, strides and dtype of `query`, and NaN in place of LSE, float32 [B, H, Lq], which it does not return.
 
     Args:
         query, key, value: [B, H, L, D], as many key heads as query heads.
-        key_mask, k_shift, packing, causal, scale: nothing that the preset `sage3` refuses; `attention` has seen to that.
+        key_mask, k_shift, packing, mask, scale: nothing that the preset `sage3` refuses; `attention` has seen to that.
 
     Raises:
         ValueError: it cannot run here; says why.
     """
     from .triton.device import on_device
 
-    assert key_mask is None and k_shift is None and packing is None and not causal and scale == query.shape[-1] ** -0.5
+    assert key_mask is None and k_shift is None and packing is None and mask == Mask() and scale == query.shape[-1] ** -0.5
     lse = query.new_full(query.shape[:3], torch.nan, dtype=torch.float32)
     function = _loaded(query.device, query.dtype)
     out = torch.empty_like(query)

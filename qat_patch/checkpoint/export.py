@@ -13,7 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qat_patch.metadata import METHOD, AttentionMetadata, config_entries, without_entries
+from qat_patch.linear.handle import LinearHandle
+from qat_patch.linear.packed import packed_state, record_of
+from qat_patch.metadata import CONFIG_KEYS, METHOD, AttentionMetadata, config_entries, without_entries
 from qat_patch.patch import get_handle, require_handle
 from qat_patch.servers import Server
 from qat_patch.serving import Exported, write_serving
@@ -23,6 +25,7 @@ from .exportable import (
     check_adapters,
     check_attention,
     check_components,
+    check_linears,
     check_server,
     check_weights,
     component_name,
@@ -62,10 +65,12 @@ def export_checkpoint(
 ) -> Path:
     """Write a patched model as a folder that its host library loads, with or without this package.
 
-    Weights and their names are those of the model. The config and the headers of the safetensors files carry the attention
-    metadata; without this package the folder loads as a model with ordinary attention. K shifts stand in a file beside them. The
-    folder is written aside, loaded once on the CPU and compared with the model by what both make of a reference input
-    (`python -m qat_patch verify` repeats that), and renamed when it is complete.
+    Weights and their names are those of the model. Where its linear layers are quantized (`quantize_linears`), their weights are
+    packed in the layout of compressed-tensors, which stands in the config then, and the attention metadata in `qat_patch.json`.
+    The config and the headers of the safetensors files carry the attention metadata; without this package the folder loads as a
+    model with ordinary attention. K shifts stand in a file beside them. The folder is written aside, loaded once on the CPU and
+    compared with the model by what both make of a reference input (`python -m qat_patch verify` repeats that), and renamed when
+    it is complete.
 
     Args:
         model: a patched Transformers model, Diffusers transformer or Diffusers pipeline (which is saved whole), or a wrapper
@@ -115,7 +120,9 @@ def export_checkpoint(
     check_adapters(model, handle, kind, base_model, dtype, lora_format)
     if kind != "adapters":
         check_weights(handle)
-    check_server(server, auto_enable, model, handle, kind)
+    linears = check_linears(handle, kind)
+    linear = None if linears is None else record_of(linears)
+    check_server(server, auto_enable, model, handle, kind, linears)
     classes = {id(part): public_class(part, handle.host) for part in handle.models}
     if is_pipeline:
         check_components(model)
@@ -127,7 +134,9 @@ def export_checkpoint(
     found = {name: example_inputs or default_inputs(part, handle.host) for name, part in parts.items()}
     inputs = {name: x for name, x in found.items() if x is not None}
     # Computed, as all that can fail for a reason in the model, before anything is written.
-    merged = _plain(parts[""], dtype) if kind == "model" else None
+    # Packed weights are rounded once, from what they are trained in.
+    kept = set() if linears is None else {f"{name}.weight" for name in linears.layers}
+    merged = _plain(parts[""], dtype, kept) if kind == "model" else None
     live = {
         name: live_outputs(part if is_pipeline else _outermost(model, part), inputs[name], is_default=not example_inputs)
         for name, part in parts.items()
@@ -137,21 +146,24 @@ def export_checkpoint(
         if is_pipeline:
             model.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
         elif merged is not None:
-            merged.save_pretrained(partial, max_shard_size=_SHARD_SIZE)
+            _save(merged, linears, partial)
         else:
             save_adapter(model, handle.host, partial, lora_format)
         metadata = {name: _add_metadata(partial / name, part, training, component) for name, part in parts.items()}
         if kind != "adapters":
             for name, part in parts.items():
-                _complete_config(partial / name, classes[id(part)], None if server else metadata[name])
+                entries = {} if server else config_entries(handle.host, metadata[name])
+                if linear is not None:
+                    entries = {CONFIG_KEYS["transformers"]: linear.quantization_config}
+                _complete_config(partial / name, classes[id(part)], entries)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        leave_out_unknown_keys(partial)
+        leave_out_unknown_keys(partial, linear)
         if server is not None:
             place = Exported(folder=partial, kind=kind, base_model=base_model, component=component)
-            write_serving(server, handle, place, auto_enable=auto_enable)
+            write_serving(server, handle, place, auto_enable=auto_enable, linears=linears)
         base = None if merge_adapters else base_model
-        export = ExportFolder(folder=partial, kind=kind, metadata=metadata, base_model=base, server=server)
+        export = ExportFolder(folder=partial, kind=kind, metadata=metadata, base_model=base, server=server, linear=linear)
         for name, written in _read_back(export, model, parts).items():
             if name in live:
                 expected = None if quantized_by_others(parts[name]) else live[name]
@@ -168,6 +180,7 @@ def export_checkpoint(
             component=component,
             is_adapter=not merge_adapters,
             server=server,
+            linear=linear,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
@@ -237,8 +250,14 @@ def _add_metadata(folder: Path, part: Any, training: dict[str, Any] | None, comp
     return metadata
 
 
-def _complete_config(folder: Path, class_name: str, metadata: AttentionMetadata | None) -> None:
-    """Put the class, and the metadata if they are to stand there, into the config of a saved model."""
+def _save(model: Any, linears: LinearHandle | None, folder: Path) -> None:
+    """Save a model of a host library, with the weights of quantized linear layers packed."""
+    packed = {} if linears is None else {"state_dict": packed_state(model.state_dict(), linears)}
+    model.save_pretrained(folder, max_shard_size=_SHARD_SIZE, **packed)
+
+
+def _complete_config(folder: Path, class_name: str, entries: dict[str, Any]) -> None:
+    """Put the class, and what is to stand there about quantization, into the config of a saved model."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     host = "diffusers" if "_class_name" in config else "transformers"
@@ -247,12 +266,12 @@ def _complete_config(folder: Path, class_name: str, metadata: AttentionMetadata 
     else:
         config["architectures"] = [class_name]
     # At the end, and in its order: of the patterns in a config the first one counts.
-    config = without_entries(host, config) | ({} if metadata is None else config_entries(host, metadata))
+    config = without_entries(host, config) | entries
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _plain(model: Any, dtype: torch.dtype | None) -> Any:
-    """The model to save: itself, or a copy of its skeleton with adapters merged and weights cast."""
+def _plain(model: Any, dtype: torch.dtype | None, kept: set[str]) -> Any:
+    """The model to save: itself, or a copy of its skeleton with adapters merged and weights cast, but for those that are kept."""
     adapters, state = adapter_layers(model), model.state_dict()
     is_offloaded = any(x.is_meta for x in state.values())
     if not adapters and dtype is None and not is_offloaded:
@@ -270,7 +289,7 @@ def _plain(model: Any, dtype: torch.dtype | None) -> Any:
         state = {key: x for key, x in state.items() if not key.startswith(f"{name}.")}
         own |= {f"{name}.{key}": x.dtype for key, x in layer.get_base_layer().state_dict().items()}
         state |= {f"{name}.{key}": x for key, x in merged.items()}
-    state = {key: x.to(exported_dtype(model, key, own[key], dtype)) for key, x in state.items()}
+    state = {key: x if key in kept else x.to(exported_dtype(model, key, own[key], dtype)) for key, x in state.items()}
     with torch.device("meta"):
         plain: Any = _build(model)
     plain.load_state_dict(state, assign=True)

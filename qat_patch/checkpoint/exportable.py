@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qat_patch.handle import PatchHandle
+from qat_patch.linear.handle import LinearHandle, get_linear_handle
 from qat_patch.servers import check_servable
 
 from .adapters import adapter_layers, adapter_owner, check_comfy, check_mergeable, the_active_adapter
@@ -102,7 +103,54 @@ def check_adapters(
         check_mergeable(model, handle.models[0])
 
 
-def check_server(server: str | None, auto_enable: bool, model: Any, handle: PatchHandle, kind: str) -> None:
+def check_linears(handle: PatchHandle, kind: str, *, is_measured: bool = True) -> LinearHandle | None:
+    """The quantized linear layers of what is exported, if there are any. `is_measured`: with the ranges of their inputs.
+
+    Raises:
+        ValueError: no reader is known of what would be written, or it would compute something else.
+    """
+    linears = next((found for part in handle.models if (found := get_linear_handle(part)) is not None), None)
+    if linears is None:
+        return None
+    try:
+        linears.check_in_force("quantized linear layers")
+        if is_measured:
+            _ = linears.scales
+    except ValueError as error:
+        raise ValueError(f"export_checkpoint: {error}") from None
+    if handle.host != "transformers" or kind == "pipeline":
+        raise ValueError(
+            f"export_checkpoint: no library is known that reads packed linear layers of a {type(linears.model).__name__}: "
+            "expected a model of transformers; call unquantize_linears(model) to export the weights as they are, unrounded"
+        )
+    if linears.experts:
+        raise ValueError(
+            f"export_checkpoint: servers take experts for quantized too, and {linears.experts[0]} is not: expected a dense "
+            "model; call unquantize_linears(model) to export the weights as they are"
+        )
+    if getattr(linears.model, "_weight_conversions", None):
+        raise ValueError(
+            f"export_checkpoint: {type(linears.model).__name__} stores its weights under other names than it has them, which "
+            "packed weights have not been tried with; call unquantize_linears(model) to export them as they are"
+        )
+    beside = sorted((adapter_layers(linears.model).keys() & linears.layers.keys()) - linears.merged.keys())
+    if kind == "model" and beside:
+        raise ValueError(
+            f"export_checkpoint: {beside[0]} has adapters beside a quantized weight: merged, their sum would be rounded to 4 "
+            "bits, and most of what they have learned would be lost. Export them alone (merge_adapters=False), or train for "
+            "merged weights: quantize_linears(model, merge_adapters=True), after the adapters were added"
+        )
+    if kind == "adapters" and linears.merged:
+        raise ValueError(
+            f"export_checkpoint: the adapters of {next(iter(linears.merged))} were trained for merged weights, whose sum is "
+            "rounded: expected merge_adapters=True, or quantize_linears(model, merge_adapters=False) before training"
+        )
+    return linears
+
+
+def check_server(
+    server: str | None, auto_enable: bool, model: Any, handle: PatchHandle, kind: str, linears: LinearHandle | None
+) -> None:
     """Refuse with a ValueError what the server that an export is for could not run."""
     if server is None:
         if auto_enable:
@@ -110,7 +158,7 @@ def check_server(server: str | None, auto_enable: bool, model: Any, handle: Patc
         return
     adapters = adapter_owner(model).peft_config[the_active_adapter(model)] if kind == "adapters" else None
     try:
-        check_servable(server, handle, adapters=adapters, auto_enable=auto_enable)
+        check_servable(server, handle, adapters=adapters, auto_enable=auto_enable, linears=linears)
     except ValueError as error:
         raise ValueError(f"export_checkpoint: {error}") from None
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from qat_patch.linear.handle import get_linear_handle
 from qat_patch.patch import require_handle
 
 _TOKENS = 40
 """More than two groups of 16, and no multiple of 16."""
 _NUMBERS = 1 << 16
 """Of an output only so many numbers are stored, evenly spread over it."""
+_UNQUANTIZED = "unquantized_output"
 _EXACT = 1e-4
 _ROUNDED = 0.1
 """Relative L2 that an export may differ by from the model that is exported: in float32 on the same processor, and else."""
@@ -124,10 +126,11 @@ def _check_finite(outputs: dict[str, torch.Tensor]) -> None:
 
 def _check_same(written: dict[str, torch.Tensor], live: dict[str, torch.Tensor], *, is_exact: bool) -> None:
     quantization = _distance(live["output"], live["original_output"])
+    linear = _noise_of_linears(live)
     # Other codes may come out where numbers are rounded otherwise, and then it is quantization noise that differs.
     limits = {
-        "original_output": _EXACT if is_exact else _ROUNDED,
-        "output": max(_EXACT, quantization / 2) if is_exact else _ROUNDED + 1.5 * quantization,
+        "original_output": _EXACT if is_exact else _ROUNDED + 1.5 * linear,
+        "output": max(_EXACT, quantization / 2) if is_exact else _ROUNDED + 1.5 * (quantization + linear),
     }
     for name, limit in limits.items():
         distance = _distance(written[name], live[name]) if written[name].shape == live[name].shape else float("inf")
@@ -144,7 +147,8 @@ def check_reference(model: torch.nn.Module, file: Path) -> dict[str, float]:
     """Run a loaded export on its stored input.
 
     Returns:
-        Relative L2 distance to the stored outputs by name, `output` and `original_output`; 0 where they are bit-equal.
+        Relative L2 distance to the stored outputs by name, `output` and `original_output` (and `unquantized_output`, where linear
+        layers are quantized too); 0 where they are bit-equal.
 
     Raises:
         ValueError: they differ by more than other processors and library versions explain.
@@ -152,14 +156,16 @@ def check_reference(model: torch.nn.Module, file: Path) -> dict[str, float]:
     stored = load_file(file)
     inputs = {name.removeprefix("input."): x for name, x in stored.items() if name.startswith("input.")}
     found = _outputs(model, inputs)
-    for name in ("output", "original_output"):
+    for name in found:
         if name not in stored or stored[name].shape != found[name].shape:
             raise ValueError(f"verify: {file} has no {name} of shape {list(found[name].shape)}; it is damaged")
     distances = {name: _distance(found[name], stored[name]) for name in found}
+    tolerance, linear = _ORIGINAL_TOLERANCE.get(dtype_of(model), _ORIGINAL_TOLERANCE_LOW), _noise_of_linears(stored)
     limits = {
         # Rounding noise flips single codes: that stays far below what quantization itself changes.
-        "output": _distance(stored["output"], stored["original_output"]) / 2,
-        "original_output": _ORIGINAL_TOLERANCE.get(dtype_of(model), _ORIGINAL_TOLERANCE_LOW),
+        "output": max(_distance(stored["output"], stored["original_output"]), linear) / 2,
+        "original_output": max(tolerance, linear / 2),
+        _UNQUANTIZED: tolerance,
     }
     for name, distance in distances.items():
         # Written so that NaN fails.
@@ -173,17 +179,29 @@ def check_reference(model: torch.nn.Module, file: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def _outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model makes of the inputs, with 4-bit and with original attention: float32 [at most 65,536]."""
+    """What the model makes of the inputs, with 4-bit and with original attention: float32 [at most 65,536].
+
+    Where linear layers are quantized they are so in both, and there is a third one without.
+    """
     was_training = model.training
     model.eval()
     device, dtype = _device(model), dtype_of(model)
     inputs = {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
     handle = require_handle(model)
     output = _first(model(**inputs))
+    outputs = {"output": output}
     with handle.disabled():
-        original = _first(model(**inputs))
+        outputs["original_output"] = _first(model(**inputs))
+        if (linears := get_linear_handle(model)) is not None:
+            with linears.disabled():
+                outputs[_UNQUANTIZED] = _first(model(**inputs))
     model.train(was_training)
-    return {"output": output, "original_output": original}
+    return outputs
+
+
+def _noise_of_linears(outputs: dict[str, torch.Tensor]) -> float:
+    """How far quantized linear layers take the output of a model; 0 where there are none."""
+    return _distance(outputs["original_output"], outputs[_UNQUANTIZED]) if _UNQUANTIZED in outputs else 0.0
 
 
 def _first(output: Any) -> torch.Tensor:

@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from qat_patch.linear.handle import quantize_linears
+from qat_patch.linear.packed import LinearRecord, restore_packed, unpacked_state
+from qat_patch.metadata import CONFIG_KEYS
 from qat_patch.patch import get_handle, patch_model, require_handle, unpatch_model
 
 from .adapters import LORA_FILE, load_adapter
@@ -147,22 +151,43 @@ def _class_in(config: dict[str, Any]) -> Any:
 def _model(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
     folder = export.folder / part
     # Our quantizer patches it, but not what is for a server.
-    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     config = read_json(folder / "config.json")
     model_class = _class_in(config)
     if (expected := getattr(model_class.config_class, "model_type", None)) != config.get("model_type"):
         raise ValueError(
             f"model_type: expected {expected!r}, which is that of {model_class.__name__}, got {config.get('model_type')!r}"
         )
-    model, info = model_class.from_pretrained(folder, dtype=dtype, **options)
+    source: Path | None = folder
+    type_of_weights = dtype
+    if export.linear is not None:
+        source, type_of_weights = None, stored_dtype(folder) if dtype == "auto" else dtype
+        options |= _unpacked(folder, export.linear, model_class.config_class, config)
+    model, info = model_class.from_pretrained(source, dtype=type_of_weights, output_loading_info=True, **options)
     # Transformers makes up what is missing.
     if wrong := {what: sorted(map(str, names)) for what, names in info.items() if names}:
         raise ValueError(f"the weights are not those of the config: {wrong}")
     if dtype == "auto":
         set_stored_types(folder, model)
-    if export.server is not None:
+    if export.linear is not None:
+        restore_packed(model, export.linear)
+    if export.is_beside:
         _patch(export, part, model)
     return model.eval()
+
+
+def _unpacked(folder: Path, linear: LinearRecord, config_class: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of from_pretrained for a folder with packed weights, which become ordinary weights on the 4-bit grid."""
+    from transformers import GenerationConfig
+
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        state |= load_file(file)
+    plain = {key: value for key, value in config.items() if key != CONFIG_KEYS["transformers"]}
+    found = {"config": config_class.from_dict(plain), "state_dict": unpacked_state(state, linear)}
+    if (folder / "generation_config.json").is_file():
+        found["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return found
 
 
 def _transformer(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
@@ -190,6 +215,8 @@ def _adapters(export: ExportFolder, part: str, base: Path, dtype: torch.dtype | 
             # The base is an export itself: patched as that one says, where this one counts.
             unpatch_model(model)
         _patch(export, part, model)
+        if export.linear is not None:
+            quantize_linears(model, export.linear.config, scales=export.linear.scales)
         model = PeftModel.from_pretrained(model, export.folder)
     else:
         from diffusers import AutoModel

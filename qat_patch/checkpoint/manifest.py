@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from qat_patch.linear.packed import LinearRecord
 from qat_patch.metadata import (
+    CONFIG_KEYS,
     FORMAT_VERSION,
     AttentionMetadata,
     check_all_keys,
@@ -33,6 +35,7 @@ from .trust.private_copy import PrivateCopy
 
 _KINDS = ("model", "pipeline", "adapters")
 _MANIFEST_KEYS = ["format_version", "package_version", "kind", "base_model", "attention", "references", "files"]
+_OPTIONAL_KEYS = ["server", "linear"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,19 @@ class ExportFolder:
     """Of adapters: what they belong to."""
     server: str | None = None
     """What the export is for, if not for this package: no config holds the metadata then, and the manifest does."""
+    linear: LinearRecord | None = None
+    """Its linear layers, if they are quantized too: packed in an export of a model, and those of the base model beside
+    adapters."""
     references: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """By subfolder, where one was recorded: device, dtype and torch version that computed the reference output."""
     name: str = ""
     """Of an export that is being loaded: how the user calls it; `folder` is a private copy then."""
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether the metadata stand in the manifest, and not in the configs: those are for servers, or say what packed weights
+        are."""
+        return self.server is not None or self.linear is not None
 
     def host(self, part: str) -> str:
         """The host library of a model by subfolder."""
@@ -61,7 +73,7 @@ class ExportFolder:
 
     def reference(self, part: str) -> Path:
         """The file with the reference of a model by subfolder."""
-        return self.folder / part / (REFERENCE if self.server is None else REFERENCE_FOR_SERVERS)
+        return self.folder / part / (REFERENCE_FOR_SERVERS if self.is_beside else REFERENCE)
 
     def k_shift(self, part: str) -> dict[str, torch.Tensor]:
         """The K shifts of a model by subfolder: module name -> float32 [key heads, head dim]; empty if it has none."""
@@ -84,8 +96,10 @@ def write_manifest(export: ExportFolder) -> None:
     }
     if export.server is not None:
         manifest["server"] = export.server
-        if not adapters:
-            manifest["attention"] = {part: metadata.to_dict() for part, metadata in export.metadata.items()}
+    if export.linear is not None:
+        manifest["linear"] = export.linear.to_dict()
+    if export.is_beside and not adapters:
+        manifest["attention"] = {part: metadata.to_dict() for part, metadata in export.metadata.items()}
     (export.folder / MANIFEST).write_text(
         json.dumps(integrity.sealed(manifest), indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
@@ -118,16 +132,18 @@ def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
         manifest = integrity.unsealed(manifest)
     except ValueError as error:
         raise ValueError(f"load_checkpoint: {where} is damaged: {error}; get a fresh copy, or export again") from None
-    manifest.setdefault("server", None)
-    check_all_keys(where, manifest, [*_MANIFEST_KEYS, "server"])
+    for key in _OPTIONAL_KEYS:
+        manifest.setdefault(key, None)
+    check_all_keys(where, manifest, [*_MANIFEST_KEYS, *_OPTIONAL_KEYS])
     _check_manifest(where, manifest)
+    linear = None if manifest["linear"] is None else LinearRecord.from_dict(manifest["linear"])
     kind, recorded = manifest["kind"], manifest["files"]
     index = parse_json("model_index.json", copy.read("model_index.json")) if "model_index.json" in copy.files else {}
     parts = [part for part, value in index.items() if isinstance(value, list) and part.isidentifier()]
     file_names.check_names(str(copy.source), copy.files, recorded, kind, parts)
     taken = copy.take([name for name in {*recorded, *file_names.MAY_COME_LATER} if name in copy.files])
     copy.put(MANIFEST, content)
-    _check_configs(copy.folder, kind, manifest["server"])
+    _check_configs(copy.folder, kind, manifest["server"], linear)
     if (changed := _what_changed(recorded, taken)) is not None:
         raise ValueError(f"load_checkpoint: {copy.source} {changed}; get a fresh copy, or export again")
     metadata = _check_parts(copy.folder, manifest)
@@ -140,12 +156,13 @@ def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
         metadata=metadata,
         base_model=manifest["base_model"],
         server=manifest["server"],
+        linear=linear,
         references=manifest["references"],
         name=name,
     )
 
 
-def leave_out_unknown_keys(folder: Path) -> None:
+def leave_out_unknown_keys(folder: Path, linear: LinearRecord | None = None) -> None:
     """Rewrite those configs of a folder that hold what loading would refuse, and no library knows.
 
     Raises:
@@ -154,8 +171,11 @@ def leave_out_unknown_keys(folder: Path) -> None:
     for file in sorted(folder.rglob("*.json")):
         if file.name in allowed_keys.CONFIGS:
             config = read_json(file)
+            known = {}
+            if linear is not None and config.get(key := CONFIG_KEYS["transformers"]) == linear.quantization_config:
+                known = {key: config.pop(key)}
             if (plain := allowed_keys.plain_config(str(file), file.name, config)) != config:
-                file.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+                file.write_text(json.dumps(plain | known, indent=2) + "\n", encoding="utf-8")
 
 
 def check_written(export: ExportFolder) -> None:
@@ -164,7 +184,7 @@ def check_written(export: ExportFolder) -> None:
     recorded = [name for name in names if name not in (MANIFEST, README)]
     parts = [folder.name for folder in export.folder.iterdir() if folder.is_dir()]
     file_names.check_names(str(export.folder), names, recorded, export.kind, parts)
-    _check_configs(export.folder, export.kind, export.server)
+    _check_configs(export.folder, export.kind, export.server, export.linear)
 
 
 def _what_changed(recorded: dict[str, Any], taken: dict[str, tuple[int, str]]) -> str | None:
@@ -193,16 +213,23 @@ def _check_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, AttentionM
     return metadata
 
 
-def _check_configs(folder: Path, kind: str, server: str | None) -> None:
+def _check_configs(folder: Path, kind: str, server: str | None, linear: LinearRecord | None) -> None:
     if (auto := folder / AUTO_CONFIG).is_file() and read_json(auto) != AUTO_ENABLE:
         raise ValueError(f"load_checkpoint: {auto}: expected what switches vLLM's KV cache on, and nothing else; remove it")
     for file in sorted(folder.rglob("*.json")):
         if file.name not in allowed_keys.CONFIGS:
             continue
         config = read_json(file)
-        if kind == "model" and server is None and file == folder / "config.json":
-            # The metadata have checks of their own.
-            config = without_entries(_host(config), config)
+        if kind == "model" and file == folder / "config.json":
+            key = CONFIG_KEYS["transformers"]
+            if linear is not None and config.pop(key, None) != linear.quantization_config:
+                raise ValueError(
+                    f"load_checkpoint: {file}: {key}: expected what {MANIFEST} says about the linear layers, as "
+                    "compressed-tensors spells it; the files come from different exports, or one was edited"
+                )
+            if server is None:
+                # The metadata have checks of their own.
+                config = without_entries(_host(config), config)
         allowed_keys.check_config(str(file), file.name, config)
 
 
@@ -215,7 +242,7 @@ def _no_export(copy: PrivateCopy) -> str:
 def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
     kind, base, recorded, references = (manifest[key] for key in ("kind", "base_model", "files", "references"))
     attention, server = manifest["attention"], manifest["server"]
-    is_adapter = kind == "adapters"
+    is_adapter, is_beside = kind == "adapters", server is not None or manifest["linear"] is not None
     is_by_part = isinstance(attention, dict) and bool(attention) and (kind == "pipeline" or attention.keys() == {""})
     for key, is_right, expected in (
         ("kind", isinstance(kind, str) and kind in _KINDS, " or ".join(_KINDS)),
@@ -223,9 +250,10 @@ def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
         ("server", server is None or server in [*SERVERS], f"one of {', '.join(SERVERS)}, or none"),
         (
             "attention",
-            is_adapter or (attention is None if server is None else is_by_part),
-            "metadata for adapters, by folder for a server, else null",
+            is_adapter or (is_by_part if is_beside else attention is None),
+            "metadata for adapters, by folder for a server or beside packed weights, else null",
         ),
+        ("linear", kind != "pipeline" or manifest["linear"] is None, "null for a pipeline"),
         ("references", isinstance(references, dict), "a mapping"),
         ("files", isinstance(recorded, dict) and bool(recorded), "a mapping of files"),
     ):
@@ -238,7 +266,7 @@ def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
         check_all_keys(f"load_checkpoint: {where}: references", record, ["device", "dtype", "torch"])
         if not all(isinstance(value, str) and re.fullmatch(r"[\w.+:-]{1,64}", value, re.ASCII) for value in record.values()):
             raise ValueError(f"load_checkpoint: {where}: references: expected short texts, got {record!r}")
-        if str(Path(part, name := REFERENCE if server is None else REFERENCE_FOR_SERVERS)) not in recorded:
+        if str(Path(part, name := REFERENCE_FOR_SERVERS if is_beside else REFERENCE)) not in recorded:
             raise ValueError(f"load_checkpoint: {where}: references: {part!r} has no {name}")
 
 
@@ -246,7 +274,7 @@ def _stored_metadata(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """The metadata as they stand in the configs, by subfolder."""
     if manifest["kind"] == "adapters":
         return {"": manifest["attention"]}
-    if manifest["server"] is not None:
+    if manifest["server"] is not None or manifest["linear"] is not None:
         for part in manifest["attention"]:
             if part and not (part.isidentifier() and (folder / part / "config.json").is_file()):
                 raise ValueError(f"load_checkpoint: {folder / MANIFEST}: attention: there is no model {part!r}")

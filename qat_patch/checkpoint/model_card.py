@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qat_patch.linear.packed import FORMAT, LinearRecord
 from qat_patch.metadata import AttentionMetadata
 from qat_patch.servers import SERVERS, SERVING
 
@@ -21,6 +22,7 @@ def model_card(
     component: str | None,
     is_adapter: bool,
     server: str | None = None,
+    linear: LinearRecord | None = None,
 ) -> str:
     """The README.md of an export, with the Hub's YAML header. `model`: what was exported, without wrappers."""
     from huggingface_hub import ModelCardData
@@ -39,7 +41,7 @@ def model_card(
         tags=["nvfp4", "fp4", "qat", "attention", "qat-patch", *([server] if server else []), *(["lora"] if is_adapter else [])],
     )
     spec = metadata.config.spec
-    what = "adapters for ordinary" if is_adapter else "ordinary"
+    what = "adapters for ordinary" if is_adapter else "ordinary" if linear is None else "packed"
     load = "import qat_patch\n\n# A folder, or its name on the Hub with revision=...\n"
     load += "model = qat_patch.load_checkpoint(FOLDER)\nprint(qat_patch.get_handle(model))"
     if is_adapter and library == "diffusers":
@@ -54,6 +56,7 @@ def model_card(
         + (", with four-over-six scales" if spec.four_over_six else "")
         + ". Loaded without `qat_patch` they run ordinary attention."
         + (f" They are for the component `{component}` of the pipeline." if component else ""),
+        *([] if linear is None else [_of_linears(linear, is_adapter)]),
         *([] if server is None else [f"Made for {SERVERS[server].name}: [{SERVING}]({SERVING}) has the command."]),
         f"```python\n{load}\n```",
         "## Training",
@@ -64,6 +67,16 @@ def model_card(
         _table(metrics) if metrics else "Nothing was measured at export.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _of_linears(linear: LinearRecord, is_adapter: bool) -> str:
+    number, what = len(linear.scales), "weights and inputs" if linear.config.rounds_inputs else "weights"
+    if is_adapter:
+        return f"They were trained beside {number} linear layers whose {what} were rounded to NVFP4 (`{linear.config.format}`)."
+    return (
+        f"{number} linear layers are in NVFP4 too (`{linear.config.format}`: {what}), packed in the layout `{FORMAT}` of "
+        "compressed-tensors. Transformers reads them where that is installed."
+    )
 
 
 def _source(model: Any) -> str | None:

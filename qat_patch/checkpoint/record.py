@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qat_patch.linear.handle import get_linear_handle
 from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata, config_entries
 from qat_patch.patch import get_handle
 from qat_patch.servers import AUTO_CONFIG, SERVERS, SERVING
@@ -60,6 +61,11 @@ def record_in_transformers(module: Any) -> None:
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = _call(save, self, *args, **kwargs)
         folder, found = _destination(call), attention_in_force(self)
+        if get_linear_handle(self) is not None and call["state_dict"] is None:
+            _log.warning(
+                "save_pretrained writes the weights of quantized linear layers unrounded, and nothing about them: call "
+                "quantize_linears after loading; export_checkpoint packs them"
+            )
         if found is not None and _is_free(self):
             found = _in_any_order(found[0]), found[1]
             with _as_quantizer(self, *found, folder, call["state_dict"]):
@@ -74,7 +80,7 @@ def record_in_transformers(module: Any) -> None:
         model = result[0] if isinstance(result, tuple) else result
         if name is not None and not _is_free(model):
             _announce(model, name, kwargs.get("revision"))
-        elif name is not None:
+        if name is not None:
             _remember(model, _folder_with_manifest(name, kwargs), "")
         return result
 
@@ -231,7 +237,8 @@ def _remember(model: Any, folder: Path | None, part: str) -> None:
         return
     try:
         record = read_json(file)
-        attention = record.get("attention") if record.get("server") in [*SERVERS] else None
+        is_beside = record.get("server") in [*SERVERS] or record.get("linear") is not None
+        attention = record.get("attention") if is_beside else None
         values = attention.get(part) if isinstance(attention, dict) else None
         if AttentionMetadata.is_ours(values):
             setattr(model, RECORD, AttentionMetadata.from_dict(values))

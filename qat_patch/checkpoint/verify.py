@@ -56,6 +56,9 @@ def _verified(export: ExportFolder) -> list[str]:
             _check_shapes(export, part, model)
         shifts = len(export.k_shift(part))
         report.append(f"{name}: {len(metadata.modules)} modules patched as exported, {shifts} of them with a K shift")
+        if export.linear is not None:
+            packed = "" if export.kind == "adapters" else ", packed as compressed-tensors reads them"
+            report.append(f"{name}: {len(export.linear.scales)} linear layers in {export.linear.config.format}{packed}")
         if part not in export.references:
             report.append(f"{name}: no reference output was recorded; export_checkpoint(..., example_inputs=...) records one")
             continue
@@ -70,7 +73,10 @@ def _check_finite(file: Path) -> int:
     with safe_open(file, framework="pt") as weights:
         names = list(weights.keys())
         for name in names:
-            if not (x := weights.get_tensor(name)).isfinite().all():
+            x = weights.get_tensor(name)
+            if x.dtype == torch.float8_e4m3fn:  # scales of packed weights
+                x = x.float()
+            if not x.isfinite().all():
                 count = int((~x.isfinite()).sum())
                 raise ValueError(f"verify: {file}: {name} holds {count} values that are not finite, of {x.numel()}")
     return len(names)

@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 
 from qat_kernels import QuantSpec
+from qat_kernels.mask import Mask
 from qat_kernels.triton import tiles
 from qat_patch.bench.shapes import Shape, inputs
 from scripts.arguments import new_parser
@@ -96,7 +97,7 @@ def run(shape: Shape, tried: dict[str, tuple[int, ...]], with_gradient: bool, ro
     from qat_kernels.triton import launch
 
     q, k, v, grad = (x.detach() for x in inputs(shape, "cuda", torch.bfloat16))
-    options = {"spec": QuantSpec(), "causal": shape.causal, "scale": shape.head_dim**-0.5}
+    options = {"spec": QuantSpec(), "mask": Mask(causal=shape.causal), "scale": shape.head_dim**-0.5}
     chosen = tiles.choose(90, shape.head_dim, shape.causal)._replace(**{name: tiles.Tile(*tile) for name, tile in tried.items()})
     seconds = defaultdict(list)
     with mock.patch.object(tiles, "choose", lambda *_: chosen), timed(launch, seconds):

@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from torch.func import jvp
 from torch.utils.checkpoint import checkpoint
 
-from qat_kernels import KVCache, QuantSpec, attention, explain, reference
+from qat_kernels import KVCache, QuantSpec, attention, dispatch, explain, reference
 from qat_kernels.mask import Bounds, Mask
+from qat_kernels.verdicts import Case as Checked
+from qat_kernels.verdicts import Verdict, Verdicts
 from support.kernels import oracle
 from support.kernels.cases import Case, assert_same_bits, error, forward_op, lse_error, plain_attention, run, run_case
 from support.kernels.packed_cases import problem as packed_problem
@@ -394,21 +397,37 @@ def test_bounds_do_not_go_with_packed_sequences(documents):
         attention(*together[:3], bounds=LIMITS, **keywords, **packing)
 
 
-@pytest.mark.parametrize("impl", ["triton", "fp4"])
-def test_kernels_refuse_what_they_do_not_compute_and_explain_says_so(impl):
+def test_fp4_and_sdpa_refuse_what_they_do_not_compute_and_explain_says_so():
     q, kv = Q.bfloat16(), KV.bfloat16()
     features = {"window": 4, "block_size": 2, "prefix": 2, "softcap": 3.0, "sinks": torch.zeros(4)}
     for name, value in features.items():
-        with pytest.raises(ValueError, match=rf"{name} with impl='{impl}': expected it left out, or impl='auto'"):
-            attention(q, kv, kv, causal=True, impl=impl, **{name: value})
-        line = next(line for line in explain(q, kv, kv, causal=True, **{name: value}).splitlines() if line.startswith(impl))
-        assert f"it does not compute {name}" in line
-    with pytest.raises(ValueError, match=f"bounds with impl='{impl}'"):
-        attention(q, kv, kv, bounds=LIMITS, impl=impl)
+        with pytest.raises(ValueError, match=rf"{name} with impl='fp4': expected it left out, or impl='auto'"):
+            attention(q, kv, kv, causal=True, impl="fp4", **{name: value})
+        *_, fp4, triton, eager = explain(q, kv, kv, causal=True, **{name: value}).splitlines()
+        assert f"fp4: cannot run: it does not compute {name}" in fp4
+        assert "triton: cannot run: expected tensors on an NVIDIA GPU" in triton and "eager: runs" in eager
+    with pytest.raises(ValueError, match="bounds with impl='fp4'"):
+        attention(q, kv, kv, bounds=LIMITS, impl="fp4")
+    kv_nvfp4 = QuantSpec(preset="kv_nvfp4")
     with pytest.raises(ValueError, match="window with impl='sdpa'"):
-        attention(q, kv, kv, causal=True, window=3, spec=QuantSpec(preset="kv_nvfp4"), impl="sdpa")
-    text = explain(q, kv, kv, causal=True, window=3, spec=QuantSpec(preset="kv_nvfp4"))
+        attention(q, kv, kv, causal=True, window=3, spec=kv_nvfp4, impl="sdpa")
+    text = explain(q, kv, kv, causal=True, window=3, spec=kv_nvfp4)
     assert "sdpa: cannot run: it does not compute window" in text and "eager: runs" in text
+
+
+def test_auto_takes_the_kernels_where_they_compute_it_and_never_fp4(caplog):
+    gpu = torch.device("cuda")
+    with mock.patch("qat_kernels.triton.launch.check_device", lambda device: None):
+        dispatch._resolve.cache_clear()
+        assert dispatch.resolve(gpu, torch.bfloat16, "nvfp4", False, ("window", "sinks")) == "triton"
+        assert not caplog.text
+        assert dispatch.resolve(gpu, torch.bfloat16, "kv_nvfp4", False, ("window",)) == "eager"
+        assert "slow ('sdpa' does not compute window)" in caplog.text
+    dispatch._resolve.cache_clear()
+    verdict = Verdict(Q.device, Checked(32, True, QuantSpec().to_json(), torch.float32), (1, 1), "right")
+    with pytest.raises(ValueError, match="expected tensors on an NVIDIA GPU"):  # without the window it would be taken
+        attention(Q, KV, KV, causal=True, impl=Verdicts((verdict,)))
+    assert attention(Q, KV, KV, causal=True, window=3, impl=Verdicts((verdict,))).shape == Q.shape
 
 
 @pytest.mark.parametrize("name", ["window", "block_size", "prefix", "bounds", "softcap", "sinks"])

@@ -7,7 +7,7 @@ import pytest
 
 import finetune_qwen3
 import finetune_wan
-from qat_patch import get_handle, load_checkpoint
+from qat_patch import get_handle, get_linear_handle, load_checkpoint
 from support.models.tiny_clips import write_clips
 from support.models.tiny_recipe import write_inputs
 from support.models.tiny_wan import tiny_pipeline
@@ -35,11 +35,13 @@ def clips(folder):
     return changes | {"samples.every": 2, "samples.inference_steps": 2}
 
 
-@pytest.mark.parametrize("name", ["qwen3_14b", "qwen3_kv_nvfp4", "wan2_1_1_3b", "wan2_1_14b"])
+@pytest.mark.parametrize("name", ["qwen3_14b", "qwen3_kv_nvfp4", "qwen3_nvfp4", "wan2_1_1_3b", "wan2_1_14b"])
 def test_runs_to_an_export(name, tmp_path):
     recipe, inputs = (finetune_qwen3, texts) if name.startswith("qwen3") else (finetune_wan, clips)
     changes = inputs(tmp_path) | {"output_dir": tmp_path / "run", "steps": 4, "report_to": "[]"}
     changes |= dict.fromkeys(("eval_every", "checkpoint_every", "layers_every"), 2)
+    if name == "qwen3_nvfp4":
+        changes |= {"data.eval_fraction": "null"}
     try:
         recipe.main([f"--config={CONFIGS / name}.yaml", *command_line(changes)])
     finally:
@@ -50,6 +52,9 @@ def test_runs_to_an_export(name, tmp_path):
     assert any(key.startswith("quantization_error/") for key in records[2])
     handle = get_handle(load_checkpoint(tmp_path / "run" / "export"))
     assert handle.patched
-    if name == "qwen3_kv_nvfp4":
+    if name in ("qwen3_kv_nvfp4", "qwen3_nvfp4"):
         assert {spec.preset for spec in handle.specs.values()} == {"kv_nvfp4"}
         assert "vllm serve ." in (tmp_path / "run" / "export" / "SERVING.md").read_text()
+    if name == "qwen3_nvfp4":
+        assert len((CONFIGS / f"{name}.yaml").read_text().splitlines()) < 12
+        assert len(get_linear_handle(load_checkpoint(tmp_path / "run" / "export")).layers) == 14

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from triton import next_power_of_2
 
+from qat_kernels.mask import Mask
 from qat_kernels.spec import QuantSpec
 from qat_kernels.triton.device import TRITON, arch_of, check_device, on_device
 from qat_kernels.triton.operands import (
@@ -117,7 +118,7 @@ def forward(
     packing: Packing | None = None,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
     allocate: Callable[[torch.Tensor, Packing | None], Outputs] = new_outputs,
     launched: Callable[[Any], object] | None = None,
@@ -125,13 +126,14 @@ def forward(
     """docs/NUMERICS.md, sections 3 and 4: O in the shape, strides and dtype of `query`, and LSE float32 [B, H, Lq] or [H, total].
 
     Args:
+        mask: causal or not; the kernel computes no other one.
         allocate, launched: for the self-check, which guards the memory of the outputs and looks at the compiled kernel.
 
     Raises:
         ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
     """
     check_device(query.device)
-    problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
+    problem = Problem.of(query.shape, key.shape, packing, spec=spec, mask=mask, scale=scale)
     head_dim = problem.head_dim
     out, lse = allocate(query, packing)
     if problem.empty:

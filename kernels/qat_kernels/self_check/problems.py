@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qat_kernels.mask import Mask
 from qat_kernels.spec import QuantSpec
 from qat_kernels.varlen import Packing
 from qat_kernels.verdicts import Case
@@ -40,7 +41,7 @@ class Attended(NamedTuple):
         """What a launcher's forward makes of it."""
         scale = self.q.shape[-1] ** -0.5
         arguments = (self.q, self.k, self.v, self.key_mask, self.k_shift, self.packing)
-        return forward(*arguments, spec=self.spec, causal=self.causal, scale=scale, **options)
+        return forward(*arguments, spec=self.spec, mask=Mask(causal=self.causal), scale=scale, **options)
 
 
 def large(head_dim: int) -> tuple[int, int, int, int]:

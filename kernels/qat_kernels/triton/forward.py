@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .layout import PAD, first_row, mean_scores_row, sequence, slot_of, slot_ranges, to_groups, to_tile
 from .nvfp4 import GROUP, P_GLOBAL_SCALE, cast_rn, dot, fake_quantize_p, mul_sub
+from .scores import LOG2_E, holds_an_open_group, masked_slot_ranges, soft_cap
 
 LN_2 = tl.constexpr(0.6931471805599453)
 _PAD = tl.constexpr(PAD)
@@ -37,29 +38,37 @@ def online_softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUN
 @triton.jit
 def _attend(
     out, out_hp, row_sum, row_max,
-    q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, start, stop, softmax_scale_log2,
+    q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, lower, prefix_stop, start, stop, softmax_scale_log2,
     BLOCK_N: tl.constexpr, ORDER: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    QUANTIZE_PV: tl.constexpr, SAGE: tl.constexpr, OUT_HP: tl.constexpr,
+    QUANTIZE_PV: tl.constexpr, SAGE: tl.constexpr, OUT_HP: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
-    With CHECK_BOUNDS a row may see those below `upper`, otherwise all of them. With QUANTIZE_PV `out` is 2688 times too large
+    With CHECK_BOUNDS a row may see those below `upper`, and with MASKED of these those from `lower` on and those below
+    `prefix_stop`; otherwise all of them. With QUANTIZE_PV `out` is 2688 times too large
     and takes PF~ VF, while `out_hp` takes P~ VF; otherwise `out` takes the unquantized P~. With SAGE mean_scores float32 [slots]
     are added to the scores of all rows.
     """
+    score_scale_log2 = softmax_scale_log2
+    if SOFTCAP > 0:
+        score_scale_log2 = softmax_scale_log2 * 0.0 + SOFTCAP * LOG2_E
     for first_slot in range(start, stop, BLOCK_N):
         k = k_desc.load([k_row + first_slot, 0])
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+        if SOFTCAP > 0:
+            scores = soft_cap(scores, softmax_scale_log2, SOFTCAP)
         slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
         if SAGE:
             scores += tl.load(mean_scores_ptr + slot, mask=slot < stop)[None, :]
         if CHECK_BOUNDS:
             allowed = slot[None, :] < upper[:, None]
+            if MASKED:
+                allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
             if HAS_KEY_MASK:
                 allowed = allowed & (tl.load(key_mask_ptr + slot) != 0)[None, :]
             scores = tl.where(allowed, scores, float("-inf"))
         p, group_max, row_max_safe, row_max_new, row_sum = online_softmax_step(
-            to_groups(scores, ORDER), row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS
+            to_groups(scores, ORDER), row_max, row_sum, score_scale_log2, CHECK_BOUNDS
         )  # fmt: skip
         # Integer maxima seldom change: most tiles need no rescaling at all.
         if tl.max((row_max_new > row_max).to(tl.int32), 0) != 0:
@@ -80,44 +89,62 @@ def _attend(
 @triton.jit
 def _attend_kept(
     out, out_hp, row_sum, row_max,
-    q, k_desc, v_desc, k_row, key_mask_ptr, q_pos, slots, start, num_blocks, softmax_scale_log2,
+    q, k_desc, v_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots, start, first_block, num_blocks, softmax_scale_log2,
     BLOCK_N: tl.constexpr, ORDER: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, OUT_HP: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The kept groups, with unquantized P~ and V: the sink group, then the open groups in `num_blocks` tiles from `start` on."""
-    for block in range(num_blocks + 1):
+    """The kept groups, with unquantized P~ and V: the sink group, then the open groups in `num_blocks` tiles from `start` on.
+
+    The open group of a row holds its `last` slot. first_block: 1 leaves out the sink group. With MASKED tiles without an open
+    group are left out too, and `lower` and `prefix_stop` are as in `_attend`.
+    """
+    score_scale_log2 = softmax_scale_log2
+    if SOFTCAP > 0:
+        score_scale_log2 = softmax_scale_log2 * 0.0 + SOFTCAP * LOG2_E
+    for block in range(first_block, num_blocks + 1):
         first_slot = tl.where(block == 0, LEAD + GROUP - BLOCK_N, start + (block - 1) * BLOCK_N)
-        lower = tl.where(block == 0, LEAD, tl.maximum(q_pos & -GROUP, LEAD + GROUP))
-        slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
-        k = k_desc.load([k_row + first_slot, 0])
-        scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
-        present = slot < slots
-        if HAS_KEY_MASK:
-            present = present & (tl.load(key_mask_ptr + slot) != 0)
-        allowed = (slot[None, :] >= lower[:, None]) & (slot[None, :] <= q_pos[:, None]) & present[None, :]
-        scores = tl.where(allowed, scores, float("-inf"))
-        p, _, row_max_safe, row_max_new, row_sum = online_softmax_step(
-            to_groups(scores, ORDER), row_max, row_sum, softmax_scale_log2, True
-        )  # fmt: skip
-        rescale = tl.exp2(row_max - row_max_safe)
-        row_max = row_max_new
-        v = v_desc.load([k_row + first_slot, 0])
-        p = to_tile(cast_rn(p, v.dtype))
-        out = dot(p, v, out * rescale[:, None])
-        if OUT_HP:
-            out_hp = dot(p, v, out_hp * rescale[:, None])
+        needed = True
+        if MASKED:
+            needed = (block == 0) | holds_an_open_group(last, first_slot, BLOCK_N)
+        if needed:
+            kept_from = tl.where(block == 0, LEAD, tl.maximum(last & -GROUP, LEAD + GROUP))
+            slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
+            k = k_desc.load([k_row + first_slot, 0])
+            scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+            if SOFTCAP > 0:
+                scores = soft_cap(scores, softmax_scale_log2, SOFTCAP)
+            present = slot < slots
+            if HAS_KEY_MASK:
+                present = present & (tl.load(key_mask_ptr + slot) != 0)
+            allowed = (slot[None, :] >= kept_from[:, None]) & (slot[None, :] <= last[:, None]) & present[None, :]
+            if MASKED:
+                allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
+            scores = tl.where(allowed, scores, float("-inf"))
+            p, _, row_max_safe, row_max_new, row_sum = online_softmax_step(
+                to_groups(scores, ORDER), row_max, row_sum, score_scale_log2, True
+            )  # fmt: skip
+            rescale = tl.exp2(row_max - row_max_safe)
+            row_max = row_max_new
+            v = v_desc.load([k_row + first_slot, 0])
+            p = to_tile(cast_rn(p, v.dtype))
+            out = dot(p, v, out * rescale[:, None])
+            if OUT_HP:
+                out_hp = dot(p, v, out_hp * rescale[:, None])
     return out, out_hp, row_sum, row_max
 
 
 @triton.jit
 def attention_forward_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, key_mask_ptr, leftpad_ptr, q_dot_k_shift_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    mean_scores_ptr, out_ptr, out_hp_ptr, lse_ptr, stats_ptr,
-    out_stride_b, out_stride_h, out_stride_l, out_stride_d,
+    mean_scores_ptr, lower_ptr, upper_ptr, sinks_ptr, out_ptr, out_hp_ptr, lse_ptr, stats_ptr,
+    bounds_stride, out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     lse_stride_b, lse_stride_h, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, k_shift_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
     LEAD: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr,
-    SAGE: tl.constexpr, OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
+    SAGE: tl.constexpr, OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_SINKS: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
 
@@ -125,7 +152,8 @@ def attention_forward_kernel(
     any strides, for packed sequences with batch stride 0. key_mask uint8, a row of k_rows for each sequence, by slot; leftpad
     int32 [B]; cu_seqlens int32 [B + 1]; q_dot_k_shift, lse float32; mean_scores float32 [B, H, ceil(Lq / 128), Lk] (SAGE). stats
     float32 [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the quantized Q and K, +inf for rows without a
-    (quantized) key, which makes their probabilities zero.
+    (quantized) key, which makes their probabilities zero. lower, upper int32: of each query in the tokens of its sequence
+    (BOUNDED); sinks float32 [num_heads] (HAS_SINKS); SOFTCAP 0: none. The rest as in scores.py.
     """
     KEPT: tl.constexpr = LEAD > 0
     batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
@@ -160,23 +188,51 @@ def attention_forward_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
 
-    q_pos, upper, begin, full, stop, open_start, open_blocks = slot_ranges(
-        rows, block * BLOCK_M, seqlen_k - seqlen_q + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
-    )  # fmt: skip
+    lower = 0
+    prefix_stop = 0
+    first_block = 0
+    if MASKED:
+        if BOUNDED:
+            lower_ptr += batch.to(tl.int64) * bounds_stride
+            upper_ptr += batch.to(tl.int64) * bounds_stride
+        last, upper, lower, prefix_stop, head_stop, first, begin, full, stop, open_start, first_block, open_blocks = (
+            masked_slot_ranges(
+                rows, block * BLOCK_M, seqlen_q, seqlen_k - seqlen_q + LEAD, slots, leftpad, lower_ptr, upper_ptr,
+                LEAD, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, BLOCK_M, BLOCK_N,
+            )
+        )  # fmt: skip
+        if PREFIX > 0:
+            out, out_hp, row_sum, row_max = _attend(
+                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
+                upper, lower, prefix_stop, LEAD + GROUP if KEPT else 0, head_stop, softmax_scale_log2,
+                BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
+            )  # fmt: skip
+        if HAS_KEY_MASK:
+            begin = first
+        elif WINDOW > 0 or BOUNDED:
+            out, out_hp, row_sum, row_max = _attend(
+                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
+                upper, lower, prefix_stop, first, tl.minimum(begin, stop), softmax_scale_log2,
+                BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
+            )  # fmt: skip
+    else:
+        last, upper, begin, full, stop, open_start, open_blocks = slot_ranges(
+            rows, block * BLOCK_M, seqlen_k - seqlen_q + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
+        )  # fmt: skip
     if SAGE:
         mean_scores_ptr += mean_scores_row(batch_head, block * BLOCK_M, seqlen_q) * seqlen_k
     if HAS_KEY_MASK:
         full = begin
     else:
         out, out_hp, row_sum, row_max = _attend(
-            out, out_hp, row_sum, row_max,
-            q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, begin, full, softmax_scale_log2,
-            BLOCK_N, ORDER, False, False, QUANTIZE_PV, SAGE, OUT_HP,
+            out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
+            upper, lower, prefix_stop, begin, full, softmax_scale_log2,
+            BLOCK_N, ORDER, False, False, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
         )  # fmt: skip
     out, out_hp, row_sum, row_max = _attend(
-        out, out_hp, row_sum, row_max,
-        q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, full, stop, softmax_scale_log2,
-        BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP,
+        out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
+        upper, lower, prefix_stop, full, stop, softmax_scale_log2,
+        BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
     )  # fmt: skip
 
     if STORE_STATS:
@@ -185,10 +241,20 @@ def attention_forward_kernel(
         out = out * (1.0 / P_GLOBAL_SCALE)
     if KEPT:
         out, out_hp, row_sum, row_max = _attend_kept(
-            out, out_hp, row_sum, row_max, q, k_desc, v_kept_desc, k_row, key_mask_ptr, q_pos, slots,
-            open_start, open_blocks, softmax_scale_log2,
-            BLOCK_N, ORDER, LEAD, HAS_KEY_MASK, OUT_HP,
+            out, out_hp, row_sum, row_max, q, k_desc, v_kept_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots,
+            open_start, first_block, open_blocks, softmax_scale_log2,
+            BLOCK_N, ORDER, LEAD, HAS_KEY_MASK, OUT_HP, MASKED, SOFTCAP,
         )  # fmt: skip
+    if HAS_SINKS:  # a key without a value, for the sum alone
+        blind, sink = row_sum == 0.0, tl.load(sinks_ptr + head)
+        sink_log2 = sink * LOG2_E
+        row_max_new = tl.maximum(row_max, tl.ceil(sink_log2))
+        rescale = tl.exp2(row_max - row_max_new)
+        row_sum = row_sum * rescale + tl.exp2(sink_log2 - row_max_new)
+        out = out * rescale[:, None]
+        if OUT_HP:
+            out_hp = out_hp * rescale[:, None]
+        row_max = row_max_new
 
     empty = row_sum == 0.0
     row_sum_safe = tl.where(empty, 1.0, row_sum)
@@ -196,6 +262,8 @@ def attention_forward_kernel(
     if STORE_STATS:
         tl.store(row_stats + all_q_rows, tl.where(inside & ~empty, lse_log2, float("inf")))
     lse = tl.where(empty, float("-inf"), lse_log2 * LN_2)
+    if HAS_SINKS:
+        lse = tl.where(blind, sink, lse)
     lse_offsets = batch.to(tl.int64) * lse_stride_b + head.to(tl.int64) * lse_stride_h + q_start + rows
     if HAS_K_SHIFT:
         lse += k_shift_scale * tl.load(q_dot_k_shift_ptr + lse_offsets, mask=inside, other=0.0)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from qat_kernels import smoothing
+from qat_kernels.mask import Bounds, Mask
+from qat_kernels.reference import LOG2_E
 from qat_kernels.spec import SMOOTH_BLOCK, Formats, QuantSpec
 from qat_kernels.varlen import Packing, lse_shape
 
@@ -24,6 +26,8 @@ from .operands import (
     AllowedKeys,
     Codes,
     allowed_keys,
+    bound_pointers,
+    bounds_stride,
     descriptors,
     head_strides,
     key_mask_pointers,
@@ -54,10 +58,10 @@ class Forward(NamedTuple):
 
 
 def output_shapes(
-    query: torch.Size, key: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, causal: bool, with_gradient: bool
+    query: torch.Size, key: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, mask: Mask, with_gradient: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of `Forward.stats` and `Forward.codes`."""
-    problem = Problem.of(query, key, packing, spec=spec, causal=causal, scale=1.0)
+    problem = Problem.of(query, key, packing, spec=spec, mask=mask, scale=1.0)
     if not with_gradient or problem.empty:
         return (0,), (0,)
     return (2, problem.query.all_rows), (problem.code_bytes(),)
@@ -72,9 +76,12 @@ def forward(
     packing: Packing | None = None,
     *,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
     with_gradient: bool,
+    bounds: Bounds | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> Forward:
     """docs/NUMERICS.md, sections 3 and 4.
 
@@ -82,11 +89,9 @@ def forward(
         ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
     """
     check_device(query.device)
-    problem = Problem.of(query.shape, key.shape, packing, spec=spec, causal=causal, scale=scale)
+    problem = Problem.of(query.shape, key.shape, packing, spec=spec, mask=mask, scale=scale, softcap=softcap)
     with_out_hp = with_gradient and spec.quantizes_pv
-    stats_shape, codes_shape = output_shapes(
-        query.shape, key.shape, packing, spec=spec, causal=causal, with_gradient=with_gradient
-    )
+    stats_shape, codes_shape = output_shapes(query.shape, key.shape, packing, spec=spec, mask=mask, with_gradient=with_gradient)
     # Packed sequences leave gaps between them, which no kernel writes or reads.
     new = query.new_empty if packing is None else query.new_zeros
     result = Forward(
@@ -98,6 +103,8 @@ def forward(
     )
     if problem.empty:
         result.out.zero_(), result.out_hp.zero_(), result.lse.fill_(-torch.inf)
+        if sinks is not None:
+            result.lse[:] = sinks[:, None]
         return result
     formats, smoothed = spec.formats, None
     with on_device(query.device):
@@ -124,13 +131,14 @@ def forward(
         attention_forward_kernel[(problem.query.batch * problem.query.num_heads * num_blocks,)](
             *descriptors([q, k, v, v_kept], [tile.block_m, tile.block_n, tile.block_n, tile.block_n]),
             *key_mask_pointers(allowed), q_dot_k_shift, problem.query.cu_seqlens, problem.key.cu_seqlens,
-            None if smoothed is None else smoothed.scores, result.out, result.out_hp, result.lse, result.stats,
-            *strides_of(result.out), *head_strides(result.lse), key_mask_stride(allowed),
+            None if smoothed is None else smoothed.scores, *bound_pointers(bounds),
+            None if sinks is None else sinks.float(), result.out, result.out_hp, result.lse, result.stats,
+            bounds_stride(bounds), *strides_of(result.out), *head_strides(result.lse), key_mask_stride(allowed),
             *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
             problem.softmax_scale_log2, scale,
             **problem.constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ORDER=order, HAS_KEY_MASK=allowed is not None,
             QUANTIZE_PV=spec.quantizes_pv, SAGE=smoothed is not None, OUT_HP=with_out_hp, STORE_STATS=with_gradient,
-            HAS_K_SHIFT=k_shift is not None,
+            HAS_K_SHIFT=k_shift is not None, HAS_SINKS=sinks is not None, **problem.options,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return result
@@ -147,12 +155,15 @@ def backward(
     *,
     key_shape: torch.Size,
     spec: QuantSpec,
-    causal: bool,
+    mask: Mask,
     scale: float,
+    bounds: Bounds | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     query: torch.Tensor | None = None,
     key: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO, and that of the sinks (empty without).
 
     Args:
         value: V where it is read as it is (`QuantSpec.reads_value`), else None.
@@ -160,19 +171,21 @@ def backward(
         out_hp: O', or O with BF16 PV.
         stats, codes: of `forward`.
     """
-    problem = Problem.of(grad_out.shape, key_shape, packing, spec=spec, causal=causal, scale=scale)
+    problem = Problem.of(grad_out.shape, key_shape, packing, spec=spec, mask=mask, scale=scale, softcap=softcap)
     # With a mask, keys that no query may see are not visited.
     new = torch.empty if key_mask is None else torch.zeros
     dtype, device = grad_out.dtype, grad_out.device
     grad_query = torch.empty(grad_out.shape, dtype=dtype, device=device)
     grad_key, grad_value = (new(key_shape, dtype=dtype, device=device) for _ in range(2))
+    grad_sinks = grad_out.new_empty(0) if sinks is None else torch.zeros_like(sinks)
     if problem.empty:
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_()
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_sinks
     side, kept = problem.query, problem.key.lead > 0
     operand = operand_dtype(dtype)
     scaled_grad_out = grad_out.new_empty((side.all_rows, problem.block_d), dtype=operand)
     grad_out_operand = torch.empty_like(scaled_grad_out) if kept else None
-    delta = torch.empty_like(stats)
+    # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
+    delta = torch.empty_like(stats) if sinks is None else torch.zeros_like(stats)
     smoothed = grad_sums = None
     with on_device(device):
         if spec.formats.smooth is not None:
@@ -186,7 +199,7 @@ def backward(
         else:
             assert value is not None, "V is read again"
             v, v_kept = _value_operands(value, problem, allowed)
-        constants = {**problem.constants, "HAS_KEY_MASK": allowed is not None, "ROTATE": spec.rotate}
+        constants = {**problem.constants, **problem.options, "HAS_KEY_MASK": allowed is not None, "ROTATE": spec.rotate}
         constants["SAGE"] = smoothed is not None
         mean_scores = None if smoothed is None else smoothed.scores
         chosen = _tiles(device, problem)
@@ -213,8 +226,9 @@ def backward(
             )
         grad_query_kernel[(side.batch * side.num_heads * num_blocks,)](
             *descriptors([q, k, v, v_kept], [tile.block_m, tile.block_n, tile.block_n, tile.block_n]), *pointers,
-            mean_scores, grad_sums, grad_out, delta, stats, grad_query,
-            *strides_of(grad_out), *numbers(grad_query, num_blocks, math.copysign(problem.softmax_scale, scale)),
+            mean_scores, grad_sums, *bound_pointers(bounds), grad_out, delta, stats, grad_query,
+            bounds_stride(bounds), *strides_of(grad_out),
+            *numbers(grad_query, num_blocks, math.copysign(problem.softmax_scale, scale)),
             **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         tile = chosen.grad_key_value
@@ -223,8 +237,9 @@ def backward(
         rows = [tile.block_m, tile.block_n, tile.block_n, tile.block_m, tile.block_n, tile.block_m]
         grad_key_value_kernel[(problem.key.batch * problem.key.num_heads * num_blocks,)](
             *descriptors([q, k, v, scaled_grad_out, v_kept, grad_out_operand], rows), *pointers,
-            mean_scores, delta, stats, grad_key, grad_value,
-            *numbers(grad_key, num_blocks, problem.softmax_scale), **constants, QUANTIZE_PV=spec.quantizes_pv,
+            mean_scores, *bound_pointers(bounds), delta, stats, grad_key, grad_value,
+            bounds_stride(bounds), *numbers(grad_key, num_blocks, problem.softmax_scale),
+            **constants, QUANTIZE_PV=spec.quantizes_pv,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         if smoothed is not None and grad_sums is not None:
@@ -232,7 +247,11 @@ def backward(
             grad_sums = grad_sums.unflatten(2, (-1, tiles_of_block)).sum(3) * problem.softmax_scale
             grad_query = smoothing.grad_query(grad_query.float(), grad_sums, smoothed.key.float()).to(dtype)
             grad_key = smoothing.grad_key(grad_key.float(), grad_sums, smoothed.query_mean.float()).to(dtype)
-    return grad_query, grad_key, grad_value
+        if sinks is not None:
+            by_head = (1 if packing is not None else side.batch, side.num_heads, side.rows)
+            shares = torch.exp2((sinks.float() * LOG2_E)[:, None] - stats[1].view(by_head))
+            grad_sinks = -(shares * delta[0].view(by_head)).sum((0, 2)).to(sinks.dtype)
+    return grad_query, grad_key, grad_value, grad_sinks
 
 
 def fake_quantize_kv(
@@ -262,7 +281,7 @@ def _value_operands(
 
 
 def _tiles(device: torch.device, problem: Problem) -> tiles.Tiles:
-    return tiles.choose(arch_of(device), problem.head_dim, problem.causal)
+    return tiles.choose(arch_of(device), problem.head_dim, problem.causal, not problem.mask.is_plain)
 
 
 def remark(device: torch.device) -> str:

@@ -8,6 +8,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qat_kernels.mask import Bounds
 from qat_kernels.spec import GROUP_SIZE, Formats
 
 from .layout import PAD
@@ -110,6 +111,22 @@ def key_mask_pointers(allowed: AllowedKeys | None) -> tuple[torch.Tensor | None,
 def key_mask_stride(allowed: AllowedKeys | None) -> int:
     """`key_mask_stride` of a kernel."""
     return 0 if allowed is None else allowed.mask.stride(0)
+
+
+def bound_pointers(bounds: Bounds | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`lower_ptr` and `upper_ptr` of a kernel, rows contiguous, as many as the longer one has."""
+    if bounds is None:
+        return None, None
+    lower, upper = torch.broadcast_tensors(*bounds)
+    return lower.contiguous(), upper.contiguous()
+
+
+def bounds_stride(bounds: Bounds | None) -> int | None:
+    """`bounds_stride` of a kernel: from one sequence to the next."""
+    if bounds is None:
+        return None
+    rows, length = max(len(x) for x in bounds), bounds.lower.shape[1]
+    return length if rows > 1 else 0
 
 
 def strides_of(x: torch.Tensor) -> tuple[int, int, int, int]:

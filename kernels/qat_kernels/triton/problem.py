@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from qat_kernels.mask import Mask
 from qat_kernels.reference import LOG2_E, scale_of_quantized
 from qat_kernels.spec import GROUP_SIZE, NVFP4Format, QuantSpec
 from qat_kernels.varlen import Packing
@@ -22,16 +23,25 @@ class Problem(NamedTuple):
     key: Sequences
     head_dim: int
     spec: QuantSpec
-    causal: bool
+    mask: Mask
     scale: float
     """As the caller gave it."""
+    softcap: float | None = None
 
     @classmethod
     def of(
-        cls, query: torch.Size, key: torch.Size, packing: Packing | None, *, spec: QuantSpec, causal: bool, scale: float
+        cls,
+        query: torch.Size,
+        key: torch.Size,
+        packing: Packing | None,
+        *,
+        spec: QuantSpec,
+        mask: Mask,
+        scale: float,
+        softcap: float | None = None,
     ) -> Problem:
         """From the shapes [B, H, L, D], or [total, H, D] of packed sequences."""
-        lead = PAD - GROUP_SIZE if spec.keeps_groups(causal) else 0
+        lead = PAD - GROUP_SIZE if spec.keeps_groups(mask.hides_keys) else 0
         if packing is None:
             (batch, num_heads, seqlen_q, head_dim), (_, num_heads_k, seqlen_k, _) = query, key
             sides = (
@@ -45,7 +55,12 @@ class Problem(NamedTuple):
                 Sequences(batch, num_heads, packing.max_seqlen_q, total_q, packing.cu_seqlens_q),
                 Sequences(batch, num_heads_k, packing.max_seqlen_k, total_k, packing.cu_seqlens_k, lead),
             )
-        return cls(*sides, head_dim, spec, causal, scale)
+        return cls(*sides, head_dim, spec, mask, scale, softcap)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query may not see the last key."""
+        return self.mask.hides_keys
 
     @property
     def empty(self) -> bool:
@@ -84,6 +99,19 @@ class Problem(NamedTuple):
             "CAUSAL": self.causal,
             "VARLEN": self.query.cu_seqlens is not None,
             "enable_fp_fusion": True,
+        }
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the training kernels are compiled for besides (scores.py)."""
+        mask = self.mask
+        return {
+            "MASKED": not mask.is_plain,
+            "WINDOW": mask.window or 0,
+            "BLOCK_SIZE": mask.block_size,
+            "PREFIX": mask.prefix,
+            "BOUNDED": mask.bounded,
+            "SOFTCAP": self.softcap or 0.0,
         }
 
     @property

@@ -60,6 +60,13 @@ _TILES = {
     (120, 256, True): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 
+# Kernels with bounds (scores.py) take those of causal ones, but for these, which would spill.
+_WITH_BOUNDS = {
+    (80, 64): {"grad_key_value": (32, 64, 8, 2)},
+    (80, 128): {"forward": (64, 32, 8, 2)},
+    (120, 128): {"grad_key_value": (16, 32, 8, 2)},
+}
+
 ARCHITECTURES = (80, 90, 100, 120)
 """The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the
 99 KiB of shared memory that sm_86 and sm_89 have."""
@@ -73,7 +80,10 @@ def entry_of(arch: int) -> int:
     return max(each for each in ARCHITECTURES if each <= arch)
 
 
-def choose(arch: int, head_dim: int, causal: bool) -> Tiles:
-    """The tiles for an architecture (80 for sm_80), a head dim and causality."""
-    chosen = _TILES[entry_of(arch), next(size for size in (64, 128, 256) if head_dim <= size), causal]
-    return Tiles(*(Tile(*each) for each in chosen))
+def choose(arch: int, head_dim: int, causal: bool, with_bounds: bool = False) -> Tiles:
+    """The tiles for an architecture (80 for sm_80), a head dim and causality, or a mask with bounds that are not just causal."""
+    entry, size = entry_of(arch), next(size for size in (64, 128, 256) if head_dim <= size)
+    chosen = Tiles(*(Tile(*each) for each in _TILES[entry, size, causal]))
+    if not with_bounds:
+        return chosen
+    return chosen._replace(**{name: Tile(*each) for name, each in _WITH_BOUNDS.get((entry, size), {}).items()})

@@ -83,7 +83,8 @@ def check_tensors(file: Path) -> tuple[Any, list[str]]:
     """
     header, types = readable(file, functools.partial(_read_header, file))
     for name, dtype in types.items():
-        if not _TENSOR_NAME.fullmatch(name) or dtype not in _FLOATS + _INTEGERS:
+        is_known = dtype in _FLOATS + _INTEGERS or (dtype == "F8_E4M3" and name.endswith(".weight_scale"))
+        if not _TENSOR_NAME.fullmatch(name) or not is_known:
             raise ValueError(
                 f"load_checkpoint: {file}: expected tensors with the names of parameters, floats or integers, got {name!r} of "
                 f"{dtype}; the export is damaged, or hostile"

@@ -94,10 +94,12 @@ class LanguageModeling(FineTuning[Settings]):
     train_data: StreamedBlocks | datasets.Dataset
 
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
-        window, blocks = settings.data.streaming, settings.calibration_batches * settings.batch_size * accelerator.num_processes
+        window, number = settings.data.streaming, max(settings.calibration_batches, settings.linear_batches)
+        blocks = number * settings.batch_size * accelerator.num_processes
         if window is not None and blocks > window:
+            name = "calibration_batches" if number == settings.calibration_batches else "linear.calibration_batches"
             raise ValueError(
-                f"settings.calibration_batches: a stream remembers a window of {window} blocks (data.streaming), and these are "
+                f"settings.{name}: a stream remembers a window of {window} blocks (data.streaming), and these are "
                 f"{blocks}; take fewer, or a larger window"
             )
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision or "main"}

@@ -1,4 +1,5 @@
-"""The mean keys of a run (`k_shift`): measured before the first step, in force ever after, and part of every checkpoint."""
+"""What a run measures before the first step: mean keys (`k_shift`) and ranges of inputs. In force ever after, and in
+checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from qat_patch import PatchHandle, calibrate
+from qat_patch import LinearHandle, PatchHandle, calibrate
 
 from .objective import CalledWithBatch, Objective
 
@@ -36,3 +37,31 @@ class Calibration:
             raise ValueError("expected the mean keys of every patched module that is calibrated, float32 [key heads, head_dim]")
         for name, shift in state.items():
             patched[name].k_shift = shift
+
+
+class LinearCalibration:
+    """The global scales of the inputs of linear layers, as Accelerate saves and loads them."""
+
+    def __init__(self, linears: LinearHandle, handle: PatchHandle, accelerator: Accelerator) -> None:
+        self.linears, self.handle, self.device = linears, handle, accelerator.device
+
+    def measure(self, objective: Objective, model: torch.nn.Module, batches: Sequence[Any]) -> None:
+        """Put the scales for some batches of every process into force; random numbers of the training are left alone."""
+        was_training = model.training
+        model.eval()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad(), self.handle.disabled(), self.linears.calibration():
+            for batch in batches:
+                objective.outputs(model, objective.inputs(batch))
+        model.train(was_training)
+
+    def state_dict(self) -> dict[str, float]:
+        layers = self.linears.layers
+        return {name: layer.input_scale for name, layer in layers.items() if layer.input_scale is not None}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        layers = self.linears.layers
+        if state.keys() != layers.keys() or not all(isinstance(x, float) and 0 < x < float("inf") for x in state.values()):
+            raise ValueError("expected the global scale of the input of every quantized linear layer")
+        for name, scale in state.items():
+            layers[name].input_scale = scale

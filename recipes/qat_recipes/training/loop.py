@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from qat_patch import get_linear_handle
 from qat_recipes.command_line import flatten, to_dict, to_yaml
 
 from . import checkpoints, nonfinite, restore
 from .adapters import has_adapters, names_left_out, save_adapters_only
-from .calibration import Calibration
+from .calibration import Calibration, LinearCalibration
 from .diagnostics import FlopCount, quantization_errors
 from .log import Log
 from .objective import evaluate, make_teacher
@@ -117,11 +118,14 @@ class _Run:
         self.calibration = (
             Calibration(task.handle, accelerator, settings.calibration_exclude) if settings.calibration_batches else None
         )
-        registered = [self.scheduler, self.average, self.calibration]
+        linears, self.linear_calibration = get_linear_handle(task.model), None
+        if linears is not None and settings.linear_batches:
+            self.linear_calibration = LinearCalibration(linears, task.handle, accelerator)
+        registered = [self.scheduler, self.average, self.calibration, self.linear_calibration]
         registered = [each for each in registered if each is not None]
         accelerator.register_for_checkpointing(*registered)
         self.flops = FlopCount(task.objective, task.handle, task.model, accelerator)
-        accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n")
+        accelerator.print(f"{to_yaml(settings)}\n{task.handle}\n{linears or ''}\n")
         if checkpoint is not None:
             left_out = names_left_out(self.model) if has_adapters(task.model) else set()
             self.random_states = restore.load(accelerator, checkpoint, self.model, optimizer, registered, left_out=left_out)
@@ -141,10 +145,13 @@ class _Run:
         if self.checkpoint is not None:
             restore.set_random_states(self.random_states)  # trackers that have started since may have drawn some
         else:
+            for_linears, for_keys = self.settings.linear_batches, self.settings.calibration_batches
+            first = list(itertools.islice(batches, max(for_linears, for_keys)))
+            if self.linear_calibration:
+                self.linear_calibration.measure(self.task.objective, self.model, first[:for_linears])
             if self.calibration:
-                first = list(itertools.islice(batches, self.settings.calibration_batches))
-                self.calibration.measure(self.task.objective, self.model, first)
-                batches = itertools.chain(first, batches)
+                self.calibration.measure(self.task.objective, self.model, first[:for_keys])
+            batches = itertools.chain(first, batches)
             if before := self.measure(0):
                 self.log.write(0, before)
         self.model.train()

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import find_batch_size, fsdp2_prepare_model
 from torch.utils.data import DataLoader
 
-from qat_patch import PatchHandle, unpatch_model
+from qat_patch import PatchHandle, get_linear_handle, unpatch_model, unquantize_linears
 
 from .adapters import has_adapters, without_adapters
 
@@ -48,8 +48,8 @@ class CalledWithBatch(torch.nn.Module):
 
 
 Teacher = Callable[[torch.nn.Module, Any], torch.Tensor]
-"""Gives the outputs of the starting weights with original attention, without gradients: teacher(model, inputs), where
-`model` is the student as Accelerate prepared it."""
+"""Gives the outputs of the starting weights with original attention and linear layers, without gradients: teacher(model, inputs),
+where `model` is the student as Accelerate prepared it."""
 
 
 def make_teacher(objective: Objective, model: torch.nn.Module, handle: PatchHandle, accelerator: Accelerator) -> Teacher:
@@ -63,7 +63,7 @@ def make_teacher(objective: Objective, model: torch.nn.Module, handle: PatchHand
             was_training = model.training
             model.eval()
             # All of it is over before the student's forward pass, which gradient checkpointing runs again later.
-            with torch.no_grad(), handle.disabled(), without_adapters(model):
+            with torch.no_grad(), handle.disabled(), _unquantized(model), without_adapters(model):
                 outputs = objective.outputs(model, inputs)
             model.train(was_training)
             return outputs
@@ -72,6 +72,8 @@ def make_teacher(objective: Objective, model: torch.nn.Module, handle: PatchHand
 
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
     unpatch_model(frozen)
+    if get_linear_handle(frozen) is not None:
+        unquantize_linears(frozen)
     # Not `accelerator.prepare`, which would write it into every checkpoint.
     frozen = fsdp2_prepare_model(accelerator, frozen) if accelerator.is_fsdp2 else frozen.to(accelerator.device)
 
@@ -80,6 +82,12 @@ def make_teacher(objective: Objective, model: torch.nn.Module, handle: PatchHand
             return objective.outputs(frozen, inputs)
 
     return another
+
+
+def _unquantized(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Inside, the linear layers of the model compute unquantized, if any are quantized."""
+    linears = get_linear_handle(model)
+    return contextlib.nullcontext() if linears is None else linears.disabled()
 
 
 def losses(
@@ -110,28 +118,39 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over held-out data: `eval_loss_original` with original and `eval_loss_fp4` with 4-bit attention.
 
-    Also the distance between the two, such as `eval_kl_between`, which is what quantization changes; with a teacher the distances
-    to it, such as `eval_kl_original` and `eval_kl_fp4`. Both kinds of attention see the
-    same inputs, and the random numbers of the training are left alone. With several processes the last batch is filled up
-    with samples from the front.
+    If linear layers are quantized, in both of these they are not; `eval_loss_linear` is with them alone, and
+    `eval_loss_fp4_linear` with all in 4 bits, which is what is exported. (Weights of a packed export are on the 4-bit grid in all
+    four.)
+
+    Also the distance between the first and the last, such as `eval_kl_between`, which is what quantization changes; with a
+    teacher the distances to it, such as `eval_kl_original` and `eval_kl_fp4`. All see the same inputs, and the random numbers of
+    the training are left alone. With several processes the last batch is filled up with samples from the front.
     """
     was_training = model.training
     model.eval()
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     samples: dict[str, list[torch.Tensor]] = {}
+    off: dict[str, list[Callable[[], contextlib.AbstractContextManager[None]]]] = {"original": [handle.disabled], "fp4": []}
+    if (linears := get_linear_handle(model)) is not None:
+        off = {"original": [handle.disabled, linears.disabled], "fp4": [linears.disabled], "linear": [handle.disabled]}
+        off["fp4_linear"] = []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for batch in loader:
             inputs = objective.inputs(batch)
             target = None if teacher is None else teacher(model, inputs)
-            outputs, measured = {}, {}
-            for name, attention in (("original", handle.disabled), ("fp4", contextlib.nullcontext)):
-                with attention():
-                    outputs[name] = objective.outputs(model, inputs)
-                measured[f"eval_loss_{name}"] = objective.loss(outputs[name], inputs)
+            measured, outputs, original = {}, torch.empty(0), torch.empty(0)
+            for name, switches in off.items():
+                with contextlib.ExitStack() as stack:
+                    for switch in switches:
+                        stack.enter_context(switch())
+                    outputs = objective.outputs(model, inputs)
+                if name == "original":
+                    original = outputs
+                measured[f"eval_loss_{name}"] = objective.loss(outputs, inputs)
                 if target is not None:
-                    measured[f"eval_{objective.distance_name}_{name}"] = objective.distance(outputs[name], target)
-            measured[f"eval_{objective.distance_name}_between"] = objective.distance(outputs["fp4"], outputs["original"])
+                    measured[f"eval_{objective.distance_name}_{name}"] = objective.distance(outputs, target)
+            measured[f"eval_{objective.distance_name}_between"] = objective.distance(outputs, original)
             for key, value in measured.items():
                 value = value.float().repeat(find_batch_size(batch))
                 samples.setdefault(key, []).append(accelerator.gather_for_metrics(value))

@@ -5,8 +5,24 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from qat_patch import AttnQATConfig
+from qat_patch import AttnQATConfig, LinearQATConfig
 from qat_recipes.memory.optimizers import OptimizerName
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSettings(LinearQATConfig):
+    """Linear layers in NVFP4, beside 4-bit attention."""
+
+    calibration_batches: int | None = None
+    """Before the first step, measure the range of the inputs of linear layers on so many of the first batches of each process;
+    null: 8, or all if the run has fewer, and none with `nvfp4a16`, which rounds no inputs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = self.calibration_batches
+        if number is not None and (number < 1 or not self.rounds_inputs):
+            expected = "at least 1, or null" if self.rounds_inputs else "null with format nvfp4a16, which rounds no inputs"
+            raise ValueError(f"settings.linear.calibration_batches: expected {expected}, got {number}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +42,9 @@ class TrainingSettings:
     qat: AttnQATConfig = AttnQATConfig()
     """What is patched and what is quantized. `qat.spec.preset` says on whose grid: this package's (`nvfp4`), or that of a server,
     such as `kv_nvfp4` for the NVFP4 KV caches of vLLM and SGLang, and `sage3` for SageAttention3 (docs/SERVERS.md)."""
+    linear: LinearSettings | None = None
+    """Linear layers in NVFP4 too, rounded by compressed-tensors and exported packed for vLLM and SGLang (docs/SERVERS.md); null:
+    they stay as they are. The held-out loss is measured with each of the two switched off, with both, and with none."""
     calibration_batches: int = 0
     """Before the first step, measure the mean keys that are subtracted before quantization (`k_shift`) on so many of the first
     batches of each process; 0: nothing is subtracted."""
@@ -33,8 +52,9 @@ class TrainingSettings:
     """Patterns of patched modules that get no `k_shift`, such as ["*.attn2"] of Wan's image to video, which attends to text and
     to an image in one call."""
     distillation: float = 0.0
-    """How much the loss is the distance to the starting weights with original attention, the teacher: 0 is the loss of the
-    task alone, 1 the distance alone, in between they are mixed. Without adapters the teacher is a second model in memory."""
+    """How much the loss is the distance to the starting weights with original attention (and linear layers), the teacher: 0 is
+    the loss of the task alone, 1 the distance alone, in between they are mixed. Without adapters the teacher is a second model in
+    memory."""
     optimizer: OptimizerName = "adamw"
     """adamw: PyTorch's, with two float32 moments a weight. adamw_8bit: moments of one byte. paged_adamw, paged_adamw_8bit:
     moments that leave the GPU when its memory is short. All but the first are those of bitsandbytes."""
@@ -93,11 +113,16 @@ class TrainingSettings:
             need(getattr(self, name) >= 0, name, "0 or more")
         need(0 <= self.distillation <= 1, "distillation", "a number in [0, 1]")
         need(
-            self.attention == "fp4" or self.distillation < 1,
+            self.attention == "fp4" or self.linear is not None or self.distillation < 1,
             "distillation",
             "less than 1 with attention=original, since the model is its own teacher then and learns nothing",
         )
         batches = self.steps * self.accumulation_steps
+        if self.linear_batches > batches:
+            raise ValueError(
+                f"settings.linear.calibration_batches: expected at most the batches of the run ({batches}), got "
+                f"{self.linear_batches}"
+            )
         need(0 <= self.calibration_batches <= batches, "calibration_batches", f"at most the batches of the run ({batches})")
         shifts = self.qat.spec.rules.options
         need(
@@ -118,6 +143,13 @@ class TrainingSettings:
             need(getattr(self, name) <= self.steps, name, f"at most steps ({self.steps})")
         need(self.keep_checkpoints is None or self.keep_checkpoints >= 1, "keep_checkpoints", "at least 1, or null")
         need(self.keep_checkpoints is None or self.checkpoint_every > 0, "keep_checkpoints", "null without checkpoint_every")
+
+    @property
+    def linear_batches(self) -> int:
+        """How many of the first batches the inputs of linear layers are measured on."""
+        if self.linear is None or not self.linear.rounds_inputs:
+            return 0
+        return self.linear.calibration_batches or min(8, self.steps * self.accumulation_steps)
 
     def check_eval(self, has_eval: bool) -> None:
         """For recipes: held-out data and eval_every need each other.

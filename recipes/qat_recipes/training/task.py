@@ -12,8 +12,19 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import Dataset, Sampler
 
-from qat_patch import PatchHandle, export_checkpoint, get_handle, patch_model, unpatch_model
+from qat_patch import (
+    LinearQATConfig,
+    PatchHandle,
+    export_checkpoint,
+    get_handle,
+    get_linear_handle,
+    patch_model,
+    quantize_linears,
+    unpatch_model,
+)
 from qat_patch.checkpoint.adapters import adapter_owner, check_comfy
+from qat_patch.checkpoint.exportable import check_linears
+from qat_patch.linear.handle import GlobalScales
 from qat_patch.servers import check_servable, check_spec
 
 from .adapters import OWN, LoraSettings, add_adapters
@@ -119,6 +130,11 @@ class FineTuningSettings(TrainingSettings):
                 f"model.export_dtype: adapters alone are exported in float32, got {self.model.export_dtype}; leave it out, or "
                 "set lora.export to merged"
             )
+        if self.lora and self.lora.export == "merged" and self.lora.dropout and self.linear is not None:
+            raise ValueError(
+                f"lora.dropout: expected 0 with linear and merged weights, whose sum with the adapters is rounded, got "
+                f"{self.lora.dropout}; or set lora.export to adapters"
+            )
         if self.model.export_server is not None:
             try:
                 check_spec(self.model.export_server, self.qat.spec, "qat.spec.preset")
@@ -129,6 +145,17 @@ class FineTuningSettings(TrainingSettings):
             raise ValueError(
                 "lora.start.use: with distillation the teacher is what the run starts from, and a LoRA that is trained does not "
                 "stay so; expected frozen or merged, got trained"
+            )
+        if self.linear is not None and self.is_quantized:
+            assert self.lora is not None
+            raise ValueError(
+                "settings.linear: its layers round weights as they are; expected lora.base_dtype=null, got "
+                f"{self.lora.base_dtype}"
+            )
+        if self.linear is not None and start and start.use == "frozen":
+            raise ValueError(
+                "settings.linear: a LoRA that stays beside the weights is no part of what is rounded; expected lora.start.use "
+                "merged or trained, got frozen"
             )
         if self.lora and self.is_quantized and self.compile:
             raise ValueError(f"settings.compile: expected null with lora.base_dtype={self.lora.base_dtype}, got {self.compile}")
@@ -230,16 +257,22 @@ class FineTuning(Task, Generic[Settings]):
             lora = dataclasses.replace(lora, start=start, base_dtype=None if self.settings.is_quantized else lora.base_dtype)
             # The rest is as it was loaded, or was held in fewer bits.
             weights = {name: x for name, x in weights.items() if f".{OWN}." in name}
-        model, handle = self._build(lora)
+        # With what was measured, which is no part of the weights.
+        scales = None if (linears := get_linear_handle(self.model)) is None else linears.scales
+        model, _ = self._build(lora, self.handle.k_shift, scales)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if lost := [*unexpected, *(name for name in missing if lora is None or f".{OWN}." in name)]:
             raise RuntimeError(f"export: {lost[0]} is in one of the trained and the exported model only")
-        for name, shift in self.handle.k_shift.items():
-            handle.patched[name].k_shift = shift.cpu()
         return model
 
-    def _build(self, lora: LoraSettings | None) -> tuple[torch.nn.Module, PatchHandle]:
-        """Load, add adapters, patch."""
+    def _build(
+        self,
+        lora: LoraSettings | None,
+        k_shift: dict[str, torch.Tensor] | None = None,
+        scales: dict[str, GlobalScales] | None = None,
+    ) -> tuple[torch.nn.Module, PatchHandle]:
+        """Load, add adapters, patch, quantize linear layers. `scales`: their global scales; None: those of the model's
+        weights."""
         settings, model = self.settings, self.load()
         if settings.model.gradient_checkpointing:
             # Diffusers', Transformers', and that of its older releases.
@@ -255,14 +288,22 @@ class FineTuning(Task, Generic[Settings]):
             unpatch_model(model)
         if lora is not None:
             model = add_adapters(model, lora, self.lora_targets, settings.seed)
-        handle = patch_model(model, settings.qat)
+        handle, linears = patch_model(model, settings.qat, k_shift=k_shift), None
+        alone = lora is not None and lora.export == "adapters"
+        if settings.linear is not None:
+            linears = quantize_linears(
+                model, LinearQATConfig.from_dict(settings.linear.to_dict()), scales=scales, merge_adapters=not alone
+            )
+            try:
+                check_linears(handle, "adapters" if alone else "model", is_measured=False)
+            except ValueError as error:
+                raise ValueError(f"settings.linear: the result could not be exported: {error}") from None
         # What an export would refuse: now, not at the end of the run.
         if lora is not None and lora.export_format == "comfyui":
             if handle.host != "diffusers":
                 raise ValueError("lora.export_format: expected diffusers, since only transformers of Wan have names in ComfyUI")
             check_comfy(model, OWN)
         if settings.model.export_server is not None:
-            alone = lora is not None and lora.export == "adapters"
             adapters = adapter_owner(model).peft_config[OWN] if alone else None
-            check_servable(settings.model.export_server, handle, adapters=adapters)
+            check_servable(settings.model.export_server, handle, adapters=adapters, linears=linears)
         return model, handle

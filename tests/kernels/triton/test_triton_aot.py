@@ -48,6 +48,17 @@ def test_other_kernels_fit_one_architecture_each(compiler):
     assert_all_fit(compiler, [(90, 128, False), (120, 64, True), (80, 64, False)])
 
 
+def test_kernels_with_a_window_and_sinks_fit(compiler):
+    """The heads of gpt-oss; the rest of the table is `slow`."""
+    assert_all_fit(compiler, [(90, 64, True)], window=128, sinks=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_kernels_with_a_window_fit_every_architecture(head_dim, compiler):
+    assert_all_fit(compiler, [(arch, head_dim, True) for arch in SHARED_MEMORY], window=1024)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -74,6 +85,8 @@ def test_head_dims_between_the_entries_compile(head_dim, causal, compiler):
         {"rotate": True},
         {"preset": "nvfp4_qk"},
         {"preset": "fa4_fp4"},
+        {"softcap": 50.0},
+        {"sinks": True},
     ],
     ids=str,
 )
@@ -86,6 +99,24 @@ def test_variants_compile(options, compiler):
         for causal in (False, True):
             for kernel in compiler.submit(compile_kernels, arch, 128, causal, **options).result():
                 assert_launchable(arch, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 4096, "softcap": 50.0},
+        {"block_size": 1560, "window": 4680, "prefix": 1560},
+        {"bounded": True},
+        {"window": 1024, "masked": True},
+    ],
+    ids=str,
+)
+def test_masks_with_bounds_compile(options, compiler):
+    """They may spill, as the variants above."""
+    for arch in SHARED_MEMORY:
+        for kernel in compiler.submit(compile_kernels, arch, 128, True, **options).result():
+            assert_launchable(arch, kernel)
 
 
 def test_the_kernels_of_sage_compile(compiler):

@@ -9,6 +9,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 import evaluate_qwen3
+from qat_patch import get_handle, get_linear_handle, load_checkpoint
 from qat_recipes.training import checkpoints
 from support.runs.qwen3_runs import BARE, finetune, settings
 from support.runs.runs import RECIPES, SHARDED, assert_same_run, command_line, log, run_in_two_processes
@@ -24,7 +25,7 @@ def test_two_processes_equal_a_larger_batch(inputs, tmp_path, sharded):
     changes |= {"data.eval.path": inputs / "eval.txt", "data.eval.blocks": 4, "eval_every": 4, "checkpoint_every": 2}
     changes["calibration_batches"] = 2
     if sharded:
-        changes["mixed_precision"] = "bf16"
+        changes |= {"mixed_precision": "bf16", "linear.format": "nvfp4a16"}
     tolerance = 2e-2 if sharded else 1e-3
     finetune(inputs, tmp_path / "one", **changes, batch_size=2)
 
@@ -51,6 +52,11 @@ def test_two_processes_equal_a_larger_batch(inputs, tmp_path, sharded):
     measured = evaluate_qwen3.main(
         [f"model={tmp_path}/two/export", f"text.path={inputs}/eval.txt", "text.blocks=4", "sequence_length=64"]
     )
+    loaded = load_checkpoint(tmp_path / "two" / "export")
+    assert len(get_handle(loaded).k_shift) == 2 and (get_linear_handle(loaded) is not None) == sharded
+    if sharded:  # its weights stay on the 4-bit grid
+        for name in ("eval_loss_original", "eval_loss_fp4"):
+            del measured[name]
     del measured["eval_kl_between"]
     assert measured == pytest.approx({name: two[-1][name] for name in measured}, rel=tolerance)
 

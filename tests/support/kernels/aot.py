@@ -55,6 +55,12 @@ def compile_kernels(
     dtype: torch.dtype = torch.bfloat16,
     needs_gradient: bool = True,
     masked: bool = False,
+    window: int | None = None,
+    block_size: int = 1,
+    prefix: int = 0,
+    bounded: bool = False,
+    softcap: float | None = None,
+    sinks: bool = False,
     **spec,
 ) -> list[Compiled]:
     """Every kernel that a forward and (with `needs_gradient`) a backward would launch on the architecture.
@@ -65,6 +71,7 @@ def compile_kernels(
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import QuantSpec
+    from qat_kernels.mask import Bounds, Mask
     from qat_kernels.triton import launch as training_launch
 
     believe_in(arch)
@@ -78,7 +85,10 @@ def compile_kernels(
     spec = QuantSpec(**spec)
     q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4 if spec.rules.mask else 8))
     mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
-    options = {"spec": spec, "causal": causal, "scale": 0.1}
+    seen = Mask(causal=causal and not bounded, window=window, block_size=block_size, prefix=prefix, bounded=bounded)
+    bounds = Bounds(*torch.empty(2, 1, 4096, dtype=torch.int32, device="meta")) if bounded else None
+    sinks = torch.empty(8, device="meta") if sinks else None
+    options = {"spec": spec, "mask": seen, "scale": 0.1, "bounds": bounds, "softcap": softcap, "sinks": sinks}
     with (
         mock.patch.object(JITFunction, "run", only_compile),
         mock.patch.object(training_launch, "arch_of", lambda _: arch),
@@ -86,7 +96,7 @@ def compile_kernels(
     ):
         forward = training_launch.forward(q, k, k, mask, None, with_gradient=needs_gradient, **options)
         if needs_gradient:
-            value = k if spec.reads_value(causal) else None
+            value = k if spec.reads_value(seen.hides_keys) else None
             saved = (value, q, forward.stats, forward.codes)
             options |= {"query": q, "key": k} if spec.reads_query else {}
             training_launch.backward(q, *saved, mask, key_shape=k.shape, **options)

@@ -9,7 +9,6 @@ from unittest import mock
 import torch
 
 from qat_kernels import QuantSpec, reference, varlen
-from qat_kernels.mask import Mask
 from qat_patch.self_check import child
 
 CPU = torch.device("cpu")
@@ -24,11 +23,11 @@ IDENTITY = {
 }
 
 
-def definition(q, k, v, key_mask, k_shift, packing=None, *, spec, causal, scale, **_):
+def definition(q, k, v, key_mask, k_shift, packing=None, *, spec, mask, scale, bounds=None, softcap=None, sinks=None, **_):
     """O and LSE, as every launcher returns them first."""
-    options = {"spec": spec, "mask": Mask(causal=causal), "scale": scale, "with_out_hp": False}
+    options = {"spec": spec, "mask": mask, "scale": scale, "with_out_hp": False, "softcap": softcap, "sinks": sinks}
     if packing is None:
-        out, _, lse = reference.forward(q, k, v, key_mask, k_shift, **options)
+        out, _, lse = reference.forward(q, k, v, key_mask, k_shift, bounds=bounds, **options)
     else:
         out, _, lse = varlen.forward(q, k, v, k_shift, packing, **options)
     return out, lse

@@ -91,6 +91,7 @@ def compile_inference(
     from qat_kernels import QuantSpec
     from qat_kernels.fp4 import launch as fp4_launch
     from qat_kernels.fp4.machine_code import why_not_on_fp4_units
+    from qat_kernels.mask import Mask
     from qat_kernels.varlen import Packing
 
     believe_in(arch)
@@ -110,7 +111,7 @@ def compile_inference(
         mock.patch.object(fp4_launch, "arch_of", lambda _: arch),
         mock.patch.object(fp4_launch, "check_device", lambda _: None),
     ):
-        fp4_launch.forward(q, k, k, mask, None, packing, spec=QuantSpec(preset=preset), causal=causal, scale=0.1)
+        fp4_launch.forward(q, k, k, mask, None, packing, spec=QuantSpec(preset=preset), mask=Mask(causal=causal), scale=0.1)
     (kernel,) = compiled
     cubin = kernel.asm["cubin"]
     code = instructions(cubin)

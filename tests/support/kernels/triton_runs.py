@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qat_kernels import reference
-from qat_kernels.mask import Mask
+from qat_kernels.mask import Bounds
 from support.kernels.cases import SPECS, Case, error, lse_error
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -38,15 +38,24 @@ def run_kernels(case: Case, tensors: list[torch.Tensor], *, device: str, key_mas
     q, k, v, grad_out = (x.to(device) for x in tensors)
     masks = [None if x is None else x.to(device) for x in (case.key_mask() if key_mask is None else key_mask, case.k_shift())]
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = {"spec": case.spec(), "causal": case.causal, "scale": scale}
+    options = {"spec": case.spec(), "mask": case.seen(), "scale": scale, "softcap": case.softcap, **on_device(case, device)}
     key_mask, k_shift = masks
     result = training_launch.forward(q, k, v, key_mask, k_shift, with_gradient=True, **options)
     spec = case.spec()
     out_hp = result.out_hp if spec.quantizes_pv else result.out
-    saved = (v if spec.reads_value(case.causal) else None, out_hp, result.stats, result.codes)
+    saved = (v if spec.reads_value(case.seen().hides_keys) else None, out_hp, result.stats, result.codes)
     options |= {"query": q, "key": k} if spec.reads_query else {}
     grads = training_launch.backward(grad_out, *saved, key_mask, key_shape=k.shape, **options)
-    return result.out.cpu(), out_hp.cpu(), result.lse.cpu(), [x.cpu() for x in grads]
+    return result.out.cpu(), out_hp.cpu(), result.lse.cpu(), [x.cpu() for x in grads[: 3 + case.sinks]]
+
+
+def on_device(case: Case, device: str | torch.device) -> dict:
+    """The tensors of a case that few cases have: bounds and sinks."""
+    bounds, sinks = case.bound_tensors(), case.sink_logits()
+    return {
+        "bounds": None if bounds is None else Bounds(*(x.to(device) for x in bounds)),
+        "sinks": None if sinks is None else sinks.to(device),
+    }
 
 
 def run_reference(case: Case, tensors: list[torch.Tensor]) -> tuple:
@@ -54,11 +63,11 @@ def run_reference(case: Case, tensors: list[torch.Tensor]) -> tuple:
     # SageAttention3's smoothing rounds to the dtype of its inputs.
     q, k, v, grad_out = tensors if case.spec().reads_query else (x.float() for x in tensors)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    options = {"spec": case.spec(), "mask": Mask(causal=case.causal), "scale": scale}
+    options = {"spec": case.spec(), "mask": case.seen(), "scale": scale, "softcap": case.softcap, **on_device(case, q.device)}
     masks = tuple(None if x is None else x.to(q.device) for x in (case.key_mask(), case.k_shift()))
     out, out_hp, lse = reference.forward(q, k, v, *masks, with_out_hp=True, **options)
-    *grads, _ = reference.backward(grad_out, q, k, v, out_hp, *masks, **options)
-    return out, out_hp, lse, grads
+    grads = reference.backward(grad_out, q, k, v, out_hp, *masks, **options)
+    return out, out_hp, lse, list(grads[: 3 + case.sinks])
 
 
 BOUNDS = {torch.bfloat16: (3e-3, 1e-2), torch.float16: (3e-3, 1e-2), torch.float32: (1e-5, 1e-5)}
@@ -67,7 +76,7 @@ BOUNDS = {torch.bfloat16: (3e-3, 1e-2), torch.float16: (3e-3, 1e-2), torch.float
 
 def assert_within_bounds(actual: tuple, expected: tuple, dtype: torch.dtype, device: str) -> None:
     bound, bound_of_gradients = BOUNDS[torch.bfloat16 if device == "cuda" else dtype]
-    assert {x.dtype for x in (actual[0], actual[1], *actual[3])} == {dtype}
+    assert {x.dtype for x in (actual[0], actual[1], *actual[3][:3])} == {dtype}
     assert actual[2].dtype == torch.float32
     for x, wanted in zip(actual[:2], expected[:2], strict=True):
         assert error(x, wanted) < bound

@@ -77,6 +77,16 @@ def calibration():
     for name, shift in found.items():
         expected = torch.stack([mean for layer, mean in seen if layer == name]).mean(0)
         assert torch.allclose(shift, expected, atol=1e-5)
+    # And the largest input of all.
+    scales = []
+    for mine in (batches[dist.get_rank() :: 2], batches):
+        model = tiny_qwen3()
+        linears = qat_patch.quantize_linears(model, qat_patch.LinearQATConfig(global_scale="compressed_tensors"))
+        with torch.no_grad(), linears.calibration():
+            for batch in mine:
+                model(batch)
+        scales.append(linears.scales)
+    assert scales[0] == scales[1]
 
 
 def data_parallel(shard):
