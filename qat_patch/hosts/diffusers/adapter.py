@@ -134,6 +134,11 @@ def new_cache(model: Any, layers: list[AttentionLayer]) -> Any:
     raise ValueError("cache: a diffusers model generates without a cache of keys and values; this is for language models")
 
 
+def generating(model: Any, layers: list[AttentionLayer]) -> Any:
+    """As above."""
+    return new_cache(model, layers)
+
+
 def restore(model: Any, layers: list[AttentionLayer]) -> None:
     """Undo `apply`, also a half-finished one."""
     for method in _BACKEND_METHODS:

@@ -27,7 +27,7 @@ CHECKED = "_qat_checked"
 COMPUTED = frozenset(
     {
         "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids",
-        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
     }
 )  # fmt: skip
 """Arguments of attention that 4-bit attention computes, or compares with what it computes."""

@@ -5,8 +5,11 @@ Importing this module imports transformers.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
@@ -113,6 +116,37 @@ class FP4Layer(CacheLayerMixin):
 
     def offload(self) -> None:
         raise ValueError("the FP4 cache stays on its device; use an offloaded cache of transformers instead")
+
+
+@dataclasses.dataclass(eq=False)
+class Generate:
+    """In place of `generate` of a patched model: passes an FP4 cache where the caller passes none and wants one.
+
+    While the model runs its original attention, calls are as they were.
+    """
+
+    model: Any
+    layers: list[AttentionLayer]
+    new_cache: Callable[[], Cache]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name, config = cache_argument(self.model), kwargs.get("generation_config")
+        use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
+        quantizes = all(layer.quantizes and layer.observer is None for layer in self.layers if layer.is_patched)
+        if quantizes and use_cache is not False and kwargs.get(name) is None:
+            kwargs[name] = self.new_cache()
+        return type(self.model).generate(self.model, *args, **kwargs)
+
+    def __getstate__(self) -> NoReturn:
+        raise ValueError(
+            f"expected a {type(self.model).__name__} to be copied or pickled as it is, got it inside handle.cached(), which the "
+            "copy would never leave; copy the model outside"
+        )
+
+
+def cache_argument(model: Any) -> str:
+    """What a model calls the cache that it is given: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def new_cache(model: Any, modules: dict[str, Any], layers: list[AttentionLayer]) -> Cache:

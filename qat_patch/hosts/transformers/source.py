@@ -69,6 +69,22 @@ def _attention_code(kind: Any) -> AttentionCode | None:
     return None
 
 
+def reads_padding(model: object) -> bool:
+    """Whether the forward of a model takes position_ids, and makes these or masks itself: what is around it hands both on."""
+    kind: Any = type(model)
+    return _reads_padding(kind)
+
+
+@lru_cache
+def _reads_padding(kind: Any) -> bool:
+    if "position_ids" not in inspect.signature(kind.forward).parameters:
+        return False
+    tree = _parse(inspect.unwrap(kind.forward))
+    names = [] if tree is None else [x for x in ast.walk(tree) if isinstance(x, ast.Name)]
+    makes_masks = any(x.id.startswith("create_") and "mask" in x.id for x in names)
+    return tree is None or makes_masks or any(x.id == "position_ids" and isinstance(x.ctx, ast.Store) for x in names)
+
+
 def opens_caches(model: object) -> str | None:
     """What the file of a model does with caches besides handing them to attention, which expects those of transformers."""
     kind: Any = type(model)

@@ -1,25 +1,29 @@
 """`generate` with the FP4 cache: token for token what the patched model generates without any cache, in float64."""
 
+import copy
 import re
 
+import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.models.mllama import modeling_mllama
 
 from qat_kernels import KVCache, QuantSpec
 from qat_patch import AttnQATConfig, patch_model
-from qat_patch.commands.generate import cache_argument
-from qat_patch.hosts.transformers.cache import FP4Layer
+from qat_patch.hosts.transformers.cache import FP4Layer, cache_argument
 from support.families import every_causal_lm
 from support.families.families import lively
 from support.models.tiny_qwen3 import pad, tiny_llama, tiny_qwen3, token_ids
+from support.models.tiny_wan import tiny_transformer
 
 
-def generate(model, ids, steps=40, **kwargs):
-    return model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0, **{"do_sample": False} | kwargs)
+def generate(model, input_ids, steps=40, **kwargs):
+    return model.generate(
+        input_ids=input_ids, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0, **{"do_sample": False} | kwargs
+    )
 
 
 EACH_PRESET = pytest.mark.parametrize(
@@ -247,3 +251,39 @@ def test_the_name_of_the_argument_is_not_deprecated(recwarn):
     handle = patch_model(model)
     generate(model, ids, 3, **{cache_argument(model): handle.cache()})
     assert [str(warning.message) for warning in recwarn if "past_key_values" in str(warning.message)] == []
+
+
+def test_whoever_generates_gets_the_cache(monkeypatch):
+    """Code that is not ours passes none: a PEFT model around the patched one, as TRL calls it, and calls that say otherwise."""
+    model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
+    handle = patch_model(model)
+    full = generate(model, ids, use_cache=False)
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    used = []
+    update = FP4Layer.update
+    monkeypatch.setattr(FP4Layer, "update", lambda *args, **kwargs: used.append(1) or update(*args, **kwargs))
+    with handle.cached():
+        assert torch.equal(generate(around, input_ids=ids), full) and len(used) == 3 * 40
+        assert torch.equal(generate(model, ids, num_return_sequences=2, do_sample=True, top_k=1), full.repeat_interleave(2, 0))
+        for options in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
+            used.clear()
+            assert torch.equal(generate(model, ids, **options), full) and not used
+        with handle.disabled():
+            original = generate(model, ids)
+        assert not used
+        with pytest.raises(ValueError, match="generate of this Qwen3ForCausalLM has been replaced already"), handle.cached():
+            pass
+        with pytest.raises(ValueError, match="inside handle.cached.*the copy would never leave"):
+            copy.deepcopy(model)
+    assert torch.equal(generate(model, ids), full) and not used
+    with handle.disabled():
+        assert torch.equal(generate(model, ids), original) and not torch.equal(original, full)
+
+
+def test_what_does_not_generate_has_no_cache():
+    for model, message in ((tiny_qwen3().model, "Qwen3Model, which has no generate"), (tiny_transformer(), "a diffusers model")):
+        with pytest.raises(ValueError, match=message), patch_model(model).cached():
+            pass
+    handle = patch_model(tiny_qwen3(), AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4_fp8")))
+    with pytest.raises(ValueError, match="there is no FP4 cache for preset='kv_nvfp4_fp8'"), handle.cached():
+        pass
