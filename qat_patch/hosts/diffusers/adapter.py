@@ -21,8 +21,8 @@ from qat_patch.config import spec_problem
 from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
 from qat_patch.metadata import RECORD, AttentionMetadata, in_config, without_entries
 
-from . import context_parallel, listeners, processor_code
-from .masks import key_and_query_masks, refuse_call
+from . import context_parallel, listeners, masks, processor_code
+from .masks import refuse_call
 from .patched_processor import PREFIX, Patched, Refusal, patched_class
 
 if TYPE_CHECKING:
@@ -237,12 +237,13 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
                 layer, "context parallelism", "plain self-attention", got, "run this on a model without enable_parallelism"
             )
         sizes = (query.shape[0], query.shape[1], key.shape[1])
-        key_mask, query_mask, is_causal_mask = key_and_query_masks(layer, attn_mask, *sizes)
-        causal = is_causal or is_causal_mask
+        seen = masks.read(layer, attn_mask, *sizes)
+        key_mask, causal = seen.key_mask, is_causal or seen.causal
         if layer.observer is not None:
             out = original(backend=getattr(layer.original, "_attention_backend", None))
             query, key, value, shown = (x.transpose(1, 2) for x in (*under_autocast(query, key, value), out))
-            call = AttentionCall(query=query, key=key, value=value, out=shown, causal=causal, scale=scale, key_mask=key_mask)
+            limits: dict[str, Any] = {"causal": causal, "key_mask": key_mask, "bounds": seen.bounds}
+            call = AttentionCall(query=query, key=key, value=value, out=shown, scale=scale, **limits)
             layer.observer(layer, call)
             return out
         query, key, value = under_autocast(query, key, value)
@@ -250,7 +251,7 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, k_shift: torch.Tensor | None) -> torch.Tensor:
             options: dict[str, Any] = {"spec": layer.spec, "causal": causal, "scale": scale, "impl": layer.impl}
-            out = attention(query, key, value, key_mask=key_mask, k_shift=k_shift, **options)
+            out = attention(query, key, value, key_mask=key_mask, bounds=seen.bounds, k_shift=k_shift, **options)
             if layer.probed:
                 layer.note_call()
             return out
@@ -262,11 +263,12 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
             out = attend(query, key, value, k_shift)
         else:
             heard = functools.partial(attend, k_shift=k_shift)
-            out = listeners.heard(heard, query, key, value, key_mask, causal, scale)
+            told = attn_mask if seen.bounds is not None or key_mask is None else key_mask[:, None, None]
+            out = listeners.heard(heard, query, key, value, told, causal, scale)
             if layer.probed and not layer.reached:
                 layer.skipped_by = listener
         out = out.transpose(1, 2)
-        return out if query_mask is None else torch.where(query_mask[..., None, None], out, 0.0)
+        return out if seen.query_mask is None else torch.where(seen.query_mask[..., None, None], out, 0.0)
 
     wrapped: Any = dispatch_attention_fn
     wrapped._knows_layers = True
