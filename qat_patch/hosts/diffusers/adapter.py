@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MECHANISM = "diffusers' attention dispatcher"
 REPLACED_BY = "set_processor"
 CAUSAL = False
-_TRANSFORMERS = ("transformer", "transformer_2")
 _BACKEND_METHODS = ("set_attention_backend", "reset_attention_backend")
 
 
@@ -41,14 +40,16 @@ def owns(model: object) -> bool:
 
 
 def pipeline_models(pipeline: object) -> dict[str, torch.nn.Module]:
-    """The transformers of a diffusers pipeline by component name (Wan 2.2 has two); empty for anything else."""
-    components = _components(pipeline)
-    return {name: components[name] for name in _TRANSFORMERS if name in components}
+    """The transformers of a diffusers pipeline by component name; empty for anything else.
+
+    Some have several: `transformer_2` of Wan 2.2, `transformer_ref` of MiniMax-H3, `unconditional_transformer` of Ideogram 4.
+    """
+    return {name: model for name, model in _components(pipeline).items() if "transformer" in name}
 
 
 def other_models(pipeline: object) -> dict[str, torch.nn.Module]:
     """What else of a pipeline could be patched, such as a ControlNet, by component name."""
-    others = {name: model for name, model in _components(pipeline).items() if name not in _TRANSFORMERS and owns(model)}
+    others = {name: model for name, model in _components(pipeline).items() if "transformer" not in name and owns(model)}
     return {
         name: model
         for name, model in others.items()

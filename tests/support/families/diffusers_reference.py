@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import sys
 
 import torch
@@ -12,7 +13,8 @@ from support.kernels import oracle
 
 def outputs(model, inputs):
     """All tensors that come out of a model, flattened into one."""
-    return torch.cat([x.flatten() for x in tree_leaves(model(**inputs, return_dict=False)) if isinstance(x, torch.Tensor)])
+    plain = {"return_dict": False} if "return_dict" in inspect.signature(model.forward).parameters else {}
+    return torch.cat([x.flatten() for x in tree_leaves(model(**inputs, **plain)) if isinstance(x, torch.Tensor)])
 
 
 def reference(stock, names, inputs):
