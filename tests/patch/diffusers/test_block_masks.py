@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from diffusers import SkyReelsV2Transformer3DModel
+from torch.overrides import TorchFunctionMode
 
 from qat_kernels import attention
 from qat_patch import calibrate, patch_model, sensitivity
@@ -191,6 +192,23 @@ def test_what_was_read_without_gradients_serves_a_training_step():
         dispatch(*(x.detach() for x in (q, k, v)), mask)
     dispatch(q, k, v, mask).sum().backward()
     assert q.grad.any()
+
+
+class Listens(TorchFunctionMode):
+    """Hears what attention is asked, and lets it pass."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.mask = kwargs["attn_mask"]
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_listens_for_attention_hears_the_mask():
+    q, k, v = qkv(queries=53)
+    mask = by_blocks(53, 53, 7)[None, None]
+    with Listens() as listens:
+        out = dispatch(q, k, v, mask)
+    assert listens.mask is mask and torch.equal(out, dispatch(q, k, v, mask))
 
 
 def test_inside_a_graph_it_is_refused_by_name():

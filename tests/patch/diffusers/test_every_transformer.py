@@ -18,7 +18,7 @@ SAMPLE = (
     "MiniMaxH3Transformer3DModel",
     "WanAnimate2Transformer3DModel",
     "WanAnimateTransformer3DModel",
-    "WanTransformer3DModel, first and last frame",
+    "WanTransformer3DModel (Wan 2.1 FLF2V)",
 )
 
 

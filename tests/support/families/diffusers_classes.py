@@ -71,11 +71,12 @@ def wan_animate_2():
 
 @functools.cache
 def _of_families():
-    """Name of the class: how to build one, and what to call it with."""
+    """How to build one and what to call it with, by the name of the class; of its second family, with that family's name."""
     known = {}
     for family in diffusers_families.FAMILIES + diffusers_families.REFUSED:
         torch.manual_seed(0)
-        known.setdefault(type(family.make()).__name__, (family.make, family.inputs))
+        name = type(family.make()).__name__
+        known[f"{name} ({family.name})" if name in known else name] = (family.make, family.inputs)
     return known
 
 
@@ -84,10 +85,14 @@ def names():
     from diffusers.models import ModelMixin, transformers
 
     found = (value for value in vars(transformers).values() if inspect.isclass(value) and issubclass(value, ModelMixin))
-    return sorted((*(kind.__name__ for kind in found), *VARIANTS), key=str.lower)
+    return sorted({*(kind.__name__ for kind in found), *CLASSES, *_of_families()}, key=str.lower)
 
 
 CLASSES = {
+    "WanTransformer3DModel (Wan 2.1 FLF2V)": (
+        WAN | {"in_channels": 12, "image_dim": 8, "added_kv_proj_dim": 32, "pos_embed_seq_len": 514},
+        lambda: video(channels=12, text=512) | {"encoder_hidden_states_image": randn(2, 257, 8)},
+    ),
     "AceStepTransformer1DModel": (
         {"head_dim": 16, "sliding_window": 4, "in_channels": 12, "audio_acoustic_hidden_dim": 4, "encoder_hidden_size": 32},
         lambda: (
@@ -274,21 +279,6 @@ CLASSES = {
     ),
     "LongCatImageTransformer2DModel": ({"axes_dims_rope": [4, 6, 6]}, image),
     "Lumina2Transformer2DModel": ({}, None),
-    "MiniMaxH3Transformer3DModel": (
-        {"rope_freq_dim": 2, "time_embed_dim": 16},
-        lambda: {
-            "hidden_states": randn(1, 24, 16),
-            "audio_hidden_states": randn(1, 5, 4),
-            "encoder_hidden_states": randn(1, TEXT, 16),
-            "timestep": torch.tensor([0.5, 0.9]),
-            "timestep_indices": torch.tensor([0] * (TEXT + 24) + [1] * 5),
-            "token_tags": torch.tensor([1] * TEXT + [0] * 24 + [2] * 5),
-            "position_ids": torch.arange(TEXT + 29)[:, None].expand(-1, 3),
-            "text_indices": torch.arange(TEXT),
-            "video_indices": torch.arange(TEXT, TEXT + 24),
-            "audio_indices": torch.arange(TEXT + 24, TEXT + 29),
-        },
-    ),
     "MiniMaxMusic3Transformer1DModel": (
         {},
         lambda: {"hidden_states": randn(1, 4, 20), "timestep": torch.tensor([0.5]), "encoder_hidden_states": randn(1, 20, 16)},
@@ -347,32 +337,6 @@ CLASSES = {
             | text()
         ),
     ),
-    "WanAnimateTransformer3DModel": (
-        WAN
-        | {
-            "in_channels": 12,
-            "latent_channels": 4,
-            "image_dim": 8,
-            "added_kv_proj_dim": 32,
-            "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
-            "motion_encoder_size": 16,
-            "motion_style_dim": 8,
-            "motion_dim": 4,
-            "motion_encoder_dim": 8,
-            "face_encoder_hidden_dim": 16,
-            "face_encoder_num_heads": 2,
-            "inject_face_latents_blocks": 1,
-        },
-        lambda: (
-            video(channels=12, text=512)
-            | {
-                "hidden_states": randn(1, 12, 3, 8, 6),
-                "encoder_hidden_states_image": randn(1, 257, 8),
-                "pose_hidden_states": randn(1, 4, 2, 8, 6),
-                "face_pixel_values": randn(1, 3, 5, 16, 16),
-            }
-        ),
-    ),
     "WanAnimate2Transformer3DModel": (
         {"use_img_emb": False, "text_len": TEXT, "in_dim": 8},
         wan_animate_2,
@@ -388,47 +352,21 @@ CLASSES = {
     "Transformer2DModel": ({"in_channels": 32, "norm_num_groups": 4}, None),
     "DreamLiteTransformer2DModel": ({"in_channels": 32}, None),
     "TransformerTemporalModel": ({"in_channels": 32, "norm_num_groups": 4}, None),
-    "DualTransformer2DModel": ({"in_channels": 32, "norm_num_groups": 4}, None),
     "T5FilmDecoder": ({"num_heads": 2, "d_kv": 16}, None),
     "PriorTransformer": ({"embedding_dim": 16}, None),
     "RFD4ProteinaTransformer": ({}, None),
 }
-"""Settings, and what to call the model with; None: it is enough to build it, since it is refused as a whole."""
-
-
-VARIANTS = {
-    "WanTransformer3DModel, first and last frame": (
-        WAN | {"in_channels": 12, "num_layers": 2, "image_dim": 8, "added_kv_proj_dim": 32, "pos_embed_seq_len": 514},
-        lambda: video(channels=12, text=512) | {"encoder_hidden_states_image": randn(2, 257, 8)},
-    ),
-    "WanTransformer3DModel, image to video": (
-        WAN | {"in_channels": 12, "num_layers": 2, "image_dim": 8, "added_kv_proj_dim": 32},
-        lambda: video(channels=12, text=512) | {"encoder_hidden_states_image": randn(1, 257, 8)},
-    ),
-    "WanTransformer3DModel, a timestep for each token": (
-        WAN | {"num_layers": 2},
-        lambda: video() | {"timestep": torch.linspace(0, 900, 24)[None]},
-    ),
-    "SkyReelsV2Transformer3DModel, causal by chunks of frames": (
-        WAN | {"num_layers": 2, "num_frame_per_block": 2},
-        lambda: (
-            video(timestep=((900, 900, 500, 500),)) | {"hidden_states": randn(1, 4, 4, 8, 6), "enable_diffusion_forcing": True}
-        ),
-    ),
-}
-"""Other settings of a class that stands above, as CLASSES has them: the class, a comma, and what is other."""
+"""By the name of the class, or that and the name of a kind of models: settings, and what to call the model with. None: it is
+enough to build it, since it is refused as a whole, or nobody knows."""
 
 
 def tiny(name):
     """A tiny model of a class, and how to call it (None: nobody knows here)."""
-    if name in VARIANTS:
-        settings, inputs = VARIANTS[name]
-        return getattr(diffusers, name.partition(",")[0])(**settings), inputs
     known = _of_families()
     if name in known:
         make, inputs = known[name]
         return make(), inputs
     settings, inputs = CLASSES.get(name, ({}, None))
-    kind = getattr(diffusers.models.transformers, name)
+    kind = getattr(diffusers.models.transformers, name.partition(" (")[0])
     parameters = inspect.signature(kind.__init__).parameters
     return kind(**{key: size for key, size in SIZES.items() if key in parameters} | settings), inputs

@@ -23,8 +23,8 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan import WanCoreDenoiseSte
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from support.families.diffusers_classes import CLASSES, SIZES
 from support.families.diffusers_parts import HEADS
+from support.families.diffusers_video_families import ANIMATE
 from support.families.families import lively
 from support.models.tiny_wan import (
     CHANNELS,
@@ -97,7 +97,7 @@ def vace():
 
 
 def animate():
-    settings = CLASSES["WanAnimateTransformer3DModel"][0] | WAN | FROM_IMAGES
+    settings = WAN | ANIMATE | FROM_IMAGES
     pipe = _pipeline(WanAnimatePipeline, WanAnimateTransformer3DModel(**settings), images=True)
     pictures = [picture(i) for i in range(5)]
     run = _run(pipe, image=picture(), pose_video=pictures, face_video=pictures, segment_frame_length=5)
@@ -121,10 +121,10 @@ def modular_wan():
 
 
 def minimax_h3_transformer():
-    settings = {name: SIZES[name] for name in ("num_attention_heads", "attention_head_dim", "hidden_size", "ffn_dim")}
-    settings |= {"num_layers": 2, "num_refiner_layers": 1, "text_dim": TEXT_DIM, "freq_dim": 16, "time_embed_hidden_dim": 16}
+    settings = HEADS | {"hidden_size": 32, "ffn_dim": 32, "num_layers": 2, "num_refiner_layers": 1, "text_dim": TEXT_DIM}
+    time = {"freq_dim": 16, "time_embed_hidden_dim": 16, "time_embed_dim": 16, "rope_freq_dim": 2}
     torch.manual_seed(0)
-    return lively(MiniMaxH3Transformer3DModel(**settings, time_embed_dim=16, rope_freq_dim=2)).eval()
+    return lively(MiniMaxH3Transformer3DModel(**settings, **time)).eval()
 
 
 def minimax_h3():
