@@ -104,8 +104,15 @@ def _opens_caches(kind: Any) -> str | None:
         return f"the model has a cache of its own, {', '.join(sorted(made))}"
     attention = [x for x in nodes if isinstance(x, ast.ClassDef) and any(_INTERFACE in _names(y) for y in x.body)]
     elsewhere = set(nodes) - {y for x in attention for y in ast.walk(x)} - {x.func for x in nodes if isinstance(x, ast.Call)}
-    looks = [x for x in elsewhere if isinstance(x, ast.Attribute) and x.attr in ("keys", "values")]
+    looks = [x for x in elsewhere if isinstance(x, ast.Attribute) and x.attr in ("keys", "values") and not _is_of_torch(x.value)]
     return f"the model looks into caches: {ast.unparse(min(looks, key=lambda x: x.lineno))}" if looks else None
+
+
+def _is_of_torch(node: ast.expr) -> bool:
+    """Whether this is what a function of torch returns that has a field `values`."""
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("max", "min", "sort", "topk")
+    )
 
 
 def _functions(kind: type) -> Iterator[FunctionType]:

@@ -15,7 +15,7 @@ from qat_kernels import KVCache, QuantSpec
 from qat_patch import AttnQATConfig, patch_model
 from qat_patch.hosts.transformers.cache import FP4Layer, cache_argument
 from support.families import every_causal_lm
-from support.families.families import lively
+from support.families.families import lively, relative
 from support.models.tiny_qwen3 import pad, tiny_llama, tiny_qwen3, token_ids
 from support.models.tiny_wan import tiny_transformer
 
@@ -188,6 +188,69 @@ def test_encoder_decoders(options, config):
     assert torch.equal(generate(model, ids, past_key_values=cache, **options), full)
     assert all(isinstance(layer, FP4Layer) for layer in cache.self_attention_cache.layers)
     assert cache.get_seq_length() >= 39
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 8}], ids=str)
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_caps_and_sinks(model_type, options):
+    """Windows of 12 keys, in all layers or in every other one; tokens are reordered, and taken back."""
+    model = every_causal_lm.build(model_type)
+    ids = token_ids(batch=1, length=7).repeat(1, 5) % 97 + 3
+    handle = patch_model(model)
+    without_lookup = {} if "prompt_lookup_num_tokens" in options or "prefill_chunk_size" in options else options
+    expected = generate(model, ids, 20, **without_lookup, use_cache=False)
+    cache = handle.cache()
+    assert torch.equal(generate(model, ids, 20, past_key_values=cache, **options), expected)
+    windows = [layer.packed.window for layer in cache.layers]
+    assert windows == {"mistral": [12, 12], "gemma2": [12, None], "gpt_oss": [12, None]}[model_type]
+    if "num_beams" in options:
+        return
+    cache.crop(-30)  # to answer the last turn again
+    assert torch.equal(generate(model, ids, 20, past_key_values=cache), generate(model, ids, 20, use_cache=False))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("mistral", AttnQATConfig(exclude=["*.0.self_attn"])),
+        ("mistral", AttnQATConfig(exclude=["*.1.self_attn"])),
+        ("mistral", AttnQATConfig(overrides={"*.0.self_attn": QuantSpec(preset="nvfp4_qk")})),
+        ("gemma2", AttnQATConfig(exclude=["*.0.self_attn"])),
+        ("gemma2", AttnQATConfig(exclude=["*.1.self_attn"])),
+    ],
+    ids=["stock, packed", "packed, stock", "transformers' own, packed", "stock, packed without window", "packed, stock without"],
+)
+def test_layers_with_a_window_beside_those_of_transformers(model_type, config, padding):
+    """One mask serves both, though transformers' own drop tokens: the first one may be of either kind."""
+    model = every_causal_lm.build(model_type)
+    ids, mask = pad(token_ids(length=70) % 97 + 3, padding, "left")
+    handle = patch_model(model, config)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        for ends in ((23, 40, 41, 42, 70), (*range(60, 71),)):
+            cache, start = handle.cache(), 0
+            for stop in ends:
+                given = {cache_argument(model): cache, "attention_mask": mask[:, :stop]}
+                out = model(ids[:, start:stop], **given).logits
+                real = mask[:, start:stop].bool()
+                # Gemma 2's own attention has a softmax in float32.
+                assert relative(out[real], whole[:, start:stop][real]) < (1e-6 if model_type == "gemma2" else 1e-9)
+                start = stop
+    assert sorted(isinstance(layer, FP4Layer) for layer in cache.layers) == [False, True]
+
+
+def test_a_mask_with_another_window_than_that_of_the_cache_is_refused():
+    model = every_causal_lm.build("mistral")
+    handle, ids = patch_model(model), token_ids(length=30) % 97 + 3
+    cache = handle.cache()
+    for layer in cache.layers:
+        layer.window = 20
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="its FP4 cache is for a sliding window of 20 keys, and its mask has 12"),
+    ):
+        model(ids, past_key_values=cache)
 
 
 def test_recurrent_layers_keep_their_state():
