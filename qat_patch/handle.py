@@ -221,6 +221,23 @@ class PatchHandle:
         plan = next(iter(self.plans.values()))
         return plan.adapter.new_cache(plan.model, plan.layers)
 
+    @contextlib.contextmanager
+    def cached(self) -> Iterator[None]:
+        """Inside, `generate` of the model keeps keys and values in NVFP4, as with `cache()`, whoever calls it:
+
+            with handle.cached():
+                trainer.train()  # GRPOTrainer of TRL, whose calls of generate pass no cache
+
+        A call that passes a cache of its own, or `use_cache=False`, gets that; one inside `disabled()` gets the default cache.
+
+        Raises:
+            ValueError: as `cache`, or the model is inside `cached()` already, or does not generate.
+        """
+        self.check_in_force("cached", may_be_disabled=True)
+        plan = next(iter(self.plans.values()))
+        with plan.adapter.generating(plan.model, plan.layers):
+            yield
+
     def check_in_force(self, action: str, *, may_be_disabled: bool = False) -> None:
         """What an action asks before it takes the models for patched.
 

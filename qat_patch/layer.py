@@ -104,7 +104,7 @@ class AttentionCall:
     window: int | None = None
     """How many keys a query sees, its own included; None: all before it."""
     bounds: tuple[torch.Tensor, torch.Tensor] | None = None
-    """In place of causality and a window: the first and the last key that each query sees, int32 [batch, queries]."""
+    """In place of causality and a window: the first and the last key that each query sees, int32 [batch or 1, queries]."""
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """[heads]"""

@@ -27,9 +27,9 @@ def patch_model(
 
     Args:
         model: a Transformers causal language model, a Diffusers transformer or ControlNet, a module around one model (such as
-            a PEFT model), or a Diffusers pipeline, also a modular one, of which `transformer` and `transformer_2` are patched
-            and nothing else; the receipt names what else could be. The names of modules start in each model, without
-            `transformer.`.
+            a PEFT model), or a Diffusers pipeline, also a modular one, of which the transformers are patched (`transformer`,
+            `transformer_2` of Wan 2.2, `transformer_ref` of MiniMax-H3, ...) and nothing else; the receipt names what else
+            could be. The names of modules start in each model, without `transformer.`.
         config: which modules, and what is quantized. Default: what an export of this package stored in the model's
             config, or beside it for a server, else `AttnQATConfig()`, every attention module in NVFP4 on this package's own
             grid. `AttnQATConfig(spec=QuantSpec(preset=...))` is for what a server computes (docs/SERVERS.md).

@@ -67,10 +67,14 @@ def forward_cached(
     *,
     spec: QuantSpec,
     scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O and LSE of the last tokens of sequences whose keys and values were quantized before: causal `forward`, of which `key_fq`
     and `value_fq` [B, K, n, D] are the quantized operands, `value` what the kept groups take (elsewhere it may hold anything
     finite), all of them counted from each sequence's first allowed key, as `key_mask` [B, n] and `positions` [B, Lq] are.
+    With a window they may be counted from a later group that nobody sees.
     """
     dtype = accumulator(query.dtype)
     queries = query.contiguous()
@@ -82,9 +86,12 @@ def forward_cached(
         value=value,
         value_fq=value_fq,
         key_mask=key_mask,
+        lower=None if window is None else positions - (window - 1),
         upper=positions,
         softmax_scale=scale_of_quantized(scale, query.shape[-1], spec),
         spec=spec,
+        softcap=softcap,
+        sinks=None if sinks is None else sinks.to(dtype),
     )
     out, _, lse = _forward(ops, query, k_shift, scale, with_out_hp=False)
     return out, lse

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qat_patch.hosts.transformers.adapter import named_original
 from qat_patch.linear.handle import get_linear_handle
 from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata, config_entries
 from qat_patch.patch import get_handle
@@ -76,8 +77,20 @@ def record_in_transformers(module: Any) -> None:
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = pretrained_model_name_or_path
+        # Auto classes have put the argument into the config.
+        asked = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
+        if (original := named_original(asked)) is not None:
+            kwargs["attn_implementation"] = original
         result = load(cls, name, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
+        if original is not None and get_handle(model) is None:
+            raise ValueError(
+                f"from_pretrained: attn_implementation={asked!r} is the name that patch_model gives to what a model runs after "
+                f"the patch, and {name} was saved without one: load it with attn_implementation={original!r}, and call "
+                "patch_model. DPOTrainer and GRPOTrainer of TRL load their reference model like the one that they train: make "
+                "the trainer first, and patch then: patch_model(trainer.model), and patch_model(trainer.ref_model) for 4-bit "
+                "attention in both"
+            )
         if name is not None and not _is_free(model):
             _announce(model, name, kwargs.get("revision"))
         if name is not None:

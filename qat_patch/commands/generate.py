@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import json
 import resource
 import sys
@@ -143,19 +142,12 @@ def _text(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
         raise ValueError("--prompt: expected at least one token; the tokenizer makes none of it")
     limits = {name: getattr(options, name) for name in _TEXT_ONLY if getattr(options, name) is not None}
     handle = require_handle(model)
-    cache = (
-        {cache_argument(model): handle.cache()} if any(x.spec.preset in KVCache.presets for x in handle.patched.values()) else {}
-    )
-    with measured(device, "tokens") as run:
-        tokens = model.generate(**inputs, **cache, **{"max_new_tokens": 64} | limits, do_sample=False)
+    has_cache = any(x.spec.preset in KVCache.presets for x in handle.patched.values())
+    with handle.cached() if has_cache else contextlib.nullcontext(), measured(device, "tokens") as run:
+        tokens = model.generate(**inputs, **{"max_new_tokens": 64} | limits, do_sample=False)
         run.made = tokens.shape[1] - (0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1])
     print(printable(tokenizer.decode(tokens[0], skip_special_tokens=True)))
     return handle, run
-
-
-def cache_argument(model: torch.nn.Module) -> str:
-    """What a model of transformers calls the cache that it is given: `cache` from 5.24 on, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _video(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:

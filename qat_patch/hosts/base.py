@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol
 
 import torch
@@ -78,4 +79,11 @@ class HostAdapter(Protocol):
 
         Raises:
             ValueError: there can be none for this model.
+        """
+
+    def generating(self, model: Any, layers: list[AttentionLayer]) -> contextlib.AbstractContextManager[None]:
+        """Inside, whoever lets the model generate and passes no cache gets a new one from `new_cache`.
+
+        Raises:
+            ValueError: there can be none for this model, or it generates so already.
         """

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3ForCausalLM, Trainer, TrainingArguments
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -53,6 +53,23 @@ def test_a_model_that_was_patched_by_hand(tmp_path):
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         block = json.loads(file.metadata()["qat_patch"])
     assert block == json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, Qwen3ForCausalLM])
+def test_the_name_of_4_bit_attention_loads_what_was_saved_patched(loader, tmp_path):
+    """As TRL loads a reference model: by the name in the config of the model that it trains."""
+    model = patched()
+    name = model.config._attn_implementation
+    model.save_pretrained(tmp_path / "patched")
+    loaded = loader.from_pretrained(tmp_path / "patched", attn_implementation=name)
+    assert_same(loaded, model)
+    unpatch_model(loaded)
+    assert loaded.config._attn_implementation == "sdpa"
+    loaded.save_pretrained(tmp_path / "plain")
+    with pytest.raises(
+        ValueError, match="'qat_fp4_sdpa' is the name that patch_model.*attn_implementation='sdpa'.*trainer.ref_model"
+    ):
+        loader.from_pretrained(tmp_path / "plain", attn_implementation=name)
 
 
 def test_what_is_in_force_counts_not_what_was_loaded(tmp_path):

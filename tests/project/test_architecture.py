@@ -123,6 +123,7 @@ ROOMS = {
         "qat_patch.__main__": {"cli"},
     },
     "qat_recipes": {
+        "qat_recipes.callback": set(),
         "qat_recipes.command_line": set(),
         "qat_recipes.lora": set(),
         "qat_recipes.memory": set(),
@@ -136,9 +137,9 @@ KERNEL_FILES, PATCH_FILES = "kernels/qat_kernels/**/*.py", "qat_patch/**/*.py"
 PROGRAMS = {
     "recipes": {"qat_kernels", "qat_patch", "qat_recipes"},
     "scripts": {"qat_kernels", "qat_patch", "qat_recipes", "scripts"},
-    "tests": {"qat_kernels", "qat_patch", "qat_recipes", "scripts", "support", "tests"},
+    "tests": {"examples", "qat_kernels", "qat_patch", "qat_recipes", "scripts", "support", "tests"},
 }
-OURS = {"qat_kernels", "qat_patch", "qat_recipes", "recipes", "scripts", "support", "tests"}
+OURS = {"examples", "qat_kernels", "qat_patch", "qat_recipes", "recipes", "scripts", "support", "tests"}
 HOSTS = ("accelerate", "datasets", "diffusers", "huggingface_hub", "peft", "transformers")
 MOST_FILES = 16
 

@@ -28,6 +28,13 @@ def texts(folder):
     return changes | {"data.eval.split": "null"}
 
 
+def no_texts(folder):
+    """The model writes its own; a part of it is held out, for this test measures."""
+    write_inputs(folder)
+    changes = {"model.path": folder / "model", "data.sequence_length": 64, "data.eval_fraction": 0.2}
+    return changes | {"data.generate.sequences": 16, "data.generate.batch_size": 8}
+
+
 def clips(folder):
     tiny_pipeline(layers=1).save_pretrained(folder / "model")
     write_clips(folder / "clips", 8)
@@ -35,9 +42,10 @@ def clips(folder):
     return changes | {"samples.every": 2, "samples.inference_steps": 2}
 
 
-@pytest.mark.parametrize("name", ["qwen3_14b", "qwen3_kv_nvfp4", "qwen3_nvfp4", "wan2_1_1_3b", "wan2_1_14b"])
+@pytest.mark.parametrize("name", ["qwen3_14b", "qwen3_kv_nvfp4", "qwen3_nvfp4", "qwen3_no_data", "wan2_1_1_3b", "wan2_1_14b"])
 def test_runs_to_an_export(name, tmp_path):
     recipe, inputs = (finetune_qwen3, texts) if name.startswith("qwen3") else (finetune_wan, clips)
+    inputs = no_texts if name == "qwen3_no_data" else inputs
     changes = inputs(tmp_path) | {"output_dir": tmp_path / "run", "steps": 4, "report_to": "[]"}
     changes |= dict.fromkeys(("eval_every", "checkpoint_every", "layers_every"), 2)
     if name == "qwen3_nvfp4":
@@ -58,3 +66,6 @@ def test_runs_to_an_export(name, tmp_path):
     if name == "qwen3_nvfp4":
         assert len((CONFIGS / f"{name}.yaml").read_text().splitlines()) < 12
         assert len(get_linear_handle(load_checkpoint(tmp_path / "run" / "export")).layers) == 14
+    if name == "qwen3_no_data":
+        assert len((CONFIGS / f"{name}.yaml").read_text().splitlines()) < 12
+        assert "kl" in records[1] and len(list((tmp_path / "run" / "generated").iterdir())) == 3

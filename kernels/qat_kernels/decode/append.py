@@ -93,7 +93,7 @@ def append_kernel(
     num_heads_k, seqlen_new, length, num_blocks, ring_size,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     HAS_LEFTPAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_K_SHIFT: tl.constexpr, ROTATE: tl.constexpr,
-    FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr,
+    FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """One group of 16 tokens of one key head, counted from the group that the first new token falls into.
 
@@ -103,6 +103,8 @@ def append_kernel(
 
     recent [B, Hk, ring_size, D]: where groups are old and new, V of the slots before, and no new slot takes the place of one of
     them.
+
+    RING: there may be more tokens than room. Token j takes the place of j % (num_blocks * BLOCK), if no later one does.
 
     KV_ONLY: V is stored as K is, its scales by the reciprocal rule as those of K are; there is no sink and no ring.
     """
@@ -138,14 +140,19 @@ def append_kernel(
     if ROTATE:
         # A head dim of 16 is half of the tile: the other half of the product is not wanted.
         k = tl.where(valid[None, :], hadamard(k, GROUP, 32 * BLOCK_WORDS), 0.0)
-    rows = batch_head * (num_blocks * (GROUP * _GROUPS_OF_BLOCK)) + token
-    _store_tokens(k, key_codes_ptr, key_scales_ptr, rows, is_new, WORDS, BLOCK_WORDS, FOUR_OVER_SIX, KV_ONLY)
+    capacity = num_blocks * (GROUP * _GROUPS_OF_BLOCK)
+    rows = batch_head * capacity + token
+    stored = is_new
+    if RING:
+        rows = batch_head * capacity + token % capacity
+        stored = is_new & (token + capacity >= seqlen_k)
+    _store_tokens(k, key_codes_ptr, key_scales_ptr, rows, stored, WORDS, BLOCK_WORDS, FOUR_OVER_SIX, KV_ONLY)
 
     v_ptr += batch * v_stride_b + head_k * v_stride_h
     v = tl.load(v_ptr + new_row * v_stride_l + columns[None, :], mask=read, other=0.0)
     if KV_ONLY:
         v = v.to(tl.float32)
-        _store_tokens(v, value_codes_ptr, value_scales_ptr, rows, is_new, WORDS, BLOCK_WORDS, FOUR_OVER_SIX, KV_ONLY)
+        _store_tokens(v, value_codes_ptr, value_scales_ptr, rows, stored, WORDS, BLOCK_WORDS, FOUR_OVER_SIX, KV_ONLY)
     else:
         recent_ptrs = recent_ptr + (batch_head * ring_size + slot % ring_size)[:, None] * HEAD_DIM + columns[None, :]
         tl.store(recent_ptrs, v, mask=(is_new & (slot >= length - ring_size))[:, None] & valid[None, :])
@@ -156,4 +163,10 @@ def append_kernel(
             before = slot < start
             v = tl.where(before[:, None], tl.load(recent_ptrs, mask=before[:, None] & valid[None, :], other=0.0), v)
             first_row = batch_head * num_blocks * HEAD_DIM
-            _store_group(v.to(tl.float32), group, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)
+            if RING:
+                # No later group of this place is complete.
+                if (group + 1) * GROUP + capacity > seqlen_k:
+                    place = group % (num_blocks * _GROUPS_OF_BLOCK)
+                    _store_group(v.to(tl.float32), place, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)
+            else:
+                _store_group(v.to(tl.float32), group, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)

@@ -19,6 +19,7 @@ from qat_kernels.triton.nvfp4 import (
     round_groups,
     signed_values,
 )
+from qat_kernels.triton.scores import LOG2_E
 
 from .byte_layout import BLOCK_TOKENS
 from .unpack import UNPACK_SCALE, load_rows, token_columns, unpack, unpack_tokens
@@ -59,6 +60,15 @@ def _scale_to_float16(x):
 
 
 @triton.jit
+def _scores(q, k, scale_log2, softcap):
+    """Scores times log2(e) of rows q and columns k; softcap None: they have no cap."""
+    scores = dot(q, k, tl.zeros((q.shape[0], k.shape[1]), tl.float32)) * scale_log2
+    if softcap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
+        scores = (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / softcap)))) * (softcap * LOG2_E)
+    return scores
+
+
+@triton.jit
 def _online_softmax_step(scores, row_sum, row_max):
     """One step of the online softmax with ceiled maxima: P~, the factor of what came before, and the new state."""
     row_max_new = tl.maximum(row_max, tl.ceil(tl.max(scores, 1)))
@@ -71,13 +81,13 @@ def _online_softmax_step(scores, row_sum, row_max):
 @triton.jit
 def _attend_kept(
     out, row_sum, row_max, q, q_pos, lower, start, stop,
-    key_codes_ptr, key_scales_ptr, v_ptr, first_slot, ring_size, key_mask_ptr, softmax_scale_log2,
+    key_codes_ptr, key_scales_ptr, ring, v_ptr, first_slot, ring_size, key_mask_ptr, scale_log2, softcap,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     BEFORE_SM_89: tl.constexpr,
 ):  # fmt: skip
     """Unquantized P~ times unquantized V over the keys from `start` to `stop`; a row may see those from `lower` to `q_pos`.
 
-    V of key j is row (j + first_slot) % ring_size.
+    K of key j is row j % ring (None: row j), and V is row (j + first_slot) % ring_size.
     """
     columns = tl.arange(0, 32 * BLOCK_WORDS)
     for first_key in range(start, stop, GROUP):
@@ -85,8 +95,11 @@ def _attend_kept(
         present = key < stop
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask_ptr + key, mask=present, other=0) != 0)
-        k = unpack(*load_rows(key_codes_ptr, key_scales_ptr, key, present, WORDS, BLOCK_WORDS), BEFORE_SM_89)
-        scores = dot(q, k, tl.zeros((q.shape[0], GROUP), tl.float32)) * softmax_scale_log2
+        row = key
+        if ring is not None:
+            row = key % ring
+        k = unpack(*load_rows(key_codes_ptr, key_scales_ptr, row, present, WORDS, BLOCK_WORDS), BEFORE_SM_89)
+        scores = _scores(q, k, scale_log2, softcap)
         allowed = present[None, :] & (key[None, :] <= q_pos[:, None]) & (key[None, :] >= lower[:, None])
         p, rescale, row_sum, row_max = _online_softmax_step(tl.where(allowed, scores, float("-inf")), row_sum, row_max)
         v_mask = present[:, None] & (columns < HEAD_DIM)[None, :]
@@ -99,7 +112,7 @@ def _attend_kept(
 @triton.jit(
     do_not_specialize=[
         "stride_b", "stride_h", "stride_l", "num_heads_k", "qheads_per_kvhead", "seqlen_new", "length", "num_blocks", "ring_size",
-        "num_splits", "softmax_scale_log2", "k_shift_scale",
+        "num_splits", "softmax_scale_log2", "k_shift_scale", "window", "softcap",
     ],
     do_not_specialize_on_alignment=["q_ptr", "k_shift_ptr", "key_mask_ptr"],
 )  # fmt: skip
@@ -108,6 +121,7 @@ def split_kernel(
     key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr, partials_ptr, lse_ptr,
     stride_b: tl.int64, stride_h: tl.int64, stride_l: tl.int64,
     num_heads_k, qheads_per_kvhead, seqlen_new, length, num_blocks, ring_size, num_splits, softmax_scale_log2, k_shift_scale,
+    window, softcap,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEGATE: tl.constexpr, HAS_LEFTPAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_K_SHIFT: tl.constexpr, ROTATE: tl.constexpr,
     FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr, ONE_TOKEN: tl.constexpr, BEFORE_SM_89: tl.constexpr,
@@ -121,6 +135,8 @@ def split_kernel(
     a ring; key_mask uint8 [B, length] over slots. partials float32: of every part of every head [B, Hk, num_parts] out
     [rows, D], not yet divided, and behind them all [2, rows]: m and the sum of P~. lse float32 [B, H, n]: if HAS_K_SHIFT, what
     the shift takes from it. NEGATE: the scale is negative. ONE_TOKEN: there is one new token, so every row sees the same keys.
+    window: how many keys a row sees (None: all before it); the parts are of the tiles that are in a window, and the cache is a
+    ring: token j is in the place of j % (num_blocks * BLOCK). softcap: or None.
     """
     batch_head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
@@ -144,6 +160,11 @@ def split_kernel(
         tl.store(lse_ptr + batch_head * rows_of_head + rows, tl.sum(q * k_shift[None, :], 1) * k_shift_scale, mask=inside)
     q = -q if NEGATE else q
     q_pos = seqlen_k - seqlen_new + rows % seqlen_new
+    window_start = tl.zeros_like(q_pos)
+    first_seen = 0
+    if window is not None:
+        window_start = tl.maximum(q_pos - (window - 1), 0)
+        first_seen = tl.maximum(seqlen_k - seqlen_new - (window - 1), 0)
     capacity = num_blocks * BLOCK
     key_codes_ptr += batch_head * capacity * (16 * WORDS)
     key_scales_ptr += batch_head * capacity * (2 * WORDS)
@@ -168,24 +189,37 @@ def split_kernel(
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if split < num_splits:
+        first = tl.maximum(first, first_seen)
+        first_tile = first_seen // BLOCK_N
         tiles = tl.cdiv(stop, BLOCK_N)
-        part = tl.cdiv(tiles, num_splits)
-        for tile in range(split * part, tl.minimum((split + 1) * part, tiles)):
+        part = tl.cdiv(tiles - first_tile, num_splits)
+        for tile in range(first_tile + split * part, tl.minimum(first_tile + (split + 1) * part, tiles)):
             key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            k = unpack(*load_rows(key_codes_ptr, key_scales_ptr, key, None, WORDS, BLOCK_WORDS), BEFORE_SM_89)
-            scores = dot(q, k, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * score_scale
+            place = tile
+            row = key
+            if window is not None:
+                place = tile % (capacity // BLOCK_N)
+                row = place * BLOCK_N + tl.arange(0, BLOCK_N)
+            k = unpack(*load_rows(key_codes_ptr, key_scales_ptr, row, None, WORDS, BLOCK_WORDS), BEFORE_SM_89)
+            scores = _scores(q, k, score_scale, softcap)
             allowed = (key >= first) & (key < stop)
             if HAS_KEY_MASK:
                 allowed = allowed & (tl.load(key_mask_ptr + key, mask=allowed, other=0) != 0)
             if ONE_TOKEN:
                 scores = tl.where(allowed[None, :], scores, float("-inf"))
             else:
-                scores = tl.where(allowed[None, :] & (key[None, :] < lower[:, None]), scores, float("-inf"))
+                seen = allowed[None, :] & (key[None, :] < lower[:, None])
+                if window is not None:
+                    seen = seen & (key[None, :] >= window_start[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
             p, rescale, row_sum, row_max = _online_softmax_step(scores, row_sum, row_max)
             if KV_ONLY:
                 # V is too small by UNPACK_SCALE; P~ is made too large by as much, and float16 holds more of the small ones.
                 p = (p * (1.0 / UNPACK_SCALE)).to(tl.float16)
-                v = load_rows(value_codes_ptr, value_scales_ptr, key, key < stop, WORDS, BLOCK_WORDS)
+                present = key < stop
+                if window is not None:
+                    present = present & (key >= first)
+                v = load_rows(value_codes_ptr, value_scales_ptr, row, present, WORDS, BLOCK_WORDS)
                 v = unpack_tokens(*v, BEFORE_SM_89)  # `out` has its order of columns from now on
             else:
                 # One block of values is one tile.
@@ -193,23 +227,28 @@ def split_kernel(
                 groups = fake_quantize_p(groups, tl.max(groups, 2, keep_dims=True))
                 p = tl.reshape(groups, (BLOCK_M, BLOCK_N)).to(tl.float16)
                 present = None if HEAD_DIM == 32 * BLOCK_WORDS else columns < HEAD_DIM
-                row = tile * HEAD_DIM + columns
+                row = place * HEAD_DIM + columns
                 v = load_rows(value_codes_ptr, value_scales_ptr, row, present, BLOCK_N // 32, BLOCK_N // 32)
                 v = unpack(*v, BEFORE_SM_89)
             out = dot(p, v, out * rescale[:, None])
         if not KV_ONLY:
             out = out * (1.0 / (P_GLOBAL_SCALE * UNPACK_SCALE))
     elif not KV_ONLY:
+        ring = None if window is None else capacity
         sink_stop = tl.minimum(seqlen_k, GROUP)
+        if window is not None:
+            sink_stop = tl.where(first_seen < GROUP, sink_stop, 0)
         out, row_sum, row_max = _attend_kept(
-            out, row_sum, row_max, q, q_pos, tl.zeros_like(q_pos), 0, sink_stop, key_codes_ptr, key_scales_ptr,
-            sink_ptr + batch_head * GROUP * HEAD_DIM, 0, GROUP, key_mask_ptr, score_scale,
+            out, row_sum, row_max, q, q_pos, window_start, 0, sink_stop, key_codes_ptr, key_scales_ptr, ring,
+            sink_ptr + batch_head * GROUP * HEAD_DIM, 0, GROUP, key_mask_ptr, score_scale, softcap,
             HEAD_DIM, WORDS, BLOCK_WORDS, HAS_KEY_MASK, BEFORE_SM_89,
         )  # fmt: skip
         open_start = tl.maximum((seqlen_k - seqlen_new) & -GROUP, GROUP)
+        if window is not None:
+            lower = tl.maximum(lower, window_start)
         out, row_sum, row_max = _attend_kept(
-            out, row_sum, row_max, q, q_pos, lower, open_start, seqlen_k, key_codes_ptr, key_scales_ptr,
-            recent_ptr + batch_head * ring_size * HEAD_DIM, leftpad, ring_size, key_mask_ptr, score_scale,
+            out, row_sum, row_max, q, q_pos, lower, open_start, seqlen_k, key_codes_ptr, key_scales_ptr, ring,
+            recent_ptr + batch_head * ring_size * HEAD_DIM, leftpad, ring_size, key_mask_ptr, score_scale, softcap,
             HEAD_DIM, WORDS, BLOCK_WORDS, HAS_KEY_MASK, BEFORE_SM_89,
         )  # fmt: skip
     if KV_ONLY:
@@ -224,13 +263,16 @@ def split_kernel(
     tl.store(stats_ptr + rows_of_head, row_sum, mask=inside)
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_l", "num_heads_k", "qheads_per_kvhead", "seqlen_new", "num_parts"])
+@triton.jit(
+    do_not_specialize=["stride_b", "stride_h", "stride_l", "num_heads_k", "qheads_per_kvhead", "seqlen_new", "num_parts"],
+    do_not_specialize_on_alignment=["sinks_ptr"],
+)
 def combine_kernel(
-    partials_ptr, out_ptr, lse_ptr,
+    partials_ptr, out_ptr, lse_ptr, sinks_ptr,
     stride_b: tl.int64, stride_h: tl.int64, stride_l: tl.int64, num_heads_k, qheads_per_kvhead, seqlen_new, num_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One row of `split_kernel`: its parts, in order. out [B, H, n, D] of any strides but the last, which is 1."""
+    """One row of `split_kernel`: its parts, in order. out [B, H, n, D] of any strides but the last; sinks [H] or None."""
     rows_of_head = qheads_per_kvhead * seqlen_new
     row = tl.program_id(0) % rows_of_head
     batch_head = (tl.program_id(0) // rows_of_head).to(tl.int64)
@@ -254,6 +296,13 @@ def combine_kernel(
         part_out = tl.load(partials_ptr + offsets, mask=present[:, None] & valid[None, :], other=0.0)
         out = out * rescale + tl.sum(part_out * part_rescale[:, None], 0)
         row_sum = row_sum * rescale + tl.sum(part_sum * part_rescale, 0)
+        row_max = row_max_new
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + (batch_head % num_heads_k) * qheads_per_kvhead + row // seqlen_new).to(tl.float32) * LOG2_E
+        row_max_new = tl.maximum(row_max, tl.ceil(sink))
+        rescale = tl.exp2(row_max - row_max_new)
+        out *= rescale
+        row_sum = row_sum * rescale + tl.exp2(sink - row_max_new)
         row_max = row_max_new
     empty = row_sum == 0.0
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)

@@ -29,7 +29,8 @@ class CacheTensors(NamedTuple):
 
     packed: dict[str, torch.Tensor]
     """`key_codes`, `key_scales` [B, Hk, capacity, bytes]; `value_codes`, `value_scales` [B, Hk, blocks, D, bytes]; and `sink`, V
-    of the sink group [B, Hk, 16, D]. With `kv_nvfp4` the values lie as the keys do, and there is no sink group."""
+    of the sink group [B, Hk, 16, D]. With `kv_nvfp4` the values lie as the keys do, and there is no sink group. All but the sink
+    group are rings: token j is in the place of token j % capacity, which matters with a window only, where fewer are kept."""
     recent: torch.Tensor | None
     """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n. None with `kv_nvfp4`."""
     leftpad: torch.Tensor | None
@@ -37,11 +38,18 @@ class CacheTensors(NamedTuple):
     length: int
     """Slots filled so far."""
     spec: QuantSpec
+    window: int | None
+    """How many keys a query sees, its own among them; None: all before it."""
+
+    @property
+    def capacity(self) -> int:
+        """For how many tokens there is room."""
+        return self.packed["key_codes"].shape[2]
 
     @property
     def num_blocks(self) -> int:
-        """For how many blocks of BLOCK_TOKENS tokens there is room."""
-        return self.packed["key_codes"].shape[2] // BLOCK_TOKENS
+        """The same in blocks of BLOCK_TOKENS tokens."""
+        return self.capacity // BLOCK_TOKENS
 
     @property
     def stored(self) -> tuple[torch.Tensor | None, ...]:

@@ -4,6 +4,9 @@ K is quantized as it arrives, V as soon as a group of 16 tokens is complete. The
 those of the sink group, and of the last tokens, among them the open group. So attention over the cache is causal attention
 over all of its tokens, computed once or again.
 
+With a window of w keys a query sees no others, and tokens are kept that may be seen again: a ring of w tokens and some more. The
+group in which a window begins is there as a whole, as its codes of V were when it was complete.
+
 With `kv_nvfp4` groups of V lie along the head dim too, as in the caches of servers (section 9): V is quantized as it arrives, and
 nothing is kept.
 """
@@ -18,7 +21,7 @@ import torch
 
 from qat_kernels import ran
 from qat_kernels.api import attention
-from qat_kernels.arguments import Impl, validate
+from qat_kernels.arguments import Features, Impl, validate
 from qat_kernels.dispatch import needs_triton, without_verdicts
 from qat_kernels.spec import GROUP_SIZE, NVFP4, QuantSpec
 from qat_kernels.transforms import transformed
@@ -29,6 +32,9 @@ from .byte_layout import BLOCK_BYTES, BLOCK_SCALES, BLOCK_TOKENS, CacheTensors, 
 
 RECENT_TOKENS = 48
 """The last tokens, whose values are also kept as they are: the open group, and enough that `crop` can go back some steps."""
+_WITH_A_WINDOW = 64
+"""So many tokens, or a few more, are attended from at once where there is a window: their windows have to be there together. As
+many can be taken back."""
 _GROW = 64
 """Room for new tokens is made for 1/64 of the tokens at a time, in whole blocks: a copy now and then, little memory unused."""
 
@@ -51,6 +57,8 @@ class KVCache:
         self.length = 0
         """Slots filled so far."""
         self.spec: QuantSpec | None = None
+        self.window: int | None = None
+        """How many keys a query sees, its own among them; None: all before it."""
         self._packed: dict[str, torch.Tensor] = {}
         """As in `CacheTensors`."""
         self._recent = torch.empty(0, 0, 0, 0)
@@ -58,6 +66,8 @@ class KVCache:
         `kv_nvfp4` it stays so."""
         self._recent_start = 0
         """The first slot whose V is in the ring."""
+        self._first = 0
+        """The first slot whose place in the ring no later one has taken."""
         self._leftpad: torch.Tensor | None = None
         """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
 
@@ -82,6 +92,9 @@ class KVCache:
         scale: float | None = ...,
         key_mask: torch.Tensor | None = ...,
         k_shift: torch.Tensor | None = ...,
+        window: int | None = ...,
+        softcap: float | None = ...,
+        sinks: torch.Tensor | None = ...,
         return_lse: Literal[False] = ...,
         impl: Impl | Verdicts = ...,
     ) -> torch.Tensor: ...
@@ -97,6 +110,9 @@ class KVCache:
         scale: float | None = ...,
         key_mask: torch.Tensor | None = ...,
         k_shift: torch.Tensor | None = ...,
+        window: int | None = ...,
+        softcap: float | None = ...,
+        sinks: torch.Tensor | None = ...,
         return_lse: Literal[True],
         impl: Impl | Verdicts = ...,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -111,6 +127,9 @@ class KVCache:
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
         k_shift: torch.Tensor | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
         return_lse: bool = False,
         impl: Impl | Verdicts = "auto",
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -119,6 +138,8 @@ class KVCache:
         Args:
             q, k, v: [B, H, n, D] and [B, Hk, n, D]: the next n slots of each sequence.
             key_mask: bool [B, length + n], over all slots; it may not change where it was given before.
+            window: as for `qat_kernels.attention`, the same at every call. Keys that are in no window are not read.
+            softcap, sinks: as for `qat_kernels.attention`, where the preset has them.
             impl: `auto`, `eager` or `triton`, and for `nvfp4` also `fp4`, which computes the first call.
             Others: as for `qat_kernels.attention`, the same at every call.
 
@@ -129,15 +150,15 @@ class KVCache:
             ValueError: as `qat_kernels.attention`; the inputs do not continue what the cache holds; the preset is none of
                 `presets`; or a derivative is asked for. The cache is as it was then.
         """
-        for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, impl)
+        features = Features(window=window, softcap=softcap, sinks=sinks)
+        for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, features, impl)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        if self.length == 0 and not (return_lse and spec.kv_only):  # for SDPA returns none
-            out, lse = self._attend_at_once(q, k, v, scale, key_mask, k_shift, spec, for_first)
-            self._extend(k, v, key_mask, k_shift, spec, impl)
+        # SDPA has no log-sum-exp, and no feature.
+        if self.length == 0 and not (spec.kv_only and (return_lse or features.asked)):
+            out, lse = self._attend_at_once(q, k, v, scale, key_mask, k_shift, spec, features, for_first)
+            self._extend(k, v, key_mask, k_shift, spec, window, impl)
         else:
-            self._extend(k, v, key_mask, k_shift, spec, impl)
-            ran.note("eager" if impl == "eager" else "decode")
-            out, lse = _implementation(impl).attend(self._tensors(spec), q, key_mask, k_shift, scale)
+            out, lse = self._attend_as_it_grows(q, k, v, scale, key_mask, k_shift, spec, features, impl)
         self._trim()
         if not return_lse:
             return out
@@ -152,19 +173,20 @@ class KVCache:
         spec: QuantSpec = NVFP4,
         key_mask: torch.Tensor | None = None,
         k_shift: torch.Tensor | None = None,
+        window: int | None = None,
         impl: Impl | Verdicts = "auto",
     ) -> None:
         """Add k and v without attending: what `attention` does first, with its arguments and errors."""
-        impl = self._check(k, k, v, spec, key_mask, k_shift, impl)
-        self._extend(k, v, key_mask, k_shift, spec, impl)
+        impl = self._check(k, k, v, spec, key_mask, k_shift, Features(window=window), impl)
+        self._extend(k, v, key_mask, k_shift, spec, window, impl)
         self._trim()
 
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens` slots.
 
         Raises:
-            ValueError: this would reopen a group whose values are only left in NVFP4, which cannot be with `kv_nvfp4`, or there
-                are not so many slots. The cache is as it was then.
+            ValueError: this would reopen a group whose values are only left in NVFP4, which cannot be with `kv_nvfp4`; or with a
+                window it asks for tokens that are not kept; or there are not so many slots. The cache is as it was then.
         """
         if not 0 <= tokens <= self.length:
             raise ValueError(f"KVCache.crop: expected a number of slots from 0 to {self.length}, got {tokens}")
@@ -172,6 +194,12 @@ class KVCache:
             return self.reset() if tokens else None
         length = self.length - tokens
         assert self.spec is not None, "something was added"
+        if self.window is not None and max(length - self.window + 1, 0) < self._first:
+            raise ValueError(
+                f"KVCache.crop: without {tokens} slots a window of {self.window} keys begins at slot "
+                f"{max(length - self.window + 1, 0)}, and those before {self._first} are not kept; crop at most "
+                f"{self.length - self.window + 1 - self._first}, or start again from an empty cache"
+            )
         if not self.spec.kv_only:
             self._check_crop(tokens)
         self.length, self._recent_start = length, min(self._recent_start, length)
@@ -205,6 +233,7 @@ class KVCache:
         spec: QuantSpec,
         key_mask: torch.Tensor | None,
         k_shift: torch.Tensor | None,
+        features: Features,
         impl: Impl | Verdicts,
     ) -> Impl:
         """Raise a ValueError unless these continue what the cache holds and can be computed; returns what `impl` runs."""
@@ -213,6 +242,7 @@ class KVCache:
             impl = "auto"
         # The kernels of the cache are not those that `attention` has for `kv_nvfp4`.
         validate(q, k, v, spec, None, k_shift, None, "auto" if kv_only else impl)
+        features.checked(q, spec, "auto", causal=True, packed=False, k_shift=k_shift)
         problem = None
         slots = self.length + k.shape[2]
         if spec.preset not in self.presets:
@@ -222,7 +252,7 @@ class KVCache:
             problem = f"impl with preset={spec.preset!r}: expected auto, eager or triton, got {impl!r}"
         elif kv_only and impl == "triton" and q.dtype == torch.float64:
             problem = f"dtype with impl={impl!r}: expected float32, float16 or bfloat16, got {q.dtype}; use impl='eager'"
-        elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, features.sinks)):
             problem = "it has no gradient; expected a call under torch.no_grad(), or tensors that require no gradient"
         elif transformed():
             problem = "it has no derivative; expected a call outside of torch.func and forward mode"
@@ -230,6 +260,8 @@ class KVCache:
             problem = f"expected as many queries as new keys, and at least one, got {q.shape[2]} and {k.shape[2]}"
         elif self.length and spec != self.spec:
             problem = f"expected {self.spec}, with which it was filled, got {spec}"
+        elif self.length and features.window != self.window:
+            problem = f"expected window={self.window}, with which it was filled, got window={features.window}"
         elif self.length and (k.dtype, k.device, *k.shape[:2], k.shape[3]) != (
             self._recent.dtype, self._recent.device, *self._recent.shape[:2], self._recent.shape[3]
         ):  # fmt: skip
@@ -260,6 +292,7 @@ class KVCache:
         key_mask: torch.Tensor | None,
         k_shift: torch.Tensor | None,
         spec: QuantSpec,
+        features: Features,
         impl: Impl | Verdicts,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What attention over a cache of these alone computes, in one piece: O, and but for `kv_nvfp4` LSE."""
@@ -268,8 +301,38 @@ class KVCache:
                 at_once: Impl = "eager" if impl == "eager" else "sdpa"
                 return attention(q, k, v, spec=spec, causal=True, scale=scale, key_mask=key_mask, impl=at_once), None
             return attention(
-                q, k, v, spec=spec, causal=True, scale=scale, key_mask=key_mask, k_shift=k_shift, return_lse=True, impl=impl
-            )
+                q, k, v, spec=spec, causal=True, scale=scale, key_mask=key_mask, k_shift=k_shift, window=features.window,
+                softcap=features.softcap, sinks=features.sinks, return_lse=True, impl=impl,
+            )  # fmt: skip
+
+    def _attend_as_it_grows(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        key_mask: torch.Tensor | None,
+        k_shift: torch.Tensor | None,
+        spec: QuantSpec,
+        features: Features,
+        impl: Impl,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add K and V and attend to what is there then, O and LSE; with a window some tokens after the other."""
+        kernels, start, new = _implementation(impl), self.length, q.shape[2]
+        ran.note("eager" if impl == "eager" else "decode")
+        softcap = None if features.softcap is None else float(features.softcap)
+        at_once = new if features.window is None else _ring(features.window) - features.window + 1
+        parts = []
+        for begin in range(0, new, at_once):
+            part = slice(begin, min(begin + at_once, new))
+            mask = None if key_mask is None else key_mask[:, : start + part.stop]
+            self._extend(k[:, :, part], v[:, :, part], mask, k_shift, spec, features.window, impl)
+            parts.append(kernels.attend(self._tensors(spec), q[:, :, part], mask, k_shift, scale, softcap, features.sinks))
+        if len(parts) == 1:
+            return parts[0]
+        out = torch.empty_like(q)
+        torch.cat([each for each, _ in parts], 2, out=out)
+        return out, torch.cat([lse for _, lse in parts], 2)
 
     def _extend(
         self,
@@ -278,11 +341,12 @@ class KVCache:
         key_mask: torch.Tensor | None,
         k_shift: torch.Tensor | None,
         spec: QuantSpec,
+        window: int | None,
         impl: Impl,
     ) -> None:
         """K and V of the next slots; afterwards `_recent` reaches back far enough to attend from as many queries."""
         start, new = self.length, k.shape[2]
-        self.spec = spec
+        self.spec, self.window = spec, window
         # No new slot may take the place of what belongs to the group that is open.
         self._resize(max(RECENT_TOKENS, new + GROUP_SIZE - 1) if start else RECENT_TOKENS, v)
         self.length = start + new
@@ -291,6 +355,8 @@ class KVCache:
             self._leftpad = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
         _implementation(impl).append(self._tensors(spec), k, v, key_mask, k_shift)
         self._recent_start = max(self._recent_start, self.length - self._recent.shape[2])
+        if window is not None:
+            self._first = max(self._first, self.length - _ring(window))
 
     def _trim(self) -> None:
         self._resize(RECENT_TOKENS, self._recent)
@@ -309,13 +375,16 @@ class KVCache:
             self._recent[:, :, kept % slots] = old[:, :, kept % old.shape[2]]
 
     def _grow(self, k: torch.Tensor) -> None:
-        """Make room for all slots."""
+        """Make room for all slots, or with a window for those that are kept."""
         batch, num_heads_k, _, head_dim = k.shape
         assert self.spec is not None, "something is added"
         blocks = self._tensors(self.spec).num_blocks if self._packed else 0
-        if self.length <= blocks * BLOCK_TOKENS:
+        length = self.length if self.window is None else min(self.length, _ring(self.window))
+        if length <= blocks * BLOCK_TOKENS:
             return
-        blocks = -(-max(self.length, self.length * (_GROW + 1) // _GROW if blocks else 0) // BLOCK_TOKENS)
+        blocks = -(-max(length, length * (_GROW + 1) // _GROW if blocks else 0) // BLOCK_TOKENS)
+        if self.window is not None:
+            blocks = min(blocks, _ring(self.window) // BLOCK_TOKENS)
         words = row_words(head_dim)
         shapes: dict[str, tuple[int, ...]] = {
             "key_codes": (blocks * BLOCK_TOKENS, 16 * words),
@@ -335,7 +404,13 @@ class KVCache:
 
     def _tensors(self, spec: QuantSpec) -> CacheTensors:
         """What implementations read and change."""
-        return CacheTensors(self._packed, None if spec.kv_only else self._recent, self._leftpad, self.length, spec)
+        recent = None if spec.kv_only else self._recent
+        return CacheTensors(self._packed, recent, self._leftpad, self.length, spec, self.window)
+
+
+def _ring(window: int) -> int:
+    """How many tokens are kept, in whole blocks."""
+    return -(-(window + _WITH_A_WINDOW - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 @lru_cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -42,33 +44,61 @@ def append(
         _append_values(cache, v, start)
     for name, (codes, scales) in tokens.items():
         for rows, leftpad in _rows(cache):
-            old, count = max(start - leftpad, 0), cache.length - leftpad
+            count = cache.length - leftpad
+            old = max(start - leftpad, 0, count - cache.capacity)
             if old < count:
-                cache.packed[f"{name}_codes"][rows, :, old:count] = codes[rows, :, leftpad + old - start :]
-                cache.packed[f"{name}_scales"][rows, :, old:count] = scales[rows, :, leftpad + old - start :]
+                places = torch.arange(old, count, device=k.device) % cache.capacity
+                cache.packed[f"{name}_codes"][rows, :, places] = codes[rows, :, leftpad + old - start :]
+                cache.packed[f"{name}_scales"][rows, :, places] = scales[rows, :, leftpad + old - start :]
 
 
 def attend(
-    cache: CacheTensors, q: torch.Tensor, key_mask: torch.Tensor | None, k_shift: torch.Tensor | None, scale: float
+    cache: CacheTensors,
+    q: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O in the strides of q, and LSE [B, H, n], of the last n tokens in the cache."""
     dtype = reference.accumulator(q.dtype)
     leftpad = torch.zeros(1, dtype=torch.int32, device=q.device) if cache.leftpad is None else cache.leftpad
-    count = cache.length - int(leftpad.min())
-    key = _tokens(cache, "key", count, q.shape[-1]).to(dtype)
-    slots = torch.arange(count, device=q.device) + leftpad[:, None]
+    tokens = _Tokens(_first_read(cache, leftpad, q.shape[2]), cache.length - int(leftpad.min()))
+    key = _tokens(cache, "key", tokens, q.shape[-1]).to(dtype)
+    slots = tokens.numbers(q.device) + leftpad[:, None]
     allowed = slots < cache.length
     if cache.spec.kv_only:
-        value = _tokens(cache, "value", count, q.shape[-1]).to(dtype)
+        value = _tokens(cache, "value", tokens, q.shape[-1]).to(dtype)
         value = value_fq = torch.where(allowed[:, None, :, None], value, 0.0)  # for what was cropped need not be finite
     else:
-        value, value_fq = _values(cache, leftpad, count, q.shape[2], dtype)
+        value, value_fq = _values(cache, leftpad, tokens, q.shape[2], dtype)
     if key_mask is not None:
         allowed &= key_mask.gather(1, slots.clamp(max=cache.length - 1))
     allowed = allowed.expand(q.shape[0], -1)
-    positions = torch.arange(cache.length - q.shape[2], cache.length, device=q.device) - leftpad[:, None]
+    positions = torch.arange(cache.length - q.shape[2], cache.length, device=q.device) - leftpad[:, None] - tokens.start
+    options: dict[str, Any] = {"spec": cache.spec, "scale": scale, "window": cache.window, "softcap": softcap, "sinks": sinks}
     with torch.autocast(q.device.type, enabled=False):
-        return reference.forward_cached(q, key, value_fq, value, allowed, positions, k_shift, spec=cache.spec, scale=scale)
+        return reference.forward_cached(q, key, value_fq, value, allowed, positions, k_shift, **options)
+
+
+class _Tokens(NamedTuple):
+    """A range of tokens, counted from each sequence's first allowed slot."""
+
+    start: int
+    """Where a group begins."""
+    stop: int
+
+    def numbers(self, device: torch.device) -> torch.Tensor:
+        return torch.arange(self.start, max(self.start, self.stop), device=device)
+
+
+def _first_read(cache: CacheTensors, leftpad: torch.Tensor, queries: int) -> int:
+    """The first token to be read: a group before the windows, in the place of the first group of all, which would be kept."""
+    if cache.window is None:
+        return 0
+    first_seen = cache.length - queries - (cache.window - 1) - int(leftpad.max())
+    return max(0, first_seen // GROUP_SIZE - 1) * GROUP_SIZE
 
 
 def _rows(cache: CacheTensors) -> list[tuple[slice, int]]:
@@ -84,9 +114,10 @@ def _quantized_rows(x: torch.Tensor, how: NVFP4Format) -> tuple[torch.Tensor, to
     return pack_rows(*_bytes(nvfp4.quantize(x, four_over_six=how.four_over_six, scale=how.scale)))
 
 
-def _tokens(cache: CacheTensors, name: str, count: int, head_dim: int) -> torch.Tensor:
-    """The inverse: the first `count` tokens of "key" or "value", float32 [B, Hk, count, D]. Some may be what was cropped."""
-    codes, scales = (cache.packed[f"{name}_{part}"][:, :, :count] for part in ("codes", "scales"))
+def _tokens(cache: CacheTensors, name: str, tokens: _Tokens, head_dim: int) -> torch.Tensor:
+    """The inverse: tokens of "key" or "value", float32 [B, Hk, n, D]. Some may be what was cropped."""
+    places = tokens.numbers(cache.packed["key_codes"].device) % cache.capacity
+    codes, scales = (cache.packed[f"{name}_{part}"][:, :, places] for part in ("codes", "scales"))
     return _dequantize(*unpack_rows(codes, scales, head_dim))
 
 
@@ -108,7 +139,8 @@ def _append_values(cache: CacheTensors, v: torch.Tensor, start: int) -> None:
         if old < GROUP_SIZE:
             new = values[:, :, leftpad + old - known_start :][:, :, : GROUP_SIZE - old]
             cache.packed["sink"][rows, :, old : old + new.shape[2]] = new
-        opened, closed = max(old // GROUP_SIZE, 1), count // GROUP_SIZE  # the sink group is never read
+        closed = count // GROUP_SIZE
+        opened = max(old // GROUP_SIZE, 1, closed - cache.capacity // GROUP_SIZE)  # the sink group is never read
         if opened < closed:
             complete = torch.arange(opened, closed, device=v.device)
             from_known = leftpad - known_start
@@ -118,28 +150,31 @@ def _append_values(cache: CacheTensors, v: torch.Tensor, start: int) -> None:
             # A group is half of a row of 32: its two lanes' words stand apart in a row of 128.
             words, _ = pack_rows(groups, group_scales)
             words = words.unflatten(-1, (4, 4))[..., :2, :]
-            block, h, i = group_places(complete)
+            block, h, i = group_places(complete % (cache.capacity // GROUP_SIZE))
             places[rows][:, :, block, :, h, :, i] = words.movedim(2, 0)
             scale_places[rows][:, :, block, :, h, i] = group_scales[..., 0].movedim(2, 0)
 
 
 def _values(
-    cache: CacheTensors, leftpad: torch.Tensor, count: int, queries: int, dtype: torch.dtype
+    cache: CacheTensors, leftpad: torch.Tensor, tokens: _Tokens, queries: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V [B, Hk, count, D] as the kept groups of the last `queries` tokens take it, and as it is quantized along the tokens."""
-    packed = cache.packed
-    by_column = _dequantize(*unpack_rows(packed["value_codes"], packed["value_scales"], BLOCK_TOKENS))
+    """V [B, Hk, n, D] as the kept groups of the last `queries` tokens take it, and as it is quantized along the tokens."""
+    packed, (start, stop) = cache.packed, tokens
+    first_block = start // BLOCK_TOKENS
+    blocks = torch.arange(first_block, max(first_block, -(-stop // BLOCK_TOKENS)), device=leftpad.device) % cache.num_blocks
+    by_column = _dequantize(*unpack_rows(packed["value_codes"][:, :, blocks], packed["value_scales"][:, :, blocks], BLOCK_TOKENS))
+    by_token = by_column.mT.flatten(2, 3)[:, :, start - first_block * BLOCK_TOKENS :][:, :, : max(0, stop - start)]
     complete = (cache.length - leftpad)[:, None] // GROUP_SIZE * GROUP_SIZE
-    column = torch.arange(count, device=leftpad.device)
     # Behind the last complete group may be what was cropped.
-    value_fq = torch.where((column < complete)[:, None, :, None], by_column.mT.flatten(2, 3)[:, :, :count], 0.0).to(dtype)
+    value_fq = torch.where((tokens.numbers(leftpad.device) < complete)[:, None, :, None], by_token, 0.0).to(dtype)
     value = value_fq.clone()
-    value[:, :, :GROUP_SIZE] = packed["sink"][:, :, :count]
+    if start == 0:
+        value[:, :, :GROUP_SIZE] = packed["sink"][:, :, :stop]
     for rows, begin in _rows(cache):
-        tokens = cache.length - begin
-        opened = max(tokens - queries, GROUP_SIZE) // GROUP_SIZE * GROUP_SIZE  # behind the sink group
-        if opened < tokens:
-            value[rows, :, opened:tokens] = _recent_values(cache, rows, begin + opened, cache.length).to(dtype)
+        count = cache.length - begin
+        opened = max(count - queries, GROUP_SIZE) // GROUP_SIZE * GROUP_SIZE  # behind the sink group
+        if opened < count:
+            value[rows, :, opened - start : count - start] = _recent_values(cache, rows, begin + opened, cache.length).to(dtype)
     return value, value_fq
 
 

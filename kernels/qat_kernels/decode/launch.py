@@ -80,7 +80,7 @@ class Given(NamedTuple):
 
 @functools.cache
 def _append_kernel_for(
-    device: torch.device, dtype: torch.dtype, head_dim: int, spec: QuantSpec, given: Given
+    device: torch.device, dtype: torch.dtype, head_dim: int, spec: QuantSpec, given: Given, ring: bool
 ) -> PrecompiledKernel:
     words = row_words(head_dim)
     return PrecompiledKernel(
@@ -88,7 +88,7 @@ def _append_kernel_for(
         [dtype, dtype, *given.types, *_stored_types(dtype, spec), *[0] * 11],
         {
             "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), **given.constants,
-            "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only,
+            "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only, "RING": ring,
         },
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -97,12 +97,15 @@ def _append_kernel_for(
 @functools.cache
 def _attend_kernels_for(
     device: torch.device, dtype: torch.dtype, head_dim: int, spec: QuantSpec, given: Given,
-    tile: Tile, negate: bool, one_token: bool,
+    tile: Tile, negate: bool, one_token: bool, has_window: bool, has_softcap: bool, sinks: torch.dtype | None,
 ) -> tuple[PrecompiledKernel, PrecompiledKernel]:  # fmt: skip
     words = row_words(head_dim)
     split = PrecompiledKernel(
         split_kernel,
-        [dtype, *given.types, *_stored_types(dtype, spec), *[torch.float32] * 2, *[0] * 10, 0.0, 0.0],
+        [
+            dtype, *given.types, *_stored_types(dtype, spec), *[torch.float32] * 2, *[0] * 10, 0.0, 0.0,
+            0 if has_window else None, 0.0 if has_softcap else None,
+        ],
         {
             "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n, "NEGATE": negate, **given.constants, "ROTATE": spec.rotate,
@@ -113,7 +116,7 @@ def _attend_kernels_for(
     )  # fmt: skip
     combine = PrecompiledKernel(
         combine_kernel,
-        [torch.float32, dtype, torch.float32, *[0] * 7],
+        [torch.float32, dtype, torch.float32, sinks, *[0] * 7],
         {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_P": 16, "HAS_K_SHIFT": given.k_shift},
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -137,7 +140,7 @@ def append(
     k, v = _rows(k), _rows(v)
     given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
     with on_device(k.device):
-        _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given)(
+        _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given, cache.window is not None)(
             (batch * num_heads_k, (seqlen_new + GROUP_SIZE - 2) // GROUP_SIZE + 1, 1),
             k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
             *k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache),
@@ -145,7 +148,13 @@ def append(
 
 
 def attend(
-    cache: CacheTensors, q: torch.Tensor, key_mask: torch.Tensor | None, k_shift: torch.Tensor | None, scale: float
+    cache: CacheTensors,
+    q: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O in the strides of q, and LSE float32 [B, H, n], of the last n tokens in the cache."""
     q = _rows(q)
@@ -156,6 +165,8 @@ def attend(
     tile = choose(arch_of(device), rows, head_dim, spec)
     row_blocks = -(-rows // tile.block_m)
     tiles = -(-cache.length // tile.block_n)
+    if cache.window is not None:  # those that so many keys may lie in
+        tiles = min(tiles, (cache.window + seqlen_new + tile.block_n - 3) // tile.block_n + 1)
     programs = tile.programs * _processors(device)
     num_splits = max(1, min(tiles, programs // (batch * num_heads_k * row_blocks)))
     num_parts = num_splits if spec.kv_only else num_splits + 1  # the kept groups
@@ -164,16 +175,20 @@ def attend(
     softmax_scale_log2 = scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E
     given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
     with on_device(device):
-        split, combine = _attend_kernels_for(device, q.dtype, head_dim, spec, given, tile, scale < 0, seqlen_new == 1)
+        split, combine = _attend_kernels_for(
+            device, q.dtype, head_dim, spec, given, tile, scale < 0, seqlen_new == 1,
+            cache.window is not None, softcap is not None, None if sinks is None else sinks.dtype,
+        )  # fmt: skip
         split(
             (batch * num_heads_k, num_parts, row_blocks),
             q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
             partials, lse, *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
-            _ring_size(cache), num_splits, softmax_scale_log2, scale,
+            _ring_size(cache), num_splits, softmax_scale_log2, scale, cache.window, softcap,
         )  # fmt: skip
         combine(
             (batch * num_heads * seqlen_new, 1, 1),
-            partials, out, lse, *out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts,
+            partials, out, lse, None if sinks is None else sinks.contiguous(),
+            *out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts,
         )  # fmt: skip
     return out, lse
 

@@ -281,7 +281,7 @@ def _value_operands(
 
 
 def _tiles(device: torch.device, problem: Problem) -> tiles.Tiles:
-    return tiles.choose(arch_of(device), problem.head_dim, problem.causal, not problem.mask.is_plain)
+    return tiles.choose(arch_of(device), problem.head_dim, problem.causal, problem.variants)
 
 
 def remark(device: torch.device) -> str:

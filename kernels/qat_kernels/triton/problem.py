@@ -102,6 +102,12 @@ class Problem(NamedTuple):
         }
 
     @property
+    def variants(self) -> list[str]:
+        """What tiles may depend on besides (tiles.py)."""
+        has = {"bounds": not self.mask.is_plain, "softcap": self.softcap is not None}
+        return [name for name, yes in has.items() if yes]
+
+    @property
     def options(self) -> dict[str, Any]:
         """What the training kernels are compiled for besides (scores.py)."""
         mask = self.mask

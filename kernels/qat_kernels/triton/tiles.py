@@ -7,6 +7,7 @@ memory (tests/kernels/triton/test_triton_aot.py), for bfloat16 without a key mas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -60,11 +61,13 @@ _TILES = {
     (120, 256, True): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 
-# Kernels with bounds (scores.py) take those of causal ones, but for these, which would spill.
-_WITH_BOUNDS = {
-    (80, 64): {"grad_key_value": (32, 64, 8, 2)},
-    (80, 128): {"forward": (64, 32, 8, 2)},
-    (120, 128): {"grad_key_value": (16, 32, 8, 2)},
+# Kernels with bounds or a soft cap (scores.py) take the same tiles, but for these, which would spill.
+_OF_VARIANTS = {
+    ("bounds", 80, 64): {"grad_key_value": (32, 64, 8, 2)},
+    ("bounds", 80, 128): {"forward": (64, 32, 8, 2)},
+    ("bounds", 120, 128): {"grad_key_value": (16, 32, 8, 2)},
+    ("softcap", 90, 128): {"grad_key_value": (64, 64, 8, 2)},
+    ("softcap", 90, 256): {"grad_query": (128, 32, 8, 1), "grad_key_value": (16, 64, 8, 2)},
 }
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -80,10 +83,11 @@ def entry_of(arch: int) -> int:
     return max(each for each in ARCHITECTURES if each <= arch)
 
 
-def choose(arch: int, head_dim: int, causal: bool, with_bounds: bool = False) -> Tiles:
-    """The tiles for an architecture (80 for sm_80), a head dim and causality, or a mask with bounds that are not just causal."""
+def choose(arch: int, head_dim: int, causal: bool, variants: Sequence[str] = ()) -> Tiles:
+    """The tiles for an architecture (80 for sm_80), a head dim and causality; `variants`: `bounds` and `softcap`."""
     entry, size = entry_of(arch), next(size for size in (64, 128, 256) if head_dim <= size)
     chosen = Tiles(*(Tile(*each) for each in _TILES[entry, size, causal]))
-    if not with_bounds:
-        return chosen
-    return chosen._replace(**{name: Tile(*each) for name, each in _WITH_BOUNDS.get((entry, size), {}).items()})
+    for variant in variants:
+        changed = _OF_VARIANTS.get((variant, entry, size), {})
+        chosen = chosen._replace(**{name: Tile(*each) for name, each in changed.items()})
+    return chosen

@@ -21,8 +21,8 @@ from qat_patch.config import spec_problem
 from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
 from qat_patch.metadata import RECORD, AttentionMetadata, in_config, without_entries
 
-from . import context_parallel, listeners, processor_code
-from .masks import key_and_query_masks, refuse_call
+from . import context_parallel, listeners, masks, processor_code
+from .masks import refuse_call
 from .patched_processor import PREFIX, Patched, Refusal, patched_class
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MECHANISM = "diffusers' attention dispatcher"
 REPLACED_BY = "set_processor"
 CAUSAL = False
-_TRANSFORMERS = ("transformer", "transformer_2")
 _BACKEND_METHODS = ("set_attention_backend", "reset_attention_backend")
 
 
@@ -41,14 +40,16 @@ def owns(model: object) -> bool:
 
 
 def pipeline_models(pipeline: object) -> dict[str, torch.nn.Module]:
-    """The transformers of a diffusers pipeline by component name (Wan 2.2 has two); empty for anything else."""
-    components = _components(pipeline)
-    return {name: components[name] for name in _TRANSFORMERS if name in components}
+    """The transformers of a diffusers pipeline by component name; empty for anything else.
+
+    Some have several: `transformer_2` of Wan 2.2, `transformer_ref` of MiniMax-H3, `unconditional_transformer` of Ideogram 4.
+    """
+    return {name: model for name, model in _components(pipeline).items() if "transformer" in name}
 
 
 def other_models(pipeline: object) -> dict[str, torch.nn.Module]:
     """What else of a pipeline could be patched, such as a ControlNet, by component name."""
-    others = {name: model for name, model in _components(pipeline).items() if name not in _TRANSFORMERS and owns(model)}
+    others = {name: model for name, model in _components(pipeline).items() if "transformer" not in name and owns(model)}
     return {
         name: model
         for name, model in others.items()
@@ -132,6 +133,11 @@ def switch(model: Any, layers: list[AttentionLayer]) -> None:
 def new_cache(model: Any, layers: list[AttentionLayer]) -> Any:
     """Denoising keeps no keys and values from step to step."""
     raise ValueError("cache: a diffusers model generates without a cache of keys and values; this is for language models")
+
+
+def generating(model: Any, layers: list[AttentionLayer]) -> Any:
+    """As above."""
+    return new_cache(model, layers)
 
 
 def restore(model: Any, layers: list[AttentionLayer]) -> None:
@@ -232,12 +238,13 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
                 layer, "context parallelism", "plain self-attention", got, "run this on a model without enable_parallelism"
             )
         sizes = (query.shape[0], query.shape[1], key.shape[1])
-        key_mask, query_mask, is_causal_mask = key_and_query_masks(layer, attn_mask, *sizes)
-        causal = is_causal or is_causal_mask
+        seen = masks.read(layer, attn_mask, *sizes)
+        key_mask, causal = seen.key_mask, is_causal or seen.causal
         if layer.observer is not None:
             out = original(backend=getattr(layer.original, "_attention_backend", None))
             query, key, value, shown = (x.transpose(1, 2) for x in (*under_autocast(query, key, value), out))
-            call = AttentionCall(query=query, key=key, value=value, out=shown, causal=causal, scale=scale, key_mask=key_mask)
+            limits: dict[str, Any] = {"causal": causal, "key_mask": key_mask, "bounds": seen.bounds}
+            call = AttentionCall(query=query, key=key, value=value, out=shown, scale=scale, **limits)
             layer.observer(layer, call)
             return out
         query, key, value = under_autocast(query, key, value)
@@ -245,7 +252,7 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, k_shift: torch.Tensor | None) -> torch.Tensor:
             options: dict[str, Any] = {"spec": layer.spec, "causal": causal, "scale": scale, "impl": layer.impl}
-            out = attention(query, key, value, key_mask=key_mask, k_shift=k_shift, **options)
+            out = attention(query, key, value, key_mask=key_mask, bounds=seen.bounds, k_shift=k_shift, **options)
             if layer.probed:
                 layer.note_call()
             return out
@@ -257,11 +264,12 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
             out = attend(query, key, value, k_shift)
         else:
             heard = functools.partial(attend, k_shift=k_shift)
-            out = listeners.heard(heard, query, key, value, key_mask, causal, scale)
+            told = attn_mask if seen.bounds is not None or key_mask is None else key_mask[:, None, None]
+            out = listeners.heard(heard, query, key, value, told, causal, scale)
             if layer.probed and not layer.reached:
                 layer.skipped_by = listener
         out = out.transpose(1, 2)
-        return out if query_mask is None else torch.where(query_mask[..., None, None], out, 0.0)
+        return out if seen.query_mask is None else torch.where(seen.query_mask[..., None, None], out, 0.0)
 
     wrapped: Any = dispatch_attention_fn
     wrapped._knows_layers = True

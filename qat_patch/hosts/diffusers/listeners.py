@@ -29,7 +29,7 @@ def heard(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_mask: torch.Tensor | None,
+    mask: torch.Tensor | None,
     causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
@@ -39,7 +39,7 @@ def heard(
         ValueError: a mode lets the call pass with another mask or scale than it came with.
     """
     options: dict[str, Any] = {
-        "attn_mask": None if key_mask is None else key_mask[:, None, None],
+        "attn_mask": mask,
         "is_causal": causal,
         "scale": scale,
         "enable_gqa": query.shape[1] != key.shape[1],

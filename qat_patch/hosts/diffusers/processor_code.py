@@ -18,13 +18,15 @@ _HOME = "diffusers.models.attention_dispatch"
 def reason_to_skip(kind: Any, mechanism: str) -> str | None:
     """Why processors of this class cannot run 4-bit attention, or None."""
     name, code = kind.__name__, _Code(kind)
-    if not hasattr(kind, BACKEND) or not code.dispatching:
+    if not code.dispatching:
         return f"its {name} does not go through {mechanism}"
-    if getattr(kind, BACKEND) is not None and not isinstance(getattr(kind, BACKEND), property):
+    if getattr(kind, BACKEND, None) is not None and not isinstance(getattr(kind, BACKEND), property):
         return f"its {name} is made for the backend {str(getattr(kind, BACKEND))!r}"
     for function in code.dispatching:
         if (backend := _named_backend(function)) is not None:
             return f"its {name} names a backend of its own: {backend}"
+    if not hasattr(kind, BACKEND):
+        return f"its {name} passes no backend on to {mechanism}"
     for function in code.helpers:
         if BACKEND in _names(function) or BACKEND in _strings(function):
             return f"its {name} asks which backend is set, in {function.__name__}"
@@ -90,7 +92,8 @@ def _named_backend(function: FunctionType) -> str | None:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     if AttentionBackendName.__name__ in _names(function):
-        return AttentionBackendName.__name__
+        members = [member for member in AttentionBackendName if member.name in _names(function)]
+        return repr(members[0].value) if len(members) == 1 else AttentionBackendName.__name__
     values = {member.value for member in AttentionBackendName}
     return next((repr(text) for text in _strings(function) if text in values), None)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,7 @@ from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
 
 from . import masks, packed_samples, windows
 from .attention import CHECKED, COMPUTED, LAYER, WITHOUT_EFFECT, attention_forward
-from .source import attention_code
+from .source import attention_code, reads_padding
 
 MECHANISM = "transformers' AttentionInterface"
 REPLACED_BY = "set_attn_implementation"
@@ -185,6 +187,9 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
             setattr(module, _CONFIG, module.config)
             module.config = copy.copy(module.config)
             module.register_forward_pre_hook(_give_original_masks, with_kwargs=True)
+    for each in {id(x): x for layer in layers if layer.is_patched for x in _models_that_turn(model, layer)}.values():
+        # Before `_begin_pass`, which is to see what comes of it.
+        each.register_forward_pre_hook(_count_positions, with_kwargs=True, prepend=True)
     switch(model, layers)
 
 
@@ -226,13 +231,13 @@ def restore(model: Any, layers: list[AttentionLayer]) -> None:
 
     configs = _configs(model, layers)
     for layer in layers:
-        for module in (model.get_submodule(layer.name), _models_around(model, layer)[-1]):
+        for module in (model.get_submodule(layer.name), *_models_around(model, layer)):
             module.config = module.__dict__.pop(_CONFIG, module.config)
             module.__dict__.pop(LAYER, None)
             module.__dict__.pop(CHECKED, None)
             module.__dict__.pop(windows.WINDOWS, None)
             for key, hook in list(module._forward_pre_hooks.items()):
-                if hook in (_give_original_masks, _begin_pass):
+                if hook in (_give_original_masks, _count_positions, _begin_pass):
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
     for config in configs:
         if _is_ours(config._attn_implementation):
@@ -255,6 +260,35 @@ def new_cache(model: Any, layers: list[AttentionLayer]) -> Any:
     return cache.new_cache(model, modules, layers)
 
 
+@contextlib.contextmanager
+def generating(model: Any, layers: list[AttentionLayer]) -> Iterator[None]:
+    """Inside, `generate` of the model takes an FP4 cache where it is passed none, whoever calls it.
+
+    Raises:
+        ValueError: there can be none, the model has no `generate`, or it does so already.
+    """
+    from . import cache
+
+    new_cache(model, layers)
+    if not callable(getattr(model, "generate", None)):
+        raise ValueError(f"cached: expected a model that generates, got a {type(model).__name__}, which has no generate")
+    if "generate" in vars(model):
+        raise ValueError(f"cached: the generate of this {type(model).__name__} has been replaced already; leave that first")
+    model.generate = cache.Generate(model, layers, partial(new_cache, model, layers))
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+def named_original(name: Any) -> str | None:
+    """What ran before in a model whose config names its attention so, if that is 4-bit attention; else None."""
+    from transformers import AttentionInterface
+
+    known = AttentionInterface()
+    return known[name].keywords["original"] if isinstance(name, str) and _is_ours(name) and name in known else None
+
+
 def _is_ours(name: str | None) -> bool:
     return name is not None and name.startswith(f"{NAME}_")
 
@@ -270,6 +304,35 @@ def _models_around(model: Any, layer: AttentionLayer) -> list[Any]:
     """The models of transformers that a module is part of, the outermost first."""
     names = layer.name.split(".")
     return [x for depth in range(len(names)) if owns(x := model.get_submodule(".".join(names[:depth])))]
+
+
+def _count_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A hook of models with rotary embeddings: positions count from the first token that is no padding, as in `generate`.
+
+    The host counts padding too where nobody passes position_ids. To ordinary attention, which knows distances only, that is the
+    same. But Q and K are rotated before they are quantized, so padding in front would change their codes (docs/NUMERICS.md,
+    section 3).
+    """
+    mask, given = kwargs.get("attention_mask"), [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    tokens = next((x for x in given if x is not None), None)
+    if kwargs.get("position_ids") is not None or not _is_ours(module.config._attn_implementation):
+        return None
+    if not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and tokens is not None and mask.shape[1] >= tokens.shape[1]):
+        return None
+    in_front = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+    positions = (torch.arange(mask.shape[1], device=mask.device) - in_front).clamp(min=0)
+    return args, kwargs | {"position_ids": positions[:, -tokens.shape[1] :]}
+
+
+def _models_that_turn(model: Any, layer: AttentionLayer) -> list[Any]:
+    """The models around a module that make its positions or masks, if positions are for rotary embeddings alone."""
+    around = _models_around(model, layer)
+    # Where places in pictures count, the host makes positions itself, and does not count padding.
+    if not hasattr(around[-1], "rotary_emb") or any(hasattr(each, "get_rope_index") for each in around):
+        return []
+    if getattr(around[0].config, "is_encoder_decoder", False):
+        around = around[-1:]  # what the others are given is for the encoder
+    return [each for each in around if reads_padding(each)]
 
 
 def _begin_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

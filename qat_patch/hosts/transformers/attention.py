@@ -27,7 +27,7 @@ CHECKED = "_qat_checked"
 COMPUTED = frozenset(
     {
         "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids",
-        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+        "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
     }
 )  # fmt: skip
 """Arguments of attention that 4-bit attention computes, or compares with what it computes."""
@@ -77,19 +77,15 @@ def attention_forward(
         window = _window(causal.window, kwargs.get("sliding_window"), causal.filled, module)
     except ValueError as error:
         raise ValueError(f"4-bit attention ({layer.name}): {error}") from None
-    extras: dict[str, Any] = {
-        "window": None if causal.bounds else window,
-        "bounds": causal.bounds,
-        "softcap": kwargs.get("softcap"),
-        "sinks": kwargs.get("s_aux"),
-    }
+    features: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    extras = features | {"window": None if causal.bounds else window, "bounds": causal.bounds}
+    options: dict[str, Any] = {"spec": layer.spec, "scale": scaling, "impl": layer.impl, "k_shift": layer.shift_on(query.device)}
     if not isinstance(key, torch.Tensor):
         if packing is not None:
             raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")
-        if asked := [name for name, value in extras.items() if value is not None]:
-            raise ValueError(f"{layer.name}: an FP4 cache has no {asked[0]}; generate with the default cache")
-        shift = layer.shift_on(query.device)
-        out = key.attention(query, spec=layer.spec, scale=scaling, key_mask=causal.key_mask, k_shift=shift, impl=layer.impl)
+        if causal.bounds is not None:
+            raise ValueError(f"{layer.name}: an FP4 cache has no bounds; generate with the default cache")
+        out = key.attention(query, **options, **features, window=window, key_mask=causal.key_mask)
         return out.transpose(1, 2).contiguous(), None
     if layer.observer is not None:
         arguments = {"scaling": scaling, "dropout": dropout} | kwargs
@@ -103,8 +99,7 @@ def attention_forward(
     if causal.filled < key.shape[2]:
         key, value = key[:, :, : causal.filled], value[:, :, : causal.filled]
     query, key, value = under_autocast(query, key, value)
-    options: dict[str, Any] = {"spec": layer.spec, "causal": causal.bounds is None, "scale": scaling, "impl": layer.impl} | extras
-    options["k_shift"] = layer.shift_on(key.device)
+    options |= {"causal": causal.bounds is None} | extras
     if packing is not None:
         q, k, v = (packed_samples.flatten(x) for x in (query, key, value))
         out = attention(q, k, v, **options, **packing)

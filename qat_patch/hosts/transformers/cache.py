@@ -5,18 +5,22 @@ Importing this module imports transformers.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from qat_kernels import KVCache
 from qat_patch.layer import AttentionLayer, under_autocast
 
 from .source import attention_code, opens_caches
-from .windows import softcap_of
+from .windows import layer_kind, window_of
 
 
 class Incoming:
@@ -30,16 +34,31 @@ class Incoming:
         self.shape = torch.Size((*key.shape[:2], layer.packed.length + key.shape[2], key.shape[3]))
         """Of all keys, these among them."""
 
-    def attention(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
+    def attention(
+        self, query: torch.Tensor, window: int | None = None, key_mask: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
         """Add the tokens to the cache, and attend from them to all that it holds.
 
+        Args:
+            window: as the mask has it; None: every key so far is in it.
+            key_mask: bool [batch, n], True where one of the last n keys may be seen.
+
         Raises:
-            ValueError: they are not what the cache waits for, since attention was called with them before; or as
-                `KVCache.attention`, and the cache is as it was then.
+            ValueError: they are not what the cache waits for, since attention was called with them before; the cache is for
+                another window; or as `KVCache.attention`. The cache is as it was then.
         """
+        own = self.layer.window
+        if window != own and (window is not None or (own is not None and own < self.shape[2])):
+            made_for = "no sliding window" if own is None else f"a sliding window of {own} keys"
+            raise ValueError(
+                f"{self.layer.owner.name}: its FP4 cache is for {made_for}, and its mask has {window or 'none'}; generate with "
+                "the default cache"
+            )
+        if key_mask is not None:  # of the last keys, which are all that a window may hold
+            key_mask = F.pad(key_mask, (self.shape[2] - key_mask.shape[1], 0), value=True)
         if self.layer.incoming is not self:
             raise ValueError(f"{self.layer.owner.name}: attention was called twice with one update of an FP4 cache")
-        out = self.layer.packed.attention(*under_autocast(query, self.key, self.value), **options)
+        out = self.layer.packed.attention(*under_autocast(query, self.key, self.value), **options, window=own, key_mask=key_mask)
         self.layer.incoming = None
         return out
 
@@ -48,12 +67,17 @@ class FP4Layer(CacheLayerMixin):
     """The `KVCache` of one patched attention module, in the interface of transformers."""
 
     is_croppable = True
-    is_sliding = False
 
-    def __init__(self, owner: AttentionLayer) -> None:
+    def __init__(self, owner: AttentionLayer, window: int | None = None, beside: DynamicSlidingWindowLayer | None = None) -> None:
         super().__init__()
         self.packed = KVCache()
         self.owner = owner
+        self.window = window
+        """How many keys a query sees, its own among them; None: all before it."""
+        self.is_sliding = window is not None
+        """Transformers makes one mask for all such layers, as long as the first one's keys are."""
+        self.beside = beside
+        """A layer with the same mask that drops tokens before the window."""
         self.incoming: Incoming | None = None
         """What `update` took and attention has not seen yet."""
 
@@ -79,7 +103,7 @@ class FP4Layer(CacheLayerMixin):
         return self.incoming, self.incoming
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.packed.length + query_length, 0
+        return (self.packed.length + query_length, 0) if self.beside is None else self.beside.get_mask_sizes(query_length)
 
     def get_seq_length(self) -> int:
         return self.packed.length
@@ -115,6 +139,37 @@ class FP4Layer(CacheLayerMixin):
         raise ValueError("the FP4 cache stays on its device; use an offloaded cache of transformers instead")
 
 
+@dataclasses.dataclass(eq=False)
+class Generate:
+    """In place of `generate` of a patched model: passes an FP4 cache where the caller passes none and wants one.
+
+    While the model runs its original attention, calls are as they were.
+    """
+
+    model: Any
+    layers: list[AttentionLayer]
+    new_cache: Callable[[], Cache]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name, config = cache_argument(self.model), kwargs.get("generation_config")
+        use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
+        quantizes = all(layer.quantizes and layer.observer is None for layer in self.layers if layer.is_patched)
+        if quantizes and use_cache is not False and kwargs.get(name) is None:
+            kwargs[name] = self.new_cache()
+        return type(self.model).generate(self.model, *args, **kwargs)
+
+    def __getstate__(self) -> NoReturn:
+        raise ValueError(
+            f"expected a {type(self.model).__name__} to be copied or pickled as it is, got it inside handle.cached(), which the "
+            "copy would never leave; copy the model outside"
+        )
+
+
+def cache_argument(model: Any) -> str:
+    """What a model calls the cache that it is given: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def new_cache(model: Any, modules: dict[str, Any], layers: list[AttentionLayer]) -> Cache:
     """An empty cache for a model: FP4 for its patched modules where this works, transformers' own for all others.
 
@@ -126,16 +181,16 @@ def new_cache(model: Any, modules: dict[str, Any], layers: list[AttentionLayer])
     """
     cache = DynamicCache(config=model.config)
     users = Counter(module.layer_idx for module in modules.values())
-    reasons = {}
-    for layer in layers:
-        if not layer.is_patched:
-            continue
-        module = modules[layer.name]
-        reason = _reason_against(layer, module, cache.layers, users) or opens_caches(model)
-        if reason is None:
-            cache.layers[module.layer_idx] = FP4Layer(layer)
-        else:
-            reasons[layer.name] = reason
+    patched = [(layer, modules[layer.name]) for layer in layers if layer.is_patched]
+    around = opens_caches(model)
+    reasons = {layer.name: _reason_against(layer, module, cache.layers, users) or around for layer, module in patched}
+    packed = {module.layer_idx for layer, module in patched if reasons[layer.name] is None}
+    others = [kept for number, kept in enumerate(cache.layers) if number not in packed]
+    for layer, module in patched:
+        if reasons[layer.name] is None:
+            window = window_of(module)
+            beside = [kept for kept in others if isinstance(kept, DynamicSlidingWindowLayer) and kept.sliding_window == window]
+            cache.layers[module.layer_idx] = FP4Layer(layer, window, beside[0] if beside else None)
     if not any(isinstance(layer, FP4Layer) for layer in cache.layers):
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         raise ValueError(
@@ -153,10 +208,16 @@ def _reason_against(layer: AttentionLayer, module: Any, own: list[Any], users: C
         return f"there is no FP4 cache for preset={layer.spec.preset!r}"
     if module.layer_idx is None or module.layer_idx >= len(own):
         return f"it has number {module.layer_idx} of {len(own)} layers"
-    if softcap_of(module) is not None or getattr(module, "sinks", None) is not None:
-        return "there is no FP4 cache for a soft cap of the scores or attention sinks"
-    if type(kept := own[module.layer_idx]) is not DynamicLayer:
+    kept, window = own[module.layer_idx], window_of(module)
+    if type(kept) is DynamicSlidingWindowLayer:
+        if layer_kind(module) == "chunked_attention":
+            return "it attends in chunks of tokens"
+        if window != kept.sliding_window:
+            return f"it has a sliding window of {window} keys, and its place in a cache one of {kept.sliding_window}"
+    elif type(kept) is not DynamicLayer:
         return f"its place in a cache is a {type(kept).__name__}"
+    elif window is not None:
+        return f"it has a sliding window of {window} keys, and its place in a cache none"
     if users[module.layer_idx] > 1:
         return "it shares its place in a cache with another module"
     code = attention_code(module)

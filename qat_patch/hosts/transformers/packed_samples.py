@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +39,8 @@ class Checked:
         self._positions, self._last = _reference(kwargs.get("position_ids")), ()
 
     def check(self, query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-        """That masks, position_ids and cu_seq_lens tell the same samples; not again in later layers that get the same tensors.
+        """That masks, position_ids, cu_seq_lens and seq_idx tell the same samples; not again in later layers that get the same
+        tensors.
 
         Raises:
             ValueError: they do not, or transformers has made no mask of positions that restart, as it does with a cache, and
@@ -51,7 +52,7 @@ class Checked:
         inputs = (
             mask,
             self._positions() if positions is None else positions,
-            *map(kwargs.get, ("cu_seq_lens_q", "cu_seq_lens_k")),
+            *map(kwargs.get, ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")),
         )
         if self._last and all(last() is x for last, x in zip(self._last, inputs, strict=True)):
             return
@@ -68,7 +69,7 @@ def _nothing() -> None:
     return None
 
 
-def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, *cu_seq_lens: Any) -> None:
+def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, seq_idx: Any, *cu_seq_lens: Any) -> None:
     if mask is not None and mask.dtype == CHUNKS:
         return  # layers with full attention tell
     samples = torch.zeros_like(query[:, 0, :, 0], dtype=torch.int32)
@@ -83,10 +84,19 @@ def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, *cu_s
             raise ValueError(f"4-bit attention: position_ids restart inside a row (packed samples), which needs {_HINT}")
     for name, given in zip("qk", cu_seq_lens, strict=True):
         if given is not None and not torch.equal(given.to(samples), _boundaries(samples)):
-            raise ValueError(
-                f"4-bit attention: cu_seq_lens_{name} must cut the tokens where position_ids do: expected "
-                f"{_boundaries(samples).tolist()}, got {given.tolist()}; packed samples need {_HINT}"
-            )
+            _refuse(f"cu_seq_lens_{name}", samples, given.tolist())
+    # The number of every token's sample, [B, L], which linear attention and convolutions of mixed models read.
+    if seq_idx is not None and seq_idx.shape != samples.shape:
+        _refuse("seq_idx", samples, f"shape {list(seq_idx.shape)}")
+    if seq_idx is not None and not torch.equal(_boundaries(seq_idx), _boundaries(samples)):
+        _refuse("seq_idx", samples, _boundaries(seq_idx).tolist())
+
+
+def _refuse(name: str, samples: torch.Tensor, got: object) -> NoReturn:
+    raise ValueError(
+        f"4-bit attention: {name} must cut the tokens where position_ids do: expected {_boundaries(samples).tolist()}, got "
+        f"{got}; packed samples need {_HINT}"
+    )
 
 
 def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -69,6 +69,22 @@ def _attention_code(kind: Any) -> AttentionCode | None:
     return None
 
 
+def reads_padding(model: object) -> bool:
+    """Whether the forward of a model takes position_ids, and makes these or masks itself: what is around it hands both on."""
+    kind: Any = type(model)
+    return _reads_padding(kind)
+
+
+@lru_cache
+def _reads_padding(kind: Any) -> bool:
+    if "position_ids" not in inspect.signature(kind.forward).parameters:
+        return False
+    tree = _parse(inspect.unwrap(kind.forward))
+    names = [] if tree is None else [x for x in ast.walk(tree) if isinstance(x, ast.Name)]
+    makes_masks = any(x.id.startswith("create_") and "mask" in x.id for x in names)
+    return tree is None or makes_masks or any(x.id == "position_ids" and isinstance(x.ctx, ast.Store) for x in names)
+
+
 def opens_caches(model: object) -> str | None:
     """What the file of a model does with caches besides handing them to attention, which expects those of transformers."""
     kind: Any = type(model)
@@ -88,8 +104,15 @@ def _opens_caches(kind: Any) -> str | None:
         return f"the model has a cache of its own, {', '.join(sorted(made))}"
     attention = [x for x in nodes if isinstance(x, ast.ClassDef) and any(_INTERFACE in _names(y) for y in x.body)]
     elsewhere = set(nodes) - {y for x in attention for y in ast.walk(x)} - {x.func for x in nodes if isinstance(x, ast.Call)}
-    looks = [x for x in elsewhere if isinstance(x, ast.Attribute) and x.attr in ("keys", "values")]
+    looks = [x for x in elsewhere if isinstance(x, ast.Attribute) and x.attr in ("keys", "values") and not _is_of_torch(x.value)]
     return f"the model looks into caches: {ast.unparse(min(looks, key=lambda x: x.lineno))}" if looks else None
+
+
+def _is_of_torch(node: ast.expr) -> bool:
+    """Whether this is what a function of torch returns that has a field `values`."""
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("max", "min", "sort", "topk")
+    )
 
 
 def _functions(kind: type) -> Iterator[FunctionType]:

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Sampler
 
 from .documents import TextSource, load_documents
+from .generated import GenerateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,8 +26,11 @@ _DOCUMENTS_A_BATCH = 10_000
 class TextSettings:
     """Training text, held-out text, and the length of the blocks they are cut into."""
 
-    train: TextSource
-    """Texts to train on."""
+    train: TextSource | None = None
+    """Texts to train on. Either this or `generate`."""
+    generate: GenerateSettings | None = None
+    """Without data: the starting model writes the text to train on. With distillation=1 it learns to say in 4-bit attention what
+    it says in its own."""
     eval: TextSource | None = None
     """Held-out texts. Either this, or `eval_fraction`, or neither."""
     eval_fraction: float | None = None
@@ -41,6 +45,13 @@ class TextSettings:
     """Supervised fine-tuning: rows are conversations (a column `messages`), and the last answer is what is learned."""
 
     def __post_init__(self) -> None:
+        if (self.train is None) == (self.generate is None):
+            raise ValueError(
+                "data: expected either train, texts to train on, or generate, for text that the model writes itself, got "
+                + ("neither" if self.train is None else "both")
+            )
+        if self.generate is not None and (self.streaming is not None or self.chat):
+            raise ValueError("data.generate: the model writes plain text, before the run; leave out streaming and chat")
         if self.streaming is not None and (self.streaming < 1 or self.chat or self.eval_fraction is not None):
             raise ValueError(
                 "data.streaming: expected a number of blocks from 1 up, without chat and eval_fraction, got "
@@ -52,7 +63,9 @@ class TextSettings:
             raise ValueError("data: eval and eval_fraction are both set; leave one out")
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
             raise ValueError(f"data.eval_fraction: expected a number between 0 and 1, got {self.eval_fraction}")
-        if self.eval is not None and self.eval.same_text_as(self.train):
+        if self.generate is not None:
+            self.generate.check_length(self.sequence_length)
+        if self.eval is not None and self.train is not None and self.eval.same_text_as(self.train):
             raise ValueError(f"data.eval: {self.train.path} is the training text too; hold out other text")
 
     @property
@@ -119,14 +132,21 @@ def fingerprint_of_blocks(blocks: datasets.Dataset) -> str:
 
 
 def load_blocks(
-    settings: TextSettings, tokenizer: PreTrainedTokenizerBase, load: Callable[..., datasets.Dataset]
+    settings: TextSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    load: Callable[..., datasets.Dataset],
+    train: datasets.Dataset | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Blocks to train on and held-out blocks (None if nothing is held out), as `load` makes them: `load_source` or the like.
+
+    Args:
+        train: the blocks to train on, and to hold a fraction out of; default: those of `settings.train`.
 
     Raises:
         ValueError: a text that cannot be read, or not enough text for one block.
     """
-    train = load(settings.train, tokenizer, settings.sequence_length)
+    if train is None:
+        train = load(settings.train, tokenizer, settings.sequence_length)
     if settings.eval is not None:
         return train, load(settings.eval, tokenizer, settings.sequence_length)
     if settings.eval_fraction is None:
@@ -157,25 +177,11 @@ def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence
     if end is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token), which goes between documents; set one")
 
-    def cut(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        documents = [(*ids, end) for ids in tokenizer(batch["text"], verbose=False)["input_ids"]]
-        tokens = [token for document in documents for token in document]
-        borders = {*accumulate(len(document) for document in documents), *range(0, len(tokens), sequence_length)}
-        positions: list[int] = []
-        for index in range(len(tokens)):
-            positions.append(0 if index in borders else positions[-1] + 1)
-        blocks = [slice(start, start + sequence_length) for start in range(0, len(tokens) - sequence_length + 1, sequence_length)]
-        return {"input_ids": [tokens[block] for block in blocks], "position_ids": [positions[block] for block in blocks]}
+    def tokens(batch: dict[str, list[Any]]) -> list[list[int]]:
+        return [[*ids, end] for ids in tokenizer(batch["text"], verbose=False)["input_ids"]]
 
     documents = load_documents(source)
-    blocks = documents.map(
-        cut,
-        batched=True,
-        batch_size=_DOCUMENTS_A_BATCH,
-        remove_columns="text",
-        features=datasets.Features(dict.fromkeys(("input_ids", "position_ids"), datasets.List(datasets.Value("int32")))),
-        desc=f"Tokenizing {source.path}",
-    )
+    blocks = _blocks(documents, "text", tokens, sequence_length, f"Tokenizing {source.path}")
     if len(blocks) == 0:
         raise ValueError(
             f"{source.path}: {len(documents)} document(s) that do not fill one block of {sequence_length} tokens; "
@@ -184,3 +190,43 @@ def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence
     if source.blocks is not None:
         blocks = blocks.select(range(min(source.blocks, len(blocks))))
     return blocks.with_format("torch")
+
+
+def pack_sequences(sequences: datasets.Dataset, sequence_length: int) -> datasets.Dataset:
+    """The same of sequences of tokens, rows of `tokens` that are documents as they are: no end-of-text token is added.
+
+    Raises:
+        ValueError: they do not fill one block.
+    """
+    blocks = _blocks(sequences, "tokens", lambda batch: batch["tokens"], sequence_length, "Packing")
+    if len(blocks) == 0:
+        raise ValueError(
+            f"data.generate: {len(sequences)} sequence(s) that do not fill one block of {sequence_length} tokens; let the model "
+            "write more (data.generate.sequences), or choose a smaller data.sequence_length"
+        )
+    return blocks.with_format("torch")
+
+
+def _blocks(
+    rows: datasets.Dataset, column: str, tokens_of: Callable[[Any], list[list[int]]], sequence_length: int, description: str
+) -> datasets.Dataset:
+    """Documents packed one after the other and cut into blocks. `tokens_of` gives the tokens of a batch of rows of `column`."""
+
+    def cut(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        documents = tokens_of(batch)
+        tokens = [token for document in documents for token in document]
+        borders = {*accumulate(len(document) for document in documents), *range(0, len(tokens), sequence_length)}
+        positions: list[int] = []
+        for index in range(len(tokens)):
+            positions.append(0 if index in borders else positions[-1] + 1)
+        blocks = [slice(start, start + sequence_length) for start in range(0, len(tokens) - sequence_length + 1, sequence_length)]
+        return {"input_ids": [tokens[block] for block in blocks], "position_ids": [positions[block] for block in blocks]}
+
+    return rows.map(
+        cut,
+        batched=True,
+        batch_size=_DOCUMENTS_A_BATCH,
+        remove_columns=column,
+        features=datasets.Features(dict.fromkeys(("input_ids", "position_ids"), datasets.List(datasets.Value("int32")))),
+        desc=description,
+    )

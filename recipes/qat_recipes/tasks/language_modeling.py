@@ -14,8 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from qat_patch import get_handle, patch_model, unpatch_model
 from qat_patch.checkpoint.load import check_tokenizer
+from qat_recipes.command_line import to_dict
 from qat_recipes.data.chat import IGNORED, load_chat
+from qat_recipes.data.generated import generated_text
 from qat_recipes.data.streaming import StreamedBlocks, WindowBatches
 from qat_recipes.data.text import (
     ShuffledBatches,
@@ -25,8 +28,10 @@ from qat_recipes.data.text import (
     fingerprint_of_tokenizer,
     load_blocks,
     load_source,
+    pack_sequences,
 )
-from qat_recipes.training.task import FineTuning, FineTuningSettings
+from qat_recipes.training.fingerprint import digest_of_weights
+from qat_recipes.training.task import FineTuning, FineTuningSettings, move_out_of_files
 
 TOKENS_AT_ONCE = 1024
 """Whose log-probabilities are held while a distance is computed."""
@@ -107,9 +112,10 @@ class LanguageModeling(FineTuning[Settings]):
             check_tokenizer(settings.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         check_vocabulary(self.tokenizer, AutoConfig.from_pretrained(**self.source).get_text_config().vocab_size)
+        blocks_written = self._written(settings, accelerator)
         # Files that have to be downloaded or cached are so once.
         with accelerator.main_process_first():
-            self.train_data, self.eval_data = self._data(settings.data)
+            self.train_data, self.eval_data = self._data(settings.data, blocks_written)
         super().__init__(settings)
         self.objective, self.eval_batch_size = NextToken(), settings.batch_size
 
@@ -121,15 +127,56 @@ class LanguageModeling(FineTuning[Settings]):
 
     def fingerprints(self) -> dict[str, str]:
         found = super().fingerprints() | {"the tokenizer of model.path": fingerprint_of_tokenizer(self.tokenizer)}
-        for name, blocks in (("the text of data.train", self.train_data), ("the held-out text", self.eval_data)):
+        text = "the text of data.train" if self.settings.data.generate is None else "the text that the model wrote"
+        for name, blocks in ((text, self.train_data), ("the held-out text", self.eval_data)):
             # A stream sees for itself whether it goes on from the text that it has read.
             if isinstance(blocks, datasets.Dataset):
                 found[name] = fingerprint_of_blocks(blocks)
         return found
 
-    def _data(self, data: TextSettings) -> tuple[StreamedBlocks | datasets.Dataset, datasets.Dataset | None]:
-        if data.streaming is None:
-            return load_blocks(data, self.tokenizer, load_chat if data.chat else load_source)
+    def _written(self, settings: Settings, accelerator: Accelerator) -> datasets.Dataset | None:
+        """The blocks of text that the starting model writes, if it is to write any."""
+        data, generate = settings.data, settings.data.generate
+        if generate is None:
+            return None
+        dtype = torch.float32 if settings.mixed_precision is None else torch.bfloat16
+
+        def load() -> torch.nn.Module:
+            model = AutoModelForCausalLM.from_pretrained(**self.source, dtype=dtype).eval()
+            move_out_of_files(model)
+            if get_handle(model) is not None:
+                # An export of ours is patched as it was exported; here the settings say how.
+                unpatch_model(model)
+            if generate.attention == "fp4":
+                patch_model(model, settings.qat)
+            return model
+
+        origin: dict[str, Any] = {
+            "model.path": settings.model.path,
+            "model.revision": settings.model.revision,
+            "dtype": str(dtype),
+        }
+        origin["the tokenizer of model.path"] = fingerprint_of_tokenizer(self.tokenizer)
+        if generate.attention == "fp4":
+            origin["qat"] = to_dict(settings.qat)
+        sequences = generated_text(
+            generate,
+            length=generate.length or data.sequence_length,
+            folder=Path(settings.output_dir) / "generated",
+            origin=origin,
+            tokenizer=self.tokenizer,
+            load=load,
+            digest=digest_of_weights,
+            accelerator=accelerator,
+        )
+        with accelerator.main_process_first():
+            return pack_sequences(sequences, data.sequence_length)
+
+    def _data(
+        self, data: TextSettings, written: datasets.Dataset | None
+    ) -> tuple[StreamedBlocks | datasets.Dataset, datasets.Dataset | None]:
+        if data.streaming is None or data.train is None:
+            return load_blocks(data, self.tokenizer, load_chat if data.chat else load_source, written)
         train = StreamedBlocks(data.train, self.tokenizer, data.sequence_length, data.streaming)
         if data.eval is None:
             return train, None

@@ -181,6 +181,13 @@ class FineTuningSettings(TrainingSettings):
         return getattr(torch, own or ("float32" if self.mixed_precision is None else "bfloat16"))
 
 
+def move_out_of_files(model: torch.nn.Module) -> None:
+    """Copy what is on the CPU: weights in a mapped file lie at any address, and matrix products on a CPU round by address."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 Settings = TypeVar("Settings", bound=FineTuningSettings)
 
 
@@ -278,11 +285,7 @@ class FineTuning(Task, Generic[Settings]):
             # Diffusers', Transformers', and that of its older releases.
             names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
             next(getattr(model, name) for name in names if hasattr(model, name))()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # Weights in a mapped file lie at any address, and matrix products on a CPU round by address.
-                if parameter.device.type == "cpu":
-                    parameter.data = parameter.data.clone()
+        move_out_of_files(model)
         if get_handle(model) is not None:
             # An export of ours is patched as it was exported; here the settings say how.
             unpatch_model(model)

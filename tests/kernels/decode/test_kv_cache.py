@@ -29,7 +29,15 @@ CASES = [
     case(rotate=True, four_over_six=True, shift=True, mask="left", coarse=True),
     case(head_dim=80, scale=-0.3, shift=True),
     case(head_dim=16, size=10.0),
+    case(window=20),
+    case(window=33, mask="left", sinks=True, heads=(6, 2)),
+    case(window=1, softcap=2.0, mask="holes"),
+    case(window=48, mask="empty row", sinks=True),
+    case(softcap=0.5, sinks=True, mask="right", size=3.0),
+    case(window=30, rotate=True, shift=True, mask="left"),
     case(preset="kv_nvfp4"),
+    case(preset="kv_nvfp4", window=23, softcap=3.0, mask="left"),
+    case(preset="kv_nvfp4", window=7),
     case(preset="kv_nvfp4", mask="left", heads=(3, 1)),
     case(preset="kv_nvfp4", mask="holes", head_dim=80, scale=-0.3),
     case(preset="kv_nvfp4", mask="empty row", head_dim=48, size=1e-3),
@@ -45,6 +53,72 @@ def test_equals_attention_over_all_tokens(case, steps):
     assert error(out, expected) < 1e-12
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
     assert cache.length == 75
+
+
+WINDOWED = [
+    {"window": 20},
+    {"window": 70, "mask": "left", "sinks": True},
+    {"window": 65, "mask": "holes", "softcap": 2.0, "heads": (6, 2)},
+    {"window": 1, "mask": "empty row"},
+    {"window": 300},
+    {"window": 23, "preset": "kv_nvfp4", "mask": "left", "softcap": 3.0},
+    {"window": 128, "preset": "kv_nvfp4"},
+]
+
+
+@pytest.mark.parametrize("steps", [[430], [200, 130, 1, 1, 98], [3, 140, *[1] * 20, 250, 17]], ids=str)
+@pytest.mark.parametrize("options", WINDOWED, ids=str)
+def test_tokens_long_out_of_the_window_are_dropped(options, steps):
+    """Rings of 128 and 256 tokens go round several times; a window that all tokens are in drops none."""
+    problem = case(lq=430, lk=430, **options)
+    q, k, v, _ = problem.tensors()
+    out, lse, cache = run_cache(problem, steps, (q, k, v))
+    expected, expected_lse = attention(q, k, v, return_lse=True, impl="eager", **problem.options())
+    assert error(out, expected) < 1e-12
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+    kept = -(-(options["window"] + 63) // 128) * 128
+    assert cache._packed["key_codes"].shape[2] == kept < 430 or options["window"] == 300
+
+
+@pytest.mark.parametrize("preset", KVCache.presets)
+def test_bytes_follow_the_window_and_not_the_length(preset):
+    """A window of gpt-oss: 128 keys of 64 elements."""
+    cache, spec, sizes = KVCache(), QuantSpec(preset=preset), []
+    k = torch.randn(1, 2, 5000, 64, dtype=torch.bfloat16)
+    for start, stop in ((0, 1000), (1000, 1001), (1001, 5000)):
+        cache.append(k[:, :, start:stop], k[:, :, start:stop], spec=spec, window=128)
+        sizes.append(cache.nbytes)
+    assert cache.length == 5000 and len(set(sizes)) == 1
+    of_bfloat16 = 2 * 2 * 2 * 128 * 64
+    recent = 0 if spec.kv_only else 64 * 2 * 64 * 2  # V of 64 tokens as it is
+    assert sizes[0] - recent == 2 * of_bfloat16 * 9 / 32
+
+
+def test_crop_within_what_a_window_keeps():
+    problem = case(lq=400, lk=400, window=60, mask="left")
+    q, k, v, _ = problem.tensors()
+    key_mask, cache = problem.key_mask(), KVCache()
+
+    def step(stop):
+        part = slice(cache.length, stop)
+        return cache.attention(*(x[:, :, part] for x in (q, k, v)), key_mask=key_mask[:, :stop], window=60)
+
+    expected = attention(q, k, v, **problem.options())
+    step(300), step(330)
+    for tokens in (30, 17, 1):
+        cache.crop(tokens)
+        start = cache.length
+        assert error(step(330), expected[:, :, start:330]) < 1e-12
+    cache.crop(2)
+    with pytest.raises(
+        ValueError, match=r"without 80 slots a window of 60 keys begins at slot 189, and those before 202 .* at most 67"
+    ):
+        cache.crop(80)
+    assert error(step(400), expected[:, :, 328:]) < 1e-12
+    cache.crop(400)
+    assert error(step(100), expected[:, :, :100]) < 1e-12
+    cache.crop(99)  # nothing was dropped
+    assert error(step(100), expected[:, :, 1:100]) < 1e-12
 
 
 @pytest.mark.parametrize("mask", [None, "left"])
@@ -160,6 +234,10 @@ def test_bytes_are_at_most_30_percent_of_bfloat16(length, head_dim, preset):
         ({"spec": QuantSpec(preset="kv_nvfp4_fp8")}, "a spec with preset 'nvfp4' or 'kv_nvfp4', got .*'kv_nvfp4_fp8'"),
         ({"spec": QuantSpec(preset="kv_nvfp4")}, "expected QuantSpec.*'nvfp4'.*with which it was filled, got .*'kv_nvfp4'"),
         ({"spec": QuantSpec(rotate=True)}, "expected QuantSpec.*rotate=False.*with which it was filled"),
+        ({"window": 5}, "expected window=None, with which it was filled, got window=5"),
+        ({"window": 0}, "window: expected an int from 1 on"),
+        ({"sinks": torch.zeros(3)}, r"sinks: expected torch.float32 or torch.float32 \[4\]"),
+        ({"sinks": torch.zeros(4, requires_grad=True)}, "no gradient"),
         ({"key_mask": torch.ones(2, 3, dtype=torch.bool)}, r"key_mask bool \[2, 23\] over all slots"),
         ({"q": torch.zeros(2, 4, 2, 32)}, "as many queries as new keys, and at least one, got 2 and 3"),
         ({"q": torch.zeros(2, 4, 3, 32, requires_grad=True)}, "no gradient"),
@@ -184,6 +262,7 @@ def test_what_does_not_continue_the_cache_is_refused(change, message):
         ({"impl": "sdpa"}, "impl with preset='kv_nvfp4': expected auto, eager or triton, got 'sdpa'"),
         ({"impl": "triton"}, "dtype with impl='triton': expected float32.*got torch.float64"),
         ({"k_shift": torch.zeros(2, 32)}, "k_shift with preset='kv_nvfp4'"),
+        ({"sinks": torch.zeros(4)}, "sinks with preset='kv_nvfp4'"),
     ],
 )
 def test_what_servers_do_not_compute_is_refused(options, message):

@@ -29,7 +29,9 @@ class Recorder:
         self.launches.append((self, arguments))
 
 
-def record_steps(**spec: bool | str) -> tuple[Counter, list[bool], list[bool]]:
+def record_steps(
+    *, window: int | None = None, softcap: float | None = None, sinks: bool = False, **spec: bool | str
+) -> tuple[Counter, list[bool], list[bool]]:
     """Decode with fake kernels, launching each time in both ways.
 
     How often each kernel was compiled; for every launch, whether both took the same kernel, and the same arguments.
@@ -72,10 +74,12 @@ def record_steps(**spec: bool | str) -> tuple[Counter, list[bool], list[bool]]:
             for n in STEPS:
                 q, k, v = (zeros(offset, batch, h, n, 32) for h in (heads, key_heads, key_heads))
                 options = {"spec": QuantSpec(**spec), "key_mask": zeros(offset, batch, cache.length + n, dtype=torch.bool)}
-                if spec["preset"] == "nvfp4":
+                options["window"] = window
+                if spec["preset"] == "nvfp4" and window is None:
                     options["k_shift"] = zeros(offset, key_heads, 32)
                 if cache.length:
-                    cache.attention(q, k, v, impl="triton", scale=1.0, **options)
+                    features = {"softcap": softcap, "sinks": zeros(offset, heads) if sinks else None}
+                    cache.attention(q, k, v, impl="triton", scale=1.0, **options, **features)
                 else:
                     cache.append(k, v, impl="eager", **options)
     pairs = list(zip(launches[::2], launches[1::2], strict=True))
@@ -83,7 +87,15 @@ def record_steps(**spec: bool | str) -> tuple[Counter, list[bool], list[bool]]:
     return compiled, [a is b for (a, _), (b, _) in pairs], same_arguments
 
 
-@pytest.mark.parametrize("spec", [{"preset": "nvfp4", "rotate": True}, {"preset": "kv_nvfp4"}], ids=str)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"preset": "nvfp4", "rotate": True},
+        {"preset": "kv_nvfp4"},
+        {"preset": "nvfp4", "window": 9, "softcap": 2.0, "sinks": True},
+    ],
+    ids=str,
+)
 def test_launches_by_type_are_those_of_triton(spec, compiler):
     """Whatever the numbers and the alignment of what the caller passes: one kernel for several tokens, and one for one."""
     compiled, same_kernel, same_arguments = compiler.submit(record_steps, **spec).result()

@@ -23,6 +23,9 @@ CASES = [
         {"mask": "empty row", "head_dim": 80, "four_over_six": True},
         {"head_dim": 16, "rotate": True, "scale": -0.7},
         {"head_dim": 256, "batch": 1, "size": 3.0},
+        {"window": 40, "mask": "left", "sinks": True, "softcap": 2.0, "heads": (3, 1)},
+        {"window": 9, "heads": (2, 2), "batch": 1, "sinks": True},
+        {"preset": "kv_nvfp4", "window": 50, "mask": "left", "softcap": 2.0},
         SHORT | {"heads": (5, 1), "head_dim": 128, "batch": 1},
         SHORT | {"mask": "empty row", "head_dim": 80, "scale": -0.7},
         SHORT | {"mask": "left", "head_dim": 16, "size": 0.03, "scale": 300.0},
@@ -149,9 +152,60 @@ def test_first_tokens_are_found_and_tokens_taken_back_as_in_eager(device, preset
     assert all(torch.equal(packed[name], expected[name]) for name in packed)
 
 
+def add_more_than_is_kept(impl: str, preset: str, *, device: str = "cpu"):
+    """300 tokens at once, and 7 more, where 128 are kept; sequences begin at several slots."""
+    from qat_kernels import KVCache, QuantSpec
+
+    x = torch.randn(2, 1, 307, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    mask = torch.arange(307, device=device) >= torch.tensor([3, 290], device=device)[:, None]
+    cache, options = KVCache(), {"spec": QuantSpec(preset=preset), "window": 20, "impl": impl}
+    for part in (slice(0, 300), slice(300, 307)):
+        cache.append(x[:, :, part], -2 * x[:, :, part], key_mask=mask[:, : part.stop], **options)
+    return {name: x.cpu() for name, x in cache._packed.items()} | {"recent": cache._recent.cpu()}
+
+
+def steps_within_a_window(impl: str, preset: str, poisoned: bool, *, device: str = "cpu"):
+    """O of one token and of several, with windows of 200 of 380 tokens; poisoned: the first 128 are NaN in the cache."""
+    from qat_kernels import KVCache, QuantSpec
+
+    x = torch.randn(1, 1, 380, 16, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    cache, options = KVCache(), {"spec": QuantSpec(preset=preset), "window": 200}
+    cache.append(x[:, :, :370], x[:, :, :370], **options, impl="eager")
+    if poisoned:
+        for name, packed in cache._packed.items():
+            if name != "sink":
+                (packed[:, :, :1] if name.startswith("value") and preset == "nvfp4" else packed[:, :, :128]).fill_(0x7F)
+        if preset == "nvfp4":
+            cache._packed["sink"].fill_(float("nan"))
+    parts = (slice(370, 371), slice(371, 380))
+    return torch.cat([cache.attention(*[x[:, :, part]] * 3, **options, impl=impl) for part in parts], 2).cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
+def test_what_is_in_no_window_is_not_read(preset, device):
+    clean, poisoned = (steps_within_a_window("eager", preset, each) for each in (False, True))
+    assert torch.equal(poisoned, clean)
+    out = on(device, steps_within_a_window, "triton", preset, True)
+    assert error(out, clean) < 2e-3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
+def test_of_more_tokens_than_are_kept_the_last_ones_are(preset, device):
+    packed, expected = on(device, add_more_than_is_kept, "triton", preset), add_more_than_is_kept("eager", preset)
+    assert expected["key_codes"].shape[2] == 128
+    for name in expected:
+        assert torch.equal(packed[name], expected[name]), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
-@pytest.mark.parametrize("options", [{}, {"mask": "left"}, {"head_dim": 64, "heads": (9, 3)}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask": "left"}, {"head_dim": 64, "heads": (9, 3)}, {"window": 1000, "softcap": 5.0, "mask": "left"}, {"window": 4}],
+    ids=str,
+)
 def test_long_caches_stay_within_the_bounds(options, preset):
     """Many splits, and rows of different lengths; a prompt of thousands of tokens, then one, then several."""
     from qat_kernels import KVCache
@@ -162,10 +216,10 @@ def test_long_caches_stay_within_the_bounds(options, preset):
     mask = None if case.mask is None else case.key_mask().cuda()
     caches, prompt, spec = (KVCache(), KVCache()), 5000, case.spec()
     for cache, impl in zip(caches, ("triton", "eager"), strict=True):
-        part = {"key_mask": None if mask is None else mask[:, :prompt], "spec": spec, "impl": impl}
+        part = {"key_mask": None if mask is None else mask[:, :prompt], "spec": spec, "window": case.window, "impl": impl}
         cache.append(k[:, :, :prompt], v[:, :, :prompt], **part)
     for start, stop in ((prompt, prompt + 1), (prompt + 1, 5013)):
-        options = {"key_mask": None if mask is None else mask[:, :stop], "return_lse": True, "spec": spec}
+        options = {"key_mask": None if mask is None else mask[:, :stop], "return_lse": True, "spec": spec} | case.features()
         inputs = [x[:, :, start:stop] for x in (q, k, v)]
         out, lse = caches[0].attention(*inputs, impl="triton", **options)
         expected, expected_lse = caches[1].attention(*inputs, impl="eager", **options)

@@ -24,7 +24,17 @@ class Code(NamedTuple):
     """Instructions of the longest loop, each with its modifiers."""
 
 
-def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bool = False, **spec: bool | str) -> list[Code]:
+def compile_decode(
+    arch: int,
+    head_dim: int,
+    new: int,
+    masked: bool,
+    shifted: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    **spec: bool | str,
+) -> list[Code]:
     """What `KVCache.attention` on a filled cache launches, for Qwen3-14B's heads. Belongs into a process of its own."""
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
@@ -49,7 +59,7 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bo
     q, k = (torch.empty(8, heads, new, head_dim, dtype=torch.bfloat16, device="meta") for heads in (40, 8))
     shift = torch.empty(8, head_dim, device="meta") if shifted else None
     cache, mask = KVCache(), None
-    cache.length, cache.spec = LENGTH, QuantSpec(**spec)
+    cache.length, cache.spec, cache.window = LENGTH, QuantSpec(**spec), window
     cache._grow(k)
     cache._resize(RECENT_TOKENS, k)
     if masked:
@@ -65,7 +75,8 @@ def compile_decode(arch: int, head_dim: int, new: int, masked: bool, shifted: bo
         mock.patch.object(decode_launch, "_processors", lambda _: 132),
     ):
         decode_launch.append(cache._tensors(cache.spec), k, k, mask, shift)
-        decode_launch.attend(cache._tensors(cache.spec), q, mask, shift, 0.1)
+        logits = torch.empty(40, dtype=torch.bfloat16, device="meta") if sinks else None
+        decode_launch.attend(cache._tensors(cache.spec), q, mask, shift, 0.1, softcap, logits)
     return compiled
 
 
@@ -118,8 +129,15 @@ def test_other_calls_fit_one_architecture_each(compiler):
     calls = [(90, 64, 1, True), (120, 128, 5, True), (80, 128, 1, True), (90, 80, 1, False)]
     futures = [(call[0], compiler.submit(compile_decode, *call)) for call in calls]
     futures.append((90, compiler.submit(compile_decode, 90, 128, 1, True, shifted=True, rotate=True, four_over_six=True)))
+    # Gemma 3 and 2, gpt-oss
+    features = [
+        ((90, 256, 1, False), {"window": 1024}), ((80, 256, 1, True), {"window": 4096, "softcap": 50.0}),
+        ((120, 64, 5, True), {"window": 128, "sinks": True}),
+    ]  # fmt: skip
+    futures += [(call[0], compiler.submit(compile_decode, *call, **options)) for call, options in features]
     calls = [(80, 128, 5, True), (90, 64, 1, True), (100, 80, 1, True), (120, 256, 5, False)]
     of_servers = [(call[0], compiler.submit(compile_decode, *call, preset="kv_nvfp4")) for call in calls]
+    of_servers.append((100, compiler.submit(compile_decode, 100, 128, 1, False, window=4096, softcap=50.0, preset="kv_nvfp4")))
     for arch, future in futures:
         assert_fits(arch, future.result())
     for arch, future in of_servers:
@@ -130,7 +148,8 @@ def test_other_calls_fit_one_architecture_each(compiler):
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("new", [1, 5])
 @pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
-def test_all_calls_fit(head_dim, new, preset, compiler):
+@pytest.mark.parametrize("features", [{}, {"window": 4096, "softcap": 50.0}], ids=str)
+def test_all_calls_fit(head_dim, new, preset, features, compiler):
     calls = [(arch, head_dim, new, masked) for arch in SHARED_MEMORY for masked in (False, True)]
-    for call, future in [(call, compiler.submit(compile_decode, *call, preset=preset)) for call in calls]:
+    for call, future in [(call, compiler.submit(compile_decode, *call, preset=preset, **features)) for call in calls]:
         assert_fits(call[0], future.result(), spilled=8 if preset == "kv_nvfp4" else 0)

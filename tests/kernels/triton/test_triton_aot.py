@@ -60,6 +60,12 @@ def test_kernels_with_a_window_fit_every_architecture(head_dim, compiler):
 
 
 @pytest.mark.slow
+def test_kernels_with_a_soft_cap_fit(compiler):
+    assert_all_fit(compiler, [(90, 64, True), (90, 128, True)], softcap=50.0)
+    assert_all_fit(compiler, [(90, 256, True)], softcap=50.0, window=4096)  # Gemma 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_the_whole_table_fits(head_dim, causal, compiler):

@@ -9,7 +9,9 @@ import torch
 from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.transformers.ace_step_transformer import AceStepAttnProcessor2_0
 from diffusers.models.transformers.transformer_anyflow_far import AnyFlowCausalAttnProcessor
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.transformers.transformer_kandinsky6_sr import Kandinsky6SRAttnProcessor
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21FlexAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2AttnProcessor
@@ -155,7 +157,9 @@ def test_what_goes_around_the_patch_at_run_time_is_loud():
     ("kind", "reason"),
     [
         (QwenImage21FlexAttnProcessor, "names a backend of its own: 'flex'"),
-        (WanAnimate2AttnProcessor, "names a backend of its own: AttentionBackendName"),
+        (WanAnimate2AttnProcessor, "names a backend of its own: 'flex'"),
+        (Kandinsky6SRAttnProcessor, "names a backend of its own: 'flex'"),
+        (CosmosAttnProcessor2_0, "passes no backend on to diffusers' attention dispatcher"),
         (AnyFlowCausalAttnProcessor, "is made for the backend 'flex'"),
         (AceStepAttnProcessor2_0, "asks which backend is set, in _get_current_attention_backend"),
     ],

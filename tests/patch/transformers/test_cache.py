@@ -1,25 +1,29 @@
 """`generate` with the FP4 cache: token for token what the patched model generates without any cache, in float64."""
 
+import copy
 import re
 
+import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.models.mllama import modeling_mllama
 
 from qat_kernels import KVCache, QuantSpec
 from qat_patch import AttnQATConfig, patch_model
-from qat_patch.commands.generate import cache_argument
-from qat_patch.hosts.transformers.cache import FP4Layer
+from qat_patch.hosts.transformers.cache import FP4Layer, cache_argument
 from support.families import every_causal_lm
-from support.families.families import lively
+from support.families.families import lively, relative
 from support.models.tiny_qwen3 import pad, tiny_llama, tiny_qwen3, token_ids
+from support.models.tiny_wan import tiny_transformer
 
 
-def generate(model, ids, steps=40, **kwargs):
-    return model.generate(ids, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0, **{"do_sample": False} | kwargs)
+def generate(model, input_ids, steps=40, **kwargs):
+    return model.generate(
+        input_ids=input_ids, max_new_tokens=steps, min_new_tokens=steps, pad_token_id=0, **{"do_sample": False} | kwargs
+    )
 
 
 EACH_PRESET = pytest.mark.parametrize(
@@ -186,6 +190,69 @@ def test_encoder_decoders(options, config):
     assert cache.get_seq_length() >= 39
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 8}], ids=str)
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_caps_and_sinks(model_type, options):
+    """Windows of 12 keys, in all layers or in every other one; tokens are reordered, and taken back."""
+    model = every_causal_lm.build(model_type)
+    ids = token_ids(batch=1, length=7).repeat(1, 5) % 97 + 3
+    handle = patch_model(model)
+    without_lookup = {} if "prompt_lookup_num_tokens" in options or "prefill_chunk_size" in options else options
+    expected = generate(model, ids, 20, **without_lookup, use_cache=False)
+    cache = handle.cache()
+    assert torch.equal(generate(model, ids, 20, past_key_values=cache, **options), expected)
+    windows = [layer.packed.window for layer in cache.layers]
+    assert windows == {"mistral": [12, 12], "gemma2": [12, None], "gpt_oss": [12, None]}[model_type]
+    if "num_beams" in options:
+        return
+    cache.crop(-30)  # to answer the last turn again
+    assert torch.equal(generate(model, ids, 20, past_key_values=cache), generate(model, ids, 20, use_cache=False))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("mistral", AttnQATConfig(exclude=["*.0.self_attn"])),
+        ("mistral", AttnQATConfig(exclude=["*.1.self_attn"])),
+        ("mistral", AttnQATConfig(overrides={"*.0.self_attn": QuantSpec(preset="nvfp4_qk")})),
+        ("gemma2", AttnQATConfig(exclude=["*.0.self_attn"])),
+        ("gemma2", AttnQATConfig(exclude=["*.1.self_attn"])),
+    ],
+    ids=["stock, packed", "packed, stock", "transformers' own, packed", "stock, packed without window", "packed, stock without"],
+)
+def test_layers_with_a_window_beside_those_of_transformers(model_type, config, padding):
+    """One mask serves both, though transformers' own drop tokens: the first one may be of either kind."""
+    model = every_causal_lm.build(model_type)
+    ids, mask = pad(token_ids(length=70) % 97 + 3, padding, "left")
+    handle = patch_model(model, config)
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, use_cache=False).logits
+        for ends in ((23, 40, 41, 42, 70), (*range(60, 71),)):
+            cache, start = handle.cache(), 0
+            for stop in ends:
+                given = {cache_argument(model): cache, "attention_mask": mask[:, :stop]}
+                out = model(ids[:, start:stop], **given).logits
+                real = mask[:, start:stop].bool()
+                # Gemma 2's own attention has a softmax in float32.
+                assert relative(out[real], whole[:, start:stop][real]) < (1e-6 if model_type == "gemma2" else 1e-9)
+                start = stop
+    assert sorted(isinstance(layer, FP4Layer) for layer in cache.layers) == [False, True]
+
+
+def test_a_mask_with_another_window_than_that_of_the_cache_is_refused():
+    model = every_causal_lm.build("mistral")
+    handle, ids = patch_model(model), token_ids(length=30) % 97 + 3
+    cache = handle.cache()
+    for layer in cache.layers:
+        layer.window = 20
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="its FP4 cache is for a sliding window of 20 keys, and its mask has 12"),
+    ):
+        model(ids, past_key_values=cache)
+
+
 def test_recurrent_layers_keep_their_state():
     model = every_causal_lm.build("qwen3_next")
     handle, ids = patch_model(model), token_ids(length=21) % 97 + 3
@@ -247,3 +314,39 @@ def test_the_name_of_the_argument_is_not_deprecated(recwarn):
     handle = patch_model(model)
     generate(model, ids, 3, **{cache_argument(model): handle.cache()})
     assert [str(warning.message) for warning in recwarn if "past_key_values" in str(warning.message)] == []
+
+
+def test_whoever_generates_gets_the_cache(monkeypatch):
+    """Code that is not ours passes none: a PEFT model around the patched one, as TRL calls it, and calls that say otherwise."""
+    model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
+    handle = patch_model(model)
+    full = generate(model, ids, use_cache=False)
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))
+    used = []
+    update = FP4Layer.update
+    monkeypatch.setattr(FP4Layer, "update", lambda *args, **kwargs: used.append(1) or update(*args, **kwargs))
+    with handle.cached():
+        assert torch.equal(generate(around, input_ids=ids), full) and len(used) == 3 * 40
+        assert torch.equal(generate(model, ids, num_return_sequences=2, do_sample=True, top_k=1), full.repeat_interleave(2, 0))
+        for options in ({"use_cache": False}, {"generation_config": GenerationConfig(use_cache=False)}):
+            used.clear()
+            assert torch.equal(generate(model, ids, **options), full) and not used
+        with handle.disabled():
+            original = generate(model, ids)
+        assert not used
+        with pytest.raises(ValueError, match="generate of this Qwen3ForCausalLM has been replaced already"), handle.cached():
+            pass
+        with pytest.raises(ValueError, match="inside handle.cached.*the copy would never leave"):
+            copy.deepcopy(model)
+    assert torch.equal(generate(model, ids), full) and not used
+    with handle.disabled():
+        assert torch.equal(generate(model, ids), original) and not torch.equal(original, full)
+
+
+def test_what_does_not_generate_has_no_cache():
+    for model, message in ((tiny_qwen3().model, "Qwen3Model, which has no generate"), (tiny_transformer(), "a diffusers model")):
+        with pytest.raises(ValueError, match=message), patch_model(model).cached():
+            pass
+    handle = patch_model(tiny_qwen3(), AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4_fp8")))
+    with pytest.raises(ValueError, match="there is no FP4 cache for preset='kv_nvfp4_fp8'"), handle.cached():
+        pass

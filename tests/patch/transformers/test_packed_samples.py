@@ -14,9 +14,9 @@ LENGTHS = (20, 1, 33, 16)
 SAMPLES = [token_ids(1, length, seed=length)[0] for length in LENGTHS]
 
 
-def pack(*samples, cu_seq_lens=False):
+def pack(*samples, cu_seq_lens=False, seq_idx=False):
     """A batch of one row, as transformers' own collator makes it."""
-    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=cu_seq_lens)
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=cu_seq_lens, return_seq_idx=seq_idx)
     return collator([{"input_ids": sample.tolist()} for sample in samples]) | {"use_cache": False}
 
 
@@ -47,6 +47,18 @@ def test_a_pack_equals_its_samples(build, cu_seq_lens, calls):
     assert relative(both[0], torch.cat(packed)) < 1e-9
     reversed_samples = [*both[1].split(LENGTHS[::-1])][::-1]
     assert relative(torch.cat(reversed_samples), torch.cat(packed)) < 1e-9
+
+
+def test_numbers_of_samples_are_compared_and_change_nothing():
+    """`seq_idx`, which TRL passes with every packed batch."""
+    model = tiny_qwen3()
+    patch_model(model)
+    plain, numbered = pack(*SAMPLES, cu_seq_lens=True), pack(*SAMPLES, cu_seq_lens=True, seq_idx=True)
+    assert numbered["seq_idx"].shape == (1, 70)
+    assert torch.equal(logits(model, **numbered), logits(model, **plain))
+    # without position_ids it would say what attention does not do
+    with pytest.raises(ValueError, match=r"seq_idx must cut .*expected \[0, 70\], got \[0, 20, 21, 54, 70\]"):
+        logits(model, input_ids=numbered["input_ids"], seq_idx=numbered["seq_idx"], use_cache=False)
 
 
 @pytest.mark.parametrize("cu_seq_lens", [False, True])
@@ -133,6 +145,11 @@ def test_one_sample_a_row_is_an_ordinary_batch(calls):
         ({"attention_mask": torch.ones(1, 1, 70, 70, dtype=torch.bool)}, "cu_seq_lens_q must cut"),
         # what looks like the adapter's own compact mask
         ({"attention_mask": torch.ones(1, 3, 70, 70, dtype=masks.SAMPLES)}, "position_ids restart inside a row"),
+        (
+            {"seq_idx": torch.tensor([[0] * 21 + [1] * 49])},
+            r"seq_idx must cut .*expected \[0, 20, 21, 54, 70\], got \[0, 21, 70\]",
+        ),
+        ({"seq_idx": torch.zeros(2, 70)}, r"seq_idx must cut .*got shape \[2, 70\]"),
         ({"softcap": 30.0}, "softcap"),
     ],
 )

@@ -4,14 +4,14 @@ import itertools
 
 import pytest
 import torch
-from transformers import AttentionMaskInterface, StaticCache
+from transformers import AttentionMaskInterface, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.masking_utils import causal_mask_function
 
 from qat_patch import AttnQATConfig, patch_model
 from qat_patch.hosts.transformers import masks
 from support.families import every_causal_lm
 from support.families.families import relative
-from support.models.tiny_qwen3 import logits, pad, tiny_qwen3, token_ids
+from support.models.tiny_qwen3 import logits, pad, tiny_llama, tiny_qwen3, token_ids
 
 CACHE = "cache" if "cache" in tiny_qwen3(num_hidden_layers=1).forward.__code__.co_varnames else "past_key_values"
 
@@ -29,6 +29,48 @@ def test_models_that_keep_the_last_queries_only(kept, padding):
     assert relative(whole, stock) > 1e-3
     with handle.disabled():
         assert torch.equal(logits(model, ids, attention_mask=mask, logits_to_keep=kept), stock)
+
+
+@pytest.mark.parametrize(("build", "compiled"), [(tiny_qwen3, False), (tiny_llama, False), (tiny_qwen3, True)])
+def test_padding_in_front_takes_no_positions(build, compiled):
+    """Rotary embeddings turn Q and K before they are quantized. Without position_ids the host counts padding."""
+    model, ids = build(torch.float64, **{"num_hidden_layers": 1} if compiled else {}), token_ids(length=30)
+    padded, mask = pad(ids, 9, "left")
+    padded[0, 4:9], mask[0, 4:9] = token_ids(1, 5, seed=7), 1
+    stock = logits(model, padded, attention_mask=mask)
+    handle = patch_model(model)
+    expected = torch.cat([logits(model, padded[:1, 4:])[:, 5:], logits(model, ids[1:])])
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    assert relative(logits(run, padded, attention_mask=mask)[:, 9:], expected) < 1e-9
+    assert relative(logits(run, inputs_embeds=model.get_input_embeddings()(padded), attention_mask=mask)[:, 9:], expected) < 1e-9
+    assert relative(stock[:, 9:], expected) > 1e-3
+    # those that are passed count
+    counted = torch.arange(39).expand(2, -1)
+    assert relative(logits(run, padded, attention_mask=mask, position_ids=counted)[:, 9:], expected) > 1e-3
+    with handle.disabled():
+        assert torch.equal(logits(model, padded, attention_mask=mask), stock)
+    torch._dynamo.reset()
+
+
+def test_padding_in_front_is_counted_on_a_cache_too():
+    model, (padded, mask) = tiny_qwen3(torch.float64), pad(token_ids(length=30), 9, "left")
+    handle = patch_model(model)
+    whole = logits(model, padded, attention_mask=mask)
+    cache = handle.cache()
+    parts = [(0, 20), (20, 21), (21, 39)]
+    found = [logits(model, padded[:, a:b], attention_mask=mask[:, :b], **{CACHE: cache, "use_cache": True}) for a, b in parts]
+    assert relative(torch.cat(found, 1)[:, 9:], whole[:, 9:]) < 1e-9
+
+
+def test_learned_positions_stay_those_of_the_host():
+    """There padding in front changes what the stock model says too."""
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_head=4, n_layer=1, vocab_size=128, attn_pdrop=0.0)).eval().double()
+    padded, mask = pad(token_ids(length=30), 9, "left")
+    patch_model(model)
+    counted = torch.arange(39).expand(2, -1)
+    assert torch.equal(
+        logits(model, padded, attention_mask=mask), logits(model, padded, attention_mask=mask, position_ids=counted)
+    )
 
 
 @pytest.mark.parametrize("exclude", [[], ["*.1.*"]])

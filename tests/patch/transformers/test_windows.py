@@ -45,10 +45,11 @@ def test_tokens_on_a_cache_long_after_the_window(models, model_type, ends, paddi
     """Groups of 16 keys, whose V shares a scale, count from the first token, and a cache drops tokens before a window."""
     model = copy.deepcopy(models[model_type])
     ids, mask = pad(token_ids(length=LENGTH) % 97 + 3, padding, "left")
-    patch_model(model)
+    handle = patch_model(model)
     whole = logits(model, ids, attention_mask=mask, use_cache=False)
     real = mask.bool()
-    assert relative(in_parts(model, ids, ends, mask)[real], whole[real]) < 1e-6  # Llama 4 has a part in float32
+    for cache in (None, handle.cache()):
+        assert relative(in_parts(model, ids, ends, mask, cache)[real], whole[real]) < 1e-6  # Llama 4 has a part in float32
 
 
 def test_a_cache_keeps_whole_groups_and_no_more(models):

@@ -8,12 +8,14 @@ from diffusers import (
     Kandinsky5Transformer3DModel,
     LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
+    MiniMaxH3Transformer3DModel,
     SkyReelsV2Transformer3DModel,
+    WanAnimateTransformer3DModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
 )
 
-from support.families.diffusers_parts import FULLGRAPH, FUSED, HEADS, PADDED_TEXT, TEXT, randn, without
+from support.families.diffusers_parts import BLOCKS, FULLGRAPH, FUSED, HEADS, PADDED_TEXT, TEXT, randn, without
 from support.families.families import Family
 
 WAN = HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "rope_max_seq_len": 32}
@@ -45,6 +47,57 @@ def hunyuan15():
 
 def vace():
     return WanVACETransformer3DModel(**WAN, num_layers=2, vace_layers=[0], vace_in_channels=8)
+
+
+ANIMATE = {
+    "in_channels": 12,
+    "latent_channels": 4,
+    "image_dim": 8,
+    "added_kv_proj_dim": 32,
+    "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 8,
+    "motion_dim": 4,
+    "motion_encoder_dim": 8,
+    "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 1,
+}
+
+
+def animate():
+    """A reference frame and two of the video; five pictures of the face."""
+    return video(channels=12, text=512) | {
+        "hidden_states": randn(1, 12, 3, 8, 6),
+        "encoder_hidden_states_image": randn(1, 257, 8),
+        "pose_hidden_states": randn(1, 4, 2, 8, 6),
+        "face_pixel_values": randn(1, 3, 5, 16, 16),
+    }
+
+
+def minimax_h3():
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_refiner_layers": 1, "ffn_dim": 32, "in_channels": 4, "audio_in_channels": 4}
+    time = {"freq_dim": 16, "time_embed_hidden_dim": 16, "time_embed_dim": 16, "rope_freq_dim": 2}
+    return MiniMaxH3Transformer3DModel(**HEADS, **sizes, **time, text_dim=16)
+
+
+def minimax_h3_inputs():
+    """One row of text, then video, then audio, which have a timestep each."""
+    return {
+        "hidden_states": randn(1, 24, 16),
+        "audio_hidden_states": randn(1, 5, 4),
+        "encoder_hidden_states": randn(1, TEXT, 16),
+        "timestep": torch.tensor([0.5, 0.9]),
+        "timestep_indices": torch.tensor([0] * (TEXT + 24) + [1] * 5),
+        "token_tags": torch.tensor([1] * TEXT + [0] * 24 + [2] * 5),
+        "position_ids": torch.arange(TEXT + 29)[:, None].expand(-1, 3),
+        "text_indices": torch.arange(TEXT),
+        "video_indices": torch.arange(TEXT, TEXT + 24),
+        "audio_indices": torch.arange(TEXT + 24, TEXT + 29),
+    }
+
+
+NO_BOUNDS = "torch.compile cannot look for the bounds in it"
 
 
 FAMILIES = [
@@ -79,6 +132,25 @@ FAMILIES = [
         calls=4,
         refused_modes=FUSED,
     ),
+    Family(
+        "SkyReels V2, causal by chunks of frames",
+        lambda: SkyReelsV2Transformer3DModel(**WAN, num_layers=2, num_frame_per_block=2),
+        lambda: (
+            video(timestep=((900, 900, 500, 500),)) | {"hidden_states": randn(1, 4, 4, 8, 6), "enable_diffusion_forcing": True}
+        ),
+        calls=4,
+        refused_modes=FUSED | {FULLGRAPH: NO_BOUNDS, BLOCKS: NO_BOUNDS},
+    ),
+    Family(
+        "Wan Animate",
+        lambda: WanAnimateTransformer3DModel(**WAN | ANIMATE, num_layers=2),
+        animate,
+        calls=8,
+        no_shift=("*.attn2",),
+        refused_modes=FUSED,
+        not_applicable=(FULLGRAPH,),
+    ),
+    Family("MiniMax-H3", minimax_h3, minimax_h3_inputs, calls=3, refused_modes=FUSED),
     Family(
         "LTX Video",
         lambda: LTXVideoTransformer3DModel(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qat_patch import AttnQATConfig, patch_model
@@ -200,7 +201,11 @@ def reference(stock, layers, ids, mask, **inputs):
     AttentionInterface.register("oracle", forward)
     AttentionMaskInterface.register("oracle", sdpa_mask)
     stock.set_attn_implementation("oracle")
-    found = logits(stock, ids, attention_mask=mask, use_cache=False, **inputs)
+    # Rotary embeddings turn Q and K before they are quantized: padding in front counts as no position then (docs/NUMERICS.md).
+    turning = [each for each in stock.modules() if isinstance(each, PreTrainedModel) and hasattr(each, "rotary_emb")]
+    rotary = any("position_ids" in inspect.signature(each.forward).parameters for each in turning)
+    positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if rotary else {}
+    found = logits(stock, ids, attention_mask=mask, use_cache=False, **positions, **inputs)
     assert reached == set(layers), f"no call of {set(layers) - reached}"
     return found
 

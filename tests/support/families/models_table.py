@@ -6,7 +6,7 @@ PYTHONPATH=.:tests python tests/support/families/models_table.py
 from collections.abc import Iterable
 from pathlib import Path
 
-from support.families import diffusers_families, every_causal_lm, transformers_families
+from support.families import diffusers_families, every_causal_lm, every_transformer, transformers_families
 from support.families.families import Family
 from tests.patch.diffusers import test_diffusers_families
 from tests.patch.transformers import test_transformers_families
@@ -34,7 +34,39 @@ def render() -> str:
     for host, families, modes in hosts:
         sections += [f"## {host}\n", _table(families.FAMILIES, modes)]
         sections += ["Refused as a whole:\n", *[f"- {family.name}: `{family.refused}`" for family in families.REFUSED], ""]
-    return "\n".join([*sections, _every_class()])
+    return "\n".join([*sections, _every_transformer(), _every_class()])
+
+
+EVERY_TRANSFORMER = """## Every transformer class of Diffusers {version}
+
+What `tests/support/families/every_transformer.py` found when it built each class from a tiny config, patched it and compared it
+in float64: switched off it is bit-equal to the stock model, and 4-bit attention is the oracle's, through the whole model, to
+1e-9. `tests/patch/diffusers/test_every_transformer.py` does it again (`-m slow`; some classes always).
+
+- **exact**: all attention of the class. {exact} classes and settings.
+- **partly**: the modules that leave attention to the dispatcher and its backend; the receipt names the others. {partly} classes.
+- **refused**: with a message that says why. {refused} classes; {outside} of them, listed below the table, do not call
+  attention through diffusers' dispatcher.
+
+| class | 4-bit attention | modules patched | modules left | left or refused, and why |
+|---|---|---|---|---|
+"""
+
+
+def _every_transformer() -> str:
+    """What the last sweep found. It is a file, so that this takes no sweep."""
+    rows = list(every_transformer.load().values())
+    outside = [row["name"] for row in rows if row["outcome"] == "refused" and row["why"].endswith(every_transformer.OUTSIDE)]
+    unexamined = [row for row in rows if row["outcome"] == "not examined"]
+    count = {kind: sum(row["outcome"] == kind for row in rows) for kind in ("exact", "partly", "refused")}
+    lines = [EVERY_TRANSFORMER.format(version=every_transformer.version(), outside=len(outside), **count).rstrip()]
+    for row in rows:
+        if row["name"] not in outside and row not in unexamined:
+            numbers = (str(row["patched"]), str(row["others"]))
+            lines.append(f"| {' | '.join([row['name'], row['outcome'], *numbers, _code(row['why'])])} |")
+    lines += ["", f"Not through the dispatcher: {', '.join(outside)}.", "", "Not examined:", ""]
+    lines += [f"- {row['name']}: {_code(row['why'])}" for row in unexamined]
+    return "\n".join([*lines, ""])
 
 
 EVERY = """## Every causal language model of Transformers {version}

@@ -15,6 +15,7 @@ def run_cache(case: Case, steps: list[int], tensors, *, impl: str = "eager", pro
         part, stop = slice(start, start + n), start + n
         mask = None if key_mask is None else key_mask[:, :stop]
         options = {"spec": case.spec(), "scale": case.scale, "key_mask": mask, "k_shift": k_shift}
+        options |= {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.features().items()}
         options["impl"] = impl if start or prompt_impl is None else prompt_impl
         parts.append(cache.attention(*(x[:, :, part] for x in (q, k, v)), return_lse=True, **options))
         start = stop

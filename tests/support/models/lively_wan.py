@@ -75,8 +75,13 @@ def sample(pipe, *, steps=2, callback=None, whole=False):
     return pipe(**inputs, **options, callback_on_step_end=callback).frames
 
 
-def sdpa(q, k, v, *, scale, causal, key_mask, **_):
+def sdpa(q, k, v, *, scale, causal, key_mask, bounds=None, **_):
     mask = None if key_mask is None else key_mask[:, None, None]
+    if bounds is not None:
+        lower, upper = (bound[:, None, :, None] for bound in bounds)
+        place = torch.arange(k.shape[2])
+        inside = (lower <= place) & (place <= upper)
+        mask = inside if mask is None else inside & mask
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, is_causal=causal)
 
 
