@@ -25,7 +25,7 @@ CASES = [
         {"head_dim": 256, "batch": 1, "size": 3.0},
         {"window": 40, "mask": "left", "sinks": True, "softcap": 2.0, "heads": (3, 1)},
         {"window": 9, "heads": (2, 2), "batch": 1, "sinks": True},
-        {"preset": "kv_nvfp4", "window": 50, "mask": "left", "softcap": 2.0},
+        {"preset": "kv_nvfp4", "window": 50, "mask": "left", "softcap": 2.0, "batch": 1},
         SHORT | {"heads": (5, 1), "head_dim": 128, "batch": 1},
         SHORT | {"mask": "empty row", "head_dim": 80, "scale": -0.7},
         SHORT | {"mask": "left", "head_dim": 16, "size": 0.03, "scale": 300.0},
