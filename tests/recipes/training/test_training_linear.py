@@ -78,11 +78,17 @@ def test_without_adapters_the_teacher_is_unquantized_too(inputs, tmp_path):
             "lora.dropout: expected 0 with linear",
         ),
         (
-            {"lora.rank": 4, "lora.alpha": 8, "lora.base_dtype": "nf4"},
+            {"linear.format": "nvfp4", "lora.rank": 4, "lora.alpha": 8, "lora.base_dtype": "nf4"},
             "its layers round weights as they are; expected lora.base_dtype=null, got nf4",
         ),
         (
-            {"lora.rank": 4, "lora.alpha": 8, "lora.start.path": "theirs", "lora.start.use": "frozen"},
+            {
+                "linear.format": "nvfp4",
+                "lora.rank": 4,
+                "lora.alpha": 8,
+                "lora.start.path": "theirs",
+                "lora.start.use": "frozen",
+            },
             "expected lora.start.use merged or trained, got frozen",
         ),
         (
