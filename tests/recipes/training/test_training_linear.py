@@ -86,7 +86,7 @@ def test_without_adapters_the_teacher_is_unquantized_too(inputs, tmp_path):
                 "linear.format": "nvfp4",
                 "lora.rank": 4,
                 "lora.alpha": 8,
-                "lora.start.path": "theirs",
+                "lora.start.path": ".",  # it is not read
                 "lora.start.use": "frozen",
             },
             "expected lora.start.use merged or trained, got frozen",
