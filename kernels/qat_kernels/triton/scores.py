@@ -85,11 +85,12 @@ def masked_slot_ranges(
         upper = last + 1
         upper_of_first = last_of_first + 1
         stop = tl.maximum(last_of_last + 1, 0)
-    first = origin + tl.maximum(lower_of_first - origin, 0) // BLOCK_N * BLOCK_N
-    begin = origin + tl.cdiv(tl.maximum(lower_of_last - origin, 0), BLOCK_N) * BLOCK_N
-    full = tl.maximum(origin + tl.maximum(upper_of_first - origin, 0) // BLOCK_N * BLOCK_N, begin)
+    # Tensors first: the interpreter of Triton 3.8 makes a constexpr of a constexpr plus a tensor.
+    first = tl.maximum(lower_of_first - origin, 0) // BLOCK_N * BLOCK_N + origin
+    begin = tl.cdiv(tl.maximum(lower_of_last - origin, 0), BLOCK_N) * BLOCK_N + origin
+    full = tl.maximum(tl.maximum(upper_of_first - origin, 0) // BLOCK_N * BLOCK_N + origin, begin)
     prefix_stop = tl.minimum(slots, PREFIX + LEAD)
-    head_stop = tl.minimum(origin + tl.cdiv(tl.maximum(prefix_stop - origin, 0), BLOCK_N) * BLOCK_N, first)
+    head_stop = tl.minimum(tl.cdiv(tl.maximum(prefix_stop - origin, 0), BLOCK_N) * BLOCK_N + origin, first)
     return last, upper, lower, prefix_stop, head_stop, first, begin, full, stop, open_start, first_block, open_blocks
 
 
