@@ -1,11 +1,13 @@
 """Every family of language models in every mode: the tests behind docs/MODELS.md."""
 
+import inspect
 import re
 
 import peft
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.masking_utils import create_chunked_causal_mask
 
 from qat_kernels import attention
 from qat_patch import calibrate, get_handle, patch_model, sensitivity, unpatch_model
@@ -100,6 +102,9 @@ def dynamic_cache(family, monkeypatch):
 
 
 def static_cache(family, monkeypatch):
+    chunked = "attention_chunk_size" in vars(family.build().config)
+    if chunked and "block_sequence_ids" not in inspect.signature(create_chunked_causal_mask).parameters:
+        pytest.skip("this release of transformers passes its own function an argument that it does not know")
     model, ids = family.patched(torch.float64), token_ids(length=21)
     static = greedy(model, ids, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, greedy(model, ids, use_cache=False))

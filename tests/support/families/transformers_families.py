@@ -1,7 +1,7 @@
 """Tiny language models of Transformers, a family each."""
 
 import transformers
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, masking_utils
 
 from support.families.families import Family
 from support.models.tiny_qwen3 import VOCAB, token_ids
@@ -19,6 +19,9 @@ SIZES = {
 }
 NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 SLIDING = {"static cache": "nor a static one whose window slides"}
+# Older releases count chunks across samples.
+COUNTS_IN_SAMPLES = hasattr(masking_utils, "remap_positions_for_packed_sequence")
+CHUNKED = {} if COUNTS_IN_SAMPLES else {"packed samples": "unsupported mask"}
 NO_SHIFT = {"`calibrate`, `sensitivity`": "which sees what a K shift adds to all scores of a row"}
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
@@ -75,7 +78,7 @@ FAMILIES = [
         ),
         inputs,
         calls=4,
-        refused_modes={"`torch.compile(fullgraph=True)`, training": "torch.compile cannot see chunks of 16 tokens"},
+        refused_modes={"`torch.compile(fullgraph=True)`, training": "torch.compile cannot see chunks of 16 tokens"} | CHUNKED,
     ),
     Family("SmolLM3", causal_lm("SmolLM3Config"), inputs, calls=2),
     Family("Phi-3", causal_lm("Phi3Config", sliding_window=None), inputs, calls=2),
