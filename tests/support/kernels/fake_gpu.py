@@ -66,9 +66,10 @@ def fake_gpu(arch=120, identities=None):
                 lambda: SimpleNamespace(forward=as_training, output_shapes=lambda *_, **__: ((0,), (0,))),
             ),
             mock.patch("qat_kernels.self_check.identity.identity", identity),
-            mock.patch("qat_patch.self_check.check.gpus", lambda: [CPU] * len(known)),
+            # Those that import it first: a module that is imported here for the first time would keep the stand-in.
             mock.patch("qat_patch.implementation.gpus", lambda: [CPU] * len(known)),
             mock.patch("qat_patch.measure.doctor.gpus", lambda: [CPU] * len(known)),
+            mock.patch("qat_patch.self_check.check.gpus", lambda: [CPU] * len(known)),
         ):
             stack.enter_context(patch)
         yield
