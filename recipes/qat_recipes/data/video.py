@@ -118,8 +118,8 @@ class EncodedClips(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, torch.Tensor]:
-        index, number = index if isinstance(index, tuple) else (index, None)
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        number = index.number if isinstance(index, Draw) else None
         tensors = self._read(self.clips[index]["file"])
         captions = [tensors.pop(name) for name in sorted(tensors) if name.startswith("prompt_embeds")]
         tensors["prompt_embeds"] = self._filled_up(captions[0] if number is None else self._drawn(captions, number))
@@ -146,6 +146,17 @@ class EncodedClips(Dataset):
             return load(content)
         except (OSError, SafetensorError, ValueError, LookupError) as error:
             raise ValueError(f"data: {file} is damaged ({error}); run qat-patch prepare-wan-data again") from error
+
+
+class Draw(int):
+    """The index of a clip that also knows which sample of the run it is: what is drawn with the clip follows from that."""
+
+    number: int
+
+    def __new__(cls, index: int, number: int) -> Draw:
+        draw = super().__new__(cls, index)
+        draw.number = number
+        return draw
 
 
 class BucketBatches(Sampler[list[int]]):
@@ -187,7 +198,7 @@ class BucketBatches(Sampler[list[int]]):
         return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-class DrawnBatches(Sampler[list[tuple[int, int]]]):
+class DrawnBatches(Sampler[list[Draw]]):
     """The same of clips that come several times, or in one of several windows; each sample with its number in the run.
 
     Args:
@@ -214,10 +225,10 @@ class DrawnBatches(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         for batch, places in enumerate(self.batches, self.batches.start):
             numbers = range(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield [(self._index(place, number), number) for place, number in zip(places, numbers, strict=True)]
+            yield [Draw(self._index(place, number), number) for place, number in zip(places, numbers, strict=True)]
 
     def _index(self, place: int, number: int) -> int:
         indices = self.places[place]

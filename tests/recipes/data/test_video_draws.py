@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_wan
 from qat_patch.commands.clip_index import EMPTY_CAPTION, write_index
-from qat_recipes.data.video import BucketBatches, DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
+from qat_recipes.data.video import BucketBatches, Draw, DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
 from support.models.tiny_clips import write_clips
 from support.models.tiny_wan import TEXT_DIM, tiny_pipeline
 from support.runs.runs import assert_same_run, run, run_until_killed
@@ -50,7 +50,7 @@ def drawn(clips, settings, start, stop, seed=0):
 
 
 def sources_in(clips, batches):
-    return Counter(clips.clips[index]["source"] for index, _ in chain(*batches))
+    return Counter(clips.clips[index]["source"] for index in chain(*batches))
 
 
 def test_what_an_epoch_consists_of(folder):
@@ -61,7 +61,9 @@ def test_what_an_epoch_consists_of(folder):
     assert sources_in(clips, drawn(clips, settings, 0, 13)) == {"a.mp4": 6, "b.mp4": 1, "images/c.png": 4, "d.mp4": 2}
     settings = VideoSettings(train=str(folder), windows="random", repeats={"a.mp4": 2})
     assert sources_in(clips, drawn(clips, settings, 0, 5)) == {"a.mp4": 2, "b.mp4": 1, "images/c.png": 1, "d.mp4": 1}
-    windows = Counter(index for index, _ in chain(*drawn(clips, settings, 0, 5 * 30)) if clips.clips[index]["source"] == "a.mp4")
+    windows = Counter(
+        int(index) for index in chain(*drawn(clips, settings, 0, 5 * 30)) if clips.clips[index]["source"] == "a.mp4"
+    )
     assert len(windows) == 3 and sum(windows.values()) == 60 and min(windows.values()) > 9
 
 
@@ -70,10 +72,10 @@ def test_draws_follow_from_the_seed_and_go_on(folder):
     whole = drawn(clips, settings, 0, 24)
     assert drawn(clips, settings, 7, 24) == whole[7:]
     assert drawn(clips, settings, 0, 24, seed=1) != whole
-    assert [number for _, number in chain(*whole)] == list(range(24))
+    assert [draw.number for draw in chain(*whole)] == list(range(24))
     # Without anything to draw the order is that of runs before there was.
     plain = drawn(clips, VideoSettings(train=str(folder)), 3, 20)
-    assert [[index for index, _ in batch] for batch in plain] == list(BucketBatches(clips.buckets, 1, 0, 3, 20))
+    assert [[int(index) for index in batch] for batch in plain] == list(BucketBatches(clips.buckets, 1, 0, 3, 20))
 
 
 def test_captions_are_drawn(folder):
@@ -82,13 +84,15 @@ def test_captions_are_drawn(folder):
     first, known = clips[number]["prompt_embeds"], {-7.0: "empty", 1.0: "one", 2.0: "two"}
     taken = Counter()
     for step in range(400):
-        embeds = clips[number, step]["prompt_embeds"]
-        assert embeds.shape == (512, TEXT_DIM) and clips[number, step].keys() == {"latents", "prompt_embeds"}
-        assert torch.equal(embeds, clips[number, step]["prompt_embeds"])
+        embeds = clips[Draw(number, step)]["prompt_embeds"]
+        assert embeds.shape == (512, TEXT_DIM) and clips[Draw(number, step)].keys() == {"latents", "prompt_embeds"}
+        assert torch.equal(embeds, clips[Draw(number, step)]["prompt_embeds"])
         taken["first" if torch.equal(embeds, first) else known[embeds[0, 0].item()]] += 1
     assert abs(taken["empty"] - 100) < 30 and all(abs(taken[name] - 100) < 30 for name in ("first", "one", "two"))
     other = EncodedClips(folder, caption_dropout=0.25, seed=4)
-    assert any(not torch.equal(clips[number, n]["prompt_embeds"], other[number, n]["prompt_embeds"]) for n in range(8))
+    assert any(
+        not torch.equal(clips[Draw(number, n)]["prompt_embeds"], other[Draw(number, n)]["prompt_embeds"]) for n in range(8)
+    )
     # Without a number, as held-out clips are read, it is the first one.
     assert all(torch.equal(other[number]["prompt_embeds"], first) for _ in range(8))
 
@@ -129,7 +133,7 @@ def test_the_fingerprint_knows_the_empty_caption_where_it_is_used(folder, tmp_pa
     (tmp_path / EMPTY_CAPTION).write_bytes((folder / EMPTY_CAPTION).read_bytes())
     clips = EncodedClips(tmp_path, caption_dropout=0.999)
     with pytest.raises(ValueError, match="empty_caption.safetensors is damaged"):
-        [clips[0, number] for number in range(4)]
+        [clips[Draw(0, number)] for number in range(4)]
 
 
 def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path):
