@@ -75,7 +75,7 @@ BOUNDS = {torch.bfloat16: (3e-3, 1e-2), torch.float16: (3e-3, 1e-2), torch.float
 
 
 def size_of_sink_terms(case: Case, tensors: list[torch.Tensor], expected: tuple) -> torch.Tensor:
-    """Root of the summed squares of what the gradient of the sinks sums over queries, with both signs: the sum nearly vanishes."""
+    """Root of the summed squares of what the gradient of the sinks sums over queries; the sum nearly vanishes."""
     out_hp, lse, sinks = (x.double() for x in (expected[1], expected[2], case.sink_logits()))
     shares = torch.exp(sinks[:, None] - lse.where(lse != -torch.inf, torch.inf))
     return (shares * (tensors[3].double() * out_hp).sum(3)).norm()
