@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -68,31 +68,48 @@ def varlen(shape: Shape, device: str) -> Attention:
     return call
 
 
+def flash_attention(function: Callable[..., Any], shape: Shape) -> Attention:
+    """A function of FlashAttention's packages, which take [B, L, H, D]; some return the log-sum-exp too."""
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=shape.causal)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return call
+
+
 def installed(shape: Shape) -> dict[str, Attention]:
-    """Attention of other packages, forward only, where they are there."""
+    """Attention of other packages, where they are there."""
     found: dict[str, Attention] = {}
-    if not shape.forward_only or shape.heads != shape.key_heads:
-        return found
-    try:
+    with suppress(ImportError):
         from flash_attn import flash_attn_func
 
-        found["flash_attn"] = lambda q, k, v: flash_attn_func(
-            *(x.transpose(1, 2) for x in (q, k, v)), causal=shape.causal
-        ).transpose(1, 2)
-    except ImportError:
-        pass
-    try:
+        found["flash_attn"] = flash_attention(flash_attn_func, shape)
+    with suppress(ImportError):
+        from flash_attn_interface import flash_attn_func as flash_attn_3
+
+        found["flash_attn 3"] = flash_attention(flash_attn_3, shape)
+    with suppress(ImportError):
+        from flash_attn.cute import flash_attn_func as flash_attn_cute
+
+        found["flash_attn cute"] = flash_attention(flash_attn_cute, shape)
+    if shape.forward_only and shape.heads == shape.key_heads:
+        found |= forward_only(shape)
+    return found
+
+
+def forward_only(shape: Shape) -> dict[str, Attention]:
+    """Those without a backward, which know no grouped heads."""
+    found: dict[str, Attention] = {}
+    with suppress(ImportError):
         from sageattn3 import sageattn3_blackwell
 
-        found["sageattention3"] = lambda q, k, v: sageattn3_blackwell(q, k, v, is_causal=shape.causal)
-    except ImportError:
-        pass
-    try:
+        # It subtracts the mean of K in place.
+        found["sageattention3"] = lambda q, k, v: sageattn3_blackwell(q, k.clone(), v, is_causal=shape.causal)
+    with suppress(ImportError):
         from sageattention import sageattn
 
         found["sageattention"] = lambda q, k, v: sageattn(q, k, v, is_causal=shape.causal)
-    except ImportError:
-        pass
     try:
         import flashinfer
     except ImportError:

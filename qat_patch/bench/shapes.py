@@ -64,8 +64,9 @@ class Shape(NamedTuple):
         return [*lengths, left]
 
     def flops(self, with_backward: bool) -> float:
+        """As FlashAttention counts them: 4 D a pair of query and key, half as many with `causal`, 3.5 times with a backward."""
         pairs = sum(n * n for n in self.documents()) if self.packed else self.batch * self.queries * self.keys
-        return 4 * self.heads * pairs * self.head_dim * (3.5 if with_backward else 1)
+        return 4 * self.heads * pairs * self.head_dim * (3.5 if with_backward else 1) * (0.5 if self.causal else 1)
 
 
 def packing(lengths: list[int], device: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def report(results: list[Result], png: Path | None) -> str:
         tabulate = generation_table
     lines, bars, axis = tabulate(results)
     if png is not None:
-        draw(bars, axis, png)
+        draw(bars, axis, png, title=about["device"])
     head = ", ".join(f"{key} {about[key]}" for key in ("device", "torch", "triton", "dtype") if key in about)
     return "\n".join((head, "", *lines))
 
@@ -49,7 +49,7 @@ def attention_table(results: list[Result]) -> Table:
         cells += [f"{seconds[name] / base:.2f}" if base and name in seconds else "" for name in ours]
         lines.append(line([shape, what, *cells]))
         bars[f"{shape}\n{what}"] = {name: shape.flops(what != "forward") / s / 1e12 for name, s in seconds.items()}
-    return lines, bars, "TFLOP/s (4 B H Lq Lk D, 3.5 times that with backward)"
+    return lines, bars, "TFLOP/s (4 B H Lq Lk D, half of that if causal, 3.5 times as much with backward)"
 
 
 def decode_table(results: list[Result]) -> Table:
@@ -105,8 +105,8 @@ def line(cells: list[Any]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def draw(groups: dict[str, dict[str, float]], axis: str, png: Path) -> None:
-    """A bar for each name, in groups."""
+def draw(groups: dict[str, dict[str, float]], axis: str, png: Path, title: str) -> None:
+    """A bar for each name, in groups; `title`: the GPU that ran."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,6 +123,7 @@ def draw(groups: dict[str, dict[str, float]], axis: str, png: Path) -> None:
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(axis)
+    axes.set_title(title)
     axes.legend()
     figure.tight_layout()
     figure.savefig(png, dpi=120)

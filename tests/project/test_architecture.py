@@ -46,7 +46,7 @@ LIBRARY = (
     ("qat_patch/checkpoint/hub.py", PATCH, {"huggingface_hub"}),
     ("qat_patch/checkpoint/load.py", PATCH, {"diffusers", "peft", "transformers"}),
     # Others' attention is timed where it is installed.
-    ("qat_patch/bench/peers.py", PATCH, {"flash_attn", "flashinfer", "sageattention", "sageattn3"}),
+    ("qat_patch/bench/peers.py", PATCH, {"flash_attn", "flash_attn_interface", "flashinfer", "sageattention", "sageattn3"}),
     ("qat_patch/bench/harness.py", PATCH, {"triton"}),
     ("qat_patch/bench/figure_5.py", PATCH, {"matplotlib"}),
     ("qat_patch/measure/doctor.py", PATCH, {"accelerate", "diffusers", "peft", "transformers", "triton"}),
@@ -325,7 +325,7 @@ def test_setup_cfg_declares_what_is_imported():
     ours = OURS | {Path(name).stem for name in files_matching("recipes/*.py")}
     imported = {i.top for file in LIBRARY_FILES + PROGRAM_FILES for i in imports_in(file)} - ours
     # Attention of others, and the library that loads it from the Hub: found where they are.
-    imported -= {"flash_attn", "flashinfer", "kernels", "sageattention", "sageattn3"}
+    imported -= {"flash_attn", "flash_attn_interface", "flashinfer", "kernels", "sageattention", "sageattn3"}
     installed = packages_distributions()
     assert {name for name in imported if not declared & {normalized(n) for n in installed.get(name, [name])}} == set()
 
