@@ -78,7 +78,7 @@ def timed(shape: Shape, device: str, dtype: torch.dtype, rounds: int, variants: 
 
 def implementations(shape: Shape, device: str, variants: dict[str, Options]) -> dict[str, Attention]:
     """Ours, by name."""
-    documents = packing(shape.documents(), device) if shape.packed else {}
+    documents = packing(shape.documents(), device) if shape.packed else shape.masking
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
         return qat_kernels.attention(q, k, v, causal=shape.causal, **documents, **options)
@@ -102,7 +102,7 @@ def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dt
         exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
         documents = packing(shape.documents()[2:], device)
     else:
-        part, documents = [(slice(0, 1), slice(0, n)) for n in (group, 1, 1)], {}
+        part, documents = [(slice(0, 1), slice(0, n)) for n in (group, 1, 1)], shape.masking
         exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
     expected = qat_kernels.attention(*exact, spec=spec, causal=shape.causal, impl="eager", **documents)
     pairs = [("output", out[part[0]], expected, OUTPUT_BOUND)]

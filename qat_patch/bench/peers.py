@@ -19,9 +19,11 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def peers(shape: Shape, device: str) -> dict[str, Attention]:
     """Others' attention by name. What cannot run the shape on this device is left out, and said so."""
     if device == "cpu":
-        return {} if shape.packed else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
+        return {} if shape.packed or shape.masking else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
     if shape.packed:
         found = {"varlen_attn": varlen(shape, device)}
+    elif shape.masking:
+        return {"varlen_attn": windowed(shape, device)} if shape.block_size == 1 and shape.batch == 1 else {}
     else:
         found = {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape), "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION, shape)}
         found["sdpa"] = sdpa(None, shape)
@@ -46,16 +48,28 @@ def sdpa(backend: SDPBackend | None, shape: Shape) -> Attention:
     return call
 
 
-def varlen(shape: Shape, device: str) -> Attention:
+def windowed(shape: Shape, device: str) -> Attention:
+    """PyTorch's own FlashAttention-2 with a window: one document of `varlen`."""
+    attend = varlen(shape, device, [shape.queries])
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attend(*(x[0].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)[None]
+
+    return call
+
+
+def varlen(shape: Shape, device: str, lengths: list[int] | None = None) -> Attention:
     """PyTorch's own FlashAttention-2 for packed sequences; its newer versions call `is_causal` a window."""
-    documents = packing(shape.documents(), device)
+    documents = packing(lengths or shape.documents(), device)
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         known = inspect.signature(varlen_attn).parameters
         options: dict[str, Any] = (
-            {"window_size": (-1, 0 if shape.causal else -1)} if "window_size" in known else {"is_causal": shape.causal}
+            {"window_size": (shape.window - 1, 0 if shape.causal else -1)}
+            if "window_size" in known
+            else {"is_causal": shape.causal}
         )
         if shape.heads != shape.key_heads and "enable_gqa" in known:
             options["enable_gqa"] = True

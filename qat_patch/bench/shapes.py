@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qat_kernels.mask import Mask
+
 GPU_SHAPES = (
     "1,12,12,32760,32760,128",  # Wan 2.1 1.3B self-attention at 480p
     "1,40,40,32760,512,128",  # 14B cross-attention
@@ -38,19 +40,32 @@ class Shape(NamedTuple):
     causal: bool = False
     packed: bool = False
     forward_only: bool = False
+    window: int = 0
+    """Keys that a query of a causal call sees; 0: all."""
+    block_size: int = 1
+    """Tokens of a block that see each other, in a causal call."""
 
     @classmethod
     def parse(cls, text: str) -> Shape:
+        """From "batch,heads,key heads,queries,keys,head dim" and words: causal, packed, forward, window=N, block_size=N."""
         numbers, words = text.split(",")[:6], text.split(",")[6:]
-        digits = all(number.isdigit() and int(number) for number in numbers)
-        if len(numbers) != 6 or not digits or not {"causal", "packed", "forward"}.issuperset(words):
-            raise argparse.ArgumentTypeError(f"expected a shape such as 2,40,8,4096,4096,128,causal, got {text}")
+        sizes = dict(word.split("=", 1) for word in words if "=" in word)
+        flags = {word for word in words if "=" not in word}
+        digits = all(number.isdigit() and int(number) for number in [*numbers, *sizes.values()])
+        known = flags <= {"causal", "packed", "forward"} and sizes.keys() <= {"window", "block_size"}
+        if len(numbers) != 6 or not digits or not known or (sizes and ("causal" not in flags or "packed" in flags)):
+            raise argparse.ArgumentTypeError(
+                "expected a shape such as 2,40,8,4096,4096,128,causal; window=N or block_size=N with causal, without packed; "
+                f"got {text}"
+            )
         batch, heads, key_heads, queries, keys, head_dim = map(int, numbers)
-        causal, packed, forward_only = (word in words for word in ("causal", "packed", "forward"))
-        return cls(batch, heads, key_heads, queries, keys, head_dim, causal, packed, forward_only)
+        causal, packed, forward_only = (word in flags for word in ("causal", "packed", "forward"))
+        others = {name: int(size) for name, size in sizes.items()}
+        return cls(batch, heads, key_heads, queries, keys, head_dim, causal, packed, forward_only, **others)
 
     def __str__(self) -> str:
         words = [word for word, on in zip(("causal", "packed"), self[6:8], strict=True) if on]
+        words += [f"{name} {size}" for name, size in self.masking.items()]
         heads = self.heads if self.heads == self.key_heads else f"{self.heads}/{self.key_heads}"
         length = self.queries if self.queries == self.keys else f"{self.queries}x{self.keys}"
         return f"B {self.batch}, H {heads}, L {length}, D {self.head_dim}" + "".join(f", {word}" for word in words)
@@ -63,10 +78,27 @@ class Shape(NamedTuple):
             left -= lengths[-1]
         return [*lengths, left]
 
+    @property
+    def masking(self) -> dict[str, Any]:
+        """The options of `qat_kernels.attention` for windows and blocks."""
+        return {name: size for name, size in (("window", self.window), ("block_size", self.block_size)) if size > 1}
+
     def flops(self, with_backward: bool) -> float:
-        """As FlashAttention counts them: 4 D a pair of query and key, half as many with `causal`, 3.5 times with a backward."""
-        pairs = sum(n * n for n in self.documents()) if self.packed else self.batch * self.queries * self.keys
-        return 4 * self.heads * pairs * self.head_dim * (3.5 if with_backward else 1) * (0.5 if self.causal else 1)
+        """As FlashAttention counts them: 4 D a pair of query and key, half as many with `causal`, 3.5 times with a backward.
+
+        With windows or blocks it is the pairs that are seen.
+        """
+        if self.masking:
+            mask = Mask(causal=True, window=self.window or None, block_size=self.block_size)
+            lower, upper = mask.bounds(self.queries, self.keys, None, None, torch.device("cpu"))
+            assert upper is not None, "a causal mask"
+            first = 0 if lower is None else lower.clamp(min=0)
+            pairs = self.batch * float((upper + 1 - first).clamp(min=0).sum())
+        elif self.packed:
+            pairs = sum(n * n for n in self.documents()) * (0.5 if self.causal else 1)
+        else:
+            pairs = self.batch * self.queries * self.keys * (0.5 if self.causal else 1)
+        return 4 * self.heads * pairs * self.head_dim * (3.5 if with_backward else 1)
 
 
 def packing(lengths: list[int], device: str) -> dict[str, Any]:

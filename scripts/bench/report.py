@@ -35,7 +35,7 @@ def attention_table(results: list[Result]) -> Table:
     """Milliseconds, and those of ours relative to FlashAttention-2; bars are TFLOP/s."""
     by_row: dict[tuple[Shape, str], dict[str, Result]] = {}
     for each in results:
-        shape = Shape(*(each[field] for field in Shape._fields))
+        shape = Shape(**{field: each[field] for field in Shape._fields if field in each})  # older results lack some
         by_row.setdefault((shape, each["what"]), {})[each["name"]] = each
     names = list(dict.fromkeys(each["name"] for each in results))
     ours = [name for name in names if name in (*TRAINING, *INFERENCE, *get_args(Preset))]

@@ -1,5 +1,6 @@
 """python -m scripts.bench: it measures what it says, and nothing that is wrong."""
 
+import argparse
 import json
 
 import pytest
@@ -46,6 +47,26 @@ def test_packed_documents_are_timed_and_counted(capsys):
     shape = Shape.parse("1,4,2,600,600,32,causal,packed")
     assert shape.documents() == [300, 150, 150]
     assert shape.flops(False) == 4 * 4 * (300**2 + 2 * 150**2) * 32 / 2  # half of it is masked
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times other implementations there")
+def test_windows_and_blocks_are_timed_and_counted(capsys):
+    shapes = (
+        "1,2,1,50,50,32,causal,window=20",
+        "1,2,1,50,50,32,causal,block_size=7,window=9",
+        "1,2,1,50,60,32,causal,block_size=7",
+    )
+    results = bench.main(["attention", *(f"--shape={shape}" for shape in shapes), "--rounds", "3"])
+    assert [(r["window"], r["block_size"], r["name"]) for r in results[::2]] == [(20, 1, "ours"), (9, 7, "ours"), (0, 7, "ours")]
+    for shape in map(Shape.parse, shapes):
+        seen = 0
+        for query in range(shape.queries):
+            last = (query + shape.keys - shape.queries) // shape.block_size * shape.block_size + shape.block_size - 1
+            seen += sum(key <= last and (not shape.window or key > last - shape.window) for key in range(shape.keys))
+        assert shape.flops(False) == 4 * 2 * 32 * seen
+    for wrong in ("1,2,1,50,50,32,window=20", "1,2,1,50,50,32,causal,packed,window=20", "1,2,1,50,50,32,causal,window=0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a shape such as"):
+            Shape.parse(wrong)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times other implementations there")
