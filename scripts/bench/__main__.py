@@ -7,13 +7,13 @@ python -m scripts.bench inference --json inference.json
 python -m scripts.bench quantize
 python -m scripts.bench report attention.json --png attention.png
 
-A shape is batch, query heads, key heads, queries, keys, head dim, and `causal`, `packed` or `forward` (without a backward) if it
-is so; `packed` cuts the batch's tokens into documents of uneven lengths; `causal,window=1024` and `causal,block_size=1560` are the
-masks of `qat_kernels.attention`. Each of our implementations is first compared with the float32 reference on a part of the very
-problem that is timed (docs/NUMERICS.md, section 7); where a bound does not hold nothing is timed. Prints device, versions, and for
-each shape the median and the spread (quartiles) of forward and of forward with backward, the bytes that a forward keeps for its
-backward, and the peak of both. TFLOP/s count 4 B H Lq Lk D for a forward, half of that if it is causal, and 3.5 times as much with
-backward. Other packages' attention joins where it is installed.
+A shape is batch, query heads, key heads, queries, keys, head dim, and `causal`, `packed` or `forward` (without a backward) if
+it is so; `packed` cuts the batch's tokens into documents of uneven lengths; `causal,window=1024` and `causal,block_size=1560`
+are the masks of `qat_kernels.attention`. Each of our implementations is first compared with the float32 reference on a part of
+the very problem that is timed (docs/NUMERICS.md, section 7); where a bound does not hold nothing is timed. Prints device,
+versions, and for each shape the median and the spread (quartiles) of forward and of forward with backward, the bytes that a
+forward keeps for its backward, and the peak of both. TFLOP/s count 4 B H Lq Lk D for a forward, half of that if it is causal,
+and 3.5 times as much with backward. Other packages' attention joins where it is installed.
 
 `inference` times what can run without gradients: the kernel for FP4 units, emulated where there are none, with P and V in NVFP4
 and in BF16, and the training kernel; each quantizes its inputs first, in the time that is shown.
