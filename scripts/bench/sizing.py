@@ -36,6 +36,7 @@ from qat_recipes.training.adapters import LoraSettings
 from qat_recipes.training.loop import train
 from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
 from scripts.arguments import new_parser
+from scripts.bench.model_configs import CONFIGS, TINY_CONFIGS
 from scripts.bench.sizing_report import FILE, report
 
 LORA = LoraSettings(rank=16, alpha=32.0)
@@ -121,24 +122,6 @@ class MeasuredVideo(Measured):
         return {"latents": torch.randn(16, tokens // 1560, 60, 104), "prompt_embeds": torch.randn(512, self.config["text_dim"])}
 
 
-def qwen3(hidden: int, layers: int, heads: int, feed_forward: int, vocabulary: int = 151_936, *, tied: bool) -> dict[str, int]:
-    """A config of Qwen3."""
-    config = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8}
-    config |= {"head_dim": 128, "intermediate_size": feed_forward, "vocab_size": vocabulary, "tie_word_embeddings": tied}
-    return config
-
-
-def wan(heads: int, layers: int, feed_forward: int) -> dict[str, int]:
-    """A config of Wan 2.1 T2V."""
-    return {
-        "num_attention_heads": heads,
-        "attention_head_dim": 128,
-        "num_layers": layers,
-        "ffn_dim": feed_forward,
-        "text_dim": 4096,
-    }
-
-
 class Model(NamedTuple):
     """What is measured."""
 
@@ -146,19 +129,11 @@ class Model(NamedTuple):
     config: dict[str, int]
 
 
-MODELS = {
-    "Wan 2.1 1.3B": Model(MeasuredVideo, wan(12, 30, 8960)),
-    "Wan 2.1 14B": Model(MeasuredVideo, wan(40, 40, 13_824)),
-    "Qwen3 0.6B": Model(MeasuredText, qwen3(1024, 28, 16, 3072, tied=True)),
-    "Qwen3 1.7B": Model(MeasuredText, qwen3(2048, 28, 16, 6144, tied=True)),
-    "Qwen3 4B": Model(MeasuredText, qwen3(2560, 36, 32, 9728, tied=True)),
-    "Qwen3 8B": Model(MeasuredText, qwen3(4096, 36, 32, 12_288, tied=False)),
-    "Qwen3 14B": Model(MeasuredText, qwen3(5120, 40, 40, 17_408, tied=False)),
-}
-TINY = {
-    "Wan 2.1 tiny": Model(MeasuredVideo, {**wan(2, 2, 64), "attention_head_dim": 16, "text_dim": 32}),
-    "Qwen3 tiny": Model(MeasuredText, qwen3(64, 2, 8, 64, 128, tied=True) | {"head_dim": 16}),
-}
+def _models(configs: dict[str, dict[str, int]]) -> dict[str, Model]:
+    return {name: Model(MeasuredVideo if name.startswith("Wan") else MeasuredText, config) for name, config in configs.items()}
+
+
+MODELS, TINY = _models(CONFIGS), _models(TINY_CONFIGS)
 _VIDEO, _TEXT = (7800, 17_160, 32_760), (4096, 8192, 16_384)
 CASES: list[tuple[str, str, tuple[int, ...]]] = [
     ("Wan 2.1 1.3B", "full", _VIDEO),

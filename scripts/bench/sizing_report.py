@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.bench.full_size_report import section
 from scripts.paths import DOCS
 
 FILE = DOCS / "SIZING.md"
@@ -38,12 +39,6 @@ little less than its number. Measuring on held-out data, and `samples`, may take
 - **-**: does not fit;
 - **~**: longer than what was measured, by the straight line of section 3; at most {far} times as long;
 - **?**: the weights fit, and what the rest takes was not measured.
-"""
-TAIL = """## Several GPUs
-
-By arithmetic, not measured: FSDP2 over N GPUs (`recipes/accelerate_configs/fsdp2.yaml`) divides the bytes that weights take by N
-and adds the gathered weights of a layer or two. What a token takes stays, since each GPU has a sequence of its own. DDP divides
-nothing.
 """
 
 
@@ -98,7 +93,7 @@ def report(file: Path) -> str:
         (("Wan", "Frames of 480x832 and of 720x1280, of 81", _frames), ("Qwen3", "Tokens, of 32,768", _tokens)), 1
     ):
         sections += [f"## {number}. {family}\n", f"{what}.\n", _table(family, results, lines, cell)]
-    sections += ["## 3. Measured\n", _measured(results, lines), TAIL]
+    sections += ["## 3. Measured\n", _measured(results, lines), section()]
     return "\n".join(sections)
 
 

@@ -129,7 +129,7 @@ ROOMS = {
         "qat_recipes.memory": set(),
         "qat_recipes.training": {"command_line", "lora", "memory"},
         "qat_recipes.data": {"command_line"},
-        "qat_recipes.tasks": {"command_line", "training", "data"},
+        "qat_recipes.tasks": {"command_line", "training", "data", "memory"},
     },
 }
 # Where the packages and the programs stand, and the top-level names that each may know of ours.

@@ -122,6 +122,9 @@ class LanguageModeling(FineTuning[Settings]):
     def load(self) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(**self.source, dtype=self.settings.load_dtype)
 
+    def from_config(self) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**self.source), dtype=torch.float32)
+
     def model_config(self) -> dict[str, Any]:
         return PreTrainedConfig.get_config_dict(**self.source)[0]
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 from qat_recipes.data.video import DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
+from qat_recipes.memory.split_tokens import ParallelSettings, split_tokens, ulysses_mesh
 from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
 
 from .flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
@@ -40,6 +42,8 @@ class Settings(FineTuningSettings):
     """Which timesteps are trained how often and how much."""
     eval_timesteps: int = 4
     """Measure each held-out clip at so many timesteps, evenly spread over the schedule."""
+    parallel: ParallelSettings | None = None
+    """Share each sample between several GPUs; null: each GPU has samples of its own."""
     samples: SampleSettings | None = None
     """Videos to look at while the model learns; null: none."""
 
@@ -54,6 +58,26 @@ class Settings(FineTuningSettings):
             )
         if self.samples is not None and self.samples.every > self.steps:
             raise ValueError(f"samples.every: expected at most steps ({self.steps}), got {self.samples.every}")
+        if self.parallel is not None:
+            # What needs the tokens of a whole sample in one process, and what has not been tried.
+            refused = {
+                "calibration_batches": 0,
+                "layers_every": 0,
+                "lora": None,
+                "linear": None,
+                "compile": None,
+                "samples": None,
+            }
+            for name, expected in refused.items():
+                if getattr(self, name) != expected:
+                    raise ValueError(
+                        f"settings.{name}: expected {'null' if expected is None else expected} with parallel, whose processes "
+                        "have parts of samples only; leave it out"
+                    )
+
+    @property
+    def processes_a_sample(self) -> int:
+        return 1 if self.parallel is None else self.parallel.ulysses
 
 
 class VideoDiffusion(FineTuning[Settings]):
@@ -66,17 +90,25 @@ class VideoDiffusion(FineTuning[Settings]):
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision}
         self.accelerator = accelerator
+        if settings.parallel is not None:
+            if not accelerator.is_fsdp2:
+                raise ValueError(
+                    "settings.parallel: needs FSDP2; start with accelerate launch "
+                    "--config_file recipes/accelerate_configs/fsdp2.yaml"
+                )
+            self.mesh = ulysses_mesh(accelerator.num_processes, settings.parallel.ulysses, accelerator.device.type)
         self.pipeline = self._pipeline(settings)
         self.train_data, self.held_out = load_clips(settings.data, settings.seed)
         self.places = places_of(self.train_data, settings.data)
         clips = self.held_out
         self.component = None if self.pipeline is None else settings.model.transformer
-        with accelerator.main_process_first():
+        # To split tokens all have to be there at once. What the Hub's client downloads it locks.
+        with accelerator.main_process_first() if settings.parallel is None else contextlib.nullcontext():
             super().__init__(settings)
             self.objective = FlowMatching(settings.timesteps, *self._noise_levels())
         for each in (self.train_data, clips):
             if each is not None:
-                check_clips(self.model, each)
+                check_clips(self.model, each, settings.processes_a_sample)
         self.eval_data = None if clips is None else HeldOutClips(clips, settings.eval_timesteps, settings.seed)
         self.samples: Samples | None = None
         if settings.samples is not None:
@@ -91,6 +123,15 @@ class VideoDiffusion(FineTuning[Settings]):
         if name != WanTransformer3DModel.__name__:
             raise ValueError(f"model.path: expected a {WanTransformer3DModel.__name__}, got a {name}")
         return WanTransformer3DModel.from_pretrained(**self._transformer(), dtype=self.settings.load_dtype)
+
+    def split_tokens(self, model: torch.nn.Module) -> None:
+        heads: int = cast(Any, model).config.num_attention_heads
+        if heads % self.settings.processes_a_sample:
+            raise ValueError(f"parallel.ulysses: expected a divisor of the {heads} heads, got {self.settings.processes_a_sample}")
+        split_tokens(model, self.mesh)
+
+    def from_config(self) -> torch.nn.Module:
+        return WanTransformer3DModel.from_config(self.model_config())
 
     def model_config(self) -> dict[str, Any]:
         return WanTransformer3DModel.load_config(**self._transformer())
@@ -158,8 +199,8 @@ class VideoDiffusion(FineTuning[Settings]):
         return sigmas, steps
 
 
-def check_clips(model: torch.nn.Module, clips: EncodedClips) -> None:
-    """Raise a ValueError if a transformer cannot take these clips."""
+def check_clips(model: torch.nn.Module, clips: EncodedClips, parts: int = 1) -> None:
+    """Raise a ValueError if a transformer cannot take these clips, or their tokens cannot be split into equal parts."""
     config: Any = model.config
     for clip in clips.clips:
         shapes = clip["shapes"]
@@ -177,3 +218,8 @@ def check_clips(model: torch.nn.Module, clips: EncodedClips) -> None:
                     f"data: {clip['file']} in {clips.folder} does not fit the model: expected {what} {expected}, got {got}; "
                     "prepare the clips with the pipeline of this model"
                 )
+        tokens = math.prod(size // patch for size, patch in zip(sizes, config.patch_size, strict=True))
+        if tokens % parts:
+            raise ValueError(
+                f"parallel.ulysses: expected a divisor of the {tokens} tokens of {clip['file']} in {clips.folder}, got {parts}"
+            )

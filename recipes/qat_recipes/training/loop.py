@@ -22,6 +22,8 @@ from transformers import get_scheduler
 
 from qat_patch import get_linear_handle
 from qat_recipes.command_line import flatten, to_dict, to_yaml
+from qat_recipes.memory.empty_weights import find_by_name, reserve_memory
+from qat_recipes.memory.split_tokens import RepeatedBatches, RepeatedSamples
 
 from . import checkpoints, nonfinite, restore
 from .adapters import has_adapters, names_left_out, save_adapters_only
@@ -91,19 +93,24 @@ class _Run:
         self.settings, self.output_dir = settings, Path(settings.output_dir)
         self.accelerator, self.checkpoint = accelerator, checkpoint
         self.done, self.tokens, self.skipped = state["step"], state["tokens"], state["skipped_steps"]
-        set_seed(settings.seed, device_specific=True, deterministic=settings.deterministic)
+        self._seed()
         self.task = task = make_task(accelerator)
         self.inputs: dict[str, str] = {}
         if accelerator.is_main_process and (checkpoint is not None or settings.checkpoint_every):
             self.inputs = task.fingerprints()
         if checkpoint is not None and accelerator.is_main_process:
             refuse_other_inputs(checkpoint, state["inputs"], self.inputs)
-        self.teacher = make_teacher(task.objective, task.model, task.handle, accelerator) if settings.distillation else None
+        self.teacher = None
+        if settings.distillation:
+            self.teacher = make_teacher(task.objective, task.model, task.handle, accelerator, task.teacher())
         if has_adapters(task.model):
             save_adapters_only(accelerator)
         if state["data"] is not None:
             task.restore_data(state["data"])
         loader, eval_loader = _loaders(settings, task, accelerator.num_processes, self.done)
+        reserve_memory(task.model)
+        if accelerator.is_fsdp2:
+            find_by_name(task.model)
         optimizer = make_optimizer(settings, task.model)
         if settings.compile:
             compile_blocks(task.model, task.handle, settings.compile)
@@ -121,6 +128,8 @@ class _Run:
         linears, self.linear_calibration = get_linear_handle(task.model), None
         if linears is not None and settings.linear_batches:
             self.linear_calibration = LinearCalibration(linears, task.handle, accelerator)
+        if settings.processes_a_sample > 1:
+            self._seed()  # those of a group add the same noise, whatever each has drawn while it loaded
         registered = [self.scheduler, self.average, self.calibration, self.linear_calibration]
         registered = [each for each in registered if each is not None]
         accelerator.register_for_checkpointing(*registered)
@@ -138,6 +147,11 @@ class _Run:
             optimizer=optimizer,
             teacher=self.teacher,
         )
+
+    def _seed(self) -> None:
+        settings = self.settings
+        group = self.accelerator.process_index // settings.processes_a_sample
+        set_seed(settings.seed + group, deterministic=settings.deterministic)
 
     def begin(self) -> Iterator[Any]:
         """Go on from the checkpoint, or calibrate and measure; returns the batches of the steps to come."""
@@ -216,8 +230,8 @@ class _Run:
             RuntimeError: it cannot be written.
         """
         settings, processes = self.settings, self.accelerator.num_processes
+        batches_done = step * _batches_a_step(settings, processes)
         state = {"step": step, "tokens": self.tokens, "skipped_steps": self.skipped, "processes": processes}
-        batches_done = step * settings.accumulation_steps * processes
         state |= {"settings": to_dict(settings), "data": self.task.data_state(batches_done), "inputs": self.inputs}
         checkpoints.save(self.accelerator, self.output_dir, step, state, attach=self.log.files, keep=settings.keep_checkpoints)
 
@@ -246,13 +260,21 @@ class _Run:
 
 
 def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, DataLoader | None]:
-    batches_a_step = settings.accumulation_steps * processes
+    batches_a_step, group = _batches_a_step(settings, processes), settings.processes_a_sample
     # With generators of their own the loaders draw nothing from the global one, which a checkpoint restores.
-    order = task.batches(done * batches_a_step, settings.steps * batches_a_step)
+    order: Any = task.batches(done * batches_a_step, settings.steps * batches_a_step)
+    if group > 1:
+        order = RepeatedBatches(order, group)
     loader = DataLoader(task.train_data, batch_sampler=order, generator=torch.Generator())
     if task.eval_data is None:
         return loader, None
-    return loader, DataLoader(task.eval_data, task.eval_batch_size, generator=torch.Generator())
+    held_out: Any = task.eval_data if group == 1 else RepeatedSamples(task.eval_data, group)
+    return loader, DataLoader(held_out, task.eval_batch_size, generator=torch.Generator())
+
+
+def _batches_a_step(settings: TrainingSettings, processes: int) -> int:
+    """Different ones."""
+    return settings.accumulation_steps * processes // settings.processes_a_sample
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -13,6 +13,7 @@ from accelerate.utils import find_batch_size, fsdp2_prepare_model
 from torch.utils.data import DataLoader
 
 from qat_patch import PatchHandle, get_linear_handle, unpatch_model, unquantize_linears
+from qat_recipes.memory.empty_weights import find_by_name
 
 from .adapters import has_adapters, without_adapters
 
@@ -52,10 +53,17 @@ Teacher = Callable[[torch.nn.Module, Any], torch.Tensor]
 where `model` is the student as Accelerate prepared it."""
 
 
-def make_teacher(objective: Objective, model: torch.nn.Module, handle: PatchHandle, accelerator: Accelerator) -> Teacher:
+def make_teacher(
+    objective: Objective,
+    model: torch.nn.Module,
+    handle: PatchHandle,
+    accelerator: Accelerator,
+    another: torch.nn.Module | None = None,
+) -> Teacher:
     """The teacher of a model that is not trained nor prepared yet.
 
-    If the model has adapters it is its own teacher, with these off: no memory. Else the teacher is a copy.
+    If the model has adapters it is its own teacher, with these off: no memory. Else the teacher is `another` model in original
+    attention, or a copy.
     """
     if has_adapters(model):
 
@@ -70,18 +78,24 @@ def make_teacher(objective: Objective, model: torch.nn.Module, handle: PatchHand
 
         return itself
 
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    unpatch_model(frozen)
-    if get_linear_handle(frozen) is not None:
-        unquantize_linears(frozen)
+    if another is None:
+        another = copy.deepcopy(model)
+        unpatch_model(another)
+        if get_linear_handle(another) is not None:
+            unquantize_linears(another)
+    frozen = another.requires_grad_(False).eval()
     # Not `accelerator.prepare`, which would write it into every checkpoint.
-    frozen = fsdp2_prepare_model(accelerator, frozen) if accelerator.is_fsdp2 else frozen.to(accelerator.device)
+    if accelerator.is_fsdp2:
+        find_by_name(frozen)
+        frozen = fsdp2_prepare_model(accelerator, frozen)
+    else:
+        frozen = frozen.to(accelerator.device)
 
-    def another(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
+    def copied(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
         with torch.no_grad(), accelerator.autocast():
             return objective.outputs(frozen, inputs)
 
-    return another
+    return copied
 
 
 def _unquantized(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -151,6 +151,11 @@ class TrainingSettings:
             return 0
         return self.linear.calibration_batches or min(8, self.steps * self.accumulation_steps)
 
+    @property
+    def processes_a_sample(self) -> int:
+        """Over how many processes the tokens of one sample are split."""
+        return 1
+
     def check_eval(self, has_eval: bool) -> None:
         """For recipes: held-out data and eval_every need each other.
 

@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from qat_patch.checkpoint import lock
@@ -25,6 +26,8 @@ from .settings import TrainingSettings
 
 BOOKKEEPING = frozenset({"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to", "max_skipped_steps"})
 """Where and how often a run is saved, and when it gives up: free to differ when it goes on."""
+_PATIENCE = timedelta(hours=2)
+"""How long processes wait for another: one alone reads the weights, hashes checkpoints and exports, minutes for a large model."""
 _STATE = {"step": int, "tokens": int, "skipped_steps": int, "processes": int, "settings": dict, "inputs": dict}
 
 
@@ -44,6 +47,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         mixed_precision=precision,
         # As a plugin, so that no environment variable changes it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulation_steps),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")),
     )
@@ -58,9 +62,10 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
             f"settings.offload_activations: there is no GPU to offload from, the run is on {accelerator.device.type}"
         )
     if accelerator.is_fsdp2 and settings.mixed_precision:
-        # Accelerate's policy would also round the loss and sum gradients up in bfloat16.
+        # Accelerate's policy would also round the loss and sum gradients up in bfloat16. It would round what modules are given:
+        # timesteps, rotary embeddings, the sum of the layers. Autocast rounds where one process does.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
         )
     # Accelerate leaves out trackers that are not installed, and says so to nobody.
     missing = set(settings.report_to) - {"all", *(str(tracker) for tracker in accelerator.log_with)}
@@ -72,15 +77,23 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 def starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to go on from, and the state stored in it; None where nothing has been saved. Only reads.
 
+    The first process checks the files of the checkpoint, and tells the others what it found.
+
     Raises:
         ValueError: output_dir holds another run, or the checkpoint is damaged or does not fit.
     """
-    try:
-        return _starting_point(settings, accelerator)
-    except ValueError:
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [_starting_point(settings, accelerator)]
+        except ValueError as error:
+            found = [error]
+    (outcome,) = broadcast_object_list(found)
+    if isinstance(outcome, ValueError):
         # What looks wrong may be what another run is just doing.
         lock.refuse_if_locked(Path(settings.output_dir), "output_dir")
-        raise
+        raise outcome
+    return outcome
 
 
 def content(settings: TrainingSettings) -> dict[str, tuple[int, int]]:

@@ -42,6 +42,7 @@ class Stepper:
         The weights stay as they are if any of it is not finite; all processes agree on that.
         """
         settings, task, accelerator = self.settings, self.task, self.accelerator
+        group = settings.processes_a_sample
         sums: dict[str, torch.Tensor] = {}
         limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
         # Around the backward pass too, where gradient checkpointing runs the forward pass again.
@@ -50,7 +51,8 @@ class Stepper:
                 with accelerator.accumulate(self.model):
                     with save_on_cpu(pin_memory=True) if settings.offload_activations else contextlib.nullcontext():
                         values = losses(task.objective, self.model, batch, self.teacher, settings.distillation)
-                    accelerator.backward(values["loss"])
+                    # Gradients are averaged over processes, and those of a group are parts: their sum is wanted.
+                    accelerator.backward(values["loss"] * group)
                 values["tokens"] = torch.tensor(task.tokens(batch))
                 for name, value in values.items():
                     value = value.detach().to(accelerator.device, torch.float32)
@@ -58,7 +60,7 @@ class Stepper:
         layers = gradient_norms(self.model) if is_detailed else {}
         norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
         totals = dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist(), strict=True))
-        tokens = int(totals.pop("tokens"))
+        tokens = int(totals.pop("tokens")) // group
         batches_a_step = settings.accumulation_steps * accelerator.num_processes
         means = {name: total / batches_a_step for name, total in totals.items()}
         measured: dict[str, float] = {**means, "grad_norm": float(norm), "tokens": tokens, **layers}

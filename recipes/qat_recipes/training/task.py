@@ -26,6 +26,7 @@ from qat_patch.checkpoint.adapters import adapter_owner, check_comfy
 from qat_patch.checkpoint.exportable import check_linears
 from qat_patch.linear.handle import GlobalScales
 from qat_patch.servers import check_servable, check_spec
+from qat_recipes.memory.empty_weights import receives_weights, without_weights
 
 from .adapters import OWN, LoraSettings, add_adapters
 from .fingerprint import digest_of_weights
@@ -70,6 +71,11 @@ class Task(Protocol):
         Only the main process calls this, once, before the first step.
         """
         return {}
+
+    def teacher(self) -> torch.nn.Module | None:
+        """The model before the first step in original attention, if a copy of `model` would not do; called before anything is
+        prepared."""
+        return None
 
     def tokens(self, batch: Any) -> int:
         """Number of tokens in a batch."""
@@ -206,10 +212,29 @@ class FineTuning(Task, Generic[Settings]):
         processes = PartialState().num_processes
         if settings.lora and settings.is_quantized and processes > 1:
             raise ValueError(f"lora.base_dtype: {settings.lora.base_dtype} runs in one process, and there are {processes}")
-        self.model, self.handle = self._build(settings.lora)
+        self.model, self.handle = self._build(settings.lora, is_split=settings.processes_a_sample > 1)
 
     def load(self) -> torch.nn.Module:
         """The model to start from, in `settings.load_dtype`: autocast makes the copies that mixed precision computes with."""
+        raise NotImplementedError
+
+    def from_config(self) -> torch.nn.Module:
+        """The same model in float32, with any weights."""
+        raise NotImplementedError
+
+    def teacher(self) -> torch.nn.Module | None:
+        if self.settings.processes_a_sample == 1:
+            return None
+        # Diffusers has tied the model to its processes in a way that no copy follows.
+        frozen = self._loaded(None)
+        move_out_of_files(frozen)
+        if get_handle(frozen) is not None:
+            unpatch_model(frozen)
+        self.split_tokens(frozen)
+        return frozen
+
+    def split_tokens(self, model: torch.nn.Module) -> None:
+        """Split the tokens of each sample over `settings.processes_a_sample` processes, which all call this."""
         raise NotImplementedError
 
     def model_config(self) -> dict[str, Any]:
@@ -250,6 +275,14 @@ class FineTuning(Task, Generic[Settings]):
             server=source.export_server,
         )
 
+    def _loaded(self, lora: LoraSettings | None) -> torch.nn.Module:
+        """The model to start from, without weights where the first process gives them to this one.
+
+        Frozen weights are half as large, and scales of linear layers are taken from weights: there all processes read them.
+        """
+        is_empty = lora is None and self.settings.linear is None and receives_weights()
+        return without_weights(self.from_config) if is_empty else self.load()
+
     @property
     def _has_start_beside(self) -> bool:
         """Whether the model holds someone's LoRA that is no part of what is trained."""
@@ -277,10 +310,13 @@ class FineTuning(Task, Generic[Settings]):
         lora: LoraSettings | None,
         k_shift: dict[str, torch.Tensor] | None = None,
         scales: dict[str, GlobalScales] | None = None,
+        *,
+        is_split: bool = False,
     ) -> tuple[torch.nn.Module, PatchHandle]:
         """Load, add adapters, patch, quantize linear layers. `scales`: their global scales; None: those of the model's
-        weights."""
-        settings, model = self.settings, self.load()
+        weights. `is_split`: tokens are split over processes."""
+        settings = self.settings
+        model = self._loaded(lora)
         if settings.model.gradient_checkpointing:
             # Diffusers', Transformers', and that of its older releases.
             names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -289,6 +325,8 @@ class FineTuning(Task, Generic[Settings]):
         if get_handle(model) is not None:
             # An export of ours is patched as it was exported; here the settings say how.
             unpatch_model(model)
+        if is_split:
+            self.split_tokens(model)
         if lora is not None:
             model = add_adapters(model, lora, self.lora_targets, settings.seed)
         handle, linears = patch_model(model, settings.qat, k_shift=k_shift), None

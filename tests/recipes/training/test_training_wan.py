@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import get_scheduler
 
 import finetune_wan
 from qat_patch import get_handle, load_checkpoint, patch_model
@@ -214,6 +215,31 @@ def test_two_processes_share_model_and_teacher(inputs, tmp_path):
     assert again == pytest.approx({name: after[name] for name in again}, rel=2e-2)
 
 
+def test_two_processes_share_each_sample(inputs, tmp_path, monkeypatch):
+    def seeded(*args):
+        torch.manual_seed(RUN["seed"])
+        return get_scheduler(*args)
+
+    # Loading a teacher draws random numbers; a copy does not.
+    monkeypatch.setattr("qat_recipes.training.loop.get_scheduler", seeded)
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    changes = {"mixed_precision": "bf16", "batch_size": 1, "steps": 2, "eval_every": 2, "checkpoint_every": 0}
+    finetune(inputs, tmp_path / "one", **changes)
+    changes |= {"parallel.ulysses": 2, "model.gradient_checkpointing": "true"}
+    arguments = command_line(settings(inputs, tmp_path / "two", **changes))
+    run_in_two_processes([str(tmp_path / "sharded.py"), "finetune_wan", *arguments])
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    # Timesteps that are rounded to bfloat16 would show here.
+    assert one[0]["eval_loss_original"] == pytest.approx(two[0]["eval_loss_original"], rel=5e-4)
+    for a, b in zip(one, two, strict=True):
+        for name in ("velocity_error", "eval_velocity_error_between", "eval_velocity_error_fp4"):
+            # Small differences of large numbers, and codes that flip.
+            assert a.pop(name, 0) == pytest.approx(b.pop(name, 0), rel=0.5)
+        # A step away codes have flipped. Twice the gradient would be seen.
+        assert a == pytest.approx(b, rel=2e-2 if a["step"] < 2 else 0.1)
+    load_checkpoint(tmp_path / "two" / "export")
+
+
 def test_adapters_alone_belong_to_the_model_they_started_from(inputs, tmp_path):
     changes = {"lora.rank": 4, "lora.alpha": 8, "lora.export": "adapters", "lora.target_modules": "[to_q]"}
     changes |= {"steps": 1, "eval_every": 1, "checkpoint_every": 0}
@@ -289,6 +315,10 @@ def test_each_expert_is_trained_on_its_part_of_the_schedule(inputs, tmp_path, mo
         ({"timesteps.flow_shift": 0}, r"timesteps\.flow_shift: expected a positive number or null"),
         ({"lora.rank": 4}, "'alpha' is missing"),
         ({"lora.rank": 4, "lora.alpha": 8, "lora.target_modules": "[to_q, q_proj]"}, "has no module q_proj"),
+        ({"parallel.ulysses": 1}, r"parallel\.ulysses: expected at least 2, or parallel=null, got 1"),
+        ({"parallel.ulysses": 2, "calibration_batches": 1}, r"settings\.calibration_batches: expected 0 with parallel"),
+        ({"parallel.ulysses": 2, "lora.rank": 4, "lora.alpha": 8}, r"settings\.lora: expected null with parallel"),
+        ({"parallel.ulysses": 2}, r"settings\.parallel: needs FSDP2"),
         (
             {"lora.rank": 4, "lora.alpha": 8, "lora.export": "adapters", "model.export_dtype": "bfloat16"},
             "adapters alone are exported in float32",

@@ -31,6 +31,7 @@ SHARDED = """
 import importlib, sys
 recipe = sys.argv.pop(1)
 import accelerate.state
+import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 start = accelerate.state.AcceleratorState.__init__
@@ -43,11 +44,14 @@ def start_sharded(self, *args, **kwargs):
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             state_dict_type="SHARDED_STATE_DICT",
-            cpu_ram_efficient_loading=False,
+            cpu_ram_efficient_loading=True,
         )
         accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
 
 accelerate.state.AcceleratorState.__init__ = start_sharded
+# Diffusers asks for the accelerators of this machine.
+torch._C._get_accelerator = lambda: torch.device("cpu")
+torch.accelerator.device_count = lambda: 1
 importlib.import_module(recipe).main()
 """
 

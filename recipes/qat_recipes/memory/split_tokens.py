@@ -1,0 +1,81 @@
+"""One sample on several GPUs: its tokens are split over them, and each group of processes sees the same samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.data import Dataset, Sampler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How one sample is shared by several GPUs."""
+
+    ulysses: int
+    """Split the tokens of each sample over so many GPUs. They exchange tokens for heads around self-attention (Ulysses), so a
+    step takes less memory and time, and sees so many times fewer samples. A divisor of the number of GPUs and of that of the
+    heads. Needs FSDP2."""
+
+    def __post_init__(self) -> None:
+        if self.ulysses < 2:
+            raise ValueError(f"parallel.ulysses: expected at least 2, or parallel=null, got {self.ulysses}")
+
+
+def ulysses_mesh(processes: int, degree: int, device_type: str) -> DeviceMesh:
+    """The processes as groups of `degree` neighbours. All processes call this.
+
+    Raises:
+        ValueError: they cannot be grouped like this.
+    """
+    if processes % degree:
+        raise ValueError(f"parallel.ulysses: expected a divisor of the {processes} processes, got {degree}")
+    return init_device_mesh(device_type, (processes // degree, 1, degree), mesh_dim_names=("replicas", "ring", "ulysses"))
+
+
+def split_tokens(model: Any, mesh: DeviceMesh) -> None:
+    """Let a transformer of Diffusers, not patched yet, split its tokens over a group. All processes call this.
+
+    Its gradients are then what the tokens of this process contribute: those of a group are to be added up.
+    """
+    from diffusers import ContextParallelConfig
+
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=mesh["ulysses"].size(), mesh=mesh))
+
+
+class RepeatedBatches(Sampler[Any]):
+    """Batches, each several times in a row: processes take them in turn, so that neighbours get the same.
+
+    Args:
+        batches: a batch sampler with `batch_size`, whose batches are all full.
+        times: how many neighbours there are.
+    """
+
+    drop_last = True
+
+    def __init__(self, batches: Any, times: int) -> None:
+        self.batches, self.times, self.batch_size = batches, times, batches.batch_size
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.times
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            for _ in range(self.times):
+                yield batch
+
+
+class RepeatedSamples(Dataset[Any]):
+    """The same for samples that are read in their order, in batches of one."""
+
+    def __init__(self, samples: Any, times: int) -> None:
+        self.samples, self.times = samples, times
+
+    def __len__(self) -> int:
+        return len(self.samples) * self.times
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index // self.times]
