@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from scripts.evidence import trained
-from scripts.evidence.estimates import difference, estimate
-from scripts.evidence.report.tables_and_figures import measured_on, table
-from scripts.evidence.servers import CACHE, METHODS, SAGE, VIDEO_RATES, plan_language, plan_video
+from scripts.evidence.estimates import Estimate, difference, estimate
+from scripts.evidence.report.tables_and_figures import figure, measured_on, picture, table
+from scripts.evidence.servers import CACHE, METHODS, SAGE, STEPS, VIDEO_RATES, plan_language, plan_video
 
 Results = Callable[[str], Mapping[str, dict[str, Any]]]
 HEAD = ("", "served in", "seeds", "loss, own original attention", "above it, served", "KL to the start", "KL to its own original")
+COST = "kv-cache-cost"
+IN_WORDS = {
+    "untrained": "not trained",
+    "control": "fine-tuned without the cache",
+    "distill": "distilled through the cache",
+    "task": "fine-tuned through the cache",
+}
 VIDEO_HEAD = ("", "served in", "seeds", "loss, 10⁻³", "velocity error, 10⁻³", "PSNR, dB", "SSIM")
 
 
@@ -30,7 +38,50 @@ def _language(results: Results) -> str:
         tests = [entries[key]["test"] for key in keys if key in entries]
         for served in (key.removeprefix("kl_") for key in tests[0] if key.startswith("kl_") and key != "kl_original"):
             rows.append(_row(f"{method}, rate {rate:g}", served, tests))
-    return _with_notes(table(HEAD, rows), entries, plan_language(entries), "servers_language")
+    shown = picture(COST, "What an NVFP4 KV cache costs a language model, untrained and trained") if costs_of_the_cache(results) else ""
+    return _with_notes(table(HEAD, rows), entries, plan_language(entries), "servers_language") + shown
+
+
+def costs_of_the_cache(results: Results) -> dict[str, Estimate]:
+    """What the cache adds to the loss of a model's own original attention, by what was done to the model; nothing if a run is missing."""
+    entries = results("servers_language")
+    tests = {name: [entries[key]["test"] for key in _keys(entries, name) if key in entries] for name in IN_WORDS}
+    if not all(tests.values()):
+        return {}
+    return {
+        IN_WORDS[name]: estimate(difference([test[f"loss_{CACHE}"] for test in each], [test["loss_original"] for test in each]))
+        for name, each in tests.items()
+    }
+
+
+def _keys(entries: Mapping[str, Any], method: str) -> list[str]:
+    if method == "untrained":
+        return ["untrained/main"]
+    rate = trained.best_rate(entries, method, "full", CACHE)
+    return [trained.Run(method=method, option=CACHE, rate=rate, seed=seed).key for seed in trained.SEEDS] if rate else []
+
+
+def _draw_costs(results: Results, file: Path) -> None:
+    if not (costs := costs_of_the_cache(results)):
+        return
+    devices = sorted({entry["machine"]["device"] for entry in results("servers_language").values()})
+    with figure(file, 1, width=9.0, height=3.2) as (axes,):
+        bars = axes.barh(
+            list(costs),
+            [each.mean for each in costs.values()],
+            xerr=[each.error for each in costs.values()],
+            color=["tab:gray", "tab:gray", "tab:blue", "tab:blue"],
+            capsize=3,
+        )
+        axes.bar_label(bars, labels=[f"{each.mean:.3f}" for each in costs.values()], padding=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_title("Training through the NVFP4 KV cache halves what it costs")
+        axes.set_xlabel(
+            "extra loss on held-out text, against the same model without the cache (nats per token)\n"
+            f"SmolLM2-135M, {STEPS:,} steps, three seeds, bars are standard errors; {', '.join(devices)}",
+            fontsize=8,
+        )
 
 
 def _row(what: str, served: str, tests: list[dict[str, list[float]]]) -> list[str]:
@@ -77,4 +128,4 @@ def _with_notes(text: str, entries: Mapping[str, Any], plan: Iterator[tuple[str,
 
 
 TABLES = {"servers_language": _language, "servers_video": _video}
-FIGURES: dict[str, Any] = {}
+FIGURES = {COST: _draw_costs}

@@ -29,8 +29,8 @@ def picture(name: str, caption: str) -> str:
     return f"\n\n![{caption}](evidence/{name}.png)"
 
 
-def figure(file: Path, panels: int) -> Any:
-    """A context with a figure's axes, two in a row; it is written when the context ends."""
+def figure(file: Path, panels: int, *, width: float = 5.2, height: float = 4.4) -> Any:
+    """A context with a figure's axes, two in a row, each of this size in inches; it is written when the context ends."""
     import contextlib
 
     import matplotlib
@@ -41,7 +41,7 @@ def figure(file: Path, panels: int) -> Any:
     @contextlib.contextmanager
     def drawing():
         columns, rows = min(panels, 2), -(-panels // 2)
-        picture, axes = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4.4 * rows), squeeze=False)
+        picture, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
         yield axes.flatten()
         for each in axes.flatten():
             each.grid(alpha=0.3)

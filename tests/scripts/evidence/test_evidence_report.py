@@ -7,8 +7,10 @@ import pytest
 
 from scripts.evidence.estimates import Estimate, difference, estimate, ratio, share
 from scripts.evidence.report import document as report
+from scripts.evidence.report import servers as report_servers
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.results import FOLDER, Results
+from scripts.evidence.servers import CACHE
 from scripts.evidence.trained import RATES
 
 
@@ -108,3 +110,27 @@ def test_figures_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     (chosen,) = report_trained.runs(results.entries(), "task").values()
     assert chosen == json.loads(json.dumps(results["main/full/task/nvfp4/rate=0.0001/seed=0"]))
+
+
+def test_the_cost_of_the_cache_is_each_models_own(tmp_path):
+    results, machine = Results(tmp_path / "servers_language.json"), {"machine": {"device": "GPU 9", "torch": "2"}}
+
+    def put(key, original, served):
+        found = {f"loss_{CACHE}": served, f"kl_{CACHE}": served, f"between_{CACHE}": served, "loss_original": original}
+        results.put(key, machine | {"test": found, "curve": [dict.fromkeys(("loss_original", "kl_original", f"loss_{CACHE}", f"kl_{CACHE}"), served[0])]})
+
+    put("untrained/main", [3.0, 5.0], [3.3, 5.5])
+    draw = report_servers.FIGURES[report_servers.COST]
+    draw(report.load(tmp_path), tmp_path / "cost.png")
+    assert not (tmp_path / "cost.png").exists()
+    for method in ("control", "distill", "task"):
+        for rate in RATES["full"]:
+            for seed in (0, 1) if rate == 1e-4 else (0,):
+                run = report_trained.Run(method=method, option=CACHE, rate=rate, seed=seed)
+                put(run.key, [2.0, 4.0], [2.1 + (rate != 1e-4) + seed, 4.1 + (rate != 1e-4) + seed])
+    costs = report_servers.costs_of_the_cache(report.load(tmp_path))
+    assert [round(each.mean, 6) for each in costs.values()] == [0.4, 0.6, 0.6, 0.6]
+    assert list(costs)[0] == "not trained" and len(costs) == 4
+    draw(report.load(tmp_path), tmp_path / "cost.png")
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+    assert f"(evidence/{report_servers.COST}.png)" in report_servers.TABLES["servers_language"](report.load(tmp_path))
