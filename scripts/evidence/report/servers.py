@@ -38,12 +38,13 @@ def _language(results: Results) -> str:
         tests = [entries[key]["test"] for key in keys if key in entries]
         for served in (key.removeprefix("kl_") for key in tests[0] if key.startswith("kl_") and key != "kl_original"):
             rows.append(_row(f"{method}, rate {rate:g}", served, tests))
-    shown = picture(COST, "What an NVFP4 KV cache costs a language model, untrained and trained") if costs_of_the_cache(results) else ""
+    drawn = costs_of_the_cache(results)
+    shown = picture(COST, "What an NVFP4 KV cache costs a language model, untrained and trained") if drawn else ""
     return _with_notes(table(HEAD, rows), entries, plan_language(entries), "servers_language") + shown
 
 
 def costs_of_the_cache(results: Results) -> dict[str, Estimate]:
-    """What the cache adds to the loss of a model's own original attention, by what was done to the model; nothing if a run is missing."""
+    """What the cache adds to the loss of a model's own original attention, by what was done to the model. Empty until all ran."""
     entries = results("servers_language")
     tests = {name: [entries[key]["test"] for key in _keys(entries, name) if key in entries] for name in IN_WORDS}
     if not all(tests.values()):

@@ -117,7 +117,8 @@ def test_the_cost_of_the_cache_is_each_models_own(tmp_path):
 
     def put(key, original, served):
         found = {f"loss_{CACHE}": served, f"kl_{CACHE}": served, f"between_{CACHE}": served, "loss_original": original}
-        results.put(key, machine | {"test": found, "curve": [dict.fromkeys(("loss_original", "kl_original", f"loss_{CACHE}", f"kl_{CACHE}"), served[0])]})
+        curve = dict.fromkeys(("loss_original", "kl_original", f"loss_{CACHE}", f"kl_{CACHE}"), served[0])
+        results.put(key, machine | {"test": found, "curve": [curve]})
 
     put("untrained/main", [3.0, 5.0], [3.3, 5.5])
     draw = report_servers.FIGURES[report_servers.COST]
@@ -130,7 +131,7 @@ def test_the_cost_of_the_cache_is_each_models_own(tmp_path):
                 put(run.key, [2.0, 4.0], [2.1 + (rate != 1e-4) + seed, 4.1 + (rate != 1e-4) + seed])
     costs = report_servers.costs_of_the_cache(report.load(tmp_path))
     assert [round(each.mean, 6) for each in costs.values()] == [0.4, 0.6, 0.6, 0.6]
-    assert list(costs)[0] == "not trained" and len(costs) == 4
+    assert next(iter(costs)) == "not trained" and len(costs) == 4
     draw(report.load(tmp_path), tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
     assert f"(evidence/{report_servers.COST}.png)" in report_servers.TABLES["servers_language"](report.load(tmp_path))
