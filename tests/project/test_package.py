@@ -3,10 +3,12 @@
 import ast
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -81,7 +83,9 @@ def test_installs_and_imports_in_an_empty_environment(kind, distributions, tmp_p
         *(str(site / name / "__init__.py") for name in SOURCE_OF),
         literal_version(),
     ]
-    assert "usage: qat-patch" in run(tmp_path / "env" / "bin" / "qat-patch", "--help", cwd=tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "usage: qat-patch" in run(tmp_path / "env" / "bin" / "qat-patch", "--help", cwd=tmp_path / "empty")
+    assert "served here by" in run(tmp_path / "env" / "bin" / "qat-patch", "servers", cwd=tmp_path / "empty")
     assert files_of({name: site / name for name in SOURCE_OF}) == files_of(SOURCE_OF)
 
 
@@ -90,6 +94,23 @@ def test_wheel_holds_our_packages_and_nothing_else(distributions):
     about = f"qat_patch-{literal_version()}.dist-info/"
     assert {name for name in names if not name.startswith(about)} == files_of(SOURCE_OF)
     assert about + "licenses/LICENSE" in names
+
+
+def test_wheel_carries_its_types_and_no_programs(distributions):
+    names = set(zipfile.ZipFile(distributions["wheel"]).namelist())
+    assert {f"{package}/py.typed" for package in SOURCE_OF} <= names
+    assert not any(name.startswith(("scripts/", "tests/", "recipes/", "kernels/", "examples/")) for name in names)
+
+
+def test_source_distribution_is_the_whole_project(distributions):
+    """What can be tested and read in a clone can be tested and read in it: README's links lead somewhere."""
+    with tarfile.open(distributions["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    linked = re.findall(r"\]\(([\w./]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    expected = {"README.md", "LICENSE", "Makefile", "setup.cfg", "pyproject.toml", "tests/conftest.py", *linked}
+    assert {path for path in expected if path not in names} == set()
+    assert len(linked) > 15
+    assert not any(name.startswith((".git/", ".venv/", "outputs/", "build/")) for name in names)
 
 
 def test_kernels_is_a_source_root_and_no_package():

@@ -14,13 +14,14 @@ from tests.patch.transformers import test_transformers_families
 FILE = Path(__file__).parents[3] / "docs" / "MODELS.md"
 HEAD = """# Models and modes
 
-Written by `tests/support/families/models_table.py` from what the tests run; do not edit. Every cell is a test on a tiny model of
-that family, in `tests/patch/*/test_*_families.py` (those that compile run with `-m slow`, but for a few).
+`tests/support/families/models_table.py` writes this file from what the tests run; do not edit it. Every cell is a test on a
+tiny model of that family, in `tests/patch/*/test_*_families.py` (most tests that compile run only with `-m slow`).
 
-- **yes**: works. Numbers are checked, not only that it runs: switched off and unpatched bit-equal to the stock model, as many
-  calls of attention as the architecture has, gradients finite and non-zero wherever the stock model's are.
-- **no**: refused with the message of that number.
-- **-**: does not apply: diffusers has no such mode for this model, or fails in it without a patch too (a test makes sure).
+- **yes**: works. The test also checks the numbers: switched off and unpatched the model is bit-equal to the stock model,
+  attention is called as often as the architecture says, and gradients are finite and non-zero wherever the stock model's
+  are.
+- **no**: refused with the message of that number, below the table.
+- **-**: does not apply. Diffusers has no such mode for this model, or the mode fails without a patch too (a test makes sure).
 """
 
 
@@ -39,12 +40,12 @@ def render() -> str:
 
 EVERY_TRANSFORMER = """## Every transformer class of Diffusers {version}
 
-What `tests/support/families/every_transformer.py` found when it built each class from a tiny config, patched it and compared it
-in float64: switched off it is bit-equal to the stock model, and 4-bit attention is the oracle's, through the whole model, to
-1e-9. `tests/patch/diffusers/test_every_transformer.py` does it again (`-m slow`; some classes always).
+`tests/support/families/every_transformer.py` built each class from a tiny config, patched it and compared it in float64.
+Switched off, the model is bit-equal to the stock model; 4-bit attention agrees with the oracle, through the whole model, to
+1e-9. `tests/patch/diffusers/test_every_transformer.py` repeats this (`-m slow`; some classes always).
 
-- **exact**: all attention of the class. {exact} classes and settings.
-- **partly**: the modules that leave attention to the dispatcher and its backend; the receipt names the others. {partly} classes.
+- **exact**: all attention of the class is patched and right. {exact} classes and settings.
+- **partly**: the modules that call the dispatcher are patched; the receipt names the others. {partly} classes.
 - **refused**: with a message that says why. {refused} classes; {outside} of them, listed below the table, do not call
   attention through diffusers' dispatcher.
 
@@ -71,12 +72,12 @@ def _every_transformer() -> str:
 
 EVERY = """## Every causal language model of Transformers {version}
 
-What `tests/support/families/every_causal_lm.py` found when it built each class from a tiny config, patched it and compared it
-in float64: switched off it is bit-equal to the stock model, and 4-bit attention is the oracle's, through the whole model, with
-padding, on a cache and on an FP4 cache. Where a class has sliding windows they are 12 keys wide, and chunks have 16 tokens.
-`tests/patch/transformers/test_every_causal_lm.py` does it again (`-m slow`; some classes always).
+`tests/support/families/every_causal_lm.py` built each class from a tiny config, patched it and compared it in float64.
+Switched off, the model is bit-equal to the stock model; 4-bit attention agrees with the oracle through the whole model, with
+padding, on a cache and on an FP4 cache. Sliding windows are 12 keys wide there, and chunks have 16 tokens.
+`tests/patch/transformers/test_every_causal_lm.py` repeats this (`-m slow`; some classes always).
 
-- **exact**: all attention of the class. {exact} classes.
+- **exact**: all attention of the class is patched and right. {exact} classes.
 - **refused**: with a message that says why. {refused} classes; {outside} of them, listed below the table, do not call
   attention through transformers' AttentionInterface.
 
@@ -97,7 +98,7 @@ def _every_class() -> str:
             cache = "yes" if row["cache"] == "FP4" else _code(row["cache"])
             lines.append(f"| {' | '.join([row['name'], row['outcome'], _code(row['why']), cache])} |")
     lines += ["", f"Not through AttentionInterface: {', '.join(outside)}.", ""]
-    lines += [f"Not examined, for the tiny config does not run, or needs more packages: {', '.join(unbuilt)}.", ""]
+    lines += [f"Not examined, because the tiny config does not run or needs more packages: {', '.join(unbuilt)}.", ""]
     return "\n".join(lines)
 
 
