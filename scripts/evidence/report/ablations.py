@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.evidence.ablations import ARMS, EXACT, GRADIENT_WINDOWS, LENGTHS, MEASURES, SEEDS, Gradients, Run
 from scripts.evidence.estimates import Estimate, difference, estimate
-from scripts.evidence.report.tables_and_figures import figure, measured_on, picture, table
+from scripts.evidence.report.tables_and_figures import devices_of, figure, in_words, measured_on, picture, table
 
 Entries = dict[str, dict[str, Any]]
 Load = Callable[[str], Entries]
@@ -109,12 +109,15 @@ def _gradient_errors(results: Load, file: Path) -> None:
     lengths = [length for length in sorted(LENGTHS) if gradients(entries, length)]
     if not lengths:
         return
-    with figure(file, 2) as (whole, layers):
+    caption = f"SmolLM2-135M before training, against the exact gradient of the same forward; {devices_of(entries.values())}"
+    with figure(file, 2, caption=caption) as (whole, layers):
         for name in [name for name, exact in EXACT.items() if name != exact]:
             found = [gradients(entries, length) for length in lengths]
             errors = [estimate([[unit["whole"][name]["relative_l2"]] for unit in units]).mean for units in found]
-            whole.plot(lengths, errors, "o-", label=name)
-            layers.plot(lengths, [layer_mean(units, name, "dv", "relative_l2").mean for units in found], "o-", label=name)
+            whole.plot(lengths, errors, "o-", label=in_words(name))
+            layers.plot(
+                lengths, [layer_mean(units, name, "dv", "relative_l2").mean for units in found], "o-", label=in_words(name)
+            )
         for axes, title in ((whole, "gradient of all parameters"), (layers, "dV, mean over layers")):
             axes.set(title=f"relative L2 error: {title}", xlabel="tokens", xscale="log")
             axes.set_xticks(lengths, [str(length) for length in lengths])
@@ -125,16 +128,17 @@ def _curves(results: Load, file: Path) -> None:
     found = {arm: runs(results("ablations"), arm, "512", 0.0) for arm in ARMS}
     if not any(found.values()):
         return
-    with figure(file, 2) as (losses, norms):
+    caption = f"SmolLM2-135M on Shakespeare, one line a seed; {devices_of(results('ablations').values())}"
+    with figure(file, 2, caption=caption) as (losses, norms):
         for color, arm in enumerate(ARMS):
             for number, entry in enumerate(found[arm].values()):
-                style = {"color": f"C{color}", "alpha": 0.7, "label": None if number else arm}
+                style = {"color": f"C{color}", "alpha": 0.7, "label": None if number else in_words(arm)}
                 name = "loss_served" if "loss_served" in entry["curve"][0] else "loss_trained"
                 losses.plot(
                     [point["step"] for point in entry["curve"]], [point[name] for point in entry["curve"]], "o-", ms=3, **style
                 )
                 norms.plot(range(1, len(entry["grad_norm"]) + 1), entry["grad_norm"], lw=0.8, **style)
-        losses.set(title="validation loss as served, 512 tokens", xlabel="step", ylabel="nats per token")
+        losses.set(title="held-out loss as served, 512 tokens", xlabel="step", ylabel="nats per token")
         norms.set(title="gradient norm before clipping", xlabel="step", yscale="log")
 
 

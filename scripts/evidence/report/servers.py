@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.evidence import trained
 from scripts.evidence.estimates import Estimate, difference, estimate
-from scripts.evidence.report.tables_and_figures import figure, measured_on, picture, table
+from scripts.evidence.report.tables_and_figures import devices_of, figure, measured_on, picture, table
 from scripts.evidence.servers import CACHE, METHODS, SAGE, STEPS, VIDEO_RATES, plan_language, plan_video
 
 Results = Callable[[str], Mapping[str, dict[str, Any]]]
@@ -65,8 +65,9 @@ def _keys(entries: Mapping[str, Any], method: str) -> list[str]:
 def _draw_costs(results: Results, file: Path) -> None:
     if not (costs := costs_of_the_cache(results)):
         return
-    devices = sorted({entry["machine"]["device"] for entry in results("servers_language").values()})
-    with figure(file, 1, width=9.0, height=3.2) as (axes,):
+    devices = devices_of(results("servers_language").values())
+    caption = f"SmolLM2-135M, {STEPS:,} steps, {len(trained.SEEDS)} seeds, with standard errors; {devices}"
+    with figure(file, 1, caption=caption, width=9.0, height=3.2) as (axes,):
         bars = axes.barh(
             list(costs),
             [each.mean for each in costs.values()],
@@ -78,11 +79,7 @@ def _draw_costs(results: Results, file: Path) -> None:
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_title("Training through the NVFP4 KV cache halves what it costs")
-        axes.set_xlabel(
-            "extra loss on held-out text, against the same model without the cache (nats per token)\n"
-            f"SmolLM2-135M, {STEPS:,} steps, three seeds, bars are standard errors; {', '.join(devices)}",
-            fontsize=8,
-        )
+        axes.set_xlabel("extra loss on held-out text, against the same model without the cache (nats per token)", fontsize=9)
 
 
 def _row(what: str, served: str, tests: list[dict[str, list[float]]]) -> list[str]:

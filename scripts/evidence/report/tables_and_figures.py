@@ -17,6 +17,45 @@ def table(head: Sequence[str], rows: Rows) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
+_IN_WORDS = {
+    "original": "original attention",
+    "nvfp4": "4-bit",
+    "pv_bf16": "4-bit Q and K only",
+    "p_only": "4-bit P only",
+    "v_only": "4-bit V only",
+    "rotate+k_shift+four_over_six": "all three options",
+    "k_shift": "K shift",
+    "four_over_six": "four over six",
+    "sage3": "SageAttention3",
+    "v_along_head_dim": "4-bit, V along the head dim",
+    "single_level": "4-bit, P with one scale",
+    "public_training": "public training kernel",
+    "public_serving": "public serving kernel",
+    "public_pair": "public kernels: one to train, one to serve",
+    "definition": "this package",
+    "d_from_o": "D from the quantized output",
+    "p_unquantized_in_dv": "dV from unquantized P",
+    "normalized_p_backward": "dV from P that is rounded anew",
+    "control": "fine-tuned in original attention",
+    "task": "fine-tuned through 4 bits",
+    "distill": "distilled through 4 bits",
+    "mix": "mix of both through 4 bits",
+    "control_mix": "mix of both in original attention",
+}
+
+
+def in_words(name: str) -> str:
+    """A method or an attention for people: in `nvfp4+rotate+k_shift` each part, all three options as one."""
+    start, _, options = name.partition("+")
+    parts = [start, options] if options in _IN_WORDS else [start, *filter(None, options.split("+"))]
+    return " + ".join(_IN_WORDS.get(part, part) for part in parts)
+
+
+def devices_of(entries: Iterable[dict[str, Any]]) -> str:
+    """The GPUs that something was measured on, for the caption of a figure."""
+    return ", ".join(sorted({entry["machine"]["device"] for entry in entries if "machine" in entry}))
+
+
 def measured_on(entries: Iterable[dict[str, Any]]) -> str:
     """One sentence: devices and versions."""
     machines = [entry["machine"] for entry in entries]
@@ -29,8 +68,8 @@ def picture(name: str, caption: str) -> str:
     return f"\n\n![{caption}](evidence/{name}.png)"
 
 
-def figure(file: Path, panels: int, *, width: float = 5.2, height: float = 4.4) -> Any:
-    """A context with a figure's axes, two in a row, each of this size in inches; it is written when the context ends."""
+def figure(file: Path, panels: int, *, caption: str, width: float = 5.2, height: float = 4.4) -> Any:
+    """A context with a figure's axes, two in a row, each of this size in inches, above a caption; written when it ends."""
     import contextlib
 
     import matplotlib
@@ -47,6 +86,7 @@ def figure(file: Path, panels: int, *, width: float = 5.2, height: float = 4.4) 
             each.grid(alpha=0.3)
             if each.get_legend_handles_labels()[0]:
                 each.legend(fontsize=7)
+        picture.supxlabel(caption, fontsize=8)
         picture.tight_layout()
         # Without the version of matplotlib, so that a figure changes with its data alone.
         picture.savefig(file, dpi=110, metadata={"Software": None})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evidence.estimates import Matrix, difference, estimate, share
-from scripts.evidence.report.tables_and_figures import figure, measured_on, picture, table
+from scripts.evidence.report.tables_and_figures import devices_of, figure, in_words, measured_on, picture, table
 from scripts.evidence.trained import ALL, METHODS, OPTIONS, PLAIN, SEEDS, SIZES, Run, best_rate, tried_rates
 
 Entries = dict[str, dict[str, Any]]
@@ -170,16 +170,17 @@ def _curves(results: Load, file: Path) -> None:
     entries = results("trained")
     if not entries:
         return
-    with figure(file, 2) as (losses, divergences):
+    caption = f"SmolLM2-135M on Shakespeare, each at its best learning rate, one line a seed; {devices_of(entries.values())}"
+    with figure(file, 2, caption=caption, width=6.0) as (losses, divergences):
         for color, method in enumerate(METHODS):
             for seed, entry in runs(entries, method).items():
                 steps, style = [point["step"] for point in entry["curve"]], {"color": f"C{color}", "alpha": 0.8}
-                label = method if seed == 0 else None
+                label = in_words(method) if seed == 0 else None
                 for axes, name in ((losses, "loss"), (divergences, "kl")):
                     axes.plot(steps, [point[f"{name}_{PLAIN}"] for point in entry["curve"]], "o-", ms=3, label=label, **style)
                 losses.plot(steps, [point["loss_original"] for point in entry["curve"]], ":", **style)
-        losses.set(title="validation loss in FP4 (dotted: original attention)", xlabel="step", ylabel="nats per token")
-        divergences.set(title="KL(starting model || model in FP4)", xlabel="step", yscale="log")
+        losses.set(title="held-out loss in 4-bit attention (dotted: original)", xlabel="step", ylabel="nats per token")
+        divergences.set(title="how far from the starting model (KL)", xlabel="step", ylabel="nats per token", yscale="log")
 
 
 TABLES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.evidence.estimates import Estimate, Matrix, difference, estimate, ratio
-from scripts.evidence.report.tables_and_figures import figure, measured_on, picture, table
+from scripts.evidence.report.tables_and_figures import devices_of, figure, in_words, measured_on, picture, table
 
 Results = Callable[[str], Mapping[str, dict[str, Any]]]
 Measured = Mapping[str, Matrix]
@@ -122,15 +122,22 @@ def _draw(results: Results, file: Path) -> None:
     untrained.pop("original")
     rows = {f"untrained, in {name}": untrained[name] for name in (DEFINITION, "sage3") if name in untrained} | methods
     panels = [(untrained, HEAD[1]), (rows, HEAD[1]), (rows, HEAD[0]), (rows, HEAD[4])]
-    with figure(file, len(panels)) as axes:
+    caption = f"small Wan on three clips, with standard errors; {devices_of(results('video_trained').values())}"
+    with figure(file, len(panels), caption=caption, width=7.5) as axes:
         for number, (axis, (shown, measure)) in enumerate(zip(axes, panels, strict=True)):
             values = [row[measure] for row in shown.values()]
-            names = [name.replace("`", "").replace("rotate+k_shift+four_over_six", "all").split(", seeds")[0] for name in shown]
-            axis.barh(names, [x.mean for x in values], xerr=[x.error for x in values], capsize=2)
+            axis.barh([_in_words(name) for name in shown], [x.mean for x in values], xerr=[x.error for x in values], capsize=2)
             axis.invert_yaxis()
             axis.tick_params(axis="y", labelsize=7)
-            axis.set_title(f"{'untrained' if number == 0 else 'trained'}: {measure}", fontsize=9)
+            axis.set_title(f"{'not trained' if number == 0 else 'trained'}: {measure}", fontsize=9)
         axes[-1].axvline(1, color="black", linewidth=0.8)
+
+
+def _in_words(row: str) -> str:
+    """A row of the tables above, for people: `distill at 3e-05, in `nvfp4`, seeds: 3`, or the name of an attention."""
+    what, _, attention = row.replace("`", "").split(", seeds")[0].partition(", in ")
+    method = "not trained" if what == "untrained" else in_words(what.partition(" at ")[0])
+    return f"{method}; seen in {in_words(attention)}" if attention else method
 
 
 TABLES = {"video-untrained": _untrained, "video-trained": _trained, "video-motion": _motion}
