@@ -73,7 +73,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	$(PIP) install --editable '.[qwen,wan,train,demo,dev]'
 	touch $@
 
-# Beside the environment, for PYTHONPATH, with what it depends on; neither package depends on torch.
+# Outside the environment, for PYTHONPATH, with its dependencies; neither package depends on torch.
 $(VENV)/versions/%: | $(VENV)/installed
 	rm -rf $@.part
 	$(PIP) install --no-warn-conflicts --target $@.part '$(PACKAGE)==$(VERSION)' $(BESIDE_$*)

@@ -1,4 +1,4 @@
-"""The road on a real language model, on a CPU in minutes: measure, fine-tune, export, reload, generate.
+"""The whole pipeline with a real language model, on a CPU in minutes: measure, fine-tune, export, reload, generate.
 
 SmolLM2-135M is measured on a held-out play with its own and with 4-bit attention, fine-tuned on other plays through 4-bit
 attention, and as a control equally long through its own. The exported model is loaded by a fresh process, which must find

@@ -1,4 +1,4 @@
-"""The road for video, on a CPU in minutes: a small Wan transformer on real clips, measured and looked at.
+"""The whole pipeline for video, on a CPU in minutes: a small Wan transformer on real clips, measured and looked at.
 
 There are no small Wan weights and no small VAE, so the demo makes its own world: latents are patches of pixels (4 x 4 pixels
 of 3 colours are 48 channels), a caption is a fixed random embedding, and the transformer is trained from nothing, with original

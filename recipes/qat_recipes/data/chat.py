@@ -82,7 +82,7 @@ def _encode(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> tu
         if not calls and (message["content"] is None or (is_answer and not _says_something(message["content"]))):
             raise ValueError(
                 f"{where}: expected message {number} of {len(messages)} to say something, got {message['content']!r} as its "
-                "content; mend or remove the row"
+                "content; fix or delete the row"
             )
     write: Any = tokenizer.apply_chat_template
     prompt = write(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)

@@ -29,9 +29,9 @@ def read_json_lines(path: Path, columns: dict[str, type], *, may_be_null: bool =
                 row = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 start = line[:80].decode("utf-8", "replace").strip()
-                raise ValueError(f"{where}: expected a JSON object, got {start!r} ({error}); mend or remove the line") from error
+                raise ValueError(f"{where}: expected a JSON object, got {start!r} ({error}); fix or delete the line") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}; mend or remove the line")
+                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}; fix or delete the line")
             if rb"\u" in line:
                 check_characters(where, row)
             for name, kind in columns.items():
@@ -42,8 +42,8 @@ def read_json_lines(path: Path, columns: dict[str, type], *, may_be_null: bool =
                     if name not in row:
                         what = f"there is no column {name!r}; set text_column to one of {keys}"
                     raise ValueError(
-                        f"{where}: expected {name!r} to be a {kind.__name__}, got {str(value)[:80]}: {what}; or mend or "
-                        "remove the line"
+                        f"{where}: expected {name!r} to be a {kind.__name__}, got {str(value)[:80]}: {what}; or "
+                        "fix or delete the line"
                     )
             yield row
 
@@ -53,4 +53,4 @@ def check_characters(where: str, value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: half a character in its text ({error}); mend or remove the line") from error
+        raise ValueError(f"{where}: half a character in its text ({error}); fix or delete the line") from error

@@ -174,7 +174,7 @@ class Samples:
     def _check_prompts(self, needs_images: bool) -> None:
         settings, pipe = self.settings, self.pipe
         if needs_images != bool(settings.images):
-            expected = "first frames, for it is a model of image to video" if needs_images else "[] with text to video"
+            expected = "first frames, because the model makes video from images" if needs_images else "[] with text to video"
             raise ValueError(f"samples.images: expected {expected}")
         spatial, temporal = 2 * pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         for name in ("height", "width"):

@@ -67,7 +67,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
         )
-    # Accelerate leaves out trackers that are not installed, and says so to nobody.
+    # Accelerate silently leaves out trackers that are not installed.
     missing = set(settings.report_to) - {"all", *(str(tracker) for tracker in accelerator.log_with)}
     if missing:
         raise ValueError(f"settings.report_to: {', '.join(sorted(missing))} cannot be used here; pip install it first")

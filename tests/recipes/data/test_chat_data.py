@@ -114,7 +114,7 @@ def test_rows_that_are_no_conversations(tmp_path, row, length, message):
 def test_an_answer_that_says_nothing_is_not_learned(tmp_path, content):
     rows = [{"messages": chat("x", "y")}] * 6 + [{"messages": chat("x", "y", "z", content)}]
     with pytest.raises(
-        ValueError, match=r"row 7: expected message 4 of 4 to say something, got .* as its content; mend or remove"
+        ValueError, match=r"row 7: expected message 4 of 4 to say something, got .* as its content; fix or delete"
     ):
         load_chat(write(tmp_path / "a.jsonl", *rows), tokenizer(), 64)
 

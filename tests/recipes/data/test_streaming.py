@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_and_a_bad_line_in_the_middle_loses_nothing(tmp_pat
     lines = (tmp_path / "good.jsonl").read_text().splitlines(keepends=True)
     text.write_text("".join([*lines[:20], '{"text": "and th\n', *lines[20:]]))
     with pytest.raises(
-        ValueError, match=r"torn.jsonl, line 21: expected a JSON object, got '\{\"text\": \"and th'.*mend or remove"
+        ValueError, match=r"torn.jsonl, line 21: expected a JSON object, got '\{\"text\": \"and th'.*fix or delete"
     ):
         run(finetune_qwen3, settings(tmp_path, "torn", text))
     assert list(checkpoints.steps_in(tmp_path / "torn")) == [3]

@@ -125,7 +125,7 @@ def test_text_that_cannot_be_used_is_refused(tmp_path, tokenizer):
     refused("blank.jsonl, line 1: expected a JSON object, got ''", path=str(tmp_path / "blank.jsonl"))
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": "b')
     refused(
-        r"torn.jsonl, line 2: expected a JSON object, got '{\"text\": \"b'.*mend or remove the line",
+        r"torn.jsonl, line 2: expected a JSON object, got '{\"text\": \"b'.*fix or delete the line",
         path=str(tmp_path / "torn.jsonl"),
     )
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\n' * 1000 + b'{"text": "\xff"}\n' + b'{"text": "c"}\n' * 1000)
@@ -149,7 +149,7 @@ def test_rows_without_text_are_never_dropped_unsaid(tmp_path, tokenizer, capsys)
     file = write(tmp_path / "misspelt.jsonl", *rows[:40], {"txet": "a"}, *rows[40:])
     with pytest.raises(
         ValueError,
-        match="misspelt.jsonl, line 41: .* there is no column 'text'; set text_column to one of txet; or mend or remove",
+        match="misspelt.jsonl, line 41: .* there is no column 'text'; set text_column to one of txet; or fix or delete",
     ):
         load_source(TextSource(path=file), tokenizer, 16)
     for empty in (None, "", " \n\t"):
@@ -172,7 +172,7 @@ def test_of_the_hub_too(monkeypatch, capsys):
 @pytest.mark.parametrize("text", ['"a \\ud83d b"', '"\\udc00"', '["\\ud800"]', '{"deep": ["\\uDFFF"]}'])
 def test_half_a_character_is_named_with_its_line(tmp_path, text):
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 is whole"}\n' * 4 + '{"text": "a", "more": ' + text + "}\n")
-    with pytest.raises(ValueError, match="a.jsonl, line 5: half a character in its text .*; mend or remove the line"):
+    with pytest.raises(ValueError, match="a.jsonl, line 5: half a character in its text .*; fix or delete the line"):
         load_documents(TextSource(path=str(tmp_path / "a.jsonl")))
     assert texts(path=str(tmp_path / "a.jsonl"), documents=4) == ["\U0001f600 is whole"] * 4
 

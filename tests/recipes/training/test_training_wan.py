@@ -379,7 +379,7 @@ def test_samples_of_ones_own_prompts_and_first_frames(inputs, tmp_path, monkeypa
         ({"samples.num_frames": 6}, "samples.num_frames: expected a multiple of 4 plus 1, got 6"),
         ({"samples.images": "[a.png]"}, "samples.images: there is no file a.png"),
         ({"samples.images": "[a.png, b.png]"}, "samples.images: expected one for each of 1 prompts, got 2"),
-        ({"model.path": "i2v", "data.train": "i2v-train"}, "samples.images: expected first frames, for it is a model of image"),
+        ({"model.path": "i2v", "data.train": "i2v-train"}, "samples.images: expected first frames, because the model"),
     ],
 )
 def test_prompts_that_cannot_be_sampled(inputs, tmp_path, changes, message):
