@@ -87,7 +87,7 @@ class TrainingSettings:
     seed: int = 0
     """Seeds the order of the samples and all random numbers."""
     deterministic: bool = False
-    """Give the same bits in every run on the same machine; on a GPU some algorithms are slower. CPU runs are already deterministic."""
+    """Give the same bits in every run on the same machine; some algorithms are slower so on a GPU. CPU runs always do."""
     eval_every: int = 0
     """Measure the held-out losses before the first step, every so many steps and after the last. At least 1 with held-out data
     (`data.eval` or `data.eval_fraction`), and 0 without any."""
