@@ -1,4 +1,4 @@
-"""qat-patch COMMAND (or python -m qat_patch COMMAND): every program that users run, beside the recipes."""
+"""qat-patch COMMAND (or python -m qat_patch COMMAND): every program that users run besides the recipes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ COMMANDS = {
     "generate": "text or video from an export",
     "prepare-wan-data": "encode clips and captions, to fine-tune Wan on them",
     "evaluate": "what a model loses in each 4-bit attention, before any training: on text, tasks or samples",
-    "sensitivity": "which layers suffer most from 4-bit attention, on real inputs",
+    "sensitivity": "which layers lose most in 4-bit attention, on real inputs",
     "verify": "check an export from end to end: hashes, weights and what it computes",
-    "bench": "the speed of attention here, beside that of others: figure 5 of the paper",
+    "bench": "the speed of attention here and that of other implementations: figure 5 of the paper",
     "doctor": "what this machine has, and what runs on it natively, emulated or not at all",
     "servers": "which presets this machine can train, evaluate and serve, and with what",
 }

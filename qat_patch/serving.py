@@ -56,8 +56,8 @@ def write_serving(
     parts = [
         f"# Serving this model: {about.name}",
         f"The weights were exported for `{spec.preset}`: {spec.rules.what}. "
-        + ("They are ordinary weights: without" if linears is None else "Without")
-        + " what is below they run ordinary attention.",
+        + ("They are ordinary weights. Without" if linears is None else "Without")
+        + " the options below they run ordinary attention.",
         f"In this folder ({about.packages[0]} {about.version} or newer; `.` may be the name of this repository on the Hub):",
         run,
         *on_linears,
@@ -69,8 +69,8 @@ def write_serving(
                 *(f"| {a} | `{b}` | {c} |" for a, b, c in rows),
             ]
         ),
-        "What they compute with this attention can be seen without the server: `qat_patch.load_checkpoint` loads this folder in "
-        "4-bit attention (`pip install qat-patch`).",
+        "You can try this attention without the server: `qat_patch.load_checkpoint` loads this folder with 4-bit attention "
+        "(install qat-patch).",
     ]
     (export.folder / SERVING).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if auto_enable:
@@ -143,8 +143,8 @@ def _note_on_linears(server: str, linears: LinearHandle, export: Exported) -> st
             f"qat_patch.export_checkpoint(base, '{_PACKED_BASE}', tokenizer=tokenizer, dtype='bfloat16', server='{server}')"
         )
         return (
-            f"`{_PACKED_BASE}` is the base model with its linear layers packed ({linears.config.format}: {what}), beside which "
-            f"these adapters were trained. Make it from this folder:\n\n{_fenced('python', code)}"
+            f"`{_PACKED_BASE}` is the base model with its linear layers packed ({linears.config.format}: {what}). "
+            f"These adapters were trained on it. Make it from this folder:\n\n{_fenced('python', code)}"
         )
     note = f"The linear layers are packed in NVFP4 ({linears.config.format}: {what}). `config.json` says so: no option is needed."
     if linears.config.rounds_inputs:
@@ -163,20 +163,20 @@ def _notes(server: str, handle: PatchHandle, auto_enable: bool) -> list[str]:
     notes = []
     if auto_enable:
         notes.append(
-            f"`{AUTO_CONFIG}` makes vLLM do so by itself: `vllm serve .` resolves `--kv-cache-dtype auto` to `nvfp4`. The "
+            f"With `{AUTO_CONFIG}` vLLM needs no option: `vllm serve .` resolves `--kv-cache-dtype auto` to `nvfp4`. The "
             "weights stay as they are, and the scales of the cache are 1."
         )
     else:
-        notes.append("The scales of the cache are 1, which is what a server takes where none are stored.")
+        notes.append("The scales of the cache are 1, which is the default of the server.")
     sizes = sorted(head_sizes(handle))
     if server == "vllm" and 64 in sizes:
         notes.append(
-            "**Head size 64:** vLLM refuses an NVFP4 cache of it on sm_80, sm_90 and sm_120 (its prefill there misreads it). On "
-            "sm_100 it takes it; so does SGLang."
+            "**Head size 64:** vLLM refuses an NVFP4 cache of this size on sm_80, sm_90 and sm_120 (its prefill there "
+            "misreads the cache). vLLM on sm_100 takes it, and SGLang takes it."
         )
     if server == "vllm" and (odd := [size for size in sizes if size not in _VLLM_HEAD_DIMS]):
         notes.append(
-            f"**Head size {odd[0]}:** FlashInfer, through which vLLM has this cache, is built for head sizes "
+            f"**Head size {odd[0]}:** FlashInfer, which computes this cache in vLLM, is built for head sizes "
             f"{', '.join(map(str, _VLLM_HEAD_DIMS))}; vLLM will refuse this model."
         )
     return notes

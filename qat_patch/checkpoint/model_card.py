@@ -62,7 +62,7 @@ def model_card(
         "## Training",
         _table(_flatten(metadata.training))
         if metadata.training
-        else "None: an ordinary checkpoint, switched to 4-bit attention.",
+        else "These weights were not trained through 4-bit attention. They are an ordinary checkpoint that was patched.",
         "## Measured",
         _table(metrics) if metrics else "Nothing was measured at export.",
     ]
@@ -72,10 +72,13 @@ def model_card(
 def _of_linears(linear: LinearRecord, is_adapter: bool) -> str:
     number, what = len(linear.scales), "weights and inputs" if linear.config.rounds_inputs else "weights"
     if is_adapter:
-        return f"They were trained beside {number} linear layers whose {what} were rounded to NVFP4 (`{linear.config.format}`)."
+        return (
+            f"They were trained together with {number} linear layers whose {what} were rounded to NVFP4 "
+            f"(`{linear.config.format}`)."
+        )
     return (
         f"{number} linear layers are in NVFP4 too (`{linear.config.format}`: {what}), packed in the layout `{FORMAT}` of "
-        "compressed-tensors. Transformers reads them where that is installed."
+        "compressed-tensors. Transformers reads them if that package is installed."
     )
 
 
@@ -87,7 +90,7 @@ def _source(model: Any) -> str | None:
 
 
 def _license(base: str | None) -> str | None:
-    """As the model card beside the base model has it."""
+    """What the model card of the base model says."""
     from huggingface_hub import ModelCard
 
     card = None if base is None else Path(base, "README.md")

@@ -96,7 +96,7 @@ def test_adapters_alone_for_the_packed_base(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     text = (folder / "SERVING.md").read_text()
     assert "vllm serve packed-base" in text and "load_checkpoint('.').unload()" in text and str(tmp_path / "base") in text
-    assert "trained beside 14 linear layers" in (folder / "README.md").read_text()
+    assert "trained together with 14 linear layers" in (folder / "README.md").read_text()
     # As SERVING.md says, and as a server computes: adapters beside packed weights.
     packed = export_checkpoint(loaded.unload(), tmp_path / "packed-base", server="vllm")
     served = peft.PeftModel.from_pretrained(load_checkpoint(packed), folder).eval()

@@ -108,7 +108,7 @@ def test_what_switches_vllm_on_by_itself(tmp_path):
     folder = export_checkpoint(qwen3(head_dim=64), tmp_path / "out", server="vllm", auto_enable=True)
     auto = json.loads((folder / "hf_quant_config.json").read_text())
     assert auto == AUTO_ENABLE and auto["quantization"]["exclude_modules"] == ["*"]
-    assert "by itself" in (folder / "SERVING.md").read_text()
+    assert "vLLM needs no option" in (folder / "SERVING.md").read_text()
     load_checkpoint(folder)
     # A stranger's would make a server quantize something else.
     (folder / "hf_quant_config.json").write_text(json.dumps(auto | {"quantization": {"quant_algo": "FP8"}}))
