@@ -251,8 +251,8 @@ class PatchHandle:
         for prefix, plan in self.plans.items():
             if not plan.in_force:
                 raise ValueError(
-                    f"{action}: expected a patched model, got a {type(plan.model).__name__} that is patched no longer, or anew; "
-                    "call patch_model, or take get_handle(model)"
+                    f"{action}: expected a patched model, got a {type(plan.model).__name__} that is no longer patched, or was "
+                    "patched again; call patch_model, or take get_handle(model)"
                 )
             for layer in plan.patched:
                 if found := plan.replaced(layer):
@@ -291,7 +291,7 @@ class PatchHandle:
         impls = "; ".join(dict.fromkeys(map(describe_impl, self.plans.values())))
         lines = [f"{models}: 4-bit attention in {len(patched)} of {len(patched) + len(skipped)} attention modules; {impls}"]
         if not all(plan.in_force for plan in self.plans.values()):
-            lines.insert(0, "patched no longer, or anew: this is the receipt of an earlier patch")
+            lines.insert(0, "no longer patched, or patched again: this is the receipt of an earlier patch")
         for prefix, plan in self.plans.items():
             lines += [f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.patched]
         # Encoders have many, all for one reason.

@@ -127,7 +127,7 @@ def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *
     if config is None and (metadata := adapter.stored_metadata(model)) is not None:
         if metadata.k_shift is not None and not with_shifts:
             raise ValueError(
-                f"patch_model: {type(model).__name__} comes from an export with K shifts, which stand in a file beside its "
+                f"patch_model: {type(model).__name__} comes from an export with K shifts, which are in a file next to its "
                 "weights: expected k_shift, got none; load_checkpoint brings them along (get_handle(model).k_shift), or pass "
                 "k_shift={} to do without"
             )

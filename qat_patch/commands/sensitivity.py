@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options = _parse(arguments)
     if options.calibration_exclude and not options.calibrate:
-        raise ValueError("sensitivity: --calibration-exclude: expected --calibrate beside it, which measures the shifts")
+        raise ValueError("sensitivity: --calibration-exclude: expected --calibrate with it, which measures the shifts")
     model = _patched(options)
     batches = _batches(options, is_pipeline=not isinstance(model, torch.nn.Module))
     if options.calibrate:

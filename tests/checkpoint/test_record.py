@@ -172,7 +172,7 @@ def test_where_the_config_belongs_to_another_quantizer(tmp_path, others, caplog)
     assert get_handle(again) is None
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("qat_patch")]
     assert "runs original attention; qat_patch.patch_model(model) switches it on" in message and "\n" not in message
-    with pytest.raises(ValueError, match="K shifts, which stand in a file beside its weights"):
+    with pytest.raises(ValueError, match="K shifts, which are in a file next to its weights"):
         patch_model(again)
     assert patch_model(again, k_shift=load_file(tmp_path / "out" / FILE)).config == CONFIG
     assert_same(again, model)

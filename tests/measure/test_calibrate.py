@@ -307,7 +307,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert NAMES[2] in shifted
     text.remove("--calibrate")
     assert main(["sensitivity", str(tmp_path / "model"), *text, "--calibration-exclude", "*.0.*"]) == 1
-    assert "--calibration-exclude: expected --calibrate beside it" in capsys.readouterr().err
+    assert "--calibration-exclude: expected --calibrate with it" in capsys.readouterr().err
     assert main(["sensitivity", str(tmp_path / "model"), *text[:2], "--tokens", "5000"]) == 1
 
 

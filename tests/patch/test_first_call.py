@@ -105,7 +105,7 @@ def test_every_action_asks_what_is_in_force(replace, tmp_path):
             run()
     assert not list(tmp_path.iterdir()) and handle.k_shift == {}
     unpatch_model(model)
-    with pytest.raises(ValueError, match="cache: expected a patched model, got a Qwen3ForCausalLM that is patched no longer"):
+    with pytest.raises(ValueError, match="cache: expected a patched model, got a Qwen3ForCausalLM that is no longer patched"):
         handle.cache()
     with pytest.raises(ValueError, match="calibrate: the model is not patched"):
         calibrate(model, [ids])
