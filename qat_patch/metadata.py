@@ -22,6 +22,18 @@ NOTICE_KEY = "attention_quantization"
 """In a Diffusers config, beside the metadata: Diffusers prints keys that it does not know with their values, but not those that
 begin with an underscore. Earlier exports have the metadata here."""
 NOTICE = "4-bit by qat_patch; original attention without it"
+LOADING_ADAPTERS = {
+    "transformer": "pipe.load_lora_weights(FOLDER)",
+    # Of Wan 2.2, for low noise.
+    "transformer_2": "pipe.load_lora_weights(FOLDER, load_into_transformer_2=True)",
+    # Of MiniMax-H3, for videos after references.
+    "transformer_ref": "pipe.load_lora_weights(FOLDER, load_into_transformer_ref=True)",
+    # Of Ideogram 4. Its pipeline loads LoRA into the other one only.
+    "unconditional_transformer": (
+        'pipe.unconditional_transformer.load_lora_adapter(FOLDER, weight_name="pytorch_lora_weights.safetensors")'
+    ),
+}
+"""By the transformers that pipelines of Diffusers have: what loads adapters from a folder into each."""
 RECORD = "_qat_patch_record"
 """The attribute of a model with the metadata that it was saved with, where its config has no place for them."""
 FORMAT_VERSION = 3

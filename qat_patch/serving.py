@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .handle import PatchHandle
 from .linear.handle import LinearHandle
+from .metadata import LOADING_ADAPTERS
 from .servers import AUTO_CONFIG, AUTO_ENABLE, SERVERS, SERVING, Offer, gpu_names, head_sizes, left_out, number_of, offer_of
 
 _VLLM_HEAD_DIMS = (64, 128, 256)
@@ -113,11 +114,8 @@ def _pipeline_code(handle: PatchHandle, export: Exported, offer: Offer) -> str:
             f'pipe = WanPipeline.from_pretrained("{base}", {parts[0]}={parts[0]}, dtype=torch.bfloat16).to("cuda")'
         )
     else:
-        second = ", load_into_transformer_2=True" if component == "transformer_2" else ""
-        load = (
-            f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")\n'
-            f'pipe.load_lora_weights("."{second})'
-        )
+        load = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")\n'
+        load += LOADING_ADAPTERS[parts[0]].replace("FOLDER", '"."')
     if handle.skipped:
         # One by one: the others keep their attention.
         where = '["attention"]' if kind == "adapters" else '["attention"][part]'

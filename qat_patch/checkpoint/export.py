@@ -87,8 +87,9 @@ def export_checkpoint(
             multiplied into its weights, and its name becomes `default`. `load_checkpoint` then loads `base_model` too.
         lora_format: how adapters alone of a Diffusers model are named. "diffusers": as `pipe.load_lora_weights` and
             `pipe.save_lora_weights` name them; "comfyui": as ComfyUI does (Wan only), which `pipe.load_lora_weights` reads too.
-        component: which component of its pipeline a Diffusers transformer is, "transformer" or "transformer_2". Default: as the
-            model was loaded, if its pipeline was loaded from a folder or from the Hub.
+        component: which component of its pipeline a Diffusers transformer is: "transformer", "transformer_2" (Wan 2.2),
+            "transformer_ref" (MiniMax-H3) or "unconditional_transformer" (Ideogram 4). Default: as the model was loaded, if its
+            pipeline was loaded from a folder or from the Hub.
         example_inputs: the reference input, as tensors by argument name of the model's forward. Default: made from the
             config of a model that reads token ids or a Wan transformer; other models have no reference without it.
         server: what the folder is for: "vllm" or "sglang" with a preset of their NVFP4 KV caches, "diffusers-sage3" with `sage3`

@@ -12,13 +12,12 @@ import torch
 
 from qat_patch.handle import PatchHandle
 from qat_patch.linear.handle import LinearHandle, get_linear_handle
+from qat_patch.metadata import LOADING_ADAPTERS
 from qat_patch.servers import check_servable
 
 from .adapters import adapter_layers, adapter_owner, check_comfy, check_mergeable, the_active_adapter
 from .trust.allowed_keys import is_component
 from .weights import quantized_by_others
-
-_COMPONENTS = ("transformer", "transformer_2")
 
 
 def plain_values(training: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -189,13 +188,13 @@ def check_components(pipeline: Any) -> None:
 
 def component_name(component: str | None, handle: PatchHandle, *, is_pipeline: bool) -> str | None:
     """Which component of its pipeline a transformer is: as the caller says, or as the folder that it was loaded from is named."""
-    if component is not None and (is_pipeline or handle.host != "diffusers" or component not in _COMPONENTS):
+    if component is not None and (is_pipeline or handle.host != "diffusers" or component not in LOADING_ADAPTERS):
         raise ValueError(
-            f"export_checkpoint: component: expected {' or '.join(_COMPONENTS)} for a Diffusers transformer alone, got "
+            f"export_checkpoint: component: expected {' or '.join(LOADING_ADAPTERS)} for a Diffusers transformer alone, got "
             f"{component!r}"
         )
     if component is None and not is_pipeline and handle.host == "diffusers":
         config: Any = handle.models[0].config
         folder = Path(str(config.get("_name_or_path"))).name
-        return folder if folder in _COMPONENTS else None
+        return folder if folder in LOADING_ADAPTERS else None
     return component

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qat_patch.linear.handle import quantize_linears
 from qat_patch.linear.packed import LinearRecord, restore_packed, unpacked_state
-from qat_patch.metadata import CONFIG_KEYS
+from qat_patch.metadata import CONFIG_KEYS, LOADING_ADAPTERS
 from qat_patch.patch import get_handle, patch_model, require_handle, unpatch_model
 
 from .adapters import LORA_FILE, load_adapter
@@ -97,9 +97,16 @@ def load_part(export: ExportFolder, part: str, dtype: torch.dtype | str = "auto"
 
 
 def component_of(folder: Path) -> str | None:
-    """Which component of a pipeline a transformer is, or its adapters are for, if the export says so."""
+    """Which component of a pipeline a transformer is, or its adapters are for, if the export says so.
+
+    Raises:
+        ValueError: it is none that pipelines have.
+    """
     with safe_open(weight_files(folder)[0], framework="pt") as weights:
-        return (weights.metadata() or {}).get(COMPONENT)
+        found = (weights.metadata() or {}).get(COMPONENT)
+    if found not in (None, *LOADING_ADAPTERS):
+        raise ValueError(f"load_checkpoint: {folder}: expected a component {' or '.join(LOADING_ADAPTERS)}, got {found!r}")
+    return found
 
 
 def load_pipeline(export: ExportFolder, dtype: torch.dtype | str = "auto") -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat_patch.linear.packed import FORMAT, LinearRecord
-from qat_patch.metadata import AttentionMetadata
+from qat_patch.metadata import LOADING_ADAPTERS, AttentionMetadata
 from qat_patch.servers import SERVERS, SERVING
 
 
@@ -45,8 +45,7 @@ def model_card(
     load = "import qat_patch\n\n# A folder, or its name on the Hub with revision=...\n"
     load += "model = qat_patch.load_checkpoint(FOLDER)\nprint(qat_patch.get_handle(model))"
     if is_adapter and library == "diffusers":
-        second = ", load_into_transformer_2=True" if component == "transformer_2" else ""
-        load += f"\n\n# original attention, in a plain pipeline\npipe.load_lora_weights(FOLDER{second})"
+        load += f"\n\n# original attention, in a plain pipeline\n{LOADING_ADAPTERS[component or 'transformer']}"
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {class_name} with 4-bit attention",

@@ -20,7 +20,7 @@ import torch
 
 from qat_patch.hosts.transformers.adapter import named_original
 from qat_patch.linear.handle import get_linear_handle
-from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata, config_entries
+from qat_patch.metadata import CONFIG_KEYS, METHOD, NOTICE, NOTICE_KEY, RECORD, AttentionMetadata, config_entries
 from qat_patch.patch import get_handle
 from qat_patch.servers import AUTO_CONFIG, SERVERS, SERVING
 from qat_patch.version import __version__
@@ -124,6 +124,8 @@ def record_in_peft(module: Any) -> None:
 
 def record_in_diffusers(module: Any) -> None:
     """Let `ModelMixin` save what is in force. Diffusers patches nothing itself: `patch_model` finds the record."""
+    # Meant for those who have no such package.
+    logging.getLogger("diffusers.configuration_utils").addFilter(_is_more_than_our_notice)
     model_class = module.ModelMixin
     save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
 
@@ -154,6 +156,11 @@ def record_in_diffusers(module: Any) -> None:
 
     model_class.save_pretrained = save_pretrained
     model_class.from_pretrained = classmethod(from_pretrained)
+
+
+def _is_more_than_our_notice(record: logging.LogRecord) -> bool:
+    """False of the line in which Diffusers says that it does not know our notice, and nothing else."""
+    return not record.getMessage().startswith(f"The config attributes { {NOTICE_KEY: NOTICE} } were passed to ")
 
 
 def _in_any_order(metadata: AttentionMetadata) -> AttentionMetadata:

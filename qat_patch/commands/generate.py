@@ -28,6 +28,7 @@ from qat_patch.checkpoint.load import component_of, load_checkpoint, load_tokeni
 from qat_patch.checkpoint.trust.download import export_folder
 from qat_patch.checkpoint.trust.opening import printable
 from qat_patch.handle import PatchHandle
+from qat_patch.metadata import LOADING_ADAPTERS
 from qat_patch.patch import require_handle
 from qat_patch.self_check.store import FOLDER
 
@@ -223,7 +224,7 @@ def _slot(folder: Path, component: str | None, pipeline: str, config: dict[str, 
     stored = component_of(folder)
     if component is not None and stored not in (None, component):
         raise ValueError(f"--component: {folder} is an export of {stored}, got {component}; leave it out")
-    known = [name for name in ("transformer", "transformer_2") if config.get(name) not in (None, [None, None])]
+    known = [name for name in LOADING_ADAPTERS if config.get(name) not in (None, [None, None])]
     component = component or stored or (known[0] if len(known) == 1 else None)
     if component is None:
         raise ValueError(

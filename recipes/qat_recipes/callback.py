@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qat_patch import PatchHandle, calibrate, export_checkpoint
+from qat_patch import LinearHandle, PatchHandle, calibrate, export_checkpoint, get_linear_handle
 from qat_patch.checkpoint.adapters import adapter_owner
 from qat_patch.checkpoint.record import attention_in_force
 from qat_patch.metadata import AttentionMetadata
@@ -37,20 +37,22 @@ _EXPORT_OPTIONS = inspect.signature(export_checkpoint).parameters.keys() - {"mod
 class QATCallback(TrainerCallback):
     """Measures in both attentions, calibrates, keeps K shifts in checkpoints, and exports.
 
-    - **Before the first step** it checks that the model is patched, and calibrates if `calibration_batches` says so.
+    - **Before the first step** it checks that the model is patched, and calibrates if `calibration_batches` says so; with linear
+      layers that round their inputs (`quantize_linears`) these too, whose ranges have to be measured here or before.
     - **Each evaluation** is done once more in the original attention, on the same batches. What the trainer logs as `eval_loss`
       is 4-bit attention; `eval_original_loss` is added to the log, and so is every other number that the trainer measures
-      (`eval_original_reward` and the like). `metric_for_best_model` may be one of them. Random numbers of the training are left
-      alone. GRPOTrainer samples anew in each attention.
-    - **Checkpoints** hold the attention and the K shifts. A run that goes on (`resume_from_checkpoint`) gets the shifts back, and
-      is refused if the model is patched in another way.
+      (`eval_original_reward` and the like), without quantized linear layers. `metric_for_best_model` may be one of them. Random
+      numbers of the training are left alone. GRPOTrainer samples anew in each attention.
+    - **Checkpoints** hold the attention, the K shifts and the scales of linear layers. A run that goes on
+      (`resume_from_checkpoint`) gets these back, and is refused if the model is patched or quantized in another way.
     - **After the last step**, and after `load_best_model_at_end`, the model is exported.
 
     Args:
         trainer: the trainer, whose model is patched by the time that it trains. One with a reference model is to be made before
             the patch; see recipes/examples.
-        calibration_batches: measure the mean keys (`k_shift`, as `qat_patch.calibrate`) on so many of the first training batches
-            of each process; 0: nothing is measured, and shifts stay as they are. The batches must hold token ids, which those of
+        calibration_batches: measure the mean keys (`k_shift`, as `qat_patch.calibrate`, with presets that have them) and the
+            ranges of the inputs of quantized linear layers on so many of the first training batches of each process; 0: nothing
+            is measured, and what is there stays as it is. The batches must hold token ids, which those of
             GRPOTrainer do not: call `calibrate` before the training there.
         calibration_exclude: patterns of patched modules that get no shift.
         export_dir: the folder to export to, which must not exist; None: nothing is exported.
@@ -60,7 +62,8 @@ class QATCallback(TrainerCallback):
     Raises:
         ValueError: this is no trainer, an argument does not fit, or the model is sharded (FSDP, DeepSpeed), which cannot be
             exported from here. When the training begins: the model is not patched, the checkpoint to go on from was trained
-            with other attention, the batches cannot be calibrated on, or the server cannot run the model.
+            with other attention or linear layers, inputs of these have not been measured, the batches cannot be calibrated on, or
+            the server cannot run the model.
     """
 
     def __init__(
@@ -110,15 +113,18 @@ class QATCallback(TrainerCallback):
         elif self.calibration_batches:
             self._calibrate(handle)
         metadata, shifts = _in_force(handle)
+        linears = get_linear_handle(self.trainer.model)
         state.stateful_callbacks[_STATE] = {
             "attention": metadata.to_dict(),
             "k_shift": {name: shift.tolist() for name, shift in shifts.items()},
+            "linears": None if linears is None else _scales(linears),
         }
         if server := self.export_options.get("server"):
             # Now, not at the end of the training.
             alone = not self.export_options.get("merge_adapters", True) and adapter_owner(self.trainer.model)
             adapters = next(iter(alone.peft_config.values())) if alone else None
-            check_servable(server, handle, adapters=adapters, auto_enable=self.export_options.get("auto_enable", False))
+            auto_enable = self.export_options.get("auto_enable", False)
+            check_servable(server, handle, adapters=adapters, auto_enable=auto_enable, linears=linears)
 
     def on_evaluate(
         self,
@@ -134,7 +140,9 @@ class QATCallback(TrainerCallback):
         # "eval", and behind it the name of the dataset if there are several.
         prefix = next((key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")), "eval")
         devices = [args.device] if args.device.type == "cuda" else []
-        with self.handle.disabled(), torch.random.fork_rng(devices), _nobody_listening(trainer) as log_history:
+        linears = get_linear_handle(trainer.model)
+        unquantized = contextlib.nullcontext() if linears is None else linears.disabled()
+        with self.handle.disabled(), unquantized, torch.random.fork_rng(devices), _nobody_listening(trainer) as log_history:
             output = trainer.evaluation_loop(
                 eval_dataloader,
                 description="Evaluation in original attention",
@@ -183,9 +191,19 @@ class QATCallback(TrainerCallback):
                 f"QATCallback: the checkpoint to resume from was trained with other attention in {len(different)} modules, such "
                 f"as {different[0]}: expected {expected}, got {got}; patch the model as it was"
             )
+        linears, scales = get_linear_handle(self.trainer.model), kept.get("linears")
+        quantized = {} if linears is None else linears.layers
+        if different := sorted((scales or {}).keys() ^ quantized.keys()):
+            expected, found = ("quantized" if different[0] in x else "original" for x in (scales or {}, quantized))
+            raise ValueError(
+                f"QATCallback: the checkpoint to resume from was trained with {len(different)} other linear layers, such as "
+                f"{different[0]}: expected {expected}, got {found}; call quantize_linears as it was called, or unquantize_linears"
+            )
         for name, layer in handle.patched.items():
             shift = kept["k_shift"].get(name)
             layer.k_shift = None if shift is None else torch.tensor(shift)
+        for name, linear in quantized.items():
+            linear.weight_scale, linear.input_scale = scales[name]
 
     def _calibrate(self, handle: PatchHandle) -> None:
         trainer, parameters = self.trainer, inspect.signature(type(handle.models[0]).forward).parameters
@@ -205,11 +223,28 @@ class QATCallback(TrainerCallback):
                 batches.append({name: x for name, x in batch.items() if name in names} | options)
             if callable(end := getattr(loader, "end", None)):
                 end()  # Accelerate counts it as the loader that is read, until it has been read to its end
-            calibrate(trainer.model_wrapped, batches, exclude=self.calibration_exclude)
+            linears = get_linear_handle(trainer.model)
+            if linears is not None and linears.config.rounds_inputs:
+                was_training = trainer.model_wrapped.training
+                trainer.model_wrapped.eval()
+                with torch.no_grad(), handle.disabled(), linears.calibration():
+                    for batch in batches:
+                        trainer.model_wrapped(**batch)
+                trainer.model_wrapped.train(was_training)
+            if handle.config.spec.rules.options:
+                calibrate(trainer.model_wrapped, batches, exclude=self.calibration_exclude)
 
 
 def _beginning(key: str, *prefixes: str) -> str | None:
     return next((prefix for prefix in prefixes if key.startswith(f"{prefix}_")), None)
+
+
+def _scales(linears: LinearHandle) -> dict[str, list[float | None]]:
+    """The global scales of the weight and of the input of each layer, as plain values."""
+    try:
+        return {name: [scale.weight, scale.input] for name, scale in linears.scales.items()}
+    except ValueError as error:
+        raise ValueError(f"QATCallback: {error}; or set calibration_batches") from None
 
 
 def _in_force(handle: PatchHandle) -> tuple[AttentionMetadata, dict[str, torch.Tensor]]:

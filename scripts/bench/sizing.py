@@ -53,17 +53,16 @@ class Measured(FineTuning[FineTuningSettings]):
 
     config: dict[str, int]
     """Of the model, by name in MODELS."""
-    eval_data = None
     eval_batch_size = 1
 
     def __init__(self, settings: FineTuningSettings, config: dict[str, int], tokens: Sequence[int], device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.eval_data = config, device, {}
         self.train_data = [self.sample(number) for number in (tokens[0], *tokens)]
         super().__init__(settings)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
-    def load(self) -> torch.nn.Module:
+    def load(self, component: str | None) -> torch.nn.Module:
         with self.device:
             return self.random(self.config, self.settings.load_dtype)
 

@@ -65,7 +65,8 @@ def test_which_component_it_is(tmp_path):
     patch_model(model)
     for wrong in ("vae", "transformer_3"):
         with pytest.raises(
-            ValueError, match="component: expected transformer or transformer_2 for a Diffusers transformer alone"
+            ValueError,
+            match="expected transformer or transformer_2 or transformer_ref or unconditional_transformer for a Diffusers",
         ):
             export_checkpoint(model, tmp_path / "out", component=wrong)
     assert not list(tmp_path.iterdir())

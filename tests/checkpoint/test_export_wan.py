@@ -56,6 +56,20 @@ def test_stock_diffusers_says_in_one_line_what_it_leaves_out(tmp_path):
     assert all("original attention without it" in line and len(line) < 300 for line in said)
 
 
+def test_with_this_package_nothing_is_said_about_it(tmp_path, caplog):
+    """But what else is in a config, and unknown, still is."""
+    model = tiny_transformer()
+    patch_model(model)
+    export_checkpoint(model, tmp_path / "out")
+    load_checkpoint(tmp_path / "out")
+    WanTransformer3DModel.from_pretrained(tmp_path / "out")
+    assert "attention_quantization" not in caplog.text
+    file = tmp_path / "out" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"flavour": 1}))
+    WanTransformer3DModel.from_pretrained(tmp_path / "out")
+    assert "'flavour': 1" in caplog.text
+
+
 def test_earlier_exports_have_their_metadata_in_a_key_that_diffusers_prints(tmp_path):
     model = tiny_transformer()
     patch_model(model, CONFIG)

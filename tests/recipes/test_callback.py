@@ -8,7 +8,17 @@ import torch
 from peft import LoraConfig
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from qat_patch import AttnQATConfig, QuantSpec, calibrate, get_handle, load_checkpoint, patch_model
+from qat_patch import (
+    AttnQATConfig,
+    LinearQATConfig,
+    QuantSpec,
+    calibrate,
+    get_handle,
+    get_linear_handle,
+    load_checkpoint,
+    patch_model,
+    quantize_linears,
+)
 from qat_recipes.callback import QATCallback
 from support.models.tiny_qwen3 import tiny_qwen3
 from support.models.tiny_recipe import words
@@ -113,6 +123,44 @@ def test_goes_on_from_a_checkpoint(peft_config, folder, tmp_path):
     state.write_text(json.dumps(kept))
     with pytest.raises(ValueError, match="written without this callback"):
         sft(folder, tmp_path / "other", **options).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
+def test_with_linear_layers_in_4_bits(folder, tmp_path, preset):
+    """Measured, calibrated, resumed to the bit and exported packed. Grids of servers have no K shifts, but inputs have ranges."""
+    config = AttnQATConfig(spec=QuantSpec(preset=preset))
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "calibration_batches": 1, **EVERY_STEP}
+
+    def quantized(run, **more):
+        trainer = sft(folder, tmp_path / run, config, **options | more)
+        quantize_linears(trainer.model, LinearQATConfig(format="nvfp4"))
+        return trainer
+
+    whole = quantized("whole", export_dir=tmp_path / "export")
+    whole.train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    linears = get_linear_handle(whole.model)
+    resumed = quantized("resumed")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert same(weights(resumed), weights(whole)) and get_linear_handle(resumed.model).scales == linears.scales
+    assert len(get_handle(whole.model).k_shift) == (2 if preset == "nvfp4" else 0)
+    # `eval_loss` is with all of it, what is original with none.
+    last = whole.evaluate()
+    with linears.disabled(), get_handle(whole.model).disabled():
+        expected = sft(folder, tmp_path / "plain", callback=False)
+        expected.model = whole.model
+        assert expected.evaluate()["eval_loss"] == last["eval_original_loss"] != last["eval_loss"]
+    loaded = load_checkpoint(tmp_path / "export")
+    assert all(layer.is_packed for layer in get_linear_handle(loaded).layers.values())
+    with pytest.raises(ValueError, match=r"with 14 other linear layers, such as .*: expected quantized, got original"):
+        sft(folder, tmp_path / "other", config, **options).train(resume_from_checkpoint=checkpoint)
+
+
+def test_linear_layers_whose_inputs_nobody_has_measured(folder, tmp_path):
+    trainer = sft(folder, tmp_path)
+    quantize_linears(trainer.model, LinearQATConfig(format="nvfp4"))
+    with pytest.raises(ValueError, match=r"QATCallback: .*or set calibration_batches"):
+        trainer.train()
 
 
 def test_exports_the_best_model(folder, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from qat_patch.metadata import LOADING_ADAPTERS
+
 MANIFEST = "qat_patch.json"
 """Written last: what kind of export this is, and size and SHA-256 of every file that loading may read."""
 README = "README.md"
@@ -106,16 +108,12 @@ def weights_of_a_base_model(host: str) -> list[str]:
     """What to download of a base model on the Hub, as patterns: none that would match other parts of a pipeline."""
     stem = "model" if host == "transformers" else "diffusion_pytorch_model"
     names = ["config.json", "generation_config.json", K_SHIFT, f"{stem}*.safetensors", f"{stem}.safetensors.index.json"]
-    return (
-        names
-        if host == "transformers"
-        else [*names, *(f"{part}/{name}" for part in ("transformer", "transformer_2") for name in names)]
-    )
+    return names if host == "transformers" else [*names, *(f"{part}/{name}" for part in LOADING_ADAPTERS for name in names)]
 
 
 def of_a_base_model(name: str) -> bool:
     """Whether a file of a base model is taken: its config and its weights, of a pipeline those of its transformer."""
     folder, _, file = name.rpartition("/")
-    return folder in ("", "transformer", "transformer_2") and (
+    return folder in ("", *LOADING_ADAPTERS) and (
         file in ("config.json", "generation_config.json", K_SHIFT) or re.fullmatch(_WEIGHTS, file) is not None
     )

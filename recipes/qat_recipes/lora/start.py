@@ -25,6 +25,8 @@ class StartSettings:
     path: str
     """A .safetensors file, or a folder that holds one: names as those of PEFT, Diffusers, ComfyUI (`diffusion_model.`) and
     kohya's trainers (`lora_unet_`)."""
+    path_2: str | None = None
+    """The same for transformer_2, with model.transformer=both."""
     use: Literal["frozen", "merged", "trained"]
     """frozen: it stays as it is, beside the adapters that are trained. merged: it is added to the weights first. trained: it is
     what is trained on; rank, alpha and target_modules are its own."""
@@ -32,8 +34,9 @@ class StartSettings:
     """How strongly it acts."""
 
     def __post_init__(self) -> None:
-        if not Path(self.path).exists():
-            raise ValueError(f"lora.start.path: there is no {self.path}; expected a file or a folder")
+        for name in ("path", "path_2"):
+            if (path := getattr(self, name)) is not None and not Path(path).exists():
+                raise ValueError(f"lora.start.{name}: there is no {path}; expected a file or a folder")
         if self.strength == 0:
             raise ValueError("lora.start.strength: with 0 the LoRA has no effect; leave lora.start out")
 

@@ -75,7 +75,7 @@ def noise_levels(scheduler: dict[str, Any] | None, flow_shift: float | None) -> 
 class FlowInputs:
     """One batch of noisy latents."""
 
-    arguments: dict[str, torch.Tensor]
+    arguments: dict[str, Any]
     """What the transformer is called with."""
     sigmas: torch.Tensor
     """Noise levels, float32 [batch, 1, 1, 1, 1]."""
@@ -88,16 +88,17 @@ class FlowMatching:
 
     Args:
         settings: which timesteps.
-        sigmas: the noise levels to train on, falling.
+        sigmas: the noise levels to train on, falling; of several experts by their names, and batches say for which one they are
+            (`expert`).
         steps: a noise level times this is its timestep.
     """
 
     distance_name = "velocity_error"
 
-    def __init__(self, settings: TimestepSettings, sigmas: torch.Tensor, steps: int) -> None:
+    def __init__(self, settings: TimestepSettings, sigmas: torch.Tensor | dict[str, torch.Tensor], steps: int) -> None:
         self.settings, self.sigmas, self.steps = settings, sigmas, steps
 
-    def inputs(self, batch: dict[str, torch.Tensor]) -> FlowInputs:
+    def inputs(self, batch: dict[str, Any]) -> FlowInputs:
         """Noise clips; noise and positions in the schedule are drawn here, unless the batch has its own."""
         settings, latents = self.settings, batch["latents"].float()
         noise = batch["noise"] if "noise" in batch else torch.randn_like(latents)
@@ -106,14 +107,17 @@ class FlowMatching:
             positions = compute_density_for_timestep_sampling(
                 settings.weighting_scheme, len(latents), settings.logit_mean, settings.logit_std, settings.mode_scale
             )
+        levels_of = self.sigmas if isinstance(self.sigmas, torch.Tensor) else self.sigmas[batch["expert"][0]]
         # Some schemes draw 1 itself.
-        indices = (positions.cpu() * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
-        sigmas = self.sigmas[indices].to(latents.device)
+        indices = (positions.cpu() * len(levels_of)).long().clamp(max=len(levels_of) - 1)
+        sigmas = levels_of[indices].to(latents.device)
         levels = sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - levels) * latents + levels * noise
         if "condition" in batch:
             noisy = torch.cat([noisy, batch["condition"].float()], dim=1)
-        arguments = {"hidden_states": noisy, "timestep": sigmas * self.steps}
+        arguments: dict[str, Any] = {"hidden_states": noisy, "timestep": sigmas * self.steps}
+        if "expert" in batch:
+            arguments["expert"] = batch["expert"][0]
         arguments["encoder_hidden_states"] = batch["prompt_embeds"].float()
         if "image_embeds" in batch:
             arguments["encoder_hidden_states_image"] = batch["image_embeds"].float()
@@ -135,19 +139,30 @@ class FlowMatching:
 class HeldOutClips(Dataset):
     """Each clip at several timesteps, evenly spread over the schedule, with noise that is the same in every measurement.
 
+    Of several experts each is measured by itself, on its own part of the schedule.
+
     Args:
         clips: dicts of tensors by index, with `latents`.
         timesteps: how many for each clip.
         seed: of the noise.
+        expert: which one is measured, if there are several.
     """
 
-    def __init__(self, clips: EncodedClips | Sequence[dict[str, torch.Tensor]], timesteps: int, seed: int) -> None:
+    def __init__(
+        self,
+        clips: EncodedClips | Sequence[dict[str, torch.Tensor]],
+        timesteps: int,
+        seed: int,
+        expert: str | None = None,
+    ) -> None:
         self.clips, self.timesteps, self.seed = clips, timesteps, seed
+        self.about = {} if expert is None else {"expert": expert}
 
     def __len__(self) -> int:
         return len(self.clips) * self.timesteps
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         clip = self.clips[index // self.timesteps]
         noise = torch.randn(clip["latents"].shape, generator=torch.Generator().manual_seed(self.seed + index))
-        return clip | {"noise": noise, "position": torch.tensor((index % self.timesteps + 0.5) / self.timesteps)}
+        position = torch.tensor((index % self.timesteps + 0.5) / self.timesteps)
+        return {**clip, "noise": noise, "position": position, **self.about}

@@ -115,23 +115,24 @@ class LanguageModeling(FineTuning[Settings]):
         blocks_written = self._written(settings, accelerator)
         # Files that have to be downloaded or cached are so once.
         with accelerator.main_process_first():
-            self.train_data, self.eval_data = self._data(settings.data, blocks_written)
+            self.train_data, held_out = self._data(settings.data, blocks_written)
+        self.eval_data = {} if held_out is None else {"": held_out}
         super().__init__(settings)
         self.objective, self.eval_batch_size = NextToken(), settings.batch_size
 
-    def load(self) -> torch.nn.Module:
+    def load(self, component: str | None) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(**self.source, dtype=self.settings.load_dtype)
 
-    def from_config(self) -> torch.nn.Module:
+    def from_config(self, component: str | None) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**self.source), dtype=torch.float32)
 
-    def model_config(self) -> dict[str, Any]:
+    def model_config(self, component: str | None) -> dict[str, Any]:
         return PreTrainedConfig.get_config_dict(**self.source)[0]
 
     def fingerprints(self) -> dict[str, str]:
         found = super().fingerprints() | {"the tokenizer of model.path": fingerprint_of_tokenizer(self.tokenizer)}
         text = "the text of data.train" if self.settings.data.generate is None else "the text that the model wrote"
-        for name, blocks in ((text, self.train_data), ("the held-out text", self.eval_data)):
+        for name, blocks in ((text, self.train_data), ("the held-out text", self.eval_data.get(""))):
             # A stream sees for itself whether it goes on from the text that it has read.
             if isinstance(blocks, datasets.Dataset):
                 found[name] = fingerprint_of_blocks(blocks)

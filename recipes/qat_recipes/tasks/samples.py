@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from diffusers.utils import load_image
 from diffusers.utils.export_utils import encode_video
@@ -71,8 +73,8 @@ class Samples:
     Args:
         settings: of the videos.
         source: where the pipeline is, as arguments of from_pretrained.
-        model: the transformer in training, on the CPU.
-        handle: its patch.
+        transformers: all of the pipeline's, in training, by their names in it.
+        handle: their patch.
         clips: held-out clips; with prompts of one's own any clips of the model, for how they were encoded.
 
     Raises:
@@ -84,7 +86,7 @@ class Samples:
         self,
         settings: SampleSettings,
         source: dict[str, Any],
-        model: torch.nn.Module,
+        transformers: Mapping[str, torch.nn.Module],
         handle: PatchHandle,
         clips: EncodedClips,
     ) -> None:
@@ -93,9 +95,10 @@ class Samples:
         needs_text = settings.guidance_scale > 1 or settings.prompts
         unused = {} if needs_text else {"text_encoder": None, "tokenizer": None}
         types = {"default": torch.float32, "text_encoder": torch.bfloat16}
-        self.pipe = kind.from_pretrained(**source, transformer=model, **unused, dtype=types)
+        self.pipe = kind.from_pretrained(**source, **transformers, **unused, dtype=types)
         self.pipe.set_progress_bar_config(disable=True)
         self.settings, self.handle, self.clips = settings, handle, clips
+        self.transformers = list(transformers.values())
         if settings.prompts:
             self._check_prompts(kind is WanImageToVideoPipeline)
         self.negative = self._encoded(settings.negative_prompt) if settings.guidance_scale > 1 else None
@@ -103,29 +106,30 @@ class Samples:
         if needs_text:
             self.pipe.register_modules(text_encoder=None, tokenizer=None)
 
-    def write(self, folder: Path, device: torch.device, *, is_writer: bool = True) -> dict[str, float]:
-        """Write clip-NUMBER-original.mp4 and clip-NUMBER-fp4.mp4, or prompt-NUMBER-... The model must be on `device`.
+    def write(self, folder: Path, accelerator: Accelerator) -> dict[str, float]:
+        """Write clip-NUMBER-original.mp4 and clip-NUMBER-fp4.mp4, or prompt-NUMBER-... The model must be on its device.
 
-        Every process has to call this, for a sharded model needs all of them, and only one should be the writer.
+        Every process has to call this, for a sharded model needs all of them, and the main process writes.
 
         Returns:
             How close the videos of 4-bit attention are to those of original attention, means over the videos: `sample_psnr` in
             dB and `sample_ssim` (Wang et al., 2004).
         """
         distances: dict[str, list[float]] = {"sample_psnr": [], "sample_ssim": []}
-        model = self.pipe.transformer
-        helpers = [x for x in self.pipe.components.values() if isinstance(x, torch.nn.Module) and x is not model]
-        was_training = model.training
-        model.eval()
+        device, modules = accelerator.device, [x for x in self.pipe.components.values() if isinstance(x, torch.nn.Module)]
+        helpers = [module for module in modules if not any(module is transformer for transformer in self.transformers)]
+        was_training = self.transformers[0].training
+        for transformer in self.transformers:
+            transformer.eval()
         for helper in helpers:
             helper.to(device)
         name_of = "prompt" if self.prompts else "clip"
         for number in range(len(self.prompts) or min(self.settings.clips or 2, len(self.clips))):
             videos = {}
             for name, attention in (("original", self.handle.disabled), ("fp4", contextlib.nullcontext)):
-                with attention():
+                with attention(), _computing_as_trained(self.transformers, accelerator):
                     videos[name] = self._sample(number, device)
-                if is_writer:
+                if accelerator.is_main_process:
                     folder.mkdir(parents=True, exist_ok=True)
                     frames = (torch.from_numpy(videos[name]) * 255).round().to(torch.uint8)
                     fps = round(self.clips.clips[0 if self.prompts else number]["fps"])
@@ -134,7 +138,8 @@ class Samples:
             distances["sample_ssim"].append(ssim(videos["fp4"], videos["original"]))
         for helper in helpers:
             helper.to("cpu")
-        model.train(was_training)
+        for transformer in self.transformers:
+            transformer.train(was_training)
         return {name: sum(values) / len(values) for name, values in distances.items()}
 
     @torch.no_grad()
@@ -195,3 +200,19 @@ class Samples:
         )
         frame = vae.decode(latents[None, :, :1].float() * std + mean).sample
         return self.pipe.video_processor.postprocess_video(frame, output_type="pil")[0][0]
+
+
+@contextlib.contextmanager
+def _computing_as_trained(transformers: Sequence[torch.nn.Module], accelerator: Accelerator) -> Iterator[None]:
+    """Inside, each computes under the autocast of the training, which Accelerate puts around the outermost model alone."""
+    before = [vars(transformer).get("forward") for transformer in transformers]
+    for transformer in transformers:
+        transformer.forward = accelerator.autocast()(transformer.forward)
+    try:
+        yield
+    finally:
+        for transformer, forward in zip(transformers, before, strict=True):
+            if forward is None:
+                del transformer.forward
+            else:
+                transformer.forward = forward

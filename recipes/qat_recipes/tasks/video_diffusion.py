@@ -16,18 +16,24 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTra
 
 from qat_recipes.data.video import DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
 from qat_recipes.memory.split_tokens import ParallelSettings, split_tokens, ulysses_mesh
+from qat_recipes.training.adapters import LoraSettings
 from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
 
+from .experts import ClipsInTurns, Experts
 from .flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
 from .samples import Samples, SampleSettings
+
+EXPERTS = ("transformer", "transformer_2")
+"""The transformers of Wan 2.2: for high noise, from `boundary_ratio` of its pipeline up, and for low noise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanSettings(ModelSettings):
     """The pipeline whose transformer is trained, or a transformer without one."""
 
-    transformer: Literal["transformer", "transformer_2"] = "transformer"
-    """Which transformer of the pipeline; Wan 2.2 has two, for high and for low noise, and each is trained on its part."""
+    transformer: Literal["transformer", "transformer_2", "both"] = "transformer"
+    """Which transformer of the pipeline; Wan 2.2 has two, for high and for low noise, and each is trained on its part. both:
+    every step trains one of them, drawn by the share of the noise levels that it is there for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +47,16 @@ class Settings(FineTuningSettings):
     timesteps: TimestepSettings = dataclasses.field(default_factory=TimestepSettings)
     """Which timesteps are trained how often and how much."""
     eval_timesteps: int = 4
-    """Measure each held-out clip at so many timesteps, evenly spread over the schedule."""
+    """Measure each held-out clip at so many timesteps, evenly spread over the schedule; with model.transformer=both at so many of
+    each transformer's part."""
     parallel: ParallelSettings | None = None
     """Share each sample between several GPUs; null: each GPU has samples of its own."""
     samples: SampleSettings | None = None
     """Videos to look at while the model learns; null: none."""
+
+    @property
+    def trains_in_turns(self) -> bool:
+        return self.model.transformer == "both"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +69,8 @@ class Settings(FineTuningSettings):
             )
         if self.samples is not None and self.samples.every > self.steps:
             raise ValueError(f"samples.every: expected at most steps ({self.steps}), got {self.samples.every}")
+        if self.parallel is not None and self.trains_in_turns:
+            raise ValueError("model.transformer: both has not been tried with parallel; train one after the other")
         if self.parallel is not None:
             # What needs the tokens of a whole sample in one process, and what has not been tried.
             refused = {
@@ -85,7 +98,7 @@ class VideoDiffusion(FineTuning[Settings]):
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     eval_batch_size = 1  # clips of any sizes follow each other
-    train_data: EncodedClips
+    train_data: EncodedClips | ClipsInTurns
 
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
         self.source = {"pretrained_model_name_or_path": settings.model.path, "revision": settings.model.revision}
@@ -98,31 +111,43 @@ class VideoDiffusion(FineTuning[Settings]):
                 )
             self.mesh = ulysses_mesh(accelerator.num_processes, settings.parallel.ulysses, accelerator.device.type)
         self.pipeline = self._pipeline(settings)
-        self.train_data, self.held_out = load_clips(settings.data, settings.seed)
-        self.places = places_of(self.train_data, settings.data)
-        clips = self.held_out
-        self.component = None if self.pipeline is None else settings.model.transformer
+        clips, self.held_out = load_clips(settings.data, settings.seed)
+        self.clips = self.train_data = clips
+        self.places = places_of(clips, settings.data)
+        if self.pipeline is not None:
+            self.components = EXPERTS if settings.trains_in_turns else (settings.model.transformer,)
         # To split tokens all have to be there at once. What the Hub's client downloads it locks.
         with accelerator.main_process_first() if settings.parallel is None else contextlib.nullcontext():
             super().__init__(settings)
-            self.objective = FlowMatching(settings.timesteps, *self._noise_levels())
-        for each in (self.train_data, clips):
-            if each is not None:
-                check_clips(self.model, each, settings.processes_a_sample)
-        self.eval_data = None if clips is None else HeldOutClips(clips, settings.eval_timesteps, settings.seed)
+            sigmas, steps = self._noise_levels()
+        self.objective = FlowMatching(settings.timesteps, sigmas, steps)
+        for transformer in self.handle.models:
+            for each in (clips, self.held_out):
+                if each is not None:
+                    check_clips(transformer, each, settings.processes_a_sample)
+        if isinstance(sigmas, dict):
+            shares = {name: len(levels) / sum(map(len, sigmas.values())) for name, levels in sigmas.items()}
+            samples_a_step = settings.batch_size * settings.accumulation_steps * accelerator.num_processes
+            self.train_data = ClipsInTurns(clips, shares, settings.seed, samples_a_step)
+        names = [None] if isinstance(sigmas, torch.Tensor) else [*sigmas]
+        self.eval_data = {}
+        if self.held_out is not None:
+            for name in names:
+                self.eval_data[name or ""] = HeldOutClips(self.held_out, settings.eval_timesteps, settings.seed, name)
         self.samples: Samples | None = None
         if settings.samples is not None:
-            about = self.train_data if clips is None else clips
-            self.samples = Samples(settings.samples, self.source, self.model, self.handle, about)
+            about = clips if self.held_out is None else self.held_out
+            transformers = {name: model for name, model in self.parts.items() if name is not None}
+            self.samples = Samples(settings.samples, self.source, transformers, self.handle, about)
 
-    def load(self) -> torch.nn.Module:
+    def load(self, component: str | None) -> torch.nn.Module:
         try:
-            name = self.model_config().get("_class_name")
+            name = self.model_config(component).get("_class_name")
         except OSError as error:
             raise ValueError(f"model.path: expected a Wan pipeline or transformer in Diffusers' format: {error}") from error
         if name != WanTransformer3DModel.__name__:
             raise ValueError(f"model.path: expected a {WanTransformer3DModel.__name__}, got a {name}")
-        return WanTransformer3DModel.from_pretrained(**self._transformer(), dtype=self.settings.load_dtype)
+        return WanTransformer3DModel.from_pretrained(**self._place_of(component), dtype=self.settings.load_dtype)
 
     def split_tokens(self, model: torch.nn.Module) -> None:
         heads: int = cast(Any, model).config.num_attention_heads
@@ -130,42 +155,65 @@ class VideoDiffusion(FineTuning[Settings]):
             raise ValueError(f"parallel.ulysses: expected a divisor of the {heads} heads, got {self.settings.processes_a_sample}")
         split_tokens(model, self.mesh)
 
-    def from_config(self) -> torch.nn.Module:
-        return WanTransformer3DModel.from_config(self.model_config())
+    def from_config(self, component: str | None) -> torch.nn.Module:
+        return WanTransformer3DModel.from_config(self.model_config(component))
 
-    def model_config(self) -> dict[str, Any]:
-        return WanTransformer3DModel.load_config(**self._transformer())
+    def model_config(self, component: str | None) -> dict[str, Any]:
+        return WanTransformer3DModel.load_config(**self._place_of(component))
+
+    def lora_of(self, component: str | None) -> LoraSettings | None:
+        lora = self.settings.lora
+        if lora is None or lora.start is None or not self.settings.trains_in_turns:
+            return lora
+        start = lora.start
+        path = start.path if component == EXPERTS[0] else start.path_2
+        assert path is not None  # checked by the settings
+        return dataclasses.replace(lora, start=dataclasses.replace(start, path=path, path_2=None))
+
+    def joined(self, parts: dict[str | None, torch.nn.Module]) -> torch.nn.Module:
+        if not self.settings.trains_in_turns:
+            return super().joined(parts)
+        return Experts({name: part for name, part in parts.items() if name is not None})
 
     def fingerprints(self) -> dict[str, str]:
-        levels = json.dumps([self.objective.sigmas.tolist(), self.objective.steps])
+        sigmas = self.objective.sigmas
+        of_experts = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else {name: x.tolist() for name, x in sigmas.items()}
+        levels = json.dumps([of_experts, self.objective.steps])
         found = super().fingerprints() | {"the noise levels of model.path": hashlib.sha256(levels.encode()).hexdigest()}
-        for name, clips in (("the clips of data.train", self.train_data), ("the held-out clips", self.held_out)):
+        for name, clips in (("the clips of data.train", self.clips), ("the held-out clips", self.held_out)):
             if clips is not None:
                 found[name] = clips.fingerprint
         return found
 
     def batches(self, start: int, stop: int) -> DrawnBatches:
-        of_clips = self.train_data.buckets
+        of_clips = self.clips.buckets
         buckets = [of_clips[indices[0]] for indices in self.places]
         order = {"batch_size": self.settings.batch_size, "seed": self.settings.seed, "start": start, "stop": stop}
         return DrawnBatches(self.places, buckets, **order)
 
-    def tokens(self, batch: dict[str, torch.Tensor]) -> int:
+    def tokens(self, batch: dict[str, Any]) -> int:
         """Patches of latents, as self-attention sees them."""
         latents = batch["latents"]
         config: Any = self.handle.models[0].config
         return latents.numel() // (latents.shape[1] * math.prod(config.patch_size))
+
+    def part(self, batch: dict[str, Any]) -> str:
+        return batch["expert"][0] if "expert" in batch else ""
+
+    def for_every_part(self, batches: list[Any]) -> list[Any]:
+        if not self.settings.trains_in_turns:
+            return batches
+        return [batch | {"expert": [name] * len(batch["expert"])} for name in EXPERTS for batch in batches]
 
     def after_step(self, step: int) -> dict[str, float]:
         settings = self.settings
         if self.samples is None or not (step == 0 or settings.is_due(self.samples.settings.every, step)):
             return {}
         folder = Path(settings.output_dir) / "samples" / f"step-{step}"
-        return self.samples.write(folder, self.accelerator.device, is_writer=self.accelerator.is_main_process)
+        return self.samples.write(folder, self.accelerator)
 
-    def _transformer(self) -> dict[str, Any]:
-        """Where it is."""
-        return self.source if self.pipeline is None else self.source | {"subfolder": self.settings.model.transformer}
+    def _place_of(self, component: str | None) -> dict[str, Any]:
+        return self.source if component is None else self.source | {"subfolder": component}
 
     @staticmethod
     def _pipeline(settings: Settings) -> dict[str, Any] | None:
@@ -175,28 +223,41 @@ class VideoDiffusion(FineTuning[Settings]):
             config = DiffusionPipeline.load_config(model.path, revision=model.revision)
         except OSError:
             config = None
-        if (config or {"transformer": ...}).get(model.transformer) in (None, [None, None]):
-            raise ValueError(f"model.transformer: {model.path} has no {model.transformer}")
+        for name in EXPERTS if model.transformer == "both" else (model.transformer,):
+            if (config or {"transformer": ...}).get(name) in (None, [None, None]):
+                raise ValueError(f"model.transformer: {model.path} has no {name}")
         if config is None and settings.samples is not None:
             raise ValueError(f"samples: {model.path} has no VAE to make videos with; give a whole pipeline, or leave them out")
         if config is not None and config.get("expand_timesteps"):
             raise ValueError(f"model.path: {model.path} has a timestep for each token (expand_timesteps); that is not supported")
-        if settings.samples is not None and config.get("boundary_ratio") is not None:
-            raise ValueError("samples: they would need the other transformer of this pipeline too; sample from the export")
+        boundary = None if config is None else config.get("boundary_ratio")
+        if model.transformer == "both" and boundary is None:
+            raise ValueError(f"model.transformer: {model.path} has no boundary_ratio, which would say what both are there for")
+        if settings.samples is not None and boundary is not None and model.transformer != "both":
+            raise ValueError(
+                "samples: they would need the other transformer of this pipeline too; train both, or sample from the export"
+            )
         return config
 
-    def _noise_levels(self) -> tuple[torch.Tensor, int]:
-        """The noise levels that this transformer is there for."""
+    def _noise_levels(self) -> tuple[torch.Tensor | dict[str, torch.Tensor], int]:
+        """The noise levels that the transformer is there for, or each of both."""
         scheduler = None
         if self.pipeline is not None:
             scheduler = FlowMatchEulerDiscreteScheduler.load_config(**self.source, subfolder="scheduler")
         sigmas, steps = noise_levels(scheduler, self.settings.timesteps.flow_shift)
         boundary = None if self.pipeline is None else self.pipeline.get("boundary_ratio")
-        if boundary is not None:
-            # As WanPipeline chooses between them.
-            is_high = sigmas >= boundary
-            sigmas = sigmas[is_high if self.settings.model.transformer == "transformer" else ~is_high]
-        return sigmas, steps
+        if boundary is None:
+            return sigmas, steps
+        # As WanPipeline chooses between them.
+        is_high = sigmas >= boundary
+        parts = dict(zip(EXPERTS, (sigmas[is_high], sigmas[~is_high]), strict=True))
+        for name in self.components:
+            if name is not None and not len(parts[name]):
+                raise ValueError(
+                    f"model.path: no noise level is left for {name}: boundary_ratio is {boundary}, and levels go from "
+                    f"{float(sigmas[-1]):.3g} to {float(sigmas[0]):.3g}"
+                )
+        return (parts if self.settings.trains_in_turns else parts[self.settings.model.transformer]), steps
 
 
 def check_clips(model: torch.nn.Module, clips: EncodedClips, parts: int = 1) -> None:

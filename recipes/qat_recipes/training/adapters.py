@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from qat_recipes.lora.start import START, StartSettings, keep_frozen, merge
 from qat_recipes.lora.start import add_adapter as add_existing_adapter
 from qat_recipes.memory.frozen_weights import hold_in_float8, hold_in_nf4, known_to_peft
+from qat_recipes.memory.offloading import Offload
 
 OWN = "default"
 """The name of the adapter that is trained."""
@@ -37,6 +38,10 @@ class LoraSettings:
     layerwise casting, with model.gradient_checkpointing) holds the linear layers of the blocks in 1 byte a weight, nf4 (by
     bitsandbytes) in 4 bits and a scale for every 64; the rest is as with null. One process. Losses are measured with these
     weights; an export has those of the model."""
+    offload: Offload | None = None
+    """Frozen linear layers of the blocks that wait in the memory of the CPU, in one process. layers: each of them until it
+    computes, by Diffusers' group offloading, with model.gradient_checkpointing; every step copies all of them four times.
+    expert: with model.transformer=both, all of the transformer that is not in use. null: none."""
     target_modules: tuple[str, ...] | None = None
     """Last parts of the names of the modules that get adapters, such as [to_q, to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2]
     for all linear layers of Wan's blocks; null: the projections of attention."""

@@ -56,14 +56,17 @@ def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
     return {name: getattr(x, "full_tensor", lambda x=x: x)().item() for name, x in norms.items()}
 
 
-def quantization_errors(objective: Objective, model: torch.nn.Module, batch: Any, device: torch.device) -> dict[str, float]:
-    """Relative L2 error of 4-bit attention in each patched module on a batch, such as `quantization_error/blocks.3.attn1`.
+def quantization_errors(
+    objective: Objective, model: torch.nn.Module, handle: PatchHandle, batches: list[Any], device: torch.device
+) -> dict[str, float]:
+    """Relative L2 error of 4-bit attention in each patched module on batches, such as `quantization_error/blocks.3.attn1`.
 
     Each on the inputs that original attention gives it, so that errors of one module do not reach the next. Of this process.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        report = sensitivity(CalledWithBatch(objective, model), [batch])
-    return {f"quantization_error/{layer.name}": layer.error for layer in report.layers}
+        report = sensitivity(CalledWithBatch(objective, model), batches)
+    # By their names in the task's model, whatever is around it here.
+    return {f"quantization_error/{name}": layer.error for name, layer in zip(handle.patched, report.layers, strict=True)}
 
 
 class FlopCount:

@@ -107,14 +107,17 @@ class _Run:
             save_adapters_only(accelerator)
         if state["data"] is not None:
             task.restore_data(state["data"])
-        loader, eval_loader = _loaders(settings, task, accelerator.num_processes, self.done)
+        loader, eval_loaders = _loaders(settings, task, accelerator.num_processes, self.done)
         reserve_memory(task.model)
         if accelerator.is_fsdp2:
             find_by_name(task.model)
         optimizer = make_optimizer(settings, task.model)
         if settings.compile:
-            compile_blocks(task.model, task.handle, settings.compile)
-        self.model, optimizer, self.loader, self.eval_loader = accelerator.prepare(task.model, optimizer, loader, eval_loader)
+            compile_blocks(task.handle, settings.compile)
+        objects = [task.model, optimizer, loader, *eval_loaders.values()]
+        placement = [not task.places_itself, *[True] * len(objects[1:])]
+        self.model, optimizer, self.loader, *prepared = accelerator.prepare(*objects, device_placement=placement)
+        self.eval_loaders = dict(zip(eval_loaders, prepared, strict=True))
         if accelerator.is_fsdp2:
             # Accelerate does so for other models: sharding casts weights, but not what is computed between the layers.
             self.model.forward = accelerator.autocast()(self.model.forward)
@@ -164,7 +167,8 @@ class _Run:
             if self.linear_calibration:
                 self.linear_calibration.measure(self.task.objective, self.model, first[:for_linears])
             if self.calibration:
-                self.calibration.measure(self.task.objective, self.model, first[:for_keys])
+                of_all = self.task.for_every_part(first[:for_keys])
+                self.calibration.measure(self.task.objective, self.model, of_all)
             batches = itertools.chain(first, batches)
             if before := self.measure(0):
                 self.log.write(0, before)
@@ -183,7 +187,10 @@ class _Run:
         seen = [next(batches) for _ in range(settings.accumulation_steps)]
         operations = sum(self.flops.of(self.model, batch) for batch in seen)
         is_detailed = settings.layers_every > 0 and step % settings.layers_every == 0
-        errors = quantization_errors(self.task.objective, self.model, seen[0], device) if is_detailed else {}
+        errors = {}
+        if is_detailed:
+            task, batches_of_all = self.task, self.task.for_every_part(seen[:1])
+            errors = quantization_errors(task.objective, self.model, task.handle, batches_of_all, device)
         values |= self.stepper.step(seen, is_detailed=is_detailed)
         self.scheduler.step()
         if not is_finite(values):
@@ -209,18 +216,21 @@ class _Run:
 
     def measure(self, step: int) -> dict[str, float]:
         """What is due after a step (0: before the first): held-out losses, and what the task measures."""
-        settings, task, values = self.settings, self.task, {}
+        settings, task = self.settings, self.task
+        values: dict[str, float] = {}
         with self._averaged():
-            if self.eval_loader is not None and (step == 0 or settings.is_due(settings.eval_every, step)):
-                values = evaluate(
-                    task.objective,
-                    self.model,
-                    task.handle,
-                    self.eval_loader,
-                    self.accelerator,
-                    teacher=self.teacher,
-                    seed=settings.seed,
-                )
+            if step == 0 or settings.is_due(settings.eval_every, step):
+                for part, loader in self.eval_loaders.items():
+                    found = evaluate(
+                        task.objective,
+                        self.model,
+                        task.handle,
+                        loader,
+                        self.accelerator,
+                        teacher=self.teacher,
+                        seed=settings.seed,
+                    )
+                    values |= {f"{name}/{part}" if part else name: value for name, value in found.items()}
             return values | task.after_step(step)
 
     def save(self, step: int) -> None:
@@ -259,17 +269,18 @@ class _Run:
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
 
-def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, DataLoader | None]:
+def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, dict[str, DataLoader]]:
     batches_a_step, group = _batches_a_step(settings, processes), settings.processes_a_sample
     # With generators of their own the loaders draw nothing from the global one, which a checkpoint restores.
     order: Any = task.batches(done * batches_a_step, settings.steps * batches_a_step)
     if group > 1:
         order = RepeatedBatches(order, group)
     loader = DataLoader(task.train_data, batch_sampler=order, generator=torch.Generator())
-    if task.eval_data is None:
-        return loader, None
-    held_out: Any = task.eval_data if group == 1 else RepeatedSamples(task.eval_data, group)
-    return loader, DataLoader(held_out, task.eval_batch_size, generator=torch.Generator())
+    held_out = {}
+    for part, samples in task.eval_data.items():
+        repeated: Any = samples if group == 1 else RepeatedSamples(samples, group)
+        held_out[part] = DataLoader(repeated, task.eval_batch_size, generator=torch.Generator())
+    return loader, held_out
 
 
 def _batches_a_step(settings: TrainingSettings, processes: int) -> int:

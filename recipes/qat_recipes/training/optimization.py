@@ -32,13 +32,13 @@ def make_optimizer(settings: TrainingSettings, model: torch.nn.Module) -> torch.
     )
 
 
-def compile_blocks(model: torch.nn.Module, handle: PatchHandle, backend: str) -> None:
-    """Compile the repeated blocks of a model one by one, in place: names in its state_dict stay as they are.
+def compile_blocks(handle: PatchHandle, backend: str) -> None:
+    """Compile the repeated blocks of patched models one by one, in place: names in their state_dicts stay as they are.
 
     Raises:
         ValueError: the host library does not say which blocks of this model are repeated.
     """
-    blocks = repeated_blocks(model)
+    blocks = [block for model in handle.models for block in repeated_blocks(model)]
     if not blocks:
         raise ValueError(
             f"settings.compile: {type(handle.models[0]).__name__} has no blocks that are known to repeat; leave it out"

@@ -145,6 +145,11 @@ class TrainingSettings:
         need(self.keep_checkpoints is None or self.checkpoint_every > 0, "keep_checkpoints", "null without checkpoint_every")
 
     @property
+    def trains_in_turns(self) -> bool:
+        """Whether a step trains one of several parts of the model, so that the others have no gradients."""
+        return False
+
+    @property
     def linear_batches(self) -> int:
         """How many of the first batches the inputs of linear layers are measured on."""
         if self.linear is None or not self.linear.rounds_inputs:

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from qat_patch.checkpoint import lock
@@ -43,11 +50,15 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     precision, launched = settings.mixed_precision or "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
         raise ValueError(f"accelerate launch asks for {launched}, the settings for mixed_precision={precision}; let them agree")
+    # Of parts that a step does not train DDP hears nothing.
+    handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=_PATIENCE)]
+    if settings.trains_in_turns:
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     accelerator = Accelerator(
         mixed_precision=precision,
+        kwargs_handlers=handlers,
         # As a plugin, so that no environment variable changes it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulation_steps),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")),
     )

@@ -63,6 +63,8 @@ class Stepper:
         tokens = int(totals.pop("tokens")) // group
         batches_a_step = settings.accumulation_steps * accelerator.num_processes
         means = {name: total / batches_a_step for name, total in totals.items()}
+        if part := task.part(batches[0]):
+            layers[f"loss/{part}"] = means["loss"]
         measured: dict[str, float] = {**means, "grad_norm": float(norm), "tokens": tokens, **layers}
         if is_finite(measured):
             self.optimizer.step()

@@ -24,9 +24,12 @@ from qat_patch import (
 )
 from qat_patch.checkpoint.adapters import adapter_owner, check_comfy
 from qat_patch.checkpoint.exportable import check_linears
+from qat_patch.checkpoint.integrity import written_aside
 from qat_patch.linear.handle import GlobalScales
+from qat_patch.patch import require_handle
 from qat_patch.servers import check_servable, check_spec
 from qat_recipes.memory.empty_weights import receives_weights, without_weights
+from qat_recipes.memory.offloading import offload
 
 from .adapters import OWN, LoraSettings, add_adapters
 from .fingerprint import digest_of_weights
@@ -45,10 +48,12 @@ class Task(Protocol):
     """What it learns."""
     train_data: Dataset
     """Samples by index; torch's default collation makes batches of them."""
-    eval_data: Dataset | None
-    """Held-out samples, if eval_every is set."""
+    eval_data: dict[str, Dataset]
+    """Held-out samples, if eval_every is set, by the part of the model that they measure; of one part it is called ""."""
     eval_batch_size: int
     """How many of these fit into a batch."""
+    places_itself: bool = False
+    """Whether the model is where it is to be, and Accelerate must not move it: some of it waits in the memory of the CPU."""
 
     def batches(self, start: int, stop: int) -> Sampler[Any]:
         """Batches of indices of train_data, from batch number `start` of the run to `stop`; they follow from the seed alone.
@@ -79,6 +84,14 @@ class Task(Protocol):
 
     def tokens(self, batch: Any) -> int:
         """Number of tokens in a batch."""
+
+    def part(self, batch: Any) -> str:
+        """Which part of the model a batch trains, for the log; "" of a model that is one."""
+        return ""
+
+    def for_every_part(self, batches: list[Any]) -> list[Any]:
+        """Batches that reach the whole model: if each trains a part of it, so many for every part."""
+        return batches
 
     def after_step(self, step: int) -> dict[str, float]:
         """Called by all processes after every step, and with 0 before the first; what it measures goes into the log.
@@ -147,6 +160,9 @@ class FineTuningSettings(TrainingSettings):
             except ValueError as error:
                 raise ValueError(f"model.export_server: {error}") from None
         start = self.lora and self.lora.start
+        if start and (start.path_2 is not None) != self.trains_in_turns:
+            expected = "the LoRA of transformer_2" if self.trains_in_turns else "null, for one model is trained"
+            raise ValueError(f"lora.start.path_2: expected {expected}, got {start.path_2}")
         if start and start.use == "trained" and self.distillation:
             raise ValueError(
                 "lora.start.use: with distillation the teacher is what the run starts from, and a LoRA that is trained does not "
@@ -170,8 +186,25 @@ class FineTuningSettings(TrainingSettings):
                 "lora.base_dtype: float8 needs model.gradient_checkpointing=true, for else the backward pass keeps all weights "
                 "in the type that they compute in"
             )
+        if self.lora and self.lora.offload:
+            self._check_offload(self.lora)
         if self.lora and self.lora.base_dtype == "bfloat16" and self.mixed_precision is None:
             raise ValueError("lora.base_dtype: expected float32 or null without mixed_precision=bf16, got bfloat16")
+
+    def _check_offload(self, lora: LoraSettings) -> None:
+        if self.compile:
+            raise ValueError(f"settings.compile: expected null with lora.offload={lora.offload}, got {self.compile}")
+        if lora.base_dtype == "nf4":
+            raise ValueError(f"lora.offload: {lora.offload} has not been tried with base_dtype=nf4; leave one of them out")
+        if self.linear is not None:
+            raise ValueError(f"lora.offload: {lora.offload} has not been tried with linear; leave one of them out")
+        if lora.offload == "layers" and not self.model.gradient_checkpointing:
+            raise ValueError(
+                "lora.offload: layers needs model.gradient_checkpointing=true, for else the backward pass keeps all weights on "
+                "the GPU"
+            )
+        if lora.offload == "expert" and not self.trains_in_turns:
+            raise ValueError("lora.offload: expert is for a run of two transformers (model.transformer=both); leave it out")
 
     @property
     def is_quantized(self) -> bool:
@@ -194,6 +227,10 @@ def move_out_of_files(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
+def _below(component: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{component}."): x for name, x in weights.items() if name.startswith(f"{component}.")}
+
+
 Settings = TypeVar("Settings", bound=FineTuningSettings)
 
 
@@ -204,21 +241,29 @@ class FineTuning(Task, Generic[Settings]):
     """The projections of attention."""
     tokenizer: Any = None
     """Goes into the export."""
-    component: str | None = None
-    """Which component of a pipeline is trained; None of a model without one."""
+    components: tuple[str | None, ...] = (None,)
+    """Which components of a pipeline are trained; None is a model without one."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         processes = PartialState().num_processes
         if settings.lora and settings.is_quantized and processes > 1:
             raise ValueError(f"lora.base_dtype: {settings.lora.base_dtype} runs in one process, and there are {processes}")
-        self.model, self.handle = self._build(settings.lora, is_split=settings.processes_a_sample > 1)
+        if settings.lora and settings.lora.offload and processes > 1:
+            raise ValueError(f"lora.offload: {settings.lora.offload} runs in one process, and there are {processes}")
+        is_split = settings.processes_a_sample > 1
+        self.parts = {name: self._build(name, self.lora_of(name), is_split=is_split) for name in self.components}
+        self.model = self.joined(self.parts)
+        self.handle = require_handle(self.model)
+        if settings.lora and settings.lora.offload:
+            offload(settings.lora.offload, list(self.parts.values()), PartialState().device)
+            self.places_itself = True
 
-    def load(self) -> torch.nn.Module:
+    def load(self, component: str | None) -> torch.nn.Module:
         """The model to start from, in `settings.load_dtype`: autocast makes the copies that mixed precision computes with."""
         raise NotImplementedError
 
-    def from_config(self) -> torch.nn.Module:
+    def from_config(self, component: str | None) -> torch.nn.Module:
         """The same model in float32, with any weights."""
         raise NotImplementedError
 
@@ -226,7 +271,8 @@ class FineTuning(Task, Generic[Settings]):
         if self.settings.processes_a_sample == 1:
             return None
         # Diffusers has tied the model to its processes in a way that no copy follows.
-        frozen = self._loaded(None)
+        (component,) = self.components
+        frozen = self._loaded(component, None)
         move_out_of_files(frozen)
         if get_handle(frozen) is not None:
             unpatch_model(frozen)
@@ -237,12 +283,22 @@ class FineTuning(Task, Generic[Settings]):
         """Split the tokens of each sample over `settings.processes_a_sample` processes, which all call this."""
         raise NotImplementedError
 
-    def model_config(self) -> dict[str, Any]:
+    def model_config(self, component: str | None) -> dict[str, Any]:
         """The config of the model to start from, as its file has it."""
         raise NotImplementedError
 
+    def lora_of(self, component: str | None) -> LoraSettings | None:
+        """How the adapters of a component are made, if there are any."""
+        return self.settings.lora
+
+    def joined(self, parts: dict[str | None, torch.nn.Module]) -> torch.nn.Module:
+        """The components as one model for the loop."""
+        (part,) = parts.values()
+        return part
+
     def fingerprints(self) -> dict[str, str]:
-        config = json.dumps(self.model_config(), sort_keys=True, default=str)
+        configs = [self.model_config(component) for component in self.components]
+        config = json.dumps(configs if len(configs) > 1 else configs[0], sort_keys=True, default=str)
         return {
             "the weights of model.path": digest_of_weights(self.model),
             "the config of model.path": hashlib.sha256(config.encode()).hexdigest(),
@@ -255,10 +311,33 @@ class FineTuning(Task, Generic[Settings]):
     def export(
         self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
     ) -> None:
-        model, source, lora = self.model, self.settings.model, self.settings.lora
+        if len(self.components) == 1:
+            self._export(self.components[0], folder, training, metrics, weights)
+            return
+        # All of them or none: with the folder the run is finished.
+        with written_aside(folder) as partial:
+            # Each is written aside too, for which it locks the folder that it is in.
+            new = partial / "new"
+            for component in self.components:
+                assert component is not None  # there are several
+                own = None if weights is None else _below(component, weights)
+                self._export(component, new / component, training, metrics, own)
+                (new / component).rename(partial / component)
+            new.rmdir()
+
+    def _export(
+        self,
+        component: str | None,
+        folder: Path,
+        training: dict[str, Any],
+        metrics: dict[str, float],
+        weights: dict[str, torch.Tensor] | None,
+    ) -> None:
+        model, source, lora = self.parts[component], self.settings.model, self.settings.lora
         alone = lora is not None and lora.export == "adapters"
-        if weights is not None or self.settings.is_quantized or (alone and self._has_start_beside):
-            model = self._rebuilt(self.model.state_dict() if weights is None else weights, alone=alone)
+        is_held = self.settings.is_quantized or self.places_itself
+        if weights is not None or is_held or (alone and self._has_start_beside):
+            model = self._rebuilt(component, model.state_dict() if weights is None else weights, alone=alone)
         base_model = str(Path(source.path).resolve()) if source.is_local else source.path
         export_checkpoint(
             model,
@@ -271,17 +350,17 @@ class FineTuning(Task, Generic[Settings]):
             dtype=None if alone else getattr(torch, source.export_dtype),
             merge_adapters=not alone,
             lora_format="diffusers" if lora is None else lora.export_format,
-            component=self.component,
+            component=component,
             server=source.export_server,
         )
 
-    def _loaded(self, lora: LoraSettings | None) -> torch.nn.Module:
+    def _loaded(self, component: str | None, lora: LoraSettings | None) -> torch.nn.Module:
         """The model to start from, without weights where the first process gives them to this one.
 
         Frozen weights are half as large, and scales of linear layers are taken from weights: there all processes read them.
         """
         is_empty = lora is None and self.settings.linear is None and receives_weights()
-        return without_weights(self.from_config) if is_empty else self.load()
+        return without_weights(lambda: self.from_config(component)) if is_empty else self.load(component)
 
     @property
     def _has_start_beside(self) -> bool:
@@ -289,17 +368,19 @@ class FineTuning(Task, Generic[Settings]):
         lora = self.settings.lora
         return lora is not None and lora.start is not None and lora.start.use != "trained"
 
-    def _rebuilt(self, weights: dict[str, torch.Tensor], *, alone: bool) -> torch.nn.Module:
-        """The model that was loaded with these weights, in one piece; adapters alone without what they were trained beside."""
-        lora = self.settings.lora
+    def _rebuilt(self, component: str | None, weights: dict[str, torch.Tensor], *, alone: bool) -> torch.nn.Module:
+        """A component as it was loaded, with these weights, in one piece; adapters alone without what they were trained
+        beside."""
+        lora, trained = self.lora_of(component), self.parts[component]
         if lora is not None:
             start = None if alone and self._has_start_beside else lora.start
-            lora = dataclasses.replace(lora, start=start, base_dtype=None if self.settings.is_quantized else lora.base_dtype)
+            own = None if self.settings.is_quantized else lora.base_dtype
+            lora = dataclasses.replace(lora, start=start, base_dtype=own, offload=None)
             # The rest is as it was loaded, or was held in fewer bits.
             weights = {name: x for name, x in weights.items() if f".{OWN}." in name}
         # With what was measured, which is no part of the weights.
-        scales = None if (linears := get_linear_handle(self.model)) is None else linears.scales
-        model, _ = self._build(lora, self.handle.k_shift, scales)
+        scales = None if (linears := get_linear_handle(trained)) is None else linears.scales
+        model = self._build(component, lora, require_handle(trained).k_shift, scales)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if lost := [*unexpected, *(name for name in missing if lora is None or f".{OWN}." in name)]:
             raise RuntimeError(f"export: {lost[0]} is in one of the trained and the exported model only")
@@ -307,16 +388,17 @@ class FineTuning(Task, Generic[Settings]):
 
     def _build(
         self,
+        component: str | None,
         lora: LoraSettings | None,
         k_shift: dict[str, torch.Tensor] | None = None,
         scales: dict[str, GlobalScales] | None = None,
         *,
         is_split: bool = False,
-    ) -> tuple[torch.nn.Module, PatchHandle]:
+    ) -> torch.nn.Module:
         """Load, add adapters, patch, quantize linear layers. `scales`: their global scales; None: those of the model's
         weights. `is_split`: tokens are split over processes."""
         settings = self.settings
-        model = self._loaded(lora)
+        model = self._loaded(component, lora)
         if settings.model.gradient_checkpointing:
             # Diffusers', Transformers', and that of its older releases.
             names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -347,4 +429,4 @@ class FineTuning(Task, Generic[Settings]):
         if settings.model.export_server is not None:
             adapters = adapter_owner(model).peft_config[OWN] if alone else None
             check_servable(settings.model.export_server, handle, adapters=adapters, linears=linears)
-        return model, handle
+        return model

@@ -1,15 +1,24 @@
 """Adapters alone of Wan transformers: pipelines of Diffusers read them, with its names and with those of ComfyUI."""
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
 import peft
 import pytest
 import torch
 from diffusers import WanPipeline
+from diffusers.modular_pipelines.minimax_h3.modular_blocks_minimax_h3 import MiniMaxH3AutoDenoiseStep
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qat_patch import AttnQATConfig, export_checkpoint, get_handle, load_checkpoint, patch_model, verify_checkpoint
 from qat_patch.checkpoint.load import component_of
+from qat_patch.metadata import LOADING_ADAPTERS
+from support.families.diffusers_classes import tiny
 from support.models.exports import velocity
+from support.models.tiny_video_pipelines import minimax_h3_transformer
 from support.models.tiny_wan import tiny_pipeline, tiny_transformer
 from support.runs.runs import reseal
 
@@ -50,6 +59,59 @@ def test_a_pipeline_reads_them(tmp_path, lora_format, component, strength):
         torch.testing.assert_close(velocity(loaded), expected, rtol=1e-4, atol=1e-4)
     assert sum("bit-equal" in line for line in verify_checkpoint(tmp_path / "out")) == 2
     assert ("load_into_transformer_2=True" in (tmp_path / "out" / "README.md").read_text()) == (component == "transformer_2")
+
+
+def test_every_transformer_of_a_pipeline_is_known_by_name():
+    """Those of the installed Diffusers, as its pipelines register them, whole and modular."""
+    found = {"transformer"}
+    for file in Path(diffusers.__file__).parent.glob("*pipelines/**/*.py"):
+        code = file.read_text(encoding="utf-8")
+        for registered in re.findall(r"register_modules\(([^()]*)\)", code):
+            found |= {*re.findall(r"(\w*transformer\w*)=", registered)}
+        found |= {*re.findall(r"(?:ComponentSpec\(\s*|transformer_name=)\"(\w*transformer\w*)\"", code)}
+    assert found == {*LOADING_ADAPTERS}
+
+
+@pytest.mark.parametrize("component", ["transformer_ref", "unconditional_transformer"])
+def test_transformers_that_wan_does_not_have(tmp_path, component):
+    if component == "transformer_ref":
+        pipe = MiniMaxH3AutoDenoiseStep().init_pipeline()
+        pipe.update_components(transformer=minimax_h3_transformer(), transformer_ref=minimax_h3_transformer())
+    else:
+        models = [tiny("Ideogram4Transformer2DModel")[0] for _ in range(2)]
+        pipe = SimpleNamespace(transformer=models[0], unconditional_transformer=models[1])
+    getattr(pipe, component).save_pretrained(tmp_path / "base" / component)
+    # The folder that it was loaded from says which one it is.
+    model = type(pipe.transformer).from_pretrained(tmp_path / "base" / component)
+    (attention, *_) = patch_model(model).patched
+    layers = [name for name, x in model.get_submodule(attention).named_modules() if isinstance(x, torch.nn.Linear)]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=[f"{attention}.{layers[0]}"], init_lora_weights=False))
+    export_checkpoint(model, tmp_path / "out", merge_adapters=False, base_model=str(tmp_path / "base"))
+    assert component_of(tmp_path / "out") == component
+    loaded = load_checkpoint(tmp_path / "out")
+    expected = {name: x for name, x in loaded.state_dict().items() if "lora_" in name}
+    # As the card says that a pipeline takes them.
+    card = (tmp_path / "out" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("pipe.")]
+    exec(line, {"pipe": pipe, "FOLDER": str(tmp_path / "out")})
+    state = getattr(pipe, component).state_dict()
+    found = {re.sub(r"(lora_.)\.\w+", r"\1.default", name): x for name, x in state.items() if "lora_" in name}
+    expected = {re.sub(r"(lora_.)\.\w+", r"\1.default", name): x for name, x in expected.items()}
+    assert expected and found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not any("lora_" in name for name in pipe.transformer.state_dict())
+
+
+def test_a_component_that_no_pipeline_has_is_refused(tmp_path):
+    tiny_transformer(layers=1).save_pretrained(tmp_path / "base" / "transformer")
+    model = trained(tiny_transformer(layers=1))
+    options = {"merge_adapters": False, "base_model": str(tmp_path / "base"), "component": "transformer"}
+    export_checkpoint(model, tmp_path / "out", **options)
+    with safe_open(tmp_path / "out" / FILE, framework="pt") as stored:
+        header = stored.metadata()
+    save_file(load_file(tmp_path / "out" / FILE), tmp_path / "out" / FILE, header | {"qat_patch_component": "../elsewhere"})
+    reseal(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"expected a component transformer or .*, got '../elsewhere'"):
+        load_checkpoint(tmp_path / "out")
 
 
 def test_names_are_those_that_the_libraries_write(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import types
 
 import datasets
@@ -11,7 +12,7 @@ import transformers
 
 import finetune_qwen3
 from qat_kernels import KVCache
-from qat_patch import patch_model
+from qat_patch import get_linear_handle, load_checkpoint, patch_model
 from qat_recipes.command_line import read_settings
 from qat_recipes.data.documents import TextSource
 from qat_recipes.data.generated import GenerateSettings, generated_text
@@ -258,3 +259,18 @@ def test_every_setting_is_explained(capsys):
         read_settings(Settings, ["--help"])
     shown = capsys.readouterr().out
     assert "data.generate.sequences (int; required)" in shown and "data.generate.prompts.path" in shown
+
+
+def test_with_linear_layers_in_4_bits_too(inputs, tmp_path):
+    """The model that writes has ordinary ones. The one that learns from the text has not, and goes on to the bit."""
+    changes = BARE | RUN | {"linear.format": "nvfp4", "steps": 2, "checkpoint_every": 1}
+    finetune(inputs, tmp_path / "whole", **changes)
+    plain = BARE | RUN | {"steps": 1}
+    finetune(inputs, tmp_path / "plain", **plain)
+    written = [json.loads((tmp_path / run / "generated" / "batch-000000.json").read_text()) for run in ("whole", "plain")]
+    assert written[0]["text"] == written[1]["text"]
+    assert log(tmp_path / "whole")[0]["loss"] > log(tmp_path / "plain")[0]["loss"]  # linear layers are further from the teacher
+    assert all(layer.is_packed for layer in get_linear_handle(load_checkpoint(tmp_path / "whole" / "export")).layers.values())
+    shutil.copytree(tmp_path / "whole", tmp_path / "run", ignore=shutil.ignore_patterns("export", "checkpoint-2"))
+    finetune(inputs, tmp_path / "run", resume="latest", **changes)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

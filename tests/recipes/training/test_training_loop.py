@@ -26,7 +26,7 @@ class NoisyTask(Task):
         self.model = tiny_qwen3(num_hidden_layers=1)
         self.handle, self.objective = patch_model(self.model), self
         self.train_data = TensorDataset(token_ids(9, 16))
-        self.eval_data = TensorDataset(token_ids(3, 16, seed=5))
+        self.eval_data = {"": TensorDataset(token_ids(3, 16, seed=5))}
         self.settings, self.calls, self.broken = settings, 0, broken
 
     def inputs(self, batch):
