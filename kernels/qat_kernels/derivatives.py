@@ -1,8 +1,9 @@
 """Derivatives of attention: gradients, tangents of forward mode, `torch.func` and vmap; what there is not is refused by name.
 
-Ordinary calls differentiate the op itself: one node, also for `torch.compile`. An op cannot have a rule for forward mode, and
-would give a tangent of zero there, silently. So under derivatives of `torch.func`, and in a `forward_ad.dual_level`, a call goes
-through the `torch.autograd.Function` below, which has a rule for each. vmap alone runs the op for one sample after the other.
+Ordinary calls go through `attention_with_gradient`, which costs little; where somebody has to see a node (`ops.seen_by_others`),
+through the op, which has the same gradient. An op cannot have a rule for forward mode, and would give a tangent of zero there,
+silently. So under derivatives of `torch.func`, and in a `forward_ad.dual_level`, a call goes through
+`attention_under_transforms`, which has a rule for each. vmap alone runs the op for one sample after the other.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from . import ops
 from .mask import Mask
-from .ops import attention_backward, attention_forward, attention_tangent, has_out_hp
+from .ops import Extras, Options, attention_backward, attention_forward, attention_tangent, has_out_hp
 from .spec import INFERENCE_KERNELS, QuantSpec
 from .transforms import transformed
 
@@ -57,6 +59,49 @@ class _Tangent(_Once):
     @staticmethod
     def forward(*inputs: Any) -> torch.Tensor:
         return attention_tangent(*inputs)
+
+
+class _Plain(torch.autograd.Function):
+    """O and LSE of a call that nobody else has to see."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, extras: Extras, options: Options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, out_hp, lse, stats, codes = ops.forward(q, k, v, extras, options)
+        ctx.options, ctx.key_shape = options, k.shape
+        ctx.max_seqlens = (0, 0) if extras.packing is None else extras.packing[2:]
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        saved = _needed_again(q, k, v, options)
+        out_hp = out_hp if has_out_hp(options.spec, True) else out
+        ctx.save_for_backward(*saved, out_hp, stats, codes, *extras.tensors)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 6
+        q, k, v, out_hp, stats, codes, *tensors = ctx.saved_tensors
+        options, shape = ctx.options, ctx.key_shape
+        if torch.is_grad_enabled() or ops.seen_by_others(grad_out):
+            keys = shape[-2 if len(shape) == 4 else 0]
+            static = (keys, shape[1], options.spec.to_json(), options.mask.to_json(), options.scale, options.impl)
+            key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = tensors
+            rest = (*static, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens, lower, upper, options.softcap, sinks)
+            gradient = _Gradient.apply if transformed() else attention_backward
+            grads = gradient(grad_out, q, k, v, out_hp, stats, codes, key_mask, k_shift, *rest)
+        else:
+            grads = ops.backward(grad_out, q, k, v, out_hp, stats, codes, shape, Extras.of(tensors, ctx.max_seqlens), options)
+        grad_query, grad_key, grad_value, grad_sinks = grads
+        return grad_query, grad_key, grad_value, None if tensors[-1] is None else grad_sinks, None, None
+
+
+def attention_with_gradient(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and LSE, with a gradient of the first."""
+    return _Plain.apply(q, k, v, extras.sinks, extras, options)
 
 
 class _Attention(torch.autograd.Function):
@@ -121,13 +166,20 @@ def _set_options(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    q, k, v, *_ = inputs
     saved = _set_options(ctx, inputs, output)
-    if ctx.impl == "triton":  # reads codes instead
-        spec = QuantSpec.from_json(ctx.spec)
-        q, k = (q, k) if spec.reads_query else (None, None)
-        v = v if spec.reads_value(Mask.from_json(ctx.mask).hides_keys) else None
-    ctx.save_for_backward(q, k, v, *saved)
+    options = Options(QuantSpec.from_json(ctx.spec), Mask.from_json(ctx.mask), ctx.scale, ctx.softcap, ctx.impl)
+    q, k, v, *_ = inputs
+    ctx.save_for_backward(*_needed_again(q, k, v, options), *saved)
+
+
+def _needed_again(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Which of Q, K and V the backward reads."""
+    if options.impl != "triton":
+        return q, k, v
+    spec = options.spec  # it reads codes instead
+    return *((q, k) if spec.reads_query else (None, None)), v if spec.reads_value(options.mask.hides_keys) else None
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -12,11 +12,11 @@ from qat_kernels.reference import LOG2_E, scale_of_quantized
 from qat_kernels.spec import GROUP_SIZE, QuantSpec
 from qat_kernels.triton.device import arch_of, on_device
 from qat_kernels.triton.device import check_device as check_device
+from qat_kernels.triton.precompiled import PrecompiledKernel
 
 from .append import append_kernel
 from .attend import combine_kernel, split_kernel
 from .byte_layout import BLOCK_TOKENS, CacheTensors, row_words
-from .precompiled import PrecompiledKernel
 
 
 class Tile(NamedTuple):

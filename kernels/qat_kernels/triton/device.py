@@ -13,6 +13,7 @@ from .nvfp4 import INTERPRET
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 """Triton's version, major and minor."""
 _MIN_ARCH = 80
+_HERE = nullcontext()
 _OLDEST_TRITON = {range(100, 120): (3, 8)}
 """For some architectures: 3.6 and 3.7 stop with an error at the forward for sm_100, on FP4 units or not."""
 
@@ -51,4 +52,6 @@ def arch_of(device: torch.device) -> int:
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)

@@ -7,8 +7,10 @@ memory (tests/kernels/triton/test_triton_aot.py), for bfloat16 without a key mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
+
+from qat_kernels.mask import Mask
 
 
 class Tile(NamedTuple):
@@ -83,7 +85,13 @@ def entry_of(arch: int) -> int:
     return max(each for each in ARCHITECTURES if each <= arch)
 
 
-def choose(arch: int, head_dim: int, causal: bool, variants: Sequence[str] = ()) -> Tiles:
+def variants(mask: Mask, softcap: float | None) -> tuple[str, ...]:
+    """Which of `bounds` and `softcap` a call's kernels have."""
+    return (() if mask.is_plain else ("bounds",)) + (() if softcap is None else ("softcap",))
+
+
+@lru_cache
+def choose(arch: int, head_dim: int, causal: bool, variants: tuple[str, ...] = ()) -> Tiles:
     """The tiles for an architecture (80 for sm_80), a head dim and causality; `variants`: `bounds` and `softcap`."""
     entry, size = entry_of(arch), next(size for size in (64, 128, 256) if head_dim <= size)
     chosen = Tiles(*(Tile(*each) for each in _TILES[entry, size, causal]))

@@ -65,22 +65,25 @@ def compile_kernels(
 ) -> list[Compiled]:
     """Every kernel that a forward and (with `needs_gradient`) a backward would launch on the architecture.
 
-    The launcher itself runs, on tensors without memory, with launches replaced by compilations. Belongs into a process
+    The launcher itself runs, on tensors without memory, and compiles what it would launch. Belongs into a process
     of its own (`believe_in`).
     """
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import QuantSpec
     from qat_kernels.mask import Bounds, Mask
-    from qat_kernels.triton import launch as training_launch
+    from qat_kernels.triton import backward_launch, forward_launch, precompiled
 
     believe_in(arch)
+    for launch in (forward_launch, backward_launch):
+        launch._plan.cache_clear()
     run, compiled = JITFunction.run, []
 
     def only_compile(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         used = kernel.metadata
         compiled.append(Compiled(self.__name__, *usage(kernel.asm["cubin"]), used.shared, used.tmem_size))
+        return kernel
 
     spec = QuantSpec(**spec)
     q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4 if spec.rules.mask else 8))
@@ -91,15 +94,17 @@ def compile_kernels(
     options = {"spec": spec, "mask": seen, "scale": 0.1, "bounds": bounds, "softcap": softcap, "sinks": sinks}
     with (
         mock.patch.object(JITFunction, "run", only_compile),
-        mock.patch.object(training_launch, "arch_of", lambda _: arch),
-        mock.patch.object(training_launch, "check_device", lambda _: None),
+        mock.patch.object(precompiled.PrecompiledKernel, "__call__", lambda *_: None),
+        mock.patch.object(forward_launch, "arch_of", lambda _: arch),
+        mock.patch.object(backward_launch, "arch_of", lambda _: arch),
+        mock.patch.object(forward_launch, "check_device", lambda _: None),
     ):
-        forward = training_launch.forward(q, k, k, mask, None, with_gradient=needs_gradient, **options)
+        forward = forward_launch.forward(q, k, k, mask, None, with_gradient=needs_gradient, **options)
         if needs_gradient:
             value = k if spec.reads_value(seen.hides_keys) else None
             saved = (value, q, forward.stats, forward.codes)
             options |= {"query": q, "key": k} if spec.reads_query else {}
-            training_launch.backward(q, *saved, mask, key_shape=k.shape, **options)
+            backward_launch.backward(q, *saved, mask, key_shape=k.shape, **options)
     return compiled
 
 
