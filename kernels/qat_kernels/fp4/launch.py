@@ -12,8 +12,8 @@ from triton import next_power_of_2
 from qat_kernels.mask import Mask
 from qat_kernels.spec import QuantSpec
 from qat_kernels.triton.device import TRITON, arch_of, check_device, on_device
-from qat_kernels.triton.forward_launch import PLANS
 from qat_kernels.triton.operands import (
+    PLANS,
     Codes,
     Given,
     Layout,

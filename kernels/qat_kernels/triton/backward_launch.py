@@ -17,9 +17,9 @@ from qat_kernels.varlen import Packing
 from . import tiles
 from .backward import grad_key_value_kernel, grad_query_kernel, preprocess_kernel
 from .device import arch_of, on_device
-from .forward_launch import PLANS
 from .layout import PAD
 from .operands import (
+    PLANS,
     Given,
     Layout,
     Sequences,

@@ -16,6 +16,7 @@ from . import tiles
 from .device import arch_of, check_device, on_device
 from .forward import attention_forward_kernel
 from .operands import (
+    PLANS,
     Given,
     Layout,
     Sequences,
@@ -30,9 +31,6 @@ from .operands import (
 )
 from .precompiled import Launch, Pointer, Tiles
 from .problem import PackedSizes, Problem, is_empty
-
-PLANS = 1024
-"""How many are kept: calls of so many shapes and options cost little on the host."""
 
 
 class Forward(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from qat_kernels.varlen import Packing
 from .layout import PAD
 from .nvfp4 import INTERPRET
 from .precompiled import Launch, Pointer
-from .quantize import fake_quantize_kv_kernel, quantize_rows_kernel, quantize_tokens_kernel, unpack_kernel
+from .quantize import allowed_keys_kernel, fake_quantize_kv_kernel, quantize_rows_kernel, quantize_tokens_kernel, unpack_kernel
 
+PLANS = 1024
+"""How many are kept: calls of so many shapes and options cost little on the host."""
 _ELEMENTS = 4096
 """Elements of a tile: 32 for each thread of four warps."""
 
@@ -111,11 +114,24 @@ def allowed_keys(key_mask: torch.Tensor | None, keys: Sequences) -> tuple[torch.
     """
     if key_mask is None:
         return None, None
-    leftpad = key_mask.to(torch.uint8).argmax(1)
-    token = leftpad[:, None] + torch.arange(keys.rows, device=key_mask.device) - keys.lead
-    inside = (token >= leftpad[:, None]) & (token < keys.max_seqlen)
-    mask = key_mask.gather(1, token.clamp(0, keys.max_seqlen - 1)) & inside
-    return mask.view(torch.uint8), leftpad.to(torch.int32)
+    allowed = torch.empty((keys.batch, keys.rows), dtype=torch.uint8, device=key_mask.device)
+    leftpad = torch.empty(keys.batch, dtype=torch.int32, device=key_mask.device)
+    _allowed_keys_launch(key_mask.device, key_mask.stride(), keys)(key_mask, allowed, leftpad)
+    return allowed, leftpad
+
+
+@lru_cache(PLANS)
+def _allowed_keys_launch(device: torch.device, strides: tuple[int, int], keys: Sequences) -> Launch:
+    """Its tensors: a key mask, and what `allowed_keys` returns."""
+    block_l = min(1024, triton.next_power_of_2(keys.rows))
+    return Launch.of(
+        allowed_keys_kernel,
+        (keys.batch, -(-keys.rows // block_l)),
+        [Pointer(torch.bool, aligned=False), Pointer(torch.uint8), Pointer(torch.int32)],
+        [*strides, keys.max_seqlen, keys.rows],
+        {"LEAD": keys.lead, "BLOCK_L": block_l},
+        num_warps=4,
+    )
 
 
 def strides_of(x: torch.Tensor) -> tuple[int, ...]:

@@ -277,3 +277,29 @@ def test_keys_and_values_of_packed_documents(device):
     formats = QuantSpec(preset="kv_nvfp4").formats
     actual = on(device, fake_quantize_on_device, k, v, None)
     assert_same_bits(actual, [nvfp4.in_format(k, formats.key), nvfp4.in_format(v, formats.value)])
+
+
+def masks_by_slot(mask: torch.Tensor, lead: int, *, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    from qat_kernels.triton.operands import Sequences, allowed_keys
+
+    batch, length = mask.shape
+    allowed, leftpad = allowed_keys(mask.to(device), Sequences(batch, 2, length, length, lead=lead))
+    return allowed.cpu(), leftpad.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lead", [0, 112])
+@pytest.mark.parametrize("length", [1, 17, 128, 1025])
+def test_key_masks_by_slot_begin_with_the_first_allowed_key(length, lead, device):
+    """With holes, padding of any length, no key at all, and of any strides."""
+    generator = torch.Generator().manual_seed(length)
+    mask = torch.rand(4, length, generator=generator) > 0.4
+    mask[1, : length - 1], mask[2] = False, False
+    for given in (mask, mask.t().contiguous().t(), mask[:1].expand(3, -1)):
+        allowed, leftpad = on(device, masks_by_slot, given, lead)
+        assert (leftpad.dtype, allowed.dtype, allowed.shape[1] % 128) == (torch.int32, torch.uint8, 0)
+        for row, first, by_slot in zip(given, leftpad, allowed, strict=True):
+            assert first == (int(row.nonzero()[0]) if row.any() else 0)
+            expected = torch.zeros(len(by_slot), dtype=torch.uint8)
+            expected[lead : lead + length - first] = row[first:]
+            assert torch.equal(by_slot, expected)
