@@ -303,10 +303,37 @@ def _(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
 def op_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options) -> tuple[Any, ...]:
     """Those of `attention_forward`."""
     spec, mask, scale, softcap, impl, needs_gradient = options
-    key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = extras.tensors
-    max_seqlens = (0, 0) if extras.packing is None else extras.packing[2:]
     plain = (spec.to_json(), mask.to_json(), scale, needs_gradient, impl)
-    return q, k, v, key_mask, k_shift, *plain, cu_seqlens_q, cu_seqlens_k, *max_seqlens, lower, upper, softcap, sinks
+    return q, k, v, extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap)
+
+
+def extras_and_options(inputs: Sequence[Any]) -> tuple[Extras, Options]:
+    """Of the arguments of `attention_forward`."""
+    _, _, _, key_mask, k_shift, spec, mask, scale, needs_gradient, impl, *cu_seqlens, longest_q, longest_k = inputs[:14]
+    *bounds, softcap, sinks = inputs[14:]
+    extras = Extras.of((key_mask, k_shift, *cu_seqlens, *bounds, sinks), (longest_q, longest_k))
+    return extras, Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl, needs_gradient)
+
+
+def backward_arguments(key_shape: torch.Size, extras: Extras, options: Options) -> tuple[Any, ...]:
+    """Those of `attention_backward` from the key mask on."""
+    spec, mask, scale, softcap, impl, _ = options
+    keys = key_shape[-2 if len(key_shape) == 4 else 0]
+    plain = (keys, key_shape[1], spec.to_json(), mask.to_json(), scale, impl)
+    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap)
+
+
+def tangent_arguments(extras: Extras, options: Options) -> tuple[Any, ...]:
+    """Those of `attention_tangent` from the key mask to the sinks."""
+    spec, mask, scale, softcap, _, _ = options
+    return extras.key_mask, extras.k_shift, spec.to_json(), mask.to_json(), scale, *_last_arguments(extras, softcap)
+
+
+def _last_arguments(extras: Extras, softcap: float | None) -> tuple[Any, ...]:
+    """What all ops take last: packed sequences, bounds, the soft cap and sinks."""
+    _, _, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = extras.tensors
+    max_seqlens = (0, 0) if extras.packing is None else extras.packing[2:]
+    return cu_seqlens_q, cu_seqlens_k, *max_seqlens, lower, upper, softcap, sinks
 
 
 def _key_shape(grad_out: torch.Tensor, keys: int, num_heads_k: int) -> torch.Size:
