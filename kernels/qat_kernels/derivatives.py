@@ -167,7 +167,7 @@ def _needed_again(
 
 
 def _keep(
-    ctx: Any, k: torch.Tensor, extras: Extras, options: Options, results: tuple[torch.Tensor, ...]
+    ctx: Any, k: torch.Tensor, extras: Extras, options: Options, results: tuple[torch.Tensor | None, ...]
 ) -> tuple[torch.Tensor | None, ...]:
     """Sets what a derivative needs and is no tensor; returns the tensors that are to be saved behind Q, K and V."""
     out, out_hp, _, stats, codes = results

@@ -5,6 +5,7 @@ Where nobody has to see a node, a call does without (derivatives.py): the layers
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,17 +77,20 @@ def _is_plain(x: torch.Tensor) -> bool:
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """O, O' (empty where O serves, or no gradient is needed), LSE, and what the backward of `triton` reads beside them."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """O, O', LSE, and what the backward of `triton` reads beside them.
+
+    O' is None or empty where O serves, or no gradient is needed; the last two where the backward reads nothing of them.
+    """
     spec, mask, scale, softcap, impl, needs_gradient = options
     key_mask, k_shift, packing, bounds, sinks = extras
     ran.note("eager" if impl == "sdpa" else impl)  # which comes here for tangents alone
     if impl == "triton":
-        result = training_kernels().forward(
-            q, k, v, key_mask, k_shift, packing,
-            spec=spec, mask=mask, scale=scale, with_gradient=needs_gradient, bounds=bounds, softcap=softcap, sinks=sinks,
-        )  # fmt: skip
-        return tuple(result)
+        with _for_smoothing(q.device, spec):
+            return training_kernels().forward(
+                q, k, v, key_mask, k_shift, packing,
+                spec=spec, mask=mask, scale=scale, with_gradient=needs_gradient, bounds=bounds, softcap=softcap, sinks=sinks,
+            )  # fmt: skip
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
         out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec, mask=mask, scale=scale)
@@ -115,24 +119,32 @@ def backward(
     key_shape: torch.Size,
     extras: Extras,
     options: Options,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK, dV and that of the sinks (empty without).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dQ, dK, dV and that of the sinks (None or empty without).
 
     `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again.
     """
     spec, mask, scale, softcap, impl, _ = options
     key_mask, k_shift, packing, bounds, sinks = extras
     if impl == "triton":
-        return training_kernels().backward(
-            grad_out, v, out_hp, stats, codes, key_mask, packing,
-            key_shape=key_shape, spec=spec, mask=mask, scale=scale, bounds=bounds, softcap=softcap, sinks=sinks, query=q, key=k,
-        )  # fmt: skip
+        with _for_smoothing(grad_out.device, spec):
+            return training_kernels().backward(
+                grad_out, v, out_hp, stats, codes, key_mask, packing,
+                key_shape=key_shape, spec=spec, mask=mask, scale=scale, bounds=bounds, softcap=softcap, sinks=sinks,
+                query=q, key=k,
+            )  # fmt: skip
     assert q is not None and k is not None and v is not None, "eager reads its inputs again"
     numerics: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
     with torch.autocast(grad_out.device.type, enabled=False):
         if packing is None:
             return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, bounds=bounds, **numerics)
         return varlen.backward(grad_out, q, k, v, out_hp, k_shift, packing, **numerics)
+
+
+def _for_smoothing(device: torch.device, spec: QuantSpec) -> contextlib.AbstractContextManager[None]:
+    """Without autocast where Q and K are smoothed, which has matrix products of its own."""
+    smooths = spec.formats.smooth is not None
+    return torch.autocast(device.type, enabled=False) if smooths else contextlib.nullcontext()
 
 
 @torch.library.custom_op("qat_kernels::attention_forward", mutates_args=())
@@ -156,11 +168,13 @@ def attention_forward(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`forward`, with plain values in place of options and tensors of their own."""
+    """`forward`, with plain values in place of options and tensors of their own; what is None there is empty."""
     tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
     extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
     options = Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl, needs_gradient)
-    return forward(q, k, v, extras, options)
+    out, out_hp, lse, stats, codes = forward(q, k, v, extras, options)
+    out_hp, stats = q.new_empty(0) if out_hp is None else out_hp, lse.new_empty(0) if stats is None else stats
+    return out, out_hp, lse, stats, q.new_empty(0, dtype=torch.uint8) if codes is None else codes
 
 
 @attention_forward.register_fake
@@ -222,11 +236,13 @@ def attention_backward(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`backward`, with plain values in place of options and tensors of their own."""
+    """`backward`, with plain values in place of options and tensors of their own; what is None there is empty."""
     tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
     extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
     options = Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl)
-    return backward(grad_out, q, k, v, out_hp, stats, codes, _key_shape(grad_out, keys, num_heads_k), extras, options)
+    key_shape = _key_shape(grad_out, keys, num_heads_k)
+    dq, dk, dv, grad_sinks = backward(grad_out, q, k, v, out_hp, stats, codes, key_shape, extras, options)
+    return dq, dk, dv, grad_out.new_empty(0) if grad_sinks is None else grad_sinks
 
 
 @attention_backward.register_fake

@@ -142,8 +142,8 @@ def append(
     with on_device(k.device):
         _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given, cache.window is not None)(
             (batch * num_heads_k, (seqlen_new + GROUP_SIZE - 2) // GROUP_SIZE + 1, 1),
-            k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
-            *k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache),
+            (k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored),
+            (*k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache)),
         )  # fmt: skip
 
 
@@ -181,14 +181,19 @@ def attend(
         )  # fmt: skip
         split(
             (batch * num_heads_k, num_parts, row_blocks),
-            q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
-            partials, lse, *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
-            _ring_size(cache), num_splits, softmax_scale_log2, scale, cache.window, softcap,
+            (
+                q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
+                partials, lse,
+            ),
+            (
+                *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
+                _ring_size(cache), num_splits, softmax_scale_log2, scale, cache.window, softcap,
+            ),
         )  # fmt: skip
         combine(
             (batch * num_heads * seqlen_new, 1, 1),
-            partials, out, lse, None if sinks is None else sinks.contiguous(),
-            *out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts,
+            (partials, out, lse, None if sinks is None else sinks.contiguous()),
+            (*out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts),
         )  # fmt: skip
     return out, lse
 

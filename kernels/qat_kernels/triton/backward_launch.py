@@ -30,7 +30,7 @@ from .operands import (
     tokens_launch,
     unpack_launch,
 )
-from .precompiled import Launch, Pointer, Tiles
+from .precompiled import Launch, Pointer, Tiles, parts, starts
 from .problem import PackedSizes, Problem, is_empty
 
 
@@ -40,18 +40,20 @@ class _Plan(NamedTuple):
     queries: Sequences
     keys: Sequences
     tiles: tiles.Tiles
-    code_sizes: list[int]
+    codes: list[int]
+    """Where codes and scales of Q, K and V begin."""
     operand: torch.dtype
-    query_shape: tuple[int, int]
-    key_shape: tuple[int, int]
-    """Of the operands."""
+    operands: list[int]
+    """Where each begins in the memory that they share: Q, K, V, dO with the factor of its rows, and where groups are kept dO and,
+    if V is quantized, V as they are."""
+    operands_size: int
     unpack_query: Launch
     unpack_key: Launch
     make_value: Launch
     """Unpacks V, or where it is read again quantizes it."""
     quantizes_value: bool
     two_values: bool
-    """As in a forward."""
+    """Whether V is needed quantized, and as it is for the kept groups."""
     preprocess: Launch
     grad_query: Launch
     grad_key_value: Launch
@@ -95,8 +97,8 @@ def _plan(
         num_warps=4,
     )  # fmt: skip
 
-    def tiles_of(rows: int, there: bool = True) -> object:
-        return Tiles.like(operand, problem.block_d, rows) if there else None
+    operand_q, operand_k = (queries.all_rows, problem.block_d), (keys.all_rows, problem.block_d)
+    two_values = quantizes_value and kept
 
     def numbers(shape: torch.Size, num_blocks: int, softmax_scale: float) -> list[int | float]:
         return [
@@ -105,13 +107,14 @@ def _plan(
         ]  # fmt: skip
 
     tile = chosen.grad_query
+    key_tiles = Tiles(operand, operand_k, tile.block_n)
     num_blocks = queries.blocks(tile.block_m)
     grad_query = Launch.of(
         grad_query_kernel,
         (queries.batch * queries.num_heads * num_blocks,),
         [
-            tiles_of(tile.block_m), *(tiles_of(tile.block_n) for _ in range(2)),
-            tiles_of(tile.block_n, quantizes_value and kept), *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            Tiles(operand, operand_q, tile.block_m), key_tiles, key_tiles, key_tiles if two_values else None,
+            *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
             mean_scores, float32 if sage else None, *given.bound_pointers(), grad_out.pointer, float32, float32, gradient,
         ],
         [
@@ -122,14 +125,14 @@ def _plan(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = chosen.grad_key_value
+    query_tiles, key_tiles = Tiles(operand, operand_q, tile.block_m), Tiles(operand, operand_k, tile.block_n)
     # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
     num_blocks = keys.blocks(tile.block_n) - (PAD // tile.block_n - 1 if kept else 0)
     grad_key_value = Launch.of(
         grad_key_value_kernel,
         (keys.batch * keys.num_heads * num_blocks,),
         [
-            tiles_of(tile.block_m), *(tiles_of(tile.block_n) for _ in range(2)), tiles_of(tile.block_m),
-            tiles_of(tile.block_n, quantizes_value and kept), tiles_of(tile.block_m, kept),
+            query_tiles, key_tiles, key_tiles, query_tiles, key_tiles if two_values else None, query_tiles if kept else None,
             *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
             mean_scores, *given.bound_pointers(), float32, float32, gradient, gradient,
         ],
@@ -144,12 +147,13 @@ def _plan(
             value, keys, given, spec.formats.value,
             quantized=operand if quantizes_value else None, unquantized=operand if kept or not quantizes_value else None,
         )  # fmt: skip
+    shapes = [operand_q, operand_k, operand_k, operand_q, *[operand_q] * kept, *[operand_k] * two_values]
     return _Plan(
-        queries, keys, chosen, problem.code_sizes(), operand,
-        (queries.all_rows, problem.block_d), (keys.all_rows, problem.block_d),
+        queries, keys, chosen, starts(problem.code_sizes())[0],
+        operand, *starts([math.prod(shape) for shape in shapes]),
         unpack_launch(queries, problem.head_dim, operand, along_tokens=False),
         unpack_launch(keys, problem.head_dim, operand, along_tokens=False),
-        make_value, quantizes_value, quantizes_value and kept, preprocess, grad_query, grad_key_value, problem.softmax_scale,
+        make_value, quantizes_value, two_values, preprocess, grad_query, grad_key_value, problem.softmax_scale,
     )  # fmt: skip
 
 
@@ -171,8 +175,8 @@ def backward(
     sinks: torch.Tensor | None = None,
     query: torch.Tensor | None = None,
     key: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO, and that of the sinks (empty without).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO, and that of the sinks, if there are some.
 
     Args:
         value: V where it is read as it is (`QuantSpec.reads_value`), else None.
@@ -185,15 +189,14 @@ def backward(
     # With a mask, keys that no query may see are not visited.
     new = torch.empty if key_mask is None else torch.zeros
     grad_key, grad_value = (new(key_shape, dtype=dtype, device=device) for _ in range(2))
-    grad_sinks = grad_out.new_empty(0) if sinks is None else torch.zeros_like(sinks)
+    grad_sinks = None if sinks is None else torch.zeros_like(sinks)
     if is_empty(grad_out.shape, key_shape, packed):
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_sinks
     with on_device(device):
         mean_scores = grad_sums = None
         if spec.formats.smooth is not None:
             assert query is not None and key is not None, "Q and K are read again"
-            with torch.autocast(device.type, enabled=False):
-                smoothed = smoothing.smooth(query, key)
+            smoothed = smoothing.smooth(query, key)
             mean_scores = smoothed.scores
         given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
         chosen = tiles.choose(arch_of(device), grad_out.shape[-1], mask.hides_keys, tiles.variants(mask, softcap))
@@ -202,16 +205,14 @@ def backward(
             packed, given, spec, mask, scale, softcap,
         )  # fmt: skip
         side = plan.queries
-        q = torch.empty(plan.query_shape, dtype=plan.operand, device=device)
-        k = torch.empty(plan.key_shape, dtype=plan.operand, device=device)
-        v, v_kept = torch.empty_like(k), torch.empty_like(k) if plan.two_values else None
-        scaled_grad_out = torch.empty_like(q)
-        grad_out_operand = torch.empty_like(q) if plan.keys.lead else None
+        operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
+        q, k, v, scaled_grad_out, *others = parts(operands, plan.operands)
+        grad_out_operand, v_kept, *_ = *others, None, None
         # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
         delta = torch.empty_like(stats) if sinks is None else torch.zeros_like(stats)
         cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
         key_mask, leftpad = allowed_keys(key_mask, plan.keys)
-        q_codes, q_scales, k_codes, k_scales, *v_codes = codes.split(plan.code_sizes)
+        q_codes, q_scales, k_codes, k_scales, *v_codes = parts(codes, plan.codes)
         plan.unpack_query(q_codes, q_scales, q)
         plan.unpack_key(k_codes, k_scales, k)
         if value is None:
@@ -220,27 +221,22 @@ def backward(
             quantized, unquantized = (v, v_kept) if plan.quantizes_value else (None, v)
             plan.make_value(value, key_mask, leftpad, cu_seqlens_k, quantized, unquantized, None, None)
         plan.preprocess(grad_out, out_hp, stats, cu_seqlens_q, scaled_grad_out, grad_out_operand, delta)
-        tile = plan.tiles.grad_query
         if mean_scores is not None:
-            blocks = (side.batch, side.num_heads, side.blocks(tile.block_m), plan.keys.max_seqlen)
+            blocks = (side.batch, side.num_heads, side.blocks(plan.tiles.grad_query.block_m), plan.keys.max_seqlen)
             grad_sums = grad_query.new_zeros(blocks, dtype=torch.float32)
         plan.grad_query(
-            Tiles.of(q, tile.block_m), Tiles.of(k, tile.block_n), Tiles.of(v, tile.block_n), Tiles.of(v_kept, tile.block_n),
-            key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, grad_sums, lower, upper,
+            q, k, v, v_kept, key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, grad_sums, lower, upper,
             grad_out, delta, stats, grad_query,
         )  # fmt: skip
-        tile = plan.tiles.grad_key_value
         plan.grad_key_value(
-            Tiles.of(q, tile.block_m), Tiles.of(k, tile.block_n), Tiles.of(v, tile.block_n),
-            Tiles.of(scaled_grad_out, tile.block_m), Tiles.of(v_kept, tile.block_n), Tiles.of(grad_out_operand, tile.block_m),
+            q, k, v, scaled_grad_out, v_kept, grad_out_operand,
             key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, delta, stats, grad_key, grad_value,
         )  # fmt: skip
         if grad_sums is not None:
             tiles_of_block = SMOOTH_BLOCK // plan.tiles.grad_query.block_m
             grad_sums = grad_sums.unflatten(2, (-1, tiles_of_block)).sum(3) * plan.softmax_scale
-            with torch.autocast(device.type, enabled=False):
-                grad_query = smoothing.grad_query(grad_query.float(), grad_sums, smoothed.key.float()).to(dtype)
-                grad_key = smoothing.grad_key(grad_key.float(), grad_sums, smoothed.query_mean.float()).to(dtype)
+            grad_query = smoothing.grad_query(grad_query.float(), grad_sums, smoothed.key.float()).to(dtype)
+            grad_key = smoothing.grad_key(grad_key.float(), grad_sums, smoothed.query_mean.float()).to(dtype)
         if sinks is not None:
             by_head = (1 if packing is not None else side.batch, side.num_heads, side.rows)
             shares = torch.exp2((sinks.float() * LOG2_E)[:, None] - stats[1].view(by_head))

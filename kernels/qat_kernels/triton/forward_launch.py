@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,22 +30,22 @@ from .operands import (
     strides_of,
     tokens_launch,
 )
-from .precompiled import Launch, Pointer, Tiles
+from .precompiled import Launch, Pointer, Tiles, parts, starts
 from .problem import PackedSizes, Problem, is_empty
 
 
 class Forward(NamedTuple):
-    """What a forward returns. All but `out` and `lse` are for the backward, and empty where there will be none."""
+    """What a forward returns. All but `out` and `lse` are for the backward, and None where there will be none."""
 
     out: torch.Tensor
     """O, in the shape, strides and dtype of Q."""
-    out_hp: torch.Tensor
-    """O' in high precision, likewise; empty with BF16 PV too, where O serves."""
+    out_hp: torch.Tensor | None
+    """O' in high precision, likewise; None with BF16 PV too, where O serves."""
     lse: torch.Tensor
     """float32 [B, H, Lq], or [H, total] of packed sequences."""
-    stats: torch.Tensor
+    stats: torch.Tensor | None
     """float32 [2, rows of Q]: m and the base-2 log-sum-exp of the quantized scores; +inf in rows without a (quantized) key."""
-    codes: torch.Tensor
+    codes: torch.Tensor | None
     """uint8: the codes and scales of Q, K and, unless V itself is read again, V."""
 
 
@@ -66,21 +67,19 @@ class _Plan(NamedTuple):
     """All of a forward but its tensors."""
 
     keys: Sequences
-    tile: tiles.Tile
-    stats_shape: tuple[int, ...]
-    codes_shape: tuple[int, ...]
-    code_sizes: list[int]
+    stats_shape: tuple[int, int]
+    codes: list[int]
+    """Where codes and scales of Q, K and V begin."""
+    codes_size: int
     quantize_query: Launch
     quantize_key: Launch
     quantize_value: Launch
     attend: Launch
     quantizes_value: bool
-    two_values: bool
-    """Whether V is needed quantized, and as it is for the kept groups."""
     operand: torch.dtype
-    query_shape: tuple[int, int]
-    key_shape: tuple[int, int]
-    """Of the operands."""
+    operands: list[int]
+    """Where each begins in the memory that they share: Q, K, V and, where groups are kept, V as it is."""
+    operands_size: int
 
 
 @lru_cache(PLANS)
@@ -103,23 +102,23 @@ def _plan(
     formats, order, operand = spec.formats, order_of(tile.block_n), operand_dtype(value.dtype)
     quantizes_value = formats.value is not None
     two_values = quantizes_value and problem.key.lead > 0
-    stats_shape, codes_shape = _saved_shapes(problem, with_gradient)
+    has_out_hp = with_gradient and spec.quantizes_pv
     num_blocks = problem.query.blocks(tile.block_m)
     float32, out = Pointer(torch.float32), Pointer(value.dtype)
     cu_seqlens = given.pointer(torch.int32, packed is not None)
 
-    def tiles_of(rows: int, there: bool = True) -> object:
-        return Tiles.like(operand, problem.block_d, rows) if there else None
-
+    query_shape, key_shape = (problem.query.all_rows, problem.block_d), (problem.key.all_rows, problem.block_d)
+    key_tiles = Tiles(operand, key_shape, tile.block_n)
     attend = Launch.of(
         attention_forward_kernel,
         (problem.query.batch * problem.query.num_heads * num_blocks,),
         [
-            tiles_of(tile.block_m), *(tiles_of(tile.block_n) for _ in range(2)),
-            tiles_of(tile.block_n, two_values), *given.key_mask_pointers(),
+            Tiles(operand, query_shape, tile.block_m), key_tiles, key_tiles, key_tiles if two_values else None,
+            *given.key_mask_pointers(),
             float32 if given.k_shift else None, cu_seqlens, cu_seqlens,
             float32 if formats.smooth is not None else None, *given.bound_pointers(),
-            given.pointer(torch.float32, given.sinks), out, out, float32, float32,
+            given.pointer(torch.float32, given.sinks),
+            out, out if has_out_hp else None, float32, float32 if with_gradient else None,
         ],
         [
             given.bounds_stride, *out_strides, *head_strides(problem.query), problem.key.rows if given.key_mask else 0,
@@ -128,13 +127,13 @@ def _plan(
         ],
         {
             **problem.constants, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ORDER": order,
-            "HAS_KEY_MASK": given.key_mask, "OUT_HP": with_gradient and spec.quantizes_pv, "STORE_STATS": with_gradient,
+            "HAS_KEY_MASK": given.key_mask, "OUT_HP": has_out_hp, "STORE_STATS": with_gradient,
             "HAS_K_SHIFT": given.k_shift, "HAS_SINKS": given.sinks,
         },
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return _Plan(
-        problem.key, tile, stats_shape, codes_shape, problem.code_sizes(),
+        problem.key, (2, problem.query.all_rows), *starts(problem.code_sizes()),
         rows_launch(
             query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
             heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
@@ -149,8 +148,7 @@ def _plan(
             quantized=operand if quantizes_value else None, unquantized=None if quantizes_value and not two_values else operand,
             codes=with_gradient and len(problem.code_sizes()) > 4,
         ),
-        attend, quantizes_value, two_values, operand,
-        (problem.query.all_rows, problem.block_d), (problem.key.all_rows, problem.block_d),
+        attend, quantizes_value, operand, *starts([math.prod(query_shape), *[math.prod(key_shape)] * (3 if two_values else 2)]),
     )  # fmt: skip
 
 
@@ -178,46 +176,45 @@ def forward(
     device, packed = query.device, PackedSizes.of(packing)
     check_device(device)
     out = torch.empty_like(query)
-    out_hp = torch.empty_like(query) if with_gradient and spec.quantizes_pv else query.new_empty(0)
+    out_hp = torch.empty_like(query) if with_gradient and spec.quantizes_pv else None
     lse = torch.empty(lse_shape(query.shape, packing), dtype=torch.float32, device=device)
     if is_empty(query.shape, key.shape, packed):
         if sinks is not None:
             lse.copy_(sinks[:, None])
         else:
             lse.fill_(-torch.inf)
-        nothing = (query.new_empty(0, dtype=dtype) for dtype in (torch.float32, torch.uint8))
-        return Forward(out.zero_(), out_hp.zero_(), lse, *nothing)
+        nothing = (query.new_empty(0, dtype=dtype) if with_gradient else None for dtype in (torch.float32, torch.uint8))
+        return Forward(out.zero_(), out_hp if out_hp is None else out_hp.zero_(), lse, *nothing)
     with on_device(device):
         mean_scores = None
         if spec.formats.smooth is not None:
-            with torch.autocast(device.type, enabled=False):  # it has matrix products of its own
-                query, key, _, mean_scores = smoothing.smooth(query, key)
+            query, key, _, mean_scores = smoothing.smooth(query, key)
         given, k_shift, lower, upper, sinks = given_tensors(key_mask, k_shift, packing, bounds, sinks)
         tile = tiles.choose(arch_of(device), query.shape[-1], mask.hides_keys, tiles.variants(mask, softcap)).forward
         plan = _plan(
             device, tile, Layout.of(query), Layout.of(key), Layout.of(value), strides_of(out), packed, given,
             spec, mask, scale, softcap, with_gradient,
         )  # fmt: skip
-        # Packed sequences leave gaps between them, which no kernel writes or reads.
-        new = torch.empty if packed is None else torch.zeros
-        stats = new(plan.stats_shape, dtype=torch.float32, device=device)
-        codes = new(plan.codes_shape, dtype=torch.uint8, device=device)
-        q_codes, q_scales, k_codes, k_scales, *v_codes = codes.split(plan.code_sizes) if with_gradient else (None,) * 6
-        v_codes, v_scales = v_codes or (None, None)
-        q = torch.empty(plan.query_shape, dtype=plan.operand, device=device)
-        k = torch.empty(plan.key_shape, dtype=plan.operand, device=device)
-        v, v_kept = torch.empty_like(k), torch.empty_like(k) if plan.two_values else None
+        stats = codes = None
+        q_codes = q_scales = k_codes = k_scales = v_codes = v_scales = None
+        if with_gradient:
+            # Packed sequences leave gaps between them, which no kernel writes or reads.
+            new = torch.empty if packed is None else torch.zeros
+            stats = new(plan.stats_shape, dtype=torch.float32, device=device)
+            codes = new(plan.codes_size, dtype=torch.uint8, device=device)
+            q_codes, q_scales, k_codes, k_scales, *v_parts = parts(codes, plan.codes)
+            v_codes, v_scales = v_parts or (None, None)
+        operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
+        q, k, v, kept, *_ = *parts(operands, plan.operands), None
         q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
         cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
         key_mask, leftpad = allowed_keys(key_mask, plan.keys)
         plan.quantize_query(query, k_shift, None, None, cu_seqlens_q, q, q_codes, q_scales, q_dot_k_shift)
         plan.quantize_key(key, k_shift, key_mask, leftpad, cu_seqlens_k, k, k_codes, k_scales, None)
-        quantized, unquantized = (v, v_kept) if plan.quantizes_value else (None, v)
+        quantized, unquantized = (v, kept) if plan.quantizes_value else (None, v)
         plan.quantize_value(value, key_mask, leftpad, cu_seqlens_k, quantized, unquantized, v_codes, v_scales)
-        block_m, block_n = plan.tile.block_m, plan.tile.block_n
         plan.attend(
-            Tiles.of(q, block_m), Tiles.of(k, block_n), Tiles.of(v, block_n), Tiles.of(v_kept, block_n),
-            key_mask, leftpad, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, sinks,
+            q, k, v, kept, key_mask, leftpad, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, sinks,
             out, out_hp, lse, stats,
         )  # fmt: skip
     return Forward(out, out_hp, lse, stats, codes)

@@ -116,18 +116,19 @@ def allowed_keys(key_mask: torch.Tensor | None, keys: Sequences) -> tuple[torch.
         return None, None
     allowed = torch.empty((keys.batch, keys.rows), dtype=torch.uint8, device=key_mask.device)
     leftpad = torch.empty(keys.batch, dtype=torch.int32, device=key_mask.device)
-    _allowed_keys_launch(key_mask.device, key_mask.stride(), keys)(key_mask, allowed, leftpad)
+    launch = _allowed_keys_launch(key_mask.device, key_mask.stride(), key_mask.data_ptr() % 16 == 0, keys)
+    launch(key_mask, allowed, leftpad)
     return allowed, leftpad
 
 
 @lru_cache(PLANS)
-def _allowed_keys_launch(device: torch.device, strides: tuple[int, int], keys: Sequences) -> Launch:
+def _allowed_keys_launch(device: torch.device, strides: tuple[int, int], aligned: bool, keys: Sequences) -> Launch:
     """Its tensors: a key mask, and what `allowed_keys` returns."""
     block_l = min(1024, triton.next_power_of_2(keys.rows))
     return Launch.of(
         allowed_keys_kernel,
         (keys.batch, -(-keys.rows // block_l)),
-        [Pointer(torch.bool, aligned=False), Pointer(torch.uint8), Pointer(torch.int32)],
+        [Pointer(torch.bool, aligned=aligned), Pointer(torch.uint8), Pointer(torch.int32)],
         [*strides, keys.max_seqlen, keys.rows],
         {"LEAD": keys.lead, "BLOCK_L": block_l},
         num_warps=4,

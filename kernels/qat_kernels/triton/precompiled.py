@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .nvfp4 import INTERPRET
 
 Grid = tuple[int, int, int]
+Argument = torch.Tensor | int | None
+"""What a kernel gets where it takes a pointer: a tensor, an address, or nothing."""
+_MOST_DESCRIPTORS = 512
+"""How many a kernel keeps: PyTorch gives the same addresses again and again."""
+
+
+def starts(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where parts of these sizes begin that lie one behind the other, and where the last one ends."""
+    *begin, end = itertools.accumulate(sizes, initial=0)
+    return begin, end
+
+
+def parts(x: torch.Tensor, begin: Sequence[int]) -> list[Any]:
+    """Where parts of a tensor of one dimension begin, as kernels take it: addresses, which cost less than views.
+
+    Whoever launches with them keeps the tensor alive until then.
+    """
+    if INTERPRET.value:
+        return [x[start:] for start in begin]
+    address, size = x.data_ptr(), x.element_size()
+    return [address + start * size for start in begin]
 
 
 class Pointer:
@@ -19,31 +46,35 @@ class Pointer:
 
     def __init__(self, dtype: torch.dtype, *, aligned: bool = True) -> None:
         self.dtype = dtype
-        self._address = 0 if aligned else 1
+        self.address = 0 if aligned else 1
+        """One that is a multiple of 16 if that of the tensor will be."""
 
     def data_ptr(self) -> int:
-        """An address that is a multiple of 16 if that of the tensor will be."""
-        return self._address
+        """The address."""
+        return self.address
 
 
-class Tiles(TensorDescriptor):
-    """A tensor [rows, columns] in tiles of some rows, which the hardware can copy by itself.
-
-    Triton's own class, without its checks at every launch: operands are contiguous, and begin at a multiple of 16.
-    """
+class _Descriptor(TensorDescriptor):
+    """Triton's own class, without its checks at every launch: operands are contiguous, and begin at a multiple of 16."""
 
     def __post_init__(self) -> None:
         """Checks nothing."""
 
-    @classmethod
-    def of(cls, x: torch.Tensor | None, rows: int) -> Tiles | None:
-        """Tiles of `rows` rows."""
-        return None if x is None else cls(x, x.shape, x.stride(), [rows, x.shape[1]])
 
-    @classmethod
-    def like(cls, dtype: torch.dtype, columns: int, rows: int) -> TensorDescriptor:
-        """What a kernel is compiled for where it will get `Tiles.of`."""
-        return TensorDescriptor(Pointer(dtype), [rows, columns], [columns, 1], [rows, columns])
+class Tiles(NamedTuple):
+    """Where a kernel will get a tensor [rows, columns] in tiles of some rows, which the hardware can copy by itself."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    block_rows: int
+
+    def descriptor(self, base: Argument | Pointer) -> TensorDescriptor:
+        """As Triton takes a tensor, or an address, in tiles."""
+        if isinstance(base, int):
+            address, base = base, Pointer(self.dtype)
+            base.address = address
+        rows, columns = self.shape
+        return _Descriptor(base, [rows, columns], [columns, 1], [self.block_rows, columns])
 
 
 class PrecompiledKernel:
@@ -55,7 +86,7 @@ class PrecompiledKernel:
 
     Args:
         arguments: in their order: a number as it will be or, if the kernel does not specialize, 0 or 0.0; a dtype or a `Pointer`
-            for a tensor; `Tiles.like`; None for none.
+            for a tensor; `Tiles`; None for none.
         constants: the other parameters, in their order.
         options: of the compiler.
     """
@@ -64,13 +95,91 @@ class PrecompiledKernel:
         assert [*constants] == kernel.arg_names[len(arguments) :], "constants in the order of the parameters"
         self._constants = tuple(constants.values())
         self._kernel, self._options = kernel, options
+        # The last one first: each becomes several arguments in its place.
+        self._tiles = [(place, x) for place, x in enumerate(arguments) if isinstance(x, Tiles)][::-1]
+        self._descriptors: list[dict[int, list[Any]]] = [{} for _ in self._tiles]
         if not INTERPRET.value:
-            self._kernel, self._options = kernel.warmup(*arguments, *self._constants, grid=(1,), **options), {}
+            given = [x.descriptor(Pointer(x.dtype)) if isinstance(x, Tiles) else x for x in arguments]
+            self._kernel, self._options = kernel.warmup(*given, *self._constants, grid=(1,), **options), {}
 
-    def __call__(self, grid: Grid, *arguments: torch.Tensor | Tiles | int | float | None) -> Any:
+    def __call__(self, grid: Grid, tensors: Sequence[Argument], numbers: Sequence[int | float | None] = ()) -> Any:
         """Launch it on the current device and stream; returns the compiled kernel."""
-        self._kernel[grid](*arguments, *self._constants, **self._options)
+        if INTERPRET.value or _is_watched() or (launcher := self._launcher) is None:
+            arguments: list[Any] = [*tensors]
+            for place, tiles in self._tiles:
+                arguments[place] = tiles.descriptor(tensors[place])
+            self._kernel[grid](*arguments, *numbers, *self._constants, **self._options)
+            return self._kernel
+        # With tensors Triton would ask the driver about each of them.
+        arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tensors]
+        for (place, tiles), known in zip(self._tiles, self._descriptors, strict=True):
+            address = arguments[place]
+            described = known.get(address)
+            if described is None:
+                if len(known) >= _MOST_DESCRIPTORS:
+                    known.clear()
+                described = known[address] = launcher.described(tiles.descriptor(address), place)
+            arguments[place : place + 1] = described
+        launcher.launch(grid, (*arguments, *numbers, *self._constants))
         return self._kernel
+
+    @functools.cached_property
+    def _launcher(self) -> _Launcher | None:
+        return _Launcher.of(self._kernel, [place for place, _ in self._tiles][::-1])
+
+
+class _Launcher:
+    """Triton's launcher in C, without the layers of Python around it, which look at every argument again."""
+
+    def __init__(self, launch: Callable[[Grid, int, tuple[Any, ...]], None], tiles: dict[int, Any]) -> None:
+        self._launch, self._tiles = launch, tiles
+        self._device = driver.active.get_current_device()
+
+    @classmethod
+    def of(cls, kernel: Any, places: Sequence[int]) -> _Launcher | None:
+        """That of a compiled kernel which takes descriptors at these places; None where Triton has another one than is known."""
+        if not isinstance(kernel, CompiledKernel):
+            return None
+        python = kernel.run  # loads the kernel
+        if getattr(python, "gsan_enabled", False) or python.global_scratch_size or python.profile_scratch_size:
+            return None
+        in_c = inspect.getclosurevars(python.launch).nonlocals["launcher"] if places else python.launch
+        first: tuple[Any, ...] = kernel.function, python.launch_cooperative_grid, python.launch_pdl
+        no_hooks, no_scratch = (None, None, None), (None, None)
+        if triton.__version__.startswith("3.6."):
+            first = *first, *no_scratch, kernel.packed_metadata, *no_hooks
+
+            def launch(grid: Grid, stream: int, arguments: tuple[Any, ...]) -> None:
+                in_c(*grid, stream, *first, *arguments)
+
+        elif triton.__version__.startswith("3.9."):
+            first = *first, kernel.packed_metadata, *no_hooks, *no_scratch, python.arg_annotations, python.kernel_signature
+
+            def launch(grid: Grid, stream: int, arguments: tuple[Any, ...]) -> None:
+                in_c(*grid, stream, *first, arguments)
+
+        else:
+            return None
+        about = kernel.metadata.tensordesc_meta or [None] * len(places)
+        return cls(launch, dict(zip(places, about, strict=True)))
+
+    def launch(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
+        """Launch it on the current stream of the device for which it was compiled, which is the current one."""
+        self._launch(grid, driver.active.get_current_stream(self._device), arguments)
+
+    def described(self, descriptor: TensorDescriptor, place: int) -> list[Any]:
+        """What the launcher takes in place of a descriptor."""
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        rest = () if triton.__version__.startswith("3.6.") else (None,)
+        arguments = make_tensordesc_arg(descriptor, self._tiles[place], *rest)
+        return [x.address if isinstance(x, Pointer) else x for x in arguments]
+
+
+def _is_watched() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
 
 
 class Launch(NamedTuple):
@@ -90,7 +199,7 @@ class Launch(NamedTuple):
         constants: dict[str, Any],
         **options: Any,
     ) -> Launch:
-        """A launch of a kernel whose numbers are known; `tensors` as `PrecompiledKernel` takes them, `constants` in any order."""
+        """A launch of a kernel whose numbers are known; `tensors` as in `PrecompiledKernel`, `constants` in any order."""
         numbers = tuple(numbers)
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         ordered = {name: constants[name] for name in names}
@@ -98,6 +207,6 @@ class Launch(NamedTuple):
         compiled = PrecompiledKernel(kernel, [*tensors, *numbers], ordered, enable_fp_fusion=True, **options)
         return cls(compiled, (x, y, z), numbers)
 
-    def __call__(self, *tensors: torch.Tensor | Tiles | None) -> Any:
+    def __call__(self, *tensors: Argument) -> Any:
         """Launch it on the current device and stream; returns the compiled kernel."""
-        return self.kernel(self.grid, *tensors, *self.numbers)
+        return self.kernel(self.grid, tensors, self.numbers)
