@@ -18,7 +18,7 @@ KERNELS = {"torch", "qat_kernels"}
 PATCH = {"torch", "safetensors", "qat_kernels", "qat_patch"}
 # Files; what they may import besides the standard library; and what else inside functions. The first match counts.
 LIBRARY = (
-    ("kernels/qat_kernels/triton/*.py", KERNELS | {"triton"}, set()),
+    ("kernels/qat_kernels/triton/**/*.py", KERNELS | {"triton"}, set()),
     ("kernels/qat_kernels/fp4/*.py", KERNELS | {"triton"}, set()),
     ("kernels/qat_kernels/self_check/*.py", KERNELS | {"triton"}, set()),
     # Of others, where it is installed.

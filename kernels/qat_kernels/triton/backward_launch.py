@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from qat_kernels.varlen import Packing
 
 from . import tiles
 from .backward import grad_key_value_kernel, grad_query_kernel, preprocess_kernel
-from .device import arch_of, on_device
+from .device import arch_of, gluon_version, on_device
 from .layout import PAD
 from .operands import (
     PLANS,
@@ -55,8 +55,8 @@ class _Plan(NamedTuple):
     two_values: bool
     """Whether V is needed quantized, and as it is for the kept groups."""
     preprocess: Launch
-    grad_query: Launch
-    grad_key_value: Launch
+    grad_query: Any
+    grad_key_value: Any
     softmax_scale: float
 
 
@@ -77,69 +77,40 @@ def _plan(
 ) -> _Plan:
     problem = Problem.of(grad_out.shape, key_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
-    kept, quantizes_value, sage = keys.lead > 0, spec.formats.value is not None, spec.formats.smooth is not None
-    constants = {**problem.constants, "HAS_KEY_MASK": given.key_mask, "STORE_GRAD_OUT": kept}
-    float32, gradient = Pointer(torch.float32), Pointer(grad_out.dtype)
-    mean_scores, cu_seqlens = float32 if sage else None, given.pointer(torch.int32, packed is not None)
+    kept, quantizes_value, float32 = keys.lead > 0, spec.formats.value is not None, Pointer(torch.float32)
     block_m = max(16, 2048 // problem.block_d)
     num_blocks = queries.blocks(block_m)
     preprocess = Launch.of(
         preprocess_kernel,
         (queries.batch * queries.num_heads * num_blocks,),
         [
-            grad_out.pointer, out_hp.pointer, float32, cu_seqlens, Pointer(operand), Pointer(operand) if kept else None, float32,
+            grad_out.pointer, out_hp.pointer, float32, given.pointer(torch.int32, packed is not None),
+            Pointer(operand), Pointer(operand) if kept else None, float32,
         ],
         [
             *grad_out.strides, *out_hp.strides,
             queries.num_heads, queries.max_seqlen, num_blocks, queries.rows, queries.all_rows,
         ],
-        constants | {"BLOCK_M": block_m},
+        problem.constants | {"BLOCK_M": block_m, "STORE_GRAD_OUT": kept},
         num_warps=4,
     )  # fmt: skip
 
     operand_q, operand_k = (queries.all_rows, problem.block_d), (keys.all_rows, problem.block_d)
     two_values = quantizes_value and kept
+    grad_query: object
+    grad_key_value: object
+    if isinstance(tile := chosen.grad_query, tiles.HopperTile):
+        from .hopper.launch_backward import grad_query_launch
 
-    def numbers(shape: torch.Size, num_blocks: int, softmax_scale: float) -> list[int | float]:
-        return [
-            *contiguous_strides(shape)[:3], keys.rows if given.key_mask else 0, *problem.sizes, num_blocks,
-            queries.rows, keys.rows, queries.all_rows, problem.softmax_scale_log2, softmax_scale,
-        ]  # fmt: skip
+        grad_query = grad_query_launch(problem, tile, grad_out, given)
+    else:
+        grad_query = _grad_query_launch(problem, tile, grad_out, given)
+    if isinstance(tile := chosen.grad_key_value, tiles.HopperTile):
+        from .hopper.launch_backward import grad_key_value_launch
 
-    tile = chosen.grad_query
-    key_tiles = Tiles(operand, operand_k, tile.block_n)
-    num_blocks = queries.blocks(tile.block_m)
-    grad_query = Launch.of(
-        grad_query_kernel,
-        (queries.batch * queries.num_heads * num_blocks,),
-        [
-            Tiles(operand, operand_q, tile.block_m), key_tiles, key_tiles, key_tiles if two_values else None,
-            *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
-            mean_scores, float32 if sage else None, *given.bound_pointers(), grad_out.pointer, float32, float32, gradient,
-        ],
-        [
-            given.bounds_stride, *grad_out.strides,
-            *numbers(grad_out.shape, num_blocks, math.copysign(problem.softmax_scale, scale)),
-        ],
-        constants | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    tile = chosen.grad_key_value
-    query_tiles, key_tiles = Tiles(operand, operand_q, tile.block_m), Tiles(operand, operand_k, tile.block_n)
-    # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
-    num_blocks = keys.blocks(tile.block_n) - (PAD // tile.block_n - 1 if kept else 0)
-    grad_key_value = Launch.of(
-        grad_key_value_kernel,
-        (keys.batch * keys.num_heads * num_blocks,),
-        [
-            query_tiles, key_tiles, key_tiles, query_tiles, key_tiles if two_values else None, query_tiles if kept else None,
-            *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
-            mean_scores, *given.bound_pointers(), float32, float32, gradient, gradient,
-        ],
-        [given.bounds_stride, *numbers(key_shape, num_blocks, problem.softmax_scale)],
-        constants | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        grad_key_value = grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+    else:
+        grad_key_value = _grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
     if value is None:
         make_value = unpack_launch(keys, problem.head_dim, operand, along_tokens=True)
     else:
@@ -155,6 +126,72 @@ def _plan(
         unpack_launch(keys, problem.head_dim, operand, along_tokens=False),
         make_value, quantizes_value, two_values, preprocess, grad_query, grad_key_value, problem.softmax_scale,
     )  # fmt: skip
+
+
+def _grad_query_launch(problem: Problem, tile: tiles.Tile, grad_out: Layout, given: Given) -> Launch:
+    """The launch of the Triton kernel of dQ."""
+    queries, num_blocks, sage = problem.query, problem.query.blocks(tile.block_m), problem.spec.formats.smooth is not None
+    operand, float32, cu_seqlens = operand_dtype(grad_out.dtype), Pointer(torch.float32), _cu_seqlens(problem, given)
+    q, kv = _operand_tiles(problem, tile, operand)
+    return Launch.of(
+        grad_query_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            q, kv, kv, kv if problem.key.lead else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            float32 if sage else None, float32 if sage else None, *given.bound_pointers(),
+            grad_out.pointer, float32, float32, Pointer(grad_out.dtype),
+        ],
+        [
+            given.bounds_stride, *grad_out.strides, *_numbers(problem, given, grad_out.shape, num_blocks),
+            math.copysign(problem.softmax_scale, problem.scale),
+        ],
+        _constants(problem, given, tile),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _grad_key_value_launch(problem: Problem, tile: tiles.Tile, key_shape: torch.Size, dtype: torch.dtype, given: Given) -> Launch:
+    """The launch of the Triton kernel of dK and dV, which have this dtype."""
+    keys, kept, operand = problem.key, problem.key.lead > 0, operand_dtype(dtype)
+    # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
+    num_blocks = keys.blocks(tile.block_n) - (PAD // tile.block_n - 1 if kept else 0)
+    float32, cu_seqlens = Pointer(torch.float32), _cu_seqlens(problem, given)
+    q, kv = _operand_tiles(problem, tile, operand)
+    return Launch.of(
+        grad_key_value_kernel,
+        (keys.batch * keys.num_heads * num_blocks,),
+        [
+            q, kv, kv, q, kv if kept else None, q if kept else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            float32 if problem.spec.formats.smooth is not None else None, *given.bound_pointers(),
+            float32, float32, Pointer(dtype), Pointer(dtype),
+        ],
+        [given.bounds_stride, *_numbers(problem, given, key_shape, num_blocks), problem.softmax_scale],
+        _constants(problem, given, tile),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _operand_tiles(problem: Problem, tile: tiles.Tile, operand: torch.dtype) -> tuple[Tiles, Tiles]:
+    """Those of queries and of keys."""
+    q = Tiles(operand, (problem.query.all_rows, problem.block_d), tile.block_m)
+    return q, Tiles(operand, (problem.key.all_rows, problem.block_d), tile.block_n)
+
+
+def _cu_seqlens(problem: Problem, given: Given) -> Pointer | None:
+    return given.pointer(torch.int32, problem.query.packed)
+
+
+def _numbers(problem: Problem, given: Given, shape: torch.Size, num_blocks: int) -> list[int | float]:
+    """Those that both kernels take, for gradients of this shape."""
+    queries, keys = problem.query, problem.key
+    return [
+        *contiguous_strides(shape)[:3], keys.rows if given.key_mask else 0, *problem.sizes, num_blocks,
+        queries.rows, keys.rows, queries.all_rows, problem.softmax_scale_log2,
+    ]  # fmt: skip
+
+
+def _constants(problem: Problem, given: Given, tile: tiles.Tile) -> dict[str, Any]:
+    return problem.constants | {"HAS_KEY_MASK": given.key_mask, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
 
 
 def backward(
@@ -199,7 +236,11 @@ def backward(
             smoothed = smoothing.smooth(query, key)
             mean_scores = smoothed.scores
         given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
-        chosen = tiles.choose(arch_of(device), grad_out.shape[-1], mask.hides_keys, tiles.variants(mask, softcap))
+        options = tiles.options_of(
+            spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+            sinks=sinks is not None,
+        )  # fmt: skip
+        chosen = tiles.choose(arch_of(device), grad_out.shape[-1], mask.hides_keys, options, gluon_version())
         plan = _plan(
             device, chosen, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape,
             packed, given, spec, mask, scale, softcap,
@@ -221,7 +262,7 @@ def backward(
             quantized, unquantized = (v, v_kept) if plan.quantizes_value else (None, v)
             plan.make_value(value, key_mask, leftpad, cu_seqlens_k, quantized, unquantized, None, None)
         plan.preprocess(grad_out, out_hp, stats, cu_seqlens_q, scaled_grad_out, grad_out_operand, delta)
-        if mean_scores is not None:
+        if mean_scores is not None and isinstance(plan.tiles.grad_query, tiles.Tile):
             blocks = (side.batch, side.num_heads, side.blocks(plan.tiles.grad_query.block_m), plan.keys.max_seqlen)
             grad_sums = grad_query.new_zeros(blocks, dtype=torch.float32)
         plan.grad_query(
@@ -233,7 +274,7 @@ def backward(
             key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, delta, stats, grad_key, grad_value,
         )  # fmt: skip
         if grad_sums is not None:
-            tiles_of_block = SMOOTH_BLOCK // plan.tiles.grad_query.block_m
+            tiles_of_block = grad_sums.shape[2] * SMOOTH_BLOCK // side.blocks(1)
             grad_sums = grad_sums.unflatten(2, (-1, tiles_of_block)).sum(3) * plan.softmax_scale
             grad_query = smoothing.grad_query(grad_query.float(), grad_sums, smoothed.key.float()).to(dtype)
             grad_key = smoothing.grad_key(grad_key.float(), grad_sums, smoothed.query_mean.float()).to(dtype)

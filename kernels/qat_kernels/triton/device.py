@@ -55,3 +55,20 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)
+
+
+@lru_cache
+def why_no_gluon() -> str | None:
+    """Why the kernels in Gluon (hopper/) cannot run with the installed Triton, whose Gluon is experimental; None if they can."""
+    if INTERPRET.value:
+        return "Triton's interpreter does not run Gluon"
+    try:
+        from .hopper import launch_backward, launch_forward  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"Triton {'.'.join(map(str, TRITON))} does not have Gluon as the kernels need it ({error})"
+    return None
+
+
+def gluon_version() -> tuple[int, ...] | None:
+    """That of Triton, if its Gluon serves."""
+    return TRITON if why_no_gluon() is None else None

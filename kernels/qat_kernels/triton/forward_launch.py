@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from qat_kernels.spec import QuantSpec
 from qat_kernels.varlen import Packing, lse_shape
 
 from . import tiles
-from .device import arch_of, check_device, on_device
+from .device import arch_of, check_device, gluon_version, on_device
 from .forward import attention_forward_kernel
 from .operands import (
     PLANS,
@@ -74,7 +74,8 @@ class _Plan(NamedTuple):
     quantize_query: Launch
     quantize_key: Launch
     quantize_value: Launch
-    attend: Launch
+    attend: Any
+    """A `Launch`, or an `Attend` of hopper/, which takes the same tensors; so are those of a backward."""
     quantizes_value: bool
     operand: torch.dtype
     operands: list[int]
@@ -85,7 +86,7 @@ class _Plan(NamedTuple):
 @lru_cache(PLANS)
 def _plan(
     device: torch.device,
-    tile: tiles.Tile,
+    tile: tiles.Tile | tiles.HopperTile,
     query: Layout,
     key: Layout,
     value: Layout,
@@ -102,36 +103,14 @@ def _plan(
     formats, order, operand = spec.formats, order_of(tile.block_n), operand_dtype(value.dtype)
     quantizes_value = formats.value is not None
     two_values = quantizes_value and problem.key.lead > 0
-    has_out_hp = with_gradient and spec.quantizes_pv
-    num_blocks = problem.query.blocks(tile.block_m)
-    float32, out = Pointer(torch.float32), Pointer(value.dtype)
-    cu_seqlens = given.pointer(torch.int32, packed is not None)
-
     query_shape, key_shape = (problem.query.all_rows, problem.block_d), (problem.key.all_rows, problem.block_d)
-    key_tiles = Tiles(operand, key_shape, tile.block_n)
-    attend = Launch.of(
-        attention_forward_kernel,
-        (problem.query.batch * problem.query.num_heads * num_blocks,),
-        [
-            Tiles(operand, query_shape, tile.block_m), key_tiles, key_tiles, key_tiles if two_values else None,
-            *given.key_mask_pointers(),
-            float32 if given.k_shift else None, cu_seqlens, cu_seqlens,
-            float32 if formats.smooth is not None else None, *given.bound_pointers(),
-            given.pointer(torch.float32, given.sinks),
-            out, out if has_out_hp else None, float32, float32 if with_gradient else None,
-        ],
-        [
-            given.bounds_stride, *out_strides, *head_strides(problem.query), problem.key.rows if given.key_mask else 0,
-            *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
-            problem.softmax_scale_log2, scale,
-        ],
-        {
-            **problem.constants, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ORDER": order,
-            "HAS_KEY_MASK": given.key_mask, "OUT_HP": has_out_hp, "STORE_STATS": with_gradient,
-            "HAS_K_SHIFT": given.k_shift, "HAS_SINKS": given.sinks,
-        },
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    attend: object
+    if isinstance(tile, tiles.HopperTile):
+        from .hopper.launch_forward import attend_launch
+
+        attend = attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
+    else:
+        attend = _attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
     return _Plan(
         problem.key, (2, problem.query.all_rows), *starts(problem.code_sizes()),
         rows_launch(
@@ -149,6 +128,40 @@ def _plan(
             codes=with_gradient and len(problem.code_sizes()) > 4,
         ),
         attend, quantizes_value, operand, *starts([math.prod(query_shape), *[math.prod(key_shape)] * (3 if two_values else 2)]),
+    )  # fmt: skip
+
+
+def _attend_launch(
+    problem: Problem, tile: tiles.Tile, out_strides: tuple[int, ...], dtype: torch.dtype, given: Given, with_gradient: bool
+) -> Launch:
+    """The Triton kernel for outputs of this dtype and these strides."""
+    queries, keys, spec, operand = problem.query, problem.key, problem.spec, operand_dtype(dtype)
+    has_out_hp = with_gradient and spec.quantizes_pv
+    num_blocks = queries.blocks(tile.block_m)
+    float32, out, cu_seqlens = Pointer(torch.float32), Pointer(dtype), given.pointer(torch.int32, queries.packed)
+    key_tiles = Tiles(operand, (keys.all_rows, problem.block_d), tile.block_n)
+    return Launch.of(
+        attention_forward_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            Tiles(operand, (queries.all_rows, problem.block_d), tile.block_m),
+            key_tiles, key_tiles, key_tiles if keys.lead else None, *given.key_mask_pointers(),
+            float32 if given.k_shift else None, cu_seqlens, cu_seqlens,
+            float32 if spec.formats.smooth is not None else None, *given.bound_pointers(),
+            given.pointer(torch.float32, given.sinks),
+            out, out if has_out_hp else None, float32, float32 if with_gradient else None,
+        ],
+        [
+            given.bounds_stride, *out_strides, *head_strides(problem.query), problem.key.rows if given.key_mask else 0,
+            *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
+            problem.softmax_scale_log2, problem.scale,
+        ],
+        {
+            **problem.constants, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ORDER": order_of(tile.block_n),
+            "HAS_KEY_MASK": given.key_mask, "OUT_HP": has_out_hp, "STORE_STATS": with_gradient,
+            "HAS_K_SHIFT": given.k_shift, "HAS_SINKS": given.sinks,
+        },
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
@@ -190,7 +203,11 @@ def forward(
         if spec.formats.smooth is not None:
             query, key, _, mean_scores = smoothing.smooth(query, key)
         given, k_shift, lower, upper, sinks = given_tensors(key_mask, k_shift, packing, bounds, sinks)
-        tile = tiles.choose(arch_of(device), query.shape[-1], mask.hides_keys, tiles.variants(mask, softcap)).forward
+        options = tiles.options_of(
+            spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+            k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
+        )  # fmt: skip
+        tile = tiles.choose(arch_of(device), query.shape[-1], mask.hides_keys, options, gluon_version()).forward
         plan = _plan(
             device, tile, Layout.of(query), Layout.of(key), Layout.of(value), strides_of(out), packed, given,
             spec, mask, scale, softcap, with_gradient,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from qat_kernels.spec import Formats
+from qat_kernels.spec import Formats, QuantSpec
 
 from . import operands, tiles
 from .backward_launch import backward as backward
-from .device import TRITON, arch_of, check_device, on_device
+from .device import TRITON, arch_of, check_device, on_device, why_no_gluon
 from .forward_launch import Forward as Forward
 from .forward_launch import forward as forward
 from .forward_launch import output_shapes as output_shapes
@@ -31,9 +31,31 @@ def fake_quantize_kv(
         return operands.fake_quantize_kv(key, value, key_mask, formats)
 
 
-def remark(device: torch.device) -> str:
-    """What `explain` adds about the installed Triton on this GPU: a phrase in brackets, or nothing."""
+def remark(
+    device: torch.device, head_dim: int, causal: bool, spec: QuantSpec, asked: tuple[str, ...] = (), needs_gradient: bool = False
+) -> str:
+    """What `explain` adds about the kernels on this GPU: a phrase in brackets, or nothing.
+
+    `asked`: the FEATURES of the call.
+    """
     arch = arch_of(device)
-    if tiles.entry_of(arch) not in tiles.SPILLS.get(TRITON, ()):
-        return ""
-    return f" (slower than they could be: Triton {'.'.join(map(str, TRITON))} spills registers on sm_{arch}, 3.8 does not)"
+    version = ".".join(map(str, TRITON))
+    slow = f"slower than they could be: Triton {version} spills registers on sm_{arch}, 3.8 does not"
+    spills = tiles.entry_of(arch) in tiles.SPILLS.get(TRITON, ())
+    if arch != tiles.HOPPER:
+        return f" ({slow})" if spills else ""
+    kernels = tiles.Tiles._fields if needs_gradient else ("forward",)
+    if reason := why_no_gluon():
+        return f" (in Triton instead of Gluon: {reason}{f'; {slow}' if spills else ''})"
+    of_values = {"softcap", "sinks"}
+    options = tiles.options_of(
+        spec, bounds=not of_values.issuperset(asked), softcap="softcap" in asked, sinks="sinks" in asked,
+        with_gradient=needs_gradient,
+    )  # fmt: skip
+    reasons = {kernel: tiles.why_not_hopper(kernel, TRITON, head_dim, causal, options) for kernel in kernels}
+    in_gluon = [kernel for kernel, reason in reasons.items() if reason is None]
+    parts = [f"in Gluon for sm_90: {', '.join(in_gluon)}"] if in_gluon else []
+    parts += [f"{kernel} in Triton: Gluon's, {reason}" for kernel, reason in reasons.items() if reason is not None]
+    if spills and len(in_gluon) < len(kernels):
+        parts.append(slow)
+    return f" ({'; '.join(parts)})"

@@ -18,8 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .nvfp4 import INTERPRET
 
 Grid = tuple[int, int, int]
-Argument = torch.Tensor | int | None
-"""What a kernel gets where it takes a pointer: a tensor, an address, or nothing."""
+Argument = torch.Tensor | int | None | tuple[torch.Tensor | int | None, ...]
+"""What a kernel gets where it takes a pointer: a tensor, an address, or nothing. Kernels in Gluon take tuples too."""
+Number = int | float | None | tuple[int, ...]
 _MOST_DESCRIPTORS = 512
 """How many a kernel keeps: PyTorch gives the same addresses again and again."""
 
@@ -65,16 +66,21 @@ class Tiles(NamedTuple):
     """Where a kernel will get a tensor [rows, columns] in tiles of some rows, which the hardware can copy by itself."""
 
     dtype: torch.dtype
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     block_rows: int
 
-    def descriptor(self, base: Argument | Pointer) -> TensorDescriptor:
+    def descriptor(self, base: Argument | Pointer) -> Any:
         """As Triton takes a tensor, or an address, in tiles."""
-        if isinstance(base, int):
-            address, base = base, Pointer(self.dtype)
-            base.address = address
         rows, columns = self.shape
-        return _Descriptor(base, [rows, columns], [columns, 1], [self.block_rows, columns])
+        return _Descriptor(self.pointer(base), [rows, columns], [columns, 1], [self.block_rows, columns])
+
+    def pointer(self, base: Argument | Pointer) -> Any:
+        """What has a `data_ptr`, of an address too."""
+        if not isinstance(base, int):
+            return base
+        pointer = Pointer(self.dtype)
+        pointer.address = base
+        return pointer
 
 
 class PrecompiledKernel:
@@ -98,11 +104,12 @@ class PrecompiledKernel:
         # The last one first: each becomes several arguments in its place.
         self._tiles = [(place, x) for place, x in enumerate(arguments) if isinstance(x, Tiles)][::-1]
         self._descriptors: list[dict[int, list[Any]]] = [{} for _ in self._tiles]
+        self._has_tuples = any(type(x) is tuple for x in arguments)
         if not INTERPRET.value:
             given = [x.descriptor(Pointer(x.dtype)) if isinstance(x, Tiles) else x for x in arguments]
             self._kernel, self._options = kernel.warmup(*given, *self._constants, grid=(1,), **options), {}
 
-    def __call__(self, grid: Grid, tensors: Sequence[Argument], numbers: Sequence[int | float | None] = ()) -> Any:
+    def __call__(self, grid: Grid, tensors: Sequence[Argument], numbers: Sequence[Number] = ()) -> Any:
         """Launch it on the current device and stream; returns the compiled kernel."""
         if INTERPRET.value or _is_watched() or (launcher := self._launcher) is None:
             arguments: list[Any] = [*tensors]
@@ -111,7 +118,7 @@ class PrecompiledKernel:
             self._kernel[grid](*arguments, *numbers, *self._constants, **self._options)
             return self._kernel
         # With tensors Triton would ask the driver about each of them.
-        arguments = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in tensors]
+        arguments = [*map(_address, tensors)]
         for (place, tiles), known in zip(self._tiles, self._descriptors, strict=True):
             address = arguments[place]
             described = known.get(address)
@@ -125,7 +132,16 @@ class PrecompiledKernel:
 
     @functools.cached_property
     def _launcher(self) -> _Launcher | None:
+        if self._has_tuples and not triton.__version__.startswith("3.6."):
+            return None
         return _Launcher.of(self._kernel, [place for place, _ in self._tiles][::-1])
+
+
+def _address(x: Argument) -> Any:
+    """Of a tensor, also in a tuple."""
+    if isinstance(x, torch.Tensor):
+        return x.data_ptr()
+    return tuple(map(_address, x)) if type(x) is tuple else x
 
 
 class _Launcher:
@@ -187,7 +203,7 @@ class Launch(NamedTuple):
 
     kernel: PrecompiledKernel
     grid: Grid
-    numbers: tuple[int | float | None, ...]
+    numbers: tuple[Number, ...]
 
     @classmethod
     def of(
@@ -195,7 +211,7 @@ class Launch(NamedTuple):
         kernel: triton.JITFunction,
         grid: tuple[int, ...],
         tensors: Sequence[Any],
-        numbers: Sequence[int | float | None],
+        numbers: Sequence[Number],
         constants: dict[str, Any],
         **options: Any,
     ) -> Launch:
