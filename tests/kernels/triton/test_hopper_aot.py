@@ -14,8 +14,9 @@ def assert_clean(compiler, *calls: tuple[int, bool, dict]) -> None:
     for call, future in futures:
         for kernel in future.result():
             if kernel.in_gluon:
-                # dK and dV put one number aside in a step over kept groups, of which a block has few.
-                assert kernel.spilled_in_loops <= (2 if call[1] and kernel.name == "grad_key_value_kernel" else 0), (call, kernel)
+                # With a key mask a few numbers may be put aside; else causal dK and dV do that with one, over kept groups only.
+                few = 2 if call[1] and kernel.name == "grad_key_value_kernel" else 0
+                assert kernel.spilled_in_loops <= (16 if call[2].get("masked") else few), (call, kernel)
                 assert kernel.warnings == "", (call, kernel)
                 assert kernel.shared <= SHARED_MEMORY[90] * 1024, (call, kernel)
 
