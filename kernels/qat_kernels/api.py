@@ -7,10 +7,11 @@ from typing import Literal, overload
 import torch
 
 from . import kv_only
-from .arguments import Features, Impl, PackingArguments, validate
-from .derivatives import attention_under_transforms
+from .arguments import Features, Impl, PackingArguments, check
+from .derivatives import attention_under_transforms, attention_with_gradient
 from .dispatch import resolve, why_not_sdpa
-from .ops import attention_forward
+from .mask import Bounds
+from .ops import Extras, Options, attention_forward, forward, op_arguments, seen_by_others
 from .spec import INFERENCE_KERNELS, NVFP4, QuantSpec
 from .transforms import transformed
 from .varlen import Packing
@@ -156,38 +157,41 @@ def attention(
             GPU never brings them to the host, because that would wait for all work queued before; there, wrong values are not
             noticed.
     """
-    arguments = PackingArguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    packed = None if cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None else arguments
-    packing = validate(q, k, v, spec, key_mask, k_shift, packed, impl, causal=causal, scale=scale, return_lse=return_lse)
+    packed = None
+    if not (cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None):
+        packed = PackingArguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     features = Features(window, block_size, prefix, bounds, softcap, sinks)
-    mask, limits = features.checked(q, spec, impl, causal=causal, packed=packed is not None, k_shift=k_shift)
-    asked = features.asked
-    needs_gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if sinks is not None:
-        needs_gradient = needs_gradient or (torch.is_grad_enabled() and sinks.requires_grad)
-    spec_json, under_transforms = spec.to_json(), transformed()
-    if isinstance(impl, Verdicts) and asked:  # it was not checked for these
-        impl = "auto"
-    elif isinstance(impl, Verdicts):
-        impl = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing)
-    if impl == "auto":
-        impl = resolve(q.device, q.dtype, spec.preset, packed is not None, asked)
-    elif impl in INFERENCE_KERNELS and needs_gradient:
-        raise ValueError(f"attention: impl={impl!r} has no gradient; call it under torch.no_grad(), or use impl='triton'")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if impl == "sdpa":
-        reason = why_not_sdpa(q.device, q.dtype, packed is not None)
+    chosen: Impl = "auto" if isinstance(impl, Verdicts) else impl
+    call = check(q, k, v, spec, key_mask, k_shift, packed, features, chosen, causal=causal, scale=scale, return_lse=return_lse)
+    needs_gradient = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    )
+    under_transforms = transformed()
+    packing = None if packed is None else Packing(*packed)  # type: ignore[arg-type]  # checked
+    extras = Extras(key_mask, k_shift, packing, None if bounds is None else Bounds(*bounds), sinks)
+    if isinstance(impl, Verdicts) and not call.asked:  # features were not checked
+        chosen = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing)
+    if chosen == "auto":
+        chosen = resolve(q.device, q.dtype, spec.preset, packing is not None, call.asked)
+    elif chosen in INFERENCE_KERNELS and needs_gradient:
+        raise ValueError(f"attention: impl={chosen!r} has no gradient; call it under torch.no_grad(), or use impl='triton'")
+    if chosen == "sdpa":
+        reason = why_not_sdpa(q.device, q.dtype, packing is not None)
         if reason is not None:
             raise ValueError(f"attention: impl='sdpa': {reason}; use impl='eager'")
         if not under_transforms:
-            return kv_only.attention(q, k, v, key_mask, packing, spec=spec, causal=causal, scale=scale)
-    if under_transforms and impl not in INFERENCE_KERNELS:  # which of them wants a derivative cannot be seen from here
+            return kv_only.attention(q, k, v, key_mask, packing, spec=spec, causal=causal, scale=call.scale)
+    if under_transforms and chosen not in INFERENCE_KERNELS:  # which of them wants a derivative cannot be seen from here
         needs_gradient = torch.is_grad_enabled()
-    options = (spec_json, mask.to_json(), scale, needs_gradient, impl)
-    inputs = (q, k, v, key_mask, k_shift, *options, *((None, None, 0, 0) if packing is None else packing))
-    softcap = None if softcap is None else float(softcap)
-    inputs = (*inputs, *((None, None) if limits is None else limits), softcap, sinks)
-    out, _, lse, *_ = attention_under_transforms(return_lse, *inputs) if under_transforms else attention_forward(*inputs)
+    options = Options(spec, call.mask, call.scale, call.softcap, chosen, needs_gradient)
+    if under_transforms:
+        out, _, lse, *_ = attention_under_transforms(return_lse, *op_arguments(q, k, v, extras, options))
+    elif seen_by_others(q, k, v):
+        out, _, lse, *_ = attention_forward(*op_arguments(q, k, v, extras, options))
+    elif needs_gradient:
+        out, lse = attention_with_gradient(q, k, v, extras, options)
+    else:
+        out, _, lse, *_ = forward(q, k, v, extras, options)
     return (out, lse.detach()) if return_lse else out
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import torch
 
-from .mask import Bounds, Mask
+from .mask import Mask
 from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, QuantSpec
-from .varlen import Packing
-from .verdicts import Verdicts
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
@@ -27,8 +25,8 @@ class PackingArguments(NamedTuple):
     max_seqlen_q: int | None
     max_seqlen_k: int | None
 
-    def checked(self, total_q: int, total_k: int, device: torch.device) -> Packing:
-        """All four, after everything that can be checked without reading `cu_seqlens`, which on a GPU would wait for it.
+    def check(self, total_q: int, total_k: int, device: torch.device) -> None:
+        """Everything that can be checked without reading `cu_seqlens`, which on a GPU would wait for it.
 
         Raises:
             ValueError: an argument is missing or has the wrong type, shape, dtype or device, or there are more tokens than
@@ -58,7 +56,6 @@ class PackingArguments(NamedTuple):
                     f"attention: {name}: expected the length of the longest document; {documents} documents of at most {length} "
                     f"cannot hold {total} tokens"
                 )
-        return Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
 
 
 def validate(
@@ -69,16 +66,16 @@ def validate(
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
     packed: PackingArguments | None,
-    impl: str | Verdicts,
+    impl: str,
     *,
     causal: bool = False,
     scale: float | None = None,
     return_lse: bool = False,
-) -> Packing | None:
-    """Raise a ValueError unless these are arguments of `qat_kernels.attention`; return how sequences are packed, if they are."""
+) -> None:
+    """Raise a ValueError unless these are arguments of `qat_kernels.attention`."""
     if not isinstance(spec, QuantSpec):
         _refuse("spec", "a QuantSpec", repr(spec))
-    if not isinstance(impl, Verdicts) and impl not in get_args(Impl):
+    if impl not in get_args(Impl):
         _refuse("impl", f"one of {', '.join(get_args(Impl))}", repr(impl))
     layout = "batch, heads, length, head_dim" if packed is None else "total, heads, head_dim"
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -104,11 +101,10 @@ def validate(
     if k.shape != v.shape:
         expected = "[B, Hk, Lk, D]" if packed is None else "[total_k, Hk, D]"
         _refuse("shapes of k and v", f"equal shapes {expected}", f"{tuple(k.shape)} and {tuple(v.shape)}")
-    packing = None
     if packed is not None:
         if k.shape[-1] != head_dim:
             _refuse("shape of k", f"[total_k, Hk, {head_dim}], head_dim as in q", tuple(k.shape))
-        packing = packed.checked(len(q), len(k), q.device)
+        packed.check(len(q), len(k), q.device)
         if key_mask is not None:
             _refuse("key_mask with packed sequences", "None; pack the allowed tokens alone", "a mask")
     elif (k.shape[0], k.shape[-1]) != (q.shape[0], head_dim):
@@ -131,7 +127,6 @@ def validate(
     ):
         _refuse(*problem)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
-    return packing
 
 
 class Features(NamedTuple):
@@ -155,12 +150,12 @@ class Features(NamedTuple):
         self,
         q: torch.Tensor,
         spec: QuantSpec,
-        impl: str | Verdicts,
+        impl: str,
         *,
         causal: bool,
         packed: bool,
         k_shift: torch.Tensor | None,
-    ) -> tuple[Mask, Bounds | None]:
+    ) -> Mask:
         """Which keys are seen, after everything that can be checked without reading `bounds`, which on a GPU would wait for it.
 
         Args:
@@ -200,7 +195,7 @@ class Features(NamedTuple):
         for name in self.asked:
             if name not in spec.rules.features:
                 _refuse(f"{name} with preset={spec.preset!r}", "it left out: its servers do not compute it", "one")
-            if not isinstance(impl, Verdicts) and impl != "auto" and name not in COMPUTED[impl]:
+            if impl != "auto" and name not in COMPUTED[impl]:
                 _refuse(
                     f"{name} with impl={impl!r}", "it left out, or impl='auto': this implementation does not compute it", "one"
                 )
@@ -209,8 +204,7 @@ class Features(NamedTuple):
                     f"k_shift with {name}", f"None: {name} would see the constant that it adds to a row of scores", "a tensor"
                 )
         window, causal = None if window is None else int(window), True if causal else False  # noqa: SIM210 (may be symbolic)
-        mask = Mask(causal=causal, window=window, block_size=int(block_size), prefix=int(prefix), bounded=bounds is not None)
-        return mask, None if bounds is None else Bounds(*bounds)
+        return Mask(causal=causal, window=window, block_size=int(block_size), prefix=int(prefix), bounded=bounds is not None)
 
     def _check_bounds(self, q: torch.Tensor, causal: bool, packed: bool) -> None:
         bounds = self.bounds
@@ -235,6 +229,66 @@ class Features(NamedTuple):
                 _refuse(f"bounds: {name}", f"torch.int32 [{batch} or 1, {seqlen}] on {q.device}", got)
 
 
+class Checked(NamedTuple):
+    """What there is to know about a call whose arguments go together, beside its tensors."""
+
+    mask: Mask
+    scale: float
+    softcap: float | None
+    asked: tuple[str, ...]
+    """Which of FEATURES it asks for."""
+
+
+_CHECKED: dict[tuple[Any, ...], Checked] = {}
+_MOST_CHECKED = 4096
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spec: QuantSpec,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    packed: PackingArguments | None,
+    features: Features,
+    impl: str,
+    *,
+    causal: bool,
+    scale: float | None,
+    return_lse: bool,
+) -> Checked:
+    """`validate` and `Features.checked`. They see no values of tensors, so what they found right once is not looked at again."""
+    found, key = None, None
+    if not torch.compiler.is_compiling():
+        given = (q, k, v, spec, key_mask, k_shift, packed, *features, impl, causal, scale, return_lse)
+        key = tuple(map(_described, given))
+        try:
+            found = _CHECKED.get(key)
+        except TypeError:  # something that has no hash: it will be refused
+            key = None
+    if found is None:
+        validate(q, k, v, spec, key_mask, k_shift, packed, impl, causal=causal, scale=scale, return_lse=return_lse)
+        mask = features.checked(q, spec, impl, causal=causal, packed=packed is not None, k_shift=k_shift)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        softcap = None if features.softcap is None else float(features.softcap)
+        found = Checked(mask, scale, softcap, features.asked)
+        if key is not None:
+            if len(_CHECKED) >= _MOST_CHECKED:
+                _CHECKED.clear()
+            _CHECKED[key] = found
+    return found
+
+
+def _described(x: object) -> object:
+    """All of an argument that is checked. Of a number its type, too: True is 1, and is refused where 1 is not."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype, x.device
+    if isinstance(x, tuple | list):
+        return tuple(map(_described, x))
+    return x, x.__class__
+
+
 def served_problems(spec: QuantSpec, *, head_dim: int, causal: bool, masked: bool, grouped: bool) -> list[tuple[str, str, str]]:
     """What the servers of a spec cannot compute of such a call: for each, what, what is expected, and what was given."""
     rules, name = spec.rules, f"with preset={spec.preset!r}"
@@ -253,10 +307,10 @@ def served_problems(spec: QuantSpec, *, head_dim: int, causal: bool, masked: boo
 
 
 def _refuse_what_nobody_serves(
-    spec: QuantSpec, impl: str | Verdicts, head_dim: int, k_shift: torch.Tensor | None, scale: float | None, return_lse: bool
+    spec: QuantSpec, impl: str, head_dim: int, k_shift: torch.Tensor | None, scale: float | None, return_lse: bool
 ) -> None:
     rules, name = spec.rules, f"with preset={spec.preset!r}"
-    if not isinstance(impl, Verdicts) and impl not in ("auto", "eager", *rules.impls):
+    if impl not in ("auto", "eager", *rules.impls):
         _refuse(f"impl {name}", f"one of auto, eager, {', '.join(rules.impls)}".rstrip(", "), repr(impl))
     if k_shift is not None and not rules.options:
         _refuse(f"k_shift {name}", "None: its servers subtract none", "a tensor")

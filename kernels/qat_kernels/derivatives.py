@@ -1,8 +1,9 @@
 """Derivatives of attention: gradients, tangents of forward mode, `torch.func` and vmap; what there is not is refused by name.
 
-Ordinary calls differentiate the op itself: one node, also for `torch.compile`. An op cannot have a rule for forward mode, and
-would give a tangent of zero there, silently. So under derivatives of `torch.func`, and in a `forward_ad.dual_level`, a call goes
-through the `torch.autograd.Function` below, which has a rule for each. vmap alone runs the op for one sample after the other.
+Ordinary calls go through `attention_with_gradient`, which costs little; where somebody has to see a node (`ops.seen_by_others`),
+through the op, which has the same gradient. An op cannot have a rule for forward mode, and would give a tangent of zero there,
+silently. So under derivatives of `torch.func`, and in a `forward_ad.dual_level`, a call goes through
+`attention_under_transforms`, which has a rule for each. vmap alone runs the op for one sample after the other.
 """
 
 from __future__ import annotations
@@ -13,9 +14,19 @@ from typing import Any, NoReturn
 
 import torch
 
-from .mask import Mask
-from .ops import attention_backward, attention_forward, attention_tangent, has_out_hp
-from .spec import INFERENCE_KERNELS, QuantSpec
+from . import ops
+from .ops import (
+    Extras,
+    Options,
+    attention_backward,
+    attention_forward,
+    attention_tangent,
+    backward_arguments,
+    extras_and_options,
+    has_out_hp,
+    tangent_arguments,
+)
+from .spec import INFERENCE_KERNELS
 from .transforms import transformed
 
 logger = logging.getLogger(__name__)
@@ -59,6 +70,33 @@ class _Tangent(_Once):
         return attention_tangent(*inputs)
 
 
+class _Plain(torch.autograd.Function):
+    """O and LSE of a call that nobody else has to see."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, extras: Extras, options: Options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        results = ops.forward(q, k, v, extras, options)
+        out, _, lse, *_ = results
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(*_needed_again(q, k, v, options), *_keep(ctx, k, extras, options, results))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 6
+        return *_gradient(ctx, grad_out, seen=torch.is_grad_enabled() or ops.seen_by_others(grad_out)), None, None
+
+
+def attention_with_gradient(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """O and LSE, with a gradient of the first."""
+    return _Plain.apply(q, k, v, extras.sinks, extras, options)
+
+
 class _Attention(torch.autograd.Function):
     """`attention_forward` for transforms: whether somebody sees LSE, and the arguments of the op; its results."""
 
@@ -72,24 +110,24 @@ class _Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         ctx.return_lse, q, k, v, *_ = inputs
         ctx.others = [(x.shape, x.dtype) for x in output[1:4]]
-        saved = _set_options(ctx, inputs[1:], output)
-        ctx.save_for_backward(q, k, v, *saved)
-        ctx.save_for_forward(q, k, v, *saved)  # under vmap both have to be the same
+        saved = q, k, v, *_keep(ctx, k, *extras_and_options(inputs[1:]), output)
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)  # under vmap both have to be the same
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if ctx.impl in INFERENCE_KERNELS:
-            raise ValueError(f"attention: impl={ctx.impl!r} has no derivative; use impl='auto'")
+        impl = ctx.options.impl
+        if impl in INFERENCE_KERNELS:
+            raise ValueError(f"attention: impl={impl!r} has no derivative; use impl='auto'")
         if ctx.return_lse:
             raise ValueError("attention: return_lse=True: the log-sum-exp has no tangent; call without it in forward mode")
-        if ctx.impl in ("triton", "sdpa"):
+        if impl in ("triton", "sdpa"):
             _say_that_tangents_are_slow()
-        q, k, v, _, _, _, *masks, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = ctx.saved_tensors
+        q, k, v, _, _, _, extras = _kept(ctx)
         directions = (torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents[:3], strict=True))
-        options = (*masks, ctx.spec, ctx.mask, ctx.scale, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
-        options = (*options, lower, upper, ctx.softcap, sinks, tangents[-1])
+        out_tangent = _Tangent.apply(q, k, v, *directions, *tangent_arguments(extras, ctx.options), tangents[-1])
         # Nobody sees the other results, but floats among them have to have a tangent.
-        return _Tangent.apply(q, k, v, *directions, *options), *(q.new_zeros(x, dtype=dtype) for x, dtype in ctx.others), None
+        return out_tangent, *(q.new_zeros(x, dtype=dtype) for x, dtype in ctx.others), None
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -107,35 +145,57 @@ def _say_that_tangents_are_slow() -> None:
     logger.warning("qat_kernels: tangents (forward mode) are computed by the eager implementation: same numbers, but slow.")
 
 
-def _set_options(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
-    """Sets everything but tensors, and returns what is to be kept of these besides q, k and v."""
-    _, k, _, key_mask, k_shift, ctx.spec, ctx.mask, ctx.scale, needs_gradient, ctx.impl, *packing = inputs
-    *packing, lower, upper, ctx.softcap, sinks = packing
-    cu_seqlens, ctx.max_seqlens = packing[:2], packing[2:]
-    out, out_hp, _, stats, codes = output
-    if not has_out_hp(QuantSpec.from_json(ctx.spec), needs_gradient):
-        out_hp = out  # nothing of P or V was rounded, so O is O'
-    ctx.keys, ctx.num_heads_k = k.shape[-2 if k.ndim == 4 else 0], k.shape[1]
-    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
-    return out_hp, stats, codes, key_mask, k_shift, *cu_seqlens, lower, upper, sinks
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, k, v, *_ = inputs
-    saved = _set_options(ctx, inputs, output)
-    if ctx.impl == "triton":  # reads codes instead
-        spec = QuantSpec.from_json(ctx.spec)
-        q, k = (q, k) if spec.reads_query else (None, None)
-        v = v if spec.reads_value(Mask.from_json(ctx.mask).hides_keys) else None
-    ctx.save_for_backward(q, k, v, *saved)
+    extras, options = extras_and_options(inputs)
+    ctx.save_for_backward(*_needed_again(q, k, v, options), *_keep(ctx, k, extras, options, output))
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    *tensors, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = ctx.saved_tensors
-    options = (ctx.keys, ctx.num_heads_k, ctx.spec, ctx.mask, ctx.scale, ctx.impl, cu_seqlens_q, cu_seqlens_k, *ctx.max_seqlens)
-    gradient = _Gradient.apply if transformed() else attention_backward
-    *grads, grad_sinks = gradient(grad_out, *tensors, *options, lower, upper, ctx.softcap, sinks)
-    return *grads, *(None,) * 14, None if sinks is None else grad_sinks
+    *grads, grad_sinks = _gradient(ctx, grad_out)
+    return *grads, *(None,) * 14, grad_sinks
+
+
+def _needed_again(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Which of Q, K and V the backward reads."""
+    if options.impl != "triton":
+        return q, k, v
+    spec = options.spec  # it reads codes instead
+    return *((q, k) if spec.reads_query else (None, None)), v if spec.reads_value(options.mask.hides_keys) else None
+
+
+def _keep(
+    ctx: Any, k: torch.Tensor, extras: Extras, options: Options, results: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """Sets what a derivative needs and is no tensor; returns the tensors that are to be saved behind Q, K and V."""
+    out, out_hp, _, stats, codes = results
+    if not has_out_hp(options.spec, options.needs_gradient):
+        out_hp = out  # nothing of P or V was rounded, so O is O'
+    ctx.options, ctx.key_shape = options, k.shape
+    ctx.max_seqlens = (0, 0) if extras.packing is None else extras.packing[2:]
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
+    return out_hp, stats, codes, *extras.tensors
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    """What was saved: Q, K, V, O', stats, codes, and the `Extras`."""
+    q, k, v, out_hp, stats, codes, *tensors = ctx.saved_tensors
+    return q, k, v, out_hp, stats, codes, Extras.of(tensors, ctx.max_seqlens)
+
+
+def _gradient(ctx: Any, grad_out: torch.Tensor, *, seen: bool = True) -> tuple[torch.Tensor | None, ...]:
+    """That of Q, K, V and the sinks; by the op if somebody has to see it."""
+    q, k, v, out_hp, stats, codes, extras = _kept(ctx)
+    if not seen:
+        results = ops.backward(grad_out, q, k, v, out_hp, stats, codes, ctx.key_shape, extras, ctx.options)
+    else:
+        gradient = _Gradient.apply if transformed() else attention_backward
+        rest = backward_arguments(ctx.key_shape, extras, ctx.options)
+        results = gradient(grad_out, q, k, v, out_hp, stats, codes, *rest)
+    *grads, grad_sinks = results
+    return *grads, None if extras.sinks is None else grad_sinks
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -136,17 +136,24 @@ def explain(
         if kernel and not needs_gradient and impl.take_kernel(q.device, q.dtype, *case[:3], q.shape[2], k.shape[2]):
             chosen = kernel
     is_auto = isinstance(impl, Verdicts) or impl == "auto"
+
+    def words(name: str) -> str:
+        described = how(name, q.device, q.shape[-1], spec, verdict)
+        if name == "triton":
+            described += training_kernels().remark(q.device, q.shape[-1], causal, spec, features.asked, needs_gradient)
+        return described
+
     lines = []
     for name in SPEED:
         if name in ("sageattn3", "sdpa") and name not in spec.rules.impls:
             continue
         problem = why_not(name, q.device, q.dtype, spec, needs_gradient, features.asked)
         if name == chosen:
-            state = f"would raise: {problem}" if problem else f"runs, {how(name, q.device, q.shape[-1], spec, verdict)}"
+            state = f"would raise: {problem}" if problem else f"runs, {words(name)}"
         elif problem:
             state = f"cannot run: {problem}"
         else:
-            state = f"could run, {how(name, q.device, q.shape[-1], spec, verdict)}: pass impl={name!r}"
+            state = f"could run, {words(name)}: pass impl={name!r}"
             if is_auto and SPEED.index(name) < SPEED.index(chosen):
                 why = f"here: {verdict.taken}" if verdict else "yet: its speed has not been measured"
                 state += f" (`auto` does not take it {why})"
@@ -202,7 +209,7 @@ def how(impl: str, device: torch.device, head_dim: int, spec: QuantSpec, verdict
     if impl == "sdpa":
         return "as PyTorch's own attention, with K and V fake-quantized"
     if impl == "triton":
-        return "as fused kernels that multiply the exact FP4 values in 16 bits" + training_kernels().remark(device)
+        return "as fused kernels that multiply the exact FP4 values in 16 bits"
     if impl == "sageattn3":
         checked = f"checked here: {verdict.words}" if verdict else "never run by the authors of this package"
         found = sageattn3.installed()

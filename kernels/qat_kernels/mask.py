@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ class Mask:
         """Whether a query may not see the last key, by the form of the mask: then groups are kept."""
         return self.causal or self.bounded
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether `causal` says it all."""
         return self == Mask(causal=self.causal)

@@ -1,16 +1,150 @@
-"""The custom ops behind `attention`, with their fakes: one node each for `torch.compile` and for autograd (derivatives.py)."""
+"""What runs behind `attention`, and the custom ops around it with their fakes: one node each for `torch.compile` and autograd.
+
+Where nobody has to see a node, a call does without (derivatives.py): the layers around an op cost more than a small call itself.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 
 from . import ran, reference, sageattn3, varlen
 from .dispatch import fp4_kernels, training_kernels
 from .mask import Bounds, Mask
 from .spec import QuantSpec
 from .varlen import Packing
+
+
+class Options(NamedTuple):
+    """What of a call is no tensor."""
+
+    spec: QuantSpec
+    mask: Mask
+    scale: float
+    softcap: float | None
+    impl: str
+    needs_gradient: bool = False
+
+
+class Extras(NamedTuple):
+    """The tensors that a call may have besides Q, K and V."""
+
+    key_mask: torch.Tensor | None
+    k_shift: torch.Tensor | None
+    packing: Packing | None
+    bounds: Bounds | None
+    sinks: torch.Tensor | None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """All of them: key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks."""
+        key_mask, k_shift, packing, bounds, sinks = self
+        return key_mask, k_shift, *((None, None) if packing is None else packing[:2]), *(bounds or (None, None)), sinks
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor | None], max_seqlens: Sequence[int]) -> Extras:
+        """From `tensors`."""
+        key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = tensors
+        packing = bounds = None
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            packing = Packing(cu_seqlens_q, cu_seqlens_k, *max_seqlens)
+        if lower is not None and upper is not None:
+            bounds = Bounds(lower, upper)
+        return cls(key_mask, k_shift, packing, bounds, sinks)
+
+
+def seen_by_others(*tensors: torch.Tensor) -> bool:
+    """Whether somebody has to see a node for a call with these: torch.compile and export, modes (fakes, selective checkpointing,
+    counters of operations), vmap, torch.jit.trace, or the class of a tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or not all(map(_is_plain, tensors))
+    )
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    # Autograd's `is_grads_batched` has tensors of its own, which look like any other.
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta and not is_legacy_batchedtensor(x)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """O, O', LSE, and what the backward of `triton` reads beside them.
+
+    O' is None or empty where O serves, or no gradient is needed; the last two where the backward reads nothing of them.
+    """
+    spec, mask, scale, softcap, impl, needs_gradient = options
+    key_mask, k_shift, packing, bounds, sinks = extras
+    ran.note("eager" if impl == "sdpa" else impl)  # which comes here for tangents alone
+    if impl == "triton":
+        with _for_smoothing(q.device, spec):
+            return training_kernels().forward(
+                q, k, v, key_mask, k_shift, packing,
+                spec=spec, mask=mask, scale=scale, with_gradient=needs_gradient, bounds=bounds, softcap=softcap, sinks=sinks,
+            )  # fmt: skip
+    nothing = q.new_empty(0, dtype=torch.uint8)
+    if impl == "fp4":
+        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec, mask=mask, scale=scale)
+        return out, q.new_empty(0), lse, lse.new_empty(0), nothing
+    with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
+        if impl == "sageattn3":
+            out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec, mask=mask, scale=scale)
+            return out, q.new_empty(0), lse, lse.new_empty(0), nothing
+        numerics: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
+        numerics["with_out_hp"] = has_out_hp(spec, needs_gradient)
+        if packing is None:
+            out, out_hp, lse = reference.forward(q, k, v, key_mask, k_shift, bounds=bounds, **numerics)
+        else:
+            out, out_hp, lse = varlen.forward(q, k, v, k_shift, packing, **numerics)
+    return out, out_hp, lse, lse.new_empty(0), nothing
+
+
+def backward(
+    grad_out: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    out_hp: torch.Tensor,
+    stats: torch.Tensor,
+    codes: torch.Tensor,
+    key_shape: torch.Size,
+    extras: Extras,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dQ, dK, dV and that of the sinks (None or empty without).
+
+    `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again.
+    """
+    spec, mask, scale, softcap, impl, _ = options
+    key_mask, k_shift, packing, bounds, sinks = extras
+    if impl == "triton":
+        with _for_smoothing(grad_out.device, spec):
+            return training_kernels().backward(
+                grad_out, v, out_hp, stats, codes, key_mask, packing,
+                key_shape=key_shape, spec=spec, mask=mask, scale=scale, bounds=bounds, softcap=softcap, sinks=sinks,
+                query=q, key=k,
+            )  # fmt: skip
+    assert q is not None and k is not None and v is not None, "eager reads its inputs again"
+    numerics: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
+    with torch.autocast(grad_out.device.type, enabled=False):
+        if packing is None:
+            return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, bounds=bounds, **numerics)
+        return varlen.backward(grad_out, q, k, v, out_hp, k_shift, packing, **numerics)
+
+
+def _for_smoothing(device: torch.device, spec: QuantSpec) -> contextlib.AbstractContextManager[None]:
+    """Without autocast where Q and K are smoothed, which has matrix products of its own."""
+    smooths = spec.formats.smooth is not None
+    return torch.autocast(device.type, enabled=False) if smooths else contextlib.nullcontext()
 
 
 @torch.library.custom_op("qat_kernels::attention_forward", mutates_args=())
@@ -34,31 +168,13 @@ def attention_forward(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """O, O' (empty where O serves, or no gradient is needed), LSE, and what the backward of `triton` reads beside them."""
-    ran.note("eager" if impl == "sdpa" else impl)  # which comes here for tangents alone
-    spec_, mask_ = QuantSpec.from_json(spec), Mask.from_json(mask)
-    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if impl == "triton":
-        options: dict[str, Any] = {"with_gradient": needs_gradient, "spec": spec_, "mask": mask_, "scale": scale}
-        options |= {"bounds": _bounds(lower, upper), "softcap": softcap, "sinks": sinks}
-        with torch.autocast(q.device.type, enabled=False):  # the smoothing of `sage3` has matrix products of its own
-            return tuple(training_kernels().forward(q, k, v, key_mask, k_shift, packing, **options))
-    nothing = q.new_empty(0, dtype=torch.uint8)
-    if impl == "fp4":
-        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec_, mask=mask_, scale=scale)
-        return out, q.new_empty(0), lse, lse.new_empty(0), nothing
-    if impl == "sageattn3":
-        with torch.autocast(q.device.type, enabled=False):
-            out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec_, mask=mask_, scale=scale)
-        return out, q.new_empty(0), lse, lse.new_empty(0), nothing
-    options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
-    options["with_out_hp"] = has_out_hp(spec_, needs_gradient)
-    with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
-        if packing is None:
-            out, out_hp, lse = reference.forward(q, k, v, key_mask, k_shift, bounds=_bounds(lower, upper), **options)
-        else:
-            out, out_hp, lse = varlen.forward(q, k, v, k_shift, packing, **options)
-    return out, out_hp, lse, lse.new_empty(0), nothing
+    """`forward`, with plain values in place of options and tensors of their own; what is None there is empty."""
+    tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
+    extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
+    options = Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl, needs_gradient)
+    out, out_hp, lse, stats, codes = forward(q, k, v, extras, options)
+    out_hp, stats = q.new_empty(0) if out_hp is None else out_hp, lse.new_empty(0) if stats is None else stats
+    return out, out_hp, lse, stats, q.new_empty(0, dtype=torch.uint8) if codes is None else codes
 
 
 @attention_forward.register_fake
@@ -82,7 +198,8 @@ def _(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    spec_, packing = QuantSpec.from_json(spec), _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    spec_ = QuantSpec.from_json(spec)
+    packing = Extras.of((None, None, cu_seqlens_q, cu_seqlens_k, None, None, None), (max_seqlen_q, max_seqlen_k)).packing
     out_hp = torch.empty_like(q) if has_out_hp(spec_, needs_gradient) else q.new_empty(0)
     lse = q.new_empty(varlen.lse_shape(q.shape, packing), dtype=reference.accumulator(q.dtype))
     stats_shape = codes_shape = (0,)
@@ -119,25 +236,13 @@ def attention_backward(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dQ, dK, dV and that of the sinks (empty without).
-
-    `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again.
-    """
-    spec_, mask_ = QuantSpec.from_json(spec), Mask.from_json(mask)
-    packing = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if impl == "triton":
-        shape = _key_shape(grad_out, keys, num_heads_k)
-        options: dict[str, Any] = {"key_shape": shape, "spec": spec_, "mask": mask_, "scale": scale, "query": q, "key": k}
-        options |= {"bounds": _bounds(lower, upper), "softcap": softcap, "sinks": sinks}
-        with torch.autocast(grad_out.device.type, enabled=False):
-            return training_kernels().backward(grad_out, v, out_hp, stats, codes, key_mask, packing, **options)
-    assert q is not None and k is not None and v is not None, "eager reads its inputs again"
-    options = {"spec": spec_, "mask": mask_, "scale": scale, "softcap": softcap, "sinks": sinks}
-    with torch.autocast(grad_out.device.type, enabled=False):
-        if packing is None:
-            bounds = _bounds(lower, upper)
-            return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, bounds=bounds, **options)
-        return varlen.backward(grad_out, q, k, v, out_hp, k_shift, packing, **options)
+    """`backward`, with plain values in place of options and tensors of their own; what is None there is empty."""
+    tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
+    extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
+    options = Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl)
+    key_shape = _key_shape(grad_out, keys, num_heads_k)
+    dq, dk, dv, grad_sinks = backward(grad_out, q, k, v, out_hp, stats, codes, key_shape, extras, options)
+    return dq, dk, dv, grad_out.new_empty(0) if grad_sinks is None else grad_sinks
 
 
 @attention_backward.register_fake
@@ -195,13 +300,15 @@ def attention_tangent(
     sinks_tangent: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The tangent of O, in eager PyTorch whatever computed O."""
-    options: dict[str, Any] = {"spec": QuantSpec.from_json(spec), "mask": Mask.from_json(mask), "scale": scale}
-    options |= {"softcap": softcap, "sinks": sinks, "sinks_tangent": sinks_tangent}
-    packing, tangents = _packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), (q_tangent, k_tangent, v_tangent)
+    tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
+    extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
+    numerics: dict[str, Any] = {"spec": QuantSpec.from_json(spec), "mask": Mask.from_json(mask), "scale": scale}
+    numerics |= {"softcap": softcap, "sinks": sinks, "sinks_tangent": sinks_tangent}
+    tangents = (q_tangent, k_tangent, v_tangent)
     with torch.autocast(q.device.type, enabled=False):
-        if packing is None:
-            return reference.tangent(q, k, v, tangents, key_mask, k_shift, bounds=_bounds(lower, upper), **options)
-        return varlen.tangent(q, k, v, tangents, k_shift, packing, **options)
+        if extras.packing is None:
+            return reference.tangent(q, k, v, tangents, key_mask, k_shift, bounds=extras.bounds, **numerics)
+        return varlen.tangent(q, k, v, tangents, k_shift, extras.packing, **numerics)
 
 
 @attention_tangent.register_fake
@@ -209,24 +316,46 @@ def _(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return torch.empty_like(q)
 
 
+def op_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options) -> tuple[Any, ...]:
+    """Those of `attention_forward`."""
+    spec, mask, scale, softcap, impl, needs_gradient = options
+    plain = (spec.to_json(), mask.to_json(), scale, needs_gradient, impl)
+    return q, k, v, extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap)
+
+
+def extras_and_options(inputs: Sequence[Any]) -> tuple[Extras, Options]:
+    """Of the arguments of `attention_forward`."""
+    _, _, _, key_mask, k_shift, spec, mask, scale, needs_gradient, impl, *cu_seqlens, longest_q, longest_k = inputs[:14]
+    *bounds, softcap, sinks = inputs[14:]
+    extras = Extras.of((key_mask, k_shift, *cu_seqlens, *bounds, sinks), (longest_q, longest_k))
+    return extras, Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl, needs_gradient)
+
+
+def backward_arguments(key_shape: torch.Size, extras: Extras, options: Options) -> tuple[Any, ...]:
+    """Those of `attention_backward` from the key mask on."""
+    spec, mask, scale, softcap, impl, _ = options
+    keys = key_shape[-2 if len(key_shape) == 4 else 0]
+    plain = (keys, key_shape[1], spec.to_json(), mask.to_json(), scale, impl)
+    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap)
+
+
+def tangent_arguments(extras: Extras, options: Options) -> tuple[Any, ...]:
+    """Those of `attention_tangent` from the key mask to the sinks."""
+    spec, mask, scale, softcap, _, _ = options
+    return extras.key_mask, extras.k_shift, spec.to_json(), mask.to_json(), scale, *_last_arguments(extras, softcap)
+
+
+def _last_arguments(extras: Extras, softcap: float | None) -> tuple[Any, ...]:
+    """What all ops take last: packed sequences, bounds, the soft cap and sinks."""
+    _, _, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = extras.tensors
+    max_seqlens = (0, 0) if extras.packing is None else extras.packing[2:]
+    return cu_seqlens_q, cu_seqlens_k, *max_seqlens, lower, upper, softcap, sinks
+
+
 def _key_shape(grad_out: torch.Tensor, keys: int, num_heads_k: int) -> torch.Size:
     """Of K and V: [B, Hk, Lk, D], or [total, Hk, D] of packed sequences."""
     head_dim = grad_out.shape[-1]
     return torch.Size((grad_out.shape[0], num_heads_k, keys, head_dim) if grad_out.ndim == 4 else (keys, num_heads_k, head_dim))
-
-
-def _packing(
-    cu_seqlens_q: torch.Tensor | None, cu_seqlens_k: torch.Tensor | None, max_seqlen_q: int, max_seqlen_k: int
-) -> Packing | None:
-    """Arguments of the ops: all four, or none of them."""
-    if cu_seqlens_q is None or cu_seqlens_k is None:
-        return None
-    return Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-
-
-def _bounds(lower: torch.Tensor | None, upper: torch.Tensor | None) -> Bounds | None:
-    """Arguments of the ops: both, or none of them."""
-    return None if lower is None or upper is None else Bounds(lower, upper)
 
 
 def has_out_hp(spec: QuantSpec, needs_gradient: bool) -> bool:

@@ -22,19 +22,24 @@ def quantize(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list
         raise SystemExit("bench: quantize: the kernels need a GPU")
     import triton
 
-    from qat_kernels.triton.operands import Codes, Sequences, quantize_rows, quantize_tokens
+    from qat_kernels.spec import NVFP4Format
+    from qat_kernels.triton.operands import Codes, Given, Layout, Sequences, rows_launch, tokens_launch
 
     x = inputs(shape, device, dtype)[0].detach()
     sequences = Sequences(shape.batch, shape.heads, shape.queries, shape.queries)
-    kernels = {"Q, K": partial(quantize_rows, is_k=True), "V": quantize_tokens}
-    operand = sequences.all_rows * triton.next_power_of_2(shape.head_dim) * 2
+    problem = (Layout.of(x), sequences, Given(), NVFP4Format())
+    operand = x.new_empty((sequences.all_rows, triton.next_power_of_2(shape.head_dim)), dtype=torch.bfloat16)
     calls: dict[str, Callable[[], Any]] = {}
     moved = {}
-    for name, kernel in kernels.items():
-        codes = Codes.empty(sequences, shape.head_dim, along_tokens=name == "V", device=x.device)
-        for kind, into in (("", None), (" and codes", codes)):
-            calls[name + kind] = partial(repeat, partial(kernel, x, sequences, codes=into))
-            moved[name + kind] = x.numel() * x.element_size() + operand + (sum(map(torch.Tensor.numel, codes)) if into else 0)
+    for kind, store in (("", False), (" and codes", True)):
+        q, v = (Codes.empty(sequences, shape.head_dim, along_tokens=v, device=x.device) for v in (False, True))
+        rows = rows_launch(*problem, is_k=True, operand=operand.dtype, codes=store)
+        tokens = tokens_launch(*problem, quantized=operand.dtype, codes=store)
+        q_codes, v_codes = (q, v) if store else ((None, None), (None, None))
+        calls["Q, K" + kind] = partial(repeat, partial(rows, x, None, None, None, None, operand, *q_codes, None))
+        calls["V" + kind] = partial(repeat, partial(tokens, x, None, None, None, operand, None, *v_codes))
+        for name, codes in (("Q, K", q), ("V", v)):
+            moved[name + kind] = x.nbytes + operand.nbytes + (sum(part.nbytes for part in codes) if store else 0)
     source, target = (torch.empty(max(moved.values()) // 2, dtype=torch.uint8, device=device) for _ in range(2))
     calls["copy"], moved["copy"] = partial(repeat, partial(target.copy_, source)), 2 * source.numel()
     results = []

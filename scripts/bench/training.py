@@ -2,11 +2,14 @@
 
 python -m scripts.bench.training wan2.1-1.3b --json wan.json
 python -m scripts.bench.training qwen3-14b-lora --json qwen3.json
+python -m scripts.bench.training smollm2-135m --json smollm2.json
 
-A step is forward, backward with gradient checkpointing, and AdamW, in bfloat16, on random weights and inputs of the real sizes:
-Wan 2.1 T2V 1.3B, all weights, 81 frames of 480x832; Qwen3-14B with LoRA of rank 16, 4096 tokens. Prints the median and the spread
-(quartiles) of the seconds of a step, the peak of memory, and both as multiples of SDPA's. Nothing is timed unless the two losses
-agree and all gradients are finite. `--tiny` runs small models, to see that all of it works.
+A step is forward, backward and AdamW, in bfloat16, on random weights and inputs of the real sizes: Wan 2.1 T2V 1.3B, all weights,
+81 frames of 480x832; Qwen3-14B and Qwen3-0.6B with LoRA of rank 16, 4096 tokens; SmolLM2-135M, all weights, 8 x 1024 tokens.
+All but the last with gradient checkpointing. Prints the median and the spread (quartiles) of the seconds of a step, the peak of
+memory, and both as multiples of SDPA's. Then the time on the host of one call of attention with the model's heads and 256 tokens,
+for inference (without a gradient) and for training (forward and backward): what a small model pays in every layer. Nothing is
+timed unless the two losses agree and all gradients are finite. `--tiny` runs small models, to see that all of it works.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
+import qat_kernels
 import qat_patch
 from qat_patch.bench.harness import machine, write
 from scripts.arguments import new_parser
@@ -34,6 +40,9 @@ class Problem(NamedTuple):
     model: torch.nn.Module
     loss: Callable[[], torch.Tensor]
     what: str
+    heads: tuple[int, int, int]
+    """Of queries, of keys, and the head dim."""
+    causal: bool
 
 
 def wan(device: str, tiny: bool) -> Problem:
@@ -57,19 +66,31 @@ def wan(device: str, tiny: bool) -> Problem:
         velocity = model((video + noise) / 2, timestep, text, return_dict=False)[0]
         return (velocity.float() - (noise - video).float()).square().mean()
 
-    return Problem(model, loss, f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G weights, latent {latent}")
+    what = f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f} G weights, latent {latent}"
+    heads = sizes["num_attention_heads"]
+    return Problem(model, loss, what, (heads, heads, sizes["attention_head_dim"]), causal=False)
 
 
-def qwen3_lora(device: str, tiny: bool) -> Problem:
+def qwen3_14b_lora(device: str, tiny: bool) -> Problem:
     """Next tokens of one sequence."""
+    sizes = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 17408}
+    return _qwen3_lora(device, tiny, sizes)
+
+
+def qwen3_small_lora(device: str, tiny: bool) -> Problem:
+    """The same of the smallest Qwen3."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072}
+    return _qwen3_lora(device, tiny, sizes | {"tie_word_embeddings": True})
+
+
+def _qwen3_lora(device: str, tiny: bool, sizes: dict[str, Any]) -> Problem:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    sizes = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 8}
-    sizes |= {"head_dim": 128, "intermediate_size": 17408, "vocab_size": 151936, "rope_theta": 1e6}
+    sizes = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rope_theta": 1e6} | sizes
     tokens = 4096
     if tiny:
-        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         sizes |= {"head_dim": 16, "intermediate_size": 64, "vocab_size": 128}
         tokens = 64
     torch.manual_seed(0)
@@ -82,10 +103,38 @@ def qwen3_lora(device: str, tiny: bool) -> Problem:
     weights = sum(p.numel() for p in model.parameters())
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
     what = f"{weights / 1e9:.2f} G weights, LoRA of rank 16, {tokens} tokens"
-    return Problem(model, lambda: model(ids, labels=ids, use_cache=False).loss, what)
+    return Problem(model, lambda: model(ids, labels=ids, use_cache=False).loss, what, _heads(sizes), causal=True)
 
 
-PROBLEMS = {"wan2.1-1.3b": wan, "qwen3-14b-lora": qwen3_lora}
+def smollm2(device: str, tiny: bool) -> Problem:
+    """Next tokens of eight sequences; small enough to keep all activations."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes: dict[str, Any] = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes |= {"head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152, "rope_theta": 1e5, "tie_word_embeddings": True}
+    shape = (8, 1024)
+    if tiny:
+        sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"head_dim": 16, "intermediate_size": 64, "vocab_size": 128}
+        shape = (2, 64)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16, attn_implementation="sdpa").train()
+        ids = torch.randint(sizes["vocab_size"], shape)
+    what = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M weights, {shape[0]} rows of {shape[1]} tokens"
+    return Problem(model, lambda: model(ids, labels=ids, use_cache=False).loss, what, _heads(sizes), causal=True)
+
+
+def _heads(sizes: dict[str, Any]) -> tuple[int, int, int]:
+    return sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["head_dim"]
+
+
+PROBLEMS = {
+    "wan2.1-1.3b": wan,
+    "qwen3-14b-lora": qwen3_14b_lora,
+    "qwen3-0.6b-lora": qwen3_small_lora,
+    "smollm2-135m": smollm2,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -114,6 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     sdpa, ours = results
     memory = f", {ours['peak_bytes'] / sdpa['peak_bytes']:.3f} x the memory" if sdpa["peak_bytes"] else ""
     print(f"  4-bit is {ours['seconds'][1] / sdpa['seconds'][1]:.3f} x the time{memory}")
+    for name, seconds in host_time(problem, device, 20 if options.tiny else 200).items():
+        low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        results.append(about | {"name": f"host, {name}", "seconds": [low, median, high]})
+        print(f"  host time of a call, {name:16} {1e6 * median:7.1f} us ({1e6 * low:.1f} to {1e6 * high:.1f})")
     write(results, options.json)
     return results
 
@@ -162,6 +215,40 @@ def measure(problem: Problem, attentions: Attentions, device: str, rounds: int) 
                 if device == "cuda":
                     peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
     return {name: (seconds[name], peaks[name]) for name in attentions}
+
+
+def host_time(problem: Problem, device: str, calls: int) -> dict[str, list[float]]:
+    """Seconds until a call of attention returns, with nothing queued before it."""
+    heads, key_heads, head_dim = problem.heads
+    q, k, v, grad_out = (
+        torch.randn(1, 256, n, head_dim, dtype=torch.bfloat16, device=device).transpose(1, 2)
+        for n in (heads, key_heads, key_heads, heads)
+    )
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {}
+    for name, attention in (
+        ("sdpa", partial(scaled_dot_product_attention, is_causal=problem.causal, enable_gqa=heads != key_heads)),
+        ("4-bit", partial(qat_kernels.attention, causal=problem.causal)),
+    ):
+
+        def inference(attention: Callable[..., torch.Tensor] = attention) -> None:
+            with torch.no_grad():
+                attention(q, k, v)
+
+        def training(attention: Callable[..., torch.Tensor] = attention) -> None:
+            torch.autograd.grad(attention(*leaves), leaves, grad_out)
+
+        for what, call in (("inference", inference), ("training", training)):
+            times = seconds[f"{name} {what}"] = []
+            for number in range(calls + 10):  # the first ones warm up
+                synchronize()
+                began = time.perf_counter()
+                call()
+                if number >= 10:
+                    times.append(time.perf_counter() - began)
+    synchronize()
+    return seconds
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,6 +26,7 @@ import torch
 from qat_kernels import QuantSpec
 from qat_kernels.mask import Mask
 from qat_kernels.triton import tiles
+from qat_kernels.triton.precompiled import Grid, PrecompiledKernel
 from qat_patch.bench.shapes import Shape, inputs
 from scripts.arguments import new_parser
 
@@ -100,7 +102,7 @@ def run(shape: Shape, tried: dict[str, tuple[int, ...]], with_gradient: bool, ro
     options = {"spec": QuantSpec(), "mask": Mask(causal=shape.causal), "scale": shape.head_dim**-0.5}
     chosen = tiles.choose(90, shape.head_dim, shape.causal)._replace(**{name: tiles.Tile(*tile) for name, tile in tried.items()})
     seconds = defaultdict(list)
-    with mock.patch.object(tiles, "choose", lambda *_: chosen), timed(launch, seconds):
+    with mock.patch.object(tiles, "choose", lambda *_: chosen), timed(seconds):
         for _ in range(rounds + 1):
             try:
                 result = launch.forward(q, k, v, None, None, with_gradient=with_gradient, **options)
@@ -121,26 +123,20 @@ def run(shape: Shape, tried: dict[str, tuple[int, ...]], with_gradient: bool, ro
 
 
 @contextmanager
-def timed(module, events: dict[str, list]) -> Iterator[None]:
-    """Launches of the attention kernels in `module` leave a pair of events behind."""
+def timed(events: dict[str, list]) -> Iterator[None]:
+    """Launches of the attention kernels leave a pair of events behind."""
+    launch = PrecompiledKernel.__call__
 
-    class Timed:
-        def __init__(self, kernel, name: str) -> None:
-            self.kernel, self.name = kernel, name
+    def timed_launch(self: PrecompiledKernel, grid: Grid, *arguments: Any) -> Any:
+        pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        pair[0].record()
+        kernel = launch(self, grid, *arguments)
+        pair[1].record()
+        if kernel.name in KERNELS:
+            events[KERNELS[kernel.name]].append(pair)
+        return kernel
 
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-                pair[0].record()
-                self.kernel[grid](*args, **kwargs)
-                pair[1].record()
-                events[self.name].append(pair)
-
-            return launch
-
-    with ExitStack() as stack:
-        for attribute, name in KERNELS.items():
-            stack.enter_context(mock.patch.object(module, attribute, Timed(getattr(module, attribute), name)))
+    with mock.patch.object(PrecompiledKernel, "__call__", timed_launch):
         yield
 
 

@@ -168,3 +168,40 @@ def test_commands_are_listed(capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert "usage: qat-patch" in capsys.readouterr().err
+
+
+def on_hopper(version=(3, 6), problem=None):
+    """As if there were an H100 and this Triton."""
+    stack = ExitStack()
+    for patch in (
+        *on_gpu((9, 0)),
+        mock.patch("qat_kernels.triton.launch.arch_of", lambda device: 90),
+        mock.patch("qat_kernels.triton.launch.TRITON", version),
+        mock.patch("qat_kernels.triton.launch.why_no_gluon", lambda: problem),
+    ):
+        stack.enter_context(patch)
+    return stack
+
+
+def words_for(head_dim=128, **options):
+    q = torch.zeros(1, 2, 16, head_dim, dtype=torch.bfloat16)
+    return next(line for line in explain(q, q, q, **options).splitlines() if line.startswith("triton: "))
+
+
+def test_which_kernels_run_on_hopper():
+    with on_hopper():
+        assert words_for().endswith("(in Gluon for sm_90: forward)")
+        assert words_for(needs_gradient=True).endswith("(in Gluon for sm_90: forward, grad_query, grad_key_value)")
+        words = words_for(causal=True, window=64, needs_gradient=True)
+        assert "in Gluon" not in words and words.count("in Triton: Gluon's, it does not compute bounds") == 3
+        assert "grad_query in Triton: Gluon's, it does not compute softcap" in words_for(softcap=30.0, needs_gradient=True)
+        words = words_for(sinks=torch.zeros(2), needs_gradient=True)
+        assert "in Gluon for sm_90: grad_query, grad_key_value; forward in Triton: Gluon's, it does not compute sinks" in words
+        assert "forward in Triton: Gluon's, it does not take head_dim 96" in words_for(96, needs_gradient=True)
+        words = words_for(spec=QuantSpec(preset="nvfp4_qk"), needs_gradient=True)
+        assert "in Gluon for sm_90: forward; grad_query in Triton: Gluon's, it does not compute bf16_pv" in words
+        assert "Triton 3.6 spills registers on sm_90" in words
+    with on_hopper((3, 7)):
+        assert "forward in Triton: Gluon's, it is not known to compile with Triton 3.7" in words_for()
+    with on_hopper(problem="Triton 3.9 does not have Gluon"):
+        assert "(in Triton instead of Gluon: Triton 3.9 does not have Gluon" in words_for(needs_gradient=True)

@@ -18,7 +18,7 @@ KERNELS = {"torch", "qat_kernels"}
 PATCH = {"torch", "safetensors", "qat_kernels", "qat_patch"}
 # Files; what they may import besides the standard library; and what else inside functions. The first match counts.
 LIBRARY = (
-    ("kernels/qat_kernels/triton/*.py", KERNELS | {"triton"}, set()),
+    ("kernels/qat_kernels/triton/**/*.py", KERNELS | {"triton"}, set()),
     ("kernels/qat_kernels/fp4/*.py", KERNELS | {"triton"}, set()),
     ("kernels/qat_kernels/self_check/*.py", KERNELS | {"triton"}, set()),
     # Of others, where it is installed.
@@ -81,7 +81,18 @@ ROOMS = {
         "qat_kernels.kv_only": {"spec", "nvfp4", "ran", "varlen", "dispatch", "derivatives"},
         "qat_kernels.ops": {"spec", "mask", "ran", "reference", "varlen", "dispatch", "sageattn3"},
         "qat_kernels.derivatives": {"spec", "mask", "transforms", "ops"},
-        "qat_kernels.api": {"spec", "transforms", "varlen", "verdicts", "arguments", "dispatch", "kv_only", "ops", "derivatives"},
+        "qat_kernels.api": {
+            "spec",
+            "mask",
+            "transforms",
+            "varlen",
+            "verdicts",
+            "arguments",
+            "dispatch",
+            "kv_only",
+            "ops",
+            "derivatives",
+        },
         "qat_kernels.decode": {
             "spec",
             "ran",

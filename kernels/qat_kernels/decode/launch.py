@@ -12,11 +12,11 @@ from qat_kernels.reference import LOG2_E, scale_of_quantized
 from qat_kernels.spec import GROUP_SIZE, QuantSpec
 from qat_kernels.triton.device import arch_of, on_device
 from qat_kernels.triton.device import check_device as check_device
+from qat_kernels.triton.precompiled import PrecompiledKernel
 
 from .append import append_kernel
 from .attend import combine_kernel, split_kernel
 from .byte_layout import BLOCK_TOKENS, CacheTensors, row_words
-from .precompiled import PrecompiledKernel
 
 
 class Tile(NamedTuple):
@@ -142,8 +142,8 @@ def append(
     with on_device(k.device):
         _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given, cache.window is not None)(
             (batch * num_heads_k, (seqlen_new + GROUP_SIZE - 2) // GROUP_SIZE + 1, 1),
-            k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
-            *k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache),
+            (k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored),
+            (*k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache)),
         )  # fmt: skip
 
 
@@ -181,14 +181,19 @@ def attend(
         )  # fmt: skip
         split(
             (batch * num_heads_k, num_parts, row_blocks),
-            q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
-            partials, lse, *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
-            _ring_size(cache), num_splits, softmax_scale_log2, scale, cache.window, softcap,
+            (
+                q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
+                partials, lse,
+            ),
+            (
+                *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
+                _ring_size(cache), num_splits, softmax_scale_log2, scale, cache.window, softcap,
+            ),
         )  # fmt: skip
         combine(
             (batch * num_heads * seqlen_new, 1, 1),
-            partials, out, lse, None if sinks is None else sinks.contiguous(),
-            *out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts,
+            (partials, out, lse, None if sinks is None else sinks.contiguous()),
+            (*out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts),
         )  # fmt: skip
     return out, lse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,16 +13,20 @@ from qat_kernels.mask import Mask
 from qat_kernels.spec import QuantSpec
 from qat_kernels.triton.device import TRITON, arch_of, check_device, on_device
 from qat_kernels.triton.operands import (
+    PLANS,
     Codes,
+    Given,
+    Layout,
+    Sequences,
     allowed_keys,
+    given_tensors,
     head_strides,
-    key_mask_pointers,
-    key_mask_stride,
-    quantize_rows,
-    quantize_tokens,
+    rows_launch,
     strides_of,
+    tokens_launch,
 )
-from qat_kernels.triton.problem import Problem
+from qat_kernels.triton.precompiled import Launch, Pointer
+from qat_kernels.triton.problem import PackedSizes, Problem, is_empty
 from qat_kernels.varlen import Packing, lse_shape
 
 from .kernel import inference_kernel
@@ -101,6 +106,68 @@ def choose(arch: int, head_dim: int, quantize_pv: bool) -> Tile:
     return _EMULATED if why_not_native(arch, head_dim, quantize_pv) else _TILES[120 if arch >= 120 else 100, quantize_pv]
 
 
+class _Plan(NamedTuple):
+    """All of a forward but its tensors."""
+
+    queries: Sequences
+    keys: Sequences
+    quantize_query: Launch
+    quantize_key: Launch
+    quantize_value: Launch | None
+    attend: Launch
+
+
+@lru_cache(PLANS)
+def _plan(
+    device: torch.device,
+    arch: int,
+    tile: Tile,
+    native: bool,
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    out_strides: tuple[int, ...],
+    packed: PackedSizes | None,
+    given: Given,
+    spec: QuantSpec,
+    mask: Mask,
+    scale: float,
+) -> _Plan:
+    problem = Problem.of(query.shape, key.shape, packed, spec=spec, mask=mask, scale=scale)
+    queries, keys, formats = problem.query, problem.key, spec.formats
+    num_blocks = queries.blocks(tile.block_m)
+    uint8, float32 = Pointer(torch.uint8), Pointer(torch.float32)
+    cu_seqlens = given.pointer(torch.int32, packed is not None)
+    attend = Launch.of(
+        inference_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            *[uint8] * 4, *[uint8 if spec.quantizes_pv else None] * 2, value.pointer, *given.key_mask_pointers(),
+            float32 if given.k_shift else None, cu_seqlens, cu_seqlens, Pointer(value.dtype), float32,
+        ],
+        [
+            *value.strides, *out_strides, *head_strides(queries), keys.rows if given.key_mask else 0,
+            *problem.sizes, num_blocks, queries.rows, keys.rows, problem.softmax_scale_log2, scale,
+        ],
+        {
+            **problem.constants, "BLOCK_D": padded_head_dim(problem.head_dim), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+            "ORDER": tile.order, "HAS_KEY_MASK": given.key_mask, "HAS_K_SHIFT": given.k_shift, "NATIVE": native,
+            "HW_CONVERT": arch >= 100,
+        },
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return _Plan(
+        queries, keys,
+        rows_launch(
+            query, queries, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate, codes=True,
+            heads_per_k_shift=queries.num_heads // keys.num_heads if given.k_shift else 1,
+        ),
+        rows_launch(key, keys, given, formats.key, is_k=True, order=tile.order, rotate=spec.rotate, codes=True),
+        tokens_launch(value, keys, given, formats.value, codes=True, col_major=True) if spec.quantizes_pv else None,
+        attend,
+    )  # fmt: skip
+
+
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -132,52 +199,31 @@ def forward(
     Raises:
         ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
     """
-    check_device(query.device)
-    problem = Problem.of(query.shape, key.shape, packing, spec=spec, mask=mask, scale=scale)
-    head_dim = problem.head_dim
+    device, head_dim, packed = query.device, query.shape[-1], PackedSizes.of(packing)
+    check_device(device)
     out, lse = allocate(query, packing)
-    if problem.empty:
+    if is_empty(query.shape, key.shape, packed):
         return out.zero_(), lse.fill_(-torch.inf)
-    arch = arch_of(query.device)
-    tile = choose(arch, head_dim, spec.quantizes_pv)
-    q_dot_k_shift = None
-    if k_shift is not None:
-        k_shift, q_dot_k_shift = k_shift.contiguous(), torch.empty_like(lse)
-    with on_device(query.device):
-        allowed = allowed_keys(key_mask, problem.key)
-        q, k = (Codes.empty(side, head_dim, along_tokens=False, device=query.device) for side in (problem.query, problem.key))
-        quantize_rows(
-            query, problem.query, is_k=False, k_shift=k_shift, q_dot_k_shift=q_dot_k_shift, negate=scale < 0,
-            rotate=spec.rotate, **problem.rounding(spec.formats.query), operand=False, codes=q,
+    with on_device(device):
+        given, k_shift, *_ = given_tensors(key_mask, k_shift, packing, None, None)
+        arch = arch_of(device)
+        plan = _plan(
+            device, arch, choose(arch, head_dim, spec.quantizes_pv), why_not_native(arch, head_dim, spec.quantizes_pv) is None,
+            Layout.of(query), Layout.of(key), Layout.of(value), strides_of(out), packed, given, spec, mask, scale,
         )  # fmt: skip
-        quantize_rows(
-            key, problem.key, is_k=True, order=tile.order, allowed=allowed, k_shift=k_shift,
-            rotate=spec.rotate, **problem.rounding(spec.formats.key), operand=False, codes=k,
-        )  # fmt: skip
+        q, k = (Codes.empty(side, head_dim, along_tokens=False, device=device) for side in (plan.queries, plan.keys))
+        q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
+        cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
+        key_mask, leftpad = allowed_keys(key_mask, plan.keys)
+        plan.quantize_query(query, k_shift, None, None, cu_seqlens_q, None, *q, q_dot_k_shift)
+        plan.quantize_key(key, k_shift, key_mask, leftpad, cu_seqlens_k, None, *k, None)
         v = None
-        if spec.quantizes_pv:
-            v = Codes.empty(problem.key, head_dim, along_tokens=True, col_major=True, device=query.device)
-            quantize_tokens(
-                value,
-                problem.key,
-                allowed=allowed,
-                quantized=False,
-                **problem.rounding(spec.formats.value),
-                codes=v,
-                col_major=True,
-            )
-        num_blocks = problem.query.blocks(tile.block_m)
-        constants = problem.constants | {"BLOCK_D": padded_head_dim(head_dim)}
-        kernel = inference_kernel[(problem.query.batch * problem.query.num_heads * num_blocks,)](
-            *q, *k, *(v or (None, None)), value, *key_mask_pointers(allowed), q_dot_k_shift,
-            problem.query.cu_seqlens, problem.key.cu_seqlens, out, lse,
-            *strides_of(value), *strides_of(out), *head_strides(lse), key_mask_stride(allowed),
-            *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.softmax_scale_log2, scale,
-            **constants, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, ORDER=tile.order, HAS_KEY_MASK=allowed is not None,
-            QUANTIZE_PV=v is not None, HAS_K_SHIFT=k_shift is not None,
-            NATIVE=why_not_native(arch, head_dim, spec.quantizes_pv) is None, HW_CONVERT=arch >= 100,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        if plan.quantize_value is not None:
+            v = Codes.empty(plan.keys, head_dim, along_tokens=True, col_major=True, device=device)
+            plan.quantize_value(value, key_mask, leftpad, cu_seqlens_k, None, None, *v)
+        kernel = plan.attend(
+            *q, *k, *(v or (None, None)), value, key_mask, leftpad, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, out, lse
+        )
     if launched is not None:
         launched(kernel)
     return out, lse

@@ -13,6 +13,7 @@ from .nvfp4 import INTERPRET
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 """Triton's version, major and minor."""
 _MIN_ARCH = 80
+_HERE = nullcontext()
 _OLDEST_TRITON = {range(100, 120): (3, 8)}
 """For some architectures: 3.6 and 3.7 stop with an error at the forward for sm_100, on FP4 units or not."""
 
@@ -51,4 +52,23 @@ def arch_of(device: torch.device) -> int:
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+@lru_cache
+def why_no_gluon() -> str | None:
+    """Why the kernels in Gluon (hopper/) cannot run with the installed Triton, whose Gluon is experimental; None if they can."""
+    if INTERPRET.value:
+        return "Triton's interpreter does not run Gluon"
+    try:
+        from .hopper import launch_backward, launch_forward  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        return f"Triton {'.'.join(map(str, TRITON))} does not have Gluon as the kernels need it ({error})"
+    return None
+
+
+def gluon_version() -> tuple[int, ...] | None:
+    """That of Triton, if its Gluon serves."""
+    return TRITON if why_no_gluon() is None else None

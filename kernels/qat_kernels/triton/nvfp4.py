@@ -17,9 +17,9 @@ GROUP = tl.constexpr(spec.GROUP_SIZE)
 P_GLOBAL_SCALE = tl.constexpr(spec.P_GLOBAL_SCALE)
 _E2M1_MAX = tl.constexpr(spec.E2M1_MAX)
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(spec.SCALE_MIN), tl.constexpr(spec.E4M3_MAX)
-_SCALE_MIN_NORMAL = tl.constexpr(2.0**-6)
+SCALE_MIN_NORMAL = tl.constexpr(2.0**-6)
 _HADAMARD = tl.constexpr(spec.HADAMARD_ENTRY)
-E2M1_ANCHOR, _E4M3_ANCHOR = tl.constexpr(2.0**22), tl.constexpr(2.0**20)
+E2M1_ANCHOR, E4M3_ANCHOR = tl.constexpr(2.0**22), tl.constexpr(2.0**20)
 """2^23 spacings of the values of the format between 1 and 2."""
 _MUL_F32X2 = tl.constexpr(
     "{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; mul.rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }"
@@ -65,7 +65,7 @@ def round_to_e4m3(x):
     below the value.
     """
     x = tl.minimum(x, _SCALE_MAX)
-    anchor = tl.maximum(_power_of_two_below(x), _SCALE_MIN_NORMAL) * _E4M3_ANCHOR
+    anchor = tl.maximum(_power_of_two_below(x), SCALE_MIN_NORMAL) * E4M3_ANCHOR
     return (x + anchor) - anchor
 
 
@@ -103,9 +103,9 @@ def scale_of_p(group_max):
     the power of two below x. Ties, whose last bits are zeros, go to the even code all the same; only the one float32 just
     below a power of two becomes the code below it, once in some 2^23 values. `round_p_to_e2m1` does the same with x * 2^22.
     """
-    scaled = group_max * (P_GLOBAL_SCALE / _E2M1_MAX * _E4M3_ANCHOR)
-    anchor = tl.maximum(scaled, _SCALE_MIN_NORMAL * _E4M3_ANCHOR)
-    return tl.maximum((scaled * (1.0 / _E4M3_ANCHOR) + anchor) - anchor, _SCALE_MIN)
+    scaled = group_max * (P_GLOBAL_SCALE / _E2M1_MAX * E4M3_ANCHOR)
+    anchor = tl.maximum(scaled, SCALE_MIN_NORMAL * E4M3_ANCHOR)
+    return tl.maximum((scaled * (1.0 / E4M3_ANCHOR) + anchor) - anchor, _SCALE_MIN)
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def encode_scale_of_p(scale, NUMERATOR: tl.constexpr):
     if INTERPRET:
         return whole / scale
     else:
-        inverse = _reciprocal(scale)
+        inverse = reciprocal(scale)
         quotient = inverse * NUMERATOR
         return tl.fma(tl.fma(-scale, quotient, whole), inverse, quotient)
 
@@ -128,7 +128,7 @@ def round_p_to_e2m1(scaled):
 
 
 @triton.jit
-def _reciprocal(x):
+def reciprocal(x):
     """1 / x to an ulp, in one instruction."""
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
@@ -231,7 +231,7 @@ def e2m1_codes(groups, magnitude, finite):
 def e4m3_bits(scale, finite):
     """The byte of an E4M3 value: its exponent bias is 120 less than that of float32; below 2^-6 values count in 2^-9."""
     normal = (scale.to(tl.int32, bitcast=True) >> 20) - (120 << 3)
-    bits = tl.where(scale < _SCALE_MIN_NORMAL, (scale * 512.0).to(tl.int32), normal)
+    bits = tl.where(scale < SCALE_MIN_NORMAL, (scale * 512.0).to(tl.int32), normal)
     return tl.where(finite, bits, 0x7F).to(tl.uint8)
 
 

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qat_kernels.mask import Bounds
-from qat_kernels.spec import GROUP_SIZE, Formats
+from qat_kernels.spec import GROUP_SIZE, Formats, NVFP4Format
+from qat_kernels.varlen import Packing
 
 from .layout import PAD
 from .nvfp4 import INTERPRET
-from .quantize import fake_quantize_kv_kernel, quantize_rows_kernel, quantize_tokens_kernel, unpack_kernel
+from .precompiled import Launch, Pointer
+from .quantize import allowed_keys_kernel, fake_quantize_kv_kernel, quantize_rows_kernel, quantize_tokens_kernel, unpack_kernel
 
+PLANS = 1024
+"""How many are kept: calls of so many shapes and options cost little on the host."""
 _ELEMENTS = 4096
 """Elements of a tile: 32 for each thread of four warps."""
+
+
+class Layout(NamedTuple):
+    """A tensor as kernels are compiled for it: [B, H, L, D], or [total, H, D] of packed sequences."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    """Of batch, heads, tokens and head dim; packed tensors have no batch."""
+    dtype: torch.dtype
+    aligned: bool
+    """Whether it begins at a multiple of 16."""
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> Layout:
+        """That of a tensor."""
+        return cls(x.shape, strides_of(x), x.dtype, x.data_ptr() % 16 == 0)
+
+    @property
+    def pointer(self) -> Pointer:
+        """What stands for it where a kernel is compiled."""
+        return Pointer(self.dtype, aligned=self.aligned)
 
 
 class Sequences(NamedTuple):
@@ -29,22 +54,21 @@ class Sequences(NamedTuple):
     """Tokens of a sequence; of the longest one where they are packed."""
     total: int
     """Tokens of a head of the tensor: `max_seqlen`, or all of the packed ones."""
-    cu_seqlens: torch.Tensor | None = None
-    """int32 [batch + 1]: the bounds of packed sequences; None for a batch of equal lengths."""
+    packed: bool = False
     lead: int = 0
     """LEAD, which is PAD - 16 for keys where groups are kept."""
 
     @property
     def rows(self) -> int:
         """Operand rows of a head: of one sequence, or of all where they are packed (see `layout.first_row`)."""
-        if self.cu_seqlens is not None:
+        if self.packed:
             return (self.total // PAD + self.batch * (2 if self.lead else 1)) * PAD
         return -(-(self.lead + self.max_seqlen) // PAD) * PAD
 
     @property
     def all_rows(self) -> int:
         """Rows of the whole operand."""
-        return self.rows * self.num_heads * (self.batch if self.cu_seqlens is None else 1)
+        return self.rows * self.num_heads * (1 if self.packed else self.batch)
 
     def blocks(self, size: int) -> int:
         """Blocks of `size` rows in the longest sequence."""
@@ -83,62 +107,48 @@ class Codes(NamedTuple):
         return cls(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
 
 
-class AllowedKeys(NamedTuple):
-    """The keys that a key mask allows."""
+def allowed_keys(key_mask: torch.Tensor | None, keys: Sequences) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A mask bool [B, Lk] as kernels read it: uint8 [B, rows] by slot, counted from each sequence's first allowed key.
 
-    mask: torch.Tensor
-    """uint8 [B, rows], by slot."""
-    leftpad: torch.Tensor
-    """int32 [B]: the first allowed token of each sequence."""
-
-
-def allowed_keys(key_mask: torch.Tensor | None, keys: Sequences) -> AllowedKeys | None:
-    """A mask bool [B, Lk] by slot, counted from each sequence's first allowed key."""
+    And leftpad, int32 [B]: the number of that key.
+    """
     if key_mask is None:
-        return None
-    leftpad = key_mask.to(torch.uint8).argmax(1)
-    token = leftpad[:, None] + torch.arange(keys.rows, device=key_mask.device) - keys.lead
-    inside = (token >= leftpad[:, None]) & (token < keys.max_seqlen)
-    mask = key_mask.gather(1, token.clamp(0, keys.max_seqlen - 1)) & inside
-    return AllowedKeys(mask.view(torch.uint8), leftpad.to(torch.int32))
-
-
-def key_mask_pointers(allowed: AllowedKeys | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`key_mask_ptr` and `leftpad_ptr` of a kernel."""
-    return (None, None) if allowed is None else allowed
-
-
-def key_mask_stride(allowed: AllowedKeys | None) -> int:
-    """`key_mask_stride` of a kernel."""
-    return 0 if allowed is None else allowed.mask.stride(0)
-
-
-def bound_pointers(bounds: Bounds | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """`lower_ptr` and `upper_ptr` of a kernel, rows contiguous, as many as the longer one has."""
-    if bounds is None:
         return None, None
-    lower, upper = torch.broadcast_tensors(*bounds)
-    return lower.contiguous(), upper.contiguous()
+    allowed = torch.empty((keys.batch, keys.rows), dtype=torch.uint8, device=key_mask.device)
+    leftpad = torch.empty(keys.batch, dtype=torch.int32, device=key_mask.device)
+    launch = _allowed_keys_launch(key_mask.device, key_mask.stride(), key_mask.data_ptr() % 16 == 0, keys)
+    launch(key_mask, allowed, leftpad)
+    return allowed, leftpad
 
 
-def bounds_stride(bounds: Bounds | None) -> int | None:
-    """`bounds_stride` of a kernel: from one sequence to the next."""
-    if bounds is None:
-        return None
-    rows, length = max(len(x) for x in bounds), bounds.lower.shape[1]
-    return length if rows > 1 else 0
+@lru_cache(PLANS)
+def _allowed_keys_launch(device: torch.device, strides: tuple[int, int], aligned: bool, keys: Sequences) -> Launch:
+    """Its tensors: a key mask, and what `allowed_keys` returns."""
+    block_l = min(1024, triton.next_power_of_2(keys.rows))
+    return Launch.of(
+        allowed_keys_kernel,
+        (keys.batch, -(-keys.rows // block_l)),
+        [Pointer(torch.bool, aligned=aligned), Pointer(torch.uint8), Pointer(torch.int32)],
+        [*strides, keys.max_seqlen, keys.rows],
+        {"LEAD": keys.lead, "BLOCK_L": block_l},
+        num_warps=4,
+    )
 
 
-def strides_of(x: torch.Tensor) -> tuple[int, int, int, int]:
+def strides_of(x: torch.Tensor) -> tuple[int, ...]:
     """Strides of batch, heads, tokens and head dim; packed tensors [total, H, D] have no batch."""
-    if x.ndim == 4:
-        return x.stride(0), x.stride(1), x.stride(2), x.stride(3)
-    return 0, x.stride(1), x.stride(0), x.stride(2)
+    strides = x.stride()
+    return strides if len(strides) == 4 else (0, strides[1], strides[0], strides[2])
 
 
-def head_strides(x: torch.Tensor) -> tuple[int, int]:
+def contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    """`strides_of` of a contiguous tensor of this shape."""
+    return strides_of(torch.empty(shape, device="meta"))
+
+
+def head_strides(queries: Sequences) -> tuple[int, int]:
     """Strides of batch and heads of one number for each row: [B, H, L], or [H, total] of packed sequences."""
-    return (x.stride(0), x.stride(1)) if x.ndim == 3 else (0, x.stride(0))
+    return (0 if queries.packed else queries.num_heads * queries.total), queries.total
 
 
 def order_of(block_n: int) -> int:
@@ -151,93 +161,173 @@ def operand_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRET.value and dtype == torch.float32 else torch.bfloat16
 
 
-def descriptors(operands: list[torch.Tensor | None], rows: list[int]) -> list[TensorDescriptor | None]:
-    """Tiles of `rows` rows of each operand, which the hardware can copy by itself."""
-    return [x if x is None else TensorDescriptor.from_tensor(x, [n, x.shape[1]]) for x, n in zip(operands, rows, strict=True)]
+class Given(NamedTuple):
+    """Which of the tensors that may be missing are there, and all that kernels are compiled for about them."""
+
+    key_mask: bool = False
+    k_shift: bool = False
+    bounds_stride: int | None = None
+    """Of the bounds, if there are some, from one sequence to the next."""
+    sinks: bool = False
+    aligned: bool = True
+    """Whether those that come from outside begin at multiples of 16."""
+
+    def pointer(self, dtype: torch.dtype, there: bool) -> Pointer | None:
+        """What stands for one of them where a kernel is compiled."""
+        return Pointer(dtype, aligned=self.aligned) if there else None
+
+    def key_mask_pointers(self) -> tuple[Pointer | None, Pointer | None]:
+        """The same for what `allowed_keys` returns."""
+        return (Pointer(torch.uint8), Pointer(torch.int32)) if self.key_mask else (None, None)
+
+    def bound_pointers(self) -> tuple[Pointer | None, Pointer | None]:
+        """The same for `lower_ptr` and `upper_ptr`."""
+        pointer = self.pointer(torch.int32, self.bounds_stride is not None)
+        return pointer, pointer
 
 
-def quantize_rows(
-    x: torch.Tensor,
+_NOTHING = Given()
+
+
+def given_tensors(
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    packing: Packing | None,
+    bounds: Bounds | None,
+    sinks: torch.Tensor | None,
+) -> tuple[Given, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What is there; and as kernels read them: k_shift, lower and upper bounds with as many rows as the longer has, sinks."""
+    if key_mask is None and k_shift is None and packing is None and bounds is None and sinks is None:
+        return _NOTHING, None, None, None, None
+    lower = upper = bounds_stride = None
+    if bounds is not None:
+        lower, upper = (x.contiguous() for x in torch.broadcast_tensors(*bounds))
+        bounds_stride = lower.shape[1] if len(lower) > 1 else 0
+    k_shift = None if k_shift is None else k_shift.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    outside = (k_shift, lower, upper, sinks, *(() if packing is None else packing[:2]))
+    aligned = all(x.data_ptr() % 16 == 0 for x in outside if x is not None)
+    given = Given(key_mask is not None, k_shift is not None, bounds_stride, sinks is not None, aligned)
+    return given, k_shift, lower, upper, sinks
+
+
+def rounding(how: NVFP4Format | str | None) -> dict[str, bool]:
+    """The constants of kernels that round to this format."""
+    if not isinstance(how, NVFP4Format):
+        return {"FOUR_OVER_SIX": False, "RECIPROCAL": False}
+    return {"FOUR_OVER_SIX": how.four_over_six, "RECIPROCAL": how.scale == "reciprocal"}
+
+
+def rows_launch(
+    x: Layout,
     sequences: Sequences,
+    given: Given,
+    how: NVFP4Format | str | None,
     *,
     is_k: bool,
+    heads_per_k_shift: int = 1,
     order: int = 0,
-    allowed: AllowedKeys | None = None,
-    k_shift: torch.Tensor | None = None,
-    q_dot_k_shift: torch.Tensor | None = None,
     negate: bool = False,
     rotate: bool = False,
-    four_over_six: bool = False,
-    reciprocal: bool = False,
-    operand: bool = True,
-    codes: Codes | None = None,
-) -> torch.Tensor | None:
-    """Q or K, [B, H, L, D] or [total, H, D] of any strides, quantized along the head dim.
+    operand: torch.dtype | None = None,
+    codes: bool = False,
+) -> Launch:
+    """Q or K, of any strides, quantized along the head dim: the operand unless its dtype is None, and `codes` if asked for.
 
-    Returns:
-        The operand unless it is not wanted; `codes` are written where they are given.
+    Its tensors: x, k_shift, the key mask by slot and leftpad, cu_seqlens, the operand, codes and scales, and q_dot_k_shift.
 
     Args:
-        is_k: K, minus `k_shift`. Otherwise Q, with the opposite sign if `negate`.
+        is_k: K, minus `k_shift` float32 [Hk, D]. Otherwise Q, with the opposite sign if `negate`; then q_dot_k_shift, float32
+            [B, H, L] or [H, total], takes the product of each row with its key head's shift.
         order: ORDER of the operand's rows (layout.py); 0 for slots in their own order. Codes have it only without an operand.
-        k_shift: float32 [Hk, D], contiguous.
-        rotate, four_over_six, reciprocal: as the spec and its formats say.
-        q_dot_k_shift: for Q, takes the product of each row with its key head's shift; float32 [B, H, L] or [H, total].
     """
     head_dim, block_d = x.shape[-1], triton.next_power_of_2(x.shape[-1])
     block_l = _block_l(block_d)
     num_blocks = sequences.blocks(block_l)
-    result = x.new_empty((sequences.all_rows, block_d), dtype=operand_dtype(x.dtype)) if operand else None
-    quantize_rows_kernel[(sequences.batch * sequences.num_heads * num_blocks,)](
-        x, k_shift, *key_mask_pointers(allowed), sequences.cu_seqlens, result, *(codes or (None, None)), q_dot_k_shift,
-        *strides_of(x), key_mask_stride(allowed), *((0, 0) if q_dot_k_shift is None else head_strides(q_dot_k_shift)),
-        sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows,
-        1 if k_shift is None else sequences.num_heads // k_shift.shape[0], -1.0 if negate else 1.0,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, LEAD=sequences.lead, ORDER=order, IS_K=is_k,
-        HAS_K_SHIFT=k_shift is not None, HAS_KEY_MASK=allowed is not None, VARLEN=sequences.cu_seqlens is not None,
-        ROTATE=rotate, FOUR_OVER_SIX=four_over_six, RECIPROCAL=reciprocal,
-        STORE_OPERAND=operand, STORE_CODES=codes is not None,
-        num_warps=4, enable_fp_fusion=True,
+    key_mask = given.key_mask and is_k
+    shift = given.pointer(torch.float32, given.k_shift)
+    uint8 = Pointer(torch.uint8) if codes else None
+    return Launch.of(
+        quantize_rows_kernel,
+        (sequences.batch * sequences.num_heads * num_blocks,),
+        [
+            x.pointer, shift, *(given.key_mask_pointers() if key_mask else (None, None)),
+            given.pointer(torch.int32, sequences.packed), Pointer(operand) if operand else None, uint8, uint8,
+            Pointer(torch.float32) if given.k_shift and not is_k else None,
+        ],
+        [
+            *x.strides, sequences.rows if key_mask else 0, *(head_strides(sequences) if given.k_shift and not is_k else (0, 0)),
+            sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows, heads_per_k_shift, -1.0 if negate else 1.0,
+        ],
+        {
+            "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "LEAD": sequences.lead, "ORDER": order, "IS_K": is_k,
+            "HAS_K_SHIFT": given.k_shift, "HAS_KEY_MASK": key_mask, "VARLEN": sequences.packed, "ROTATE": rotate,
+            **rounding(how), "STORE_OPERAND": operand is not None, "STORE_CODES": codes,
+        },
+        num_warps=4,
     )  # fmt: skip
-    return result
 
 
-def quantize_tokens(
-    x: torch.Tensor,
+def tokens_launch(
+    x: Layout,
     sequences: Sequences,
+    given: Given,
+    how: NVFP4Format | None,
     *,
-    allowed: AllowedKeys | None = None,
-    quantized: bool = True,
-    unquantized: bool = False,
+    quantized: torch.dtype | None = None,
+    unquantized: torch.dtype | None = None,
     order: int = 0,
-    four_over_six: bool = False,
-    reciprocal: bool = False,
-    codes: Codes | None = None,
+    codes: bool = False,
     col_major: bool = False,
-) -> list[torch.Tensor]:
-    """V, [B, H, L, D] or [total, H, D] of any strides: the operand quantized along the tokens, and the one as it is.
+) -> Launch:
+    """V, of any strides: the operand quantized along the tokens and the one as it is, each unless its dtype is None, and `codes`.
 
-    Those that are asked for, and `codes` if given, by rows or `col_major` (`Codes.shapes`). `order` as in `quantize_rows`; codes
-    are always in the order of the slots.
+    Its tensors: x, the key mask by slot and leftpad, cu_seqlens, both operands, codes and scales: by rows or `col_major`
+    (`Codes.shapes`), always in the order of the slots. `order` as in `rows_launch`.
     """
     head_dim, block_d = x.shape[-1], triton.next_power_of_2(x.shape[-1])
     # One warp holds whole groups of 16 tokens, so that their maxima are found without shared memory.
     block_c = min(block_d, 64)
     block_l = min(PAD, 1024 // block_c)
     num_blocks = sequences.blocks(block_l)
-    shape, dtype = (sequences.all_rows, block_d), operand_dtype(x.dtype)
-    operands = [x.new_empty(shape, dtype=dtype) if wanted else None for wanted in (quantized, unquantized)]
-    quantize_tokens_kernel[(sequences.batch * sequences.num_heads * num_blocks, block_d // block_c)](
-        x, *key_mask_pointers(allowed), sequences.cu_seqlens, *operands, *(codes or (None, None)),
-        *strides_of(x), key_mask_stride(allowed),
-        sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_C=block_c, BLOCK_L=block_l, LEAD=sequences.lead,
-        HAS_KEY_MASK=allowed is not None, VARLEN=sequences.cu_seqlens is not None,
-        FOUR_OVER_SIX=four_over_six, RECIPROCAL=reciprocal, ORDER=order,
-        STORE_QUANTIZED=quantized, STORE_UNQUANTIZED=unquantized, STORE_CODES=codes is not None, COL_MAJOR=col_major,
-        num_warps=1, enable_fp_fusion=True,
+    uint8 = Pointer(torch.uint8) if codes else None
+    return Launch.of(
+        quantize_tokens_kernel,
+        (sequences.batch * sequences.num_heads * num_blocks, block_d // block_c),
+        [
+            x.pointer, *given.key_mask_pointers(), given.pointer(torch.int32, sequences.packed),
+            *(dtype and Pointer(dtype) for dtype in (quantized, unquantized)), uint8, uint8,
+        ],
+        [
+            *x.strides, sequences.rows if given.key_mask else 0,
+            sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows,
+        ],
+        {
+            "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_C": block_c, "BLOCK_L": block_l, "LEAD": sequences.lead,
+            "HAS_KEY_MASK": given.key_mask, "VARLEN": sequences.packed, **rounding(how), "ORDER": order,
+            "STORE_QUANTIZED": quantized is not None, "STORE_UNQUANTIZED": unquantized is not None, "STORE_CODES": codes,
+            "COL_MAJOR": col_major,
+        },
+        num_warps=1,
     )  # fmt: skip
-    return [operand for operand in operands if operand is not None]
+
+
+def unpack_launch(sequences: Sequences, head_dim: int, operand: torch.dtype, *, along_tokens: bool) -> Launch:
+    """Codes into an operand, slots in their own order; groups lie along the tokens (V) or along the head dim (Q, K).
+
+    Its tensors: codes, scales, and the operand.
+    """
+    block_d = triton.next_power_of_2(head_dim)
+    block_l = _block_l(block_d)
+    uint8 = Pointer(torch.uint8)
+    return Launch.of(
+        unpack_kernel,
+        (sequences.all_rows // block_l,),
+        [uint8, uint8, Pointer(operand)],
+        [],
+        {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "ALONG_TOKENS": along_tokens},
+        num_warps=4,
+    )
 
 
 def fake_quantize_kv(
@@ -265,20 +355,6 @@ def fake_quantize_kv(
         FOUR_OVER_SIX=formats.key.four_over_six, RECIPROCAL=True, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return outs
-
-
-def unpack(stored: Codes, dtype: torch.dtype, *, along_tokens: bool) -> torch.Tensor:
-    """The operand of these values, slots in their own order; groups lie along the tokens (V) or along the head dim (Q, K)."""
-    codes, scales = stored
-    head_dim = codes.shape[1] if along_tokens else codes.shape[1] * 2
-    rows, block_d = codes.shape[0] * (2 if along_tokens else 1), triton.next_power_of_2(head_dim)
-    operand = codes.new_empty((rows, block_d), dtype=dtype)
-    block_l = _block_l(block_d)
-    unpack_kernel[(rows // block_l,)](
-        codes, scales, operand,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_L=block_l, ALONG_TOKENS=along_tokens, num_warps=4,
-    )  # fmt: skip
-    return operand
 
 
 def _block_l(block_d: int) -> int:

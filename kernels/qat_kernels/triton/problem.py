@@ -9,11 +9,29 @@ import triton
 
 from qat_kernels.mask import Mask
 from qat_kernels.reference import LOG2_E, scale_of_quantized
-from qat_kernels.spec import GROUP_SIZE, NVFP4Format, QuantSpec
+from qat_kernels.spec import GROUP_SIZE, QuantSpec
 from qat_kernels.varlen import Packing
 
 from .layout import PAD
 from .operands import Codes, Sequences
+
+
+class PackedSizes(NamedTuple):
+    """What is known of packed sequences without reading `cu_seqlens`."""
+
+    documents: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @classmethod
+    def of(cls, packing: Packing | None) -> PackedSizes | None:
+        """Those of packed sequences, if they are packed."""
+        return packing and cls(packing.cu_seqlens_q.shape[0] - 1, packing.max_seqlen_q, packing.max_seqlen_k)
+
+
+def is_empty(query: torch.Size, key: torch.Size, packed: PackedSizes | None) -> bool:
+    """Whether there is nothing to compute."""
+    return 0 in (query[1], *((query[0], query[2], key[2]) if packed is None else packed))
 
 
 class Problem(NamedTuple):
@@ -33,7 +51,7 @@ class Problem(NamedTuple):
         cls,
         query: torch.Size,
         key: torch.Size,
-        packing: Packing | None,
+        packed: PackedSizes | None,
         *,
         spec: QuantSpec,
         mask: Mask,
@@ -42,7 +60,7 @@ class Problem(NamedTuple):
     ) -> Problem:
         """From the shapes [B, H, L, D], or [total, H, D] of packed sequences."""
         lead = PAD - GROUP_SIZE if spec.keeps_groups(mask.hides_keys) else 0
-        if packing is None:
+        if packed is None:
             (batch, num_heads, seqlen_q, head_dim), (_, num_heads_k, seqlen_k, _) = query, key
             sides = (
                 Sequences(batch, num_heads, seqlen_q, seqlen_q),
@@ -50,10 +68,10 @@ class Problem(NamedTuple):
             )
         else:
             (total_q, num_heads, head_dim), (total_k, num_heads_k, _) = query, key
-            batch = packing.cu_seqlens_q.shape[0] - 1
+            documents, max_seqlen_q, max_seqlen_k = packed
             sides = (
-                Sequences(batch, num_heads, packing.max_seqlen_q, total_q, packing.cu_seqlens_q),
-                Sequences(batch, num_heads_k, packing.max_seqlen_k, total_k, packing.cu_seqlens_k, lead),
+                Sequences(documents, num_heads, max_seqlen_q, total_q, True),
+                Sequences(documents, num_heads_k, max_seqlen_k, total_k, True, lead),
             )
         return cls(*sides, head_dim, spec, mask, scale, softcap)
 
@@ -61,18 +79,6 @@ class Problem(NamedTuple):
     def causal(self) -> bool:
         """Whether a query may not see the last key."""
         return self.mask.hides_keys
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return not (self.query.batch * self.query.num_heads * self.query.max_seqlen * self.key.max_seqlen)
-
-    @staticmethod
-    def rounding(how: NVFP4Format | str | None) -> dict[str, Any]:
-        """The options of `quantize_rows` and `quantize_tokens` for a tensor of this format."""
-        if not isinstance(how, NVFP4Format):
-            return {}
-        return {"four_over_six": how.four_over_six, "reciprocal": how.scale == "reciprocal"}
 
     @property
     def softmax_scale(self) -> float:
@@ -91,27 +97,17 @@ class Problem(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What all attention kernels are compiled for."""
+        """What attention kernels are compiled for; each takes those that it has."""
+        mask = self.mask
         return {
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
             "LEAD": self.key.lead,
             "CAUSAL": self.causal,
-            "VARLEN": self.query.cu_seqlens is not None,
-            "enable_fp_fusion": True,
-        }
-
-    @property
-    def variants(self) -> list[str]:
-        """What tiles may depend on besides (tiles.py)."""
-        has = {"bounds": not self.mask.is_plain, "softcap": self.softcap is not None}
-        return [name for name, yes in has.items() if yes]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the training kernels are compiled for besides (scores.py)."""
-        mask = self.mask
-        return {
+            "VARLEN": self.query.packed,
+            "QUANTIZE_PV": self.spec.quantizes_pv,
+            "ROTATE": self.spec.rotate,
+            "SAGE": self.spec.formats.smooth is not None,
             "MASKED": not mask.is_plain,
             "WINDOW": mask.window or 0,
             "BLOCK_SIZE": mask.block_size,
@@ -135,12 +131,6 @@ class Problem(NamedTuple):
             shapes += Codes.shapes(self.key, self.head_dim, along_tokens=True)
         return shapes
 
-    def code_bytes(self) -> int:
-        """How much memory they take."""
-        return sum(rows * columns for rows, columns in self.code_shapes())
-
-    def codes_in(self, codes: torch.Tensor) -> tuple[Codes, Codes, Codes | None]:
-        """Views of Q, K and, unless V itself is kept, V."""
-        shapes = self.code_shapes()
-        views = [x.view(shape) for x, shape in zip(codes.split([a * b for a, b in shapes]), shapes, strict=True)]
-        return Codes(*views[:2]), Codes(*views[2:4]), Codes(*views[4:]) if len(views) > 4 else None
+    def code_sizes(self) -> list[int]:
+        """How many bytes each of them takes."""
+        return [rows * columns for rows, columns in self.code_shapes()]

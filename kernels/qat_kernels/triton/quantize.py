@@ -1,4 +1,5 @@
 """The kernels that quantize Q, K and V: into operands of the attention kernels (layout.py), into 4.5 bits a value, and back.
+And the one that brings a key mask into the order of their rows.
 
 operands.py launches them.
 """
@@ -211,3 +212,27 @@ def unpack_kernel(
         values = e2m1_to_float(codes) * e4m3_to_float(scales)[:, :, None]
     values = cast_rn(tl.reshape(values, (BLOCK_L, BLOCK_D)), operand_ptr.dtype.element_ty)
     _store_rows(operand_ptr, slots, columns, values, BLOCK_D, False)
+
+
+@triton.jit(do_not_specialize=["seqlen"])
+def allowed_keys_kernel(
+    key_mask_ptr, allowed_ptr, leftpad_ptr, stride_b, stride_l, seqlen, rows, LEAD: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """A key mask [B, Lk] becomes uint8 [B, rows] by slot, and int32 [B]: the first allowed key, or 0 if there is none."""
+    batch, block = tl.program_id(0), tl.program_id(1)
+    key_mask_ptr += batch.to(tl.int64) * stride_b
+    offsets = tl.arange(0, BLOCK_L)
+    leftpad, start = seqlen, 0
+    while (leftpad == seqlen) & (start < seqlen):
+        key = start + offsets
+        allowed = tl.load(key_mask_ptr + key.to(tl.int64) * stride_l, mask=key < seqlen, other=0) != 0  # [BLOCK_L]
+        leftpad = tl.min(tl.where(allowed, key, seqlen), 0)
+        start += BLOCK_L
+    leftpad = tl.where(leftpad == seqlen, 0, leftpad)
+    if block == 0:
+        tl.store(leftpad_ptr + batch, leftpad)
+    slots = block * BLOCK_L + offsets
+    key = leftpad + slots - LEAD
+    inside = (slots >= LEAD) & (key < seqlen)
+    allowed = tl.load(key_mask_ptr + key.to(tl.int64) * stride_l, mask=inside, other=0) != 0  # [BLOCK_L]
+    tl.store(allowed_ptr + batch.to(tl.int64) * rows + slots, allowed.to(tl.uint8), mask=slots < rows)

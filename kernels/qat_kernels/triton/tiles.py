@@ -7,8 +7,10 @@ memory (tests/kernels/triton/test_triton_aot.py), for bfloat16 without a key mas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
+
+from qat_kernels.spec import QuantSpec
 
 
 class Tile(NamedTuple):
@@ -22,12 +24,22 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class HopperTile(NamedTuple):
+    """The shape of the work of a kernel of hopper/."""
+
+    warp_groups: int
+    """Of 64 rows each, beside the warp that copies."""
+    block_n: int
+    """Rows of a tile that is copied."""
+    num_stages: int
+
+
 class Tiles(NamedTuple):
     """What the three kernels use."""
 
-    forward: Tile
-    grad_query: Tile
-    grad_key_value: Tile
+    forward: Tile | HopperTile
+    grad_query: Tile | HopperTile
+    grad_key_value: Tile | HopperTile
 
 
 # (block_m, block_n, num_warps, num_stages) of the forward, of dQ, and of dK and dV, by architecture, head dim and causality.
@@ -70,6 +82,42 @@ _OF_VARIANTS = {
     ("softcap", 90, 256): {"grad_query": (128, 32, 8, 1), "grad_key_value": (16, 64, 8, 2)},
 }
 
+HOPPER = 90
+"""The architecture of hopper/."""
+# Its forward, by head dim, causality, and whether it computes O'; measured on an H200 for head dim 128.
+_HOPPER_FORWARD = {
+    (64, False, False): HopperTile(3, 128, 4),
+    (64, False, True): HopperTile(2, 128, 4),
+    (64, True, False): HopperTile(3, 128, 4),
+    (64, True, True): HopperTile(2, 128, 4),
+    (128, False, False): HopperTile(3, 128, 2),
+    (128, False, True): HopperTile(2, 128, 2),
+    (128, True, False): HopperTile(3, 64, 4),
+    (128, True, True): HopperTile(2, 128, 2),
+}
+_HOPPER_BACKWARD = {"grad_query": HopperTile(3, 64, 3), "grad_key_value": HopperTile(2, 64, 4)}
+_BACKWARD_OPTIONS = frozenset({"packed", "out_hp", "key_mask", "sinks"})
+_HOPPER_OPTIONS = {
+    "forward": frozenset({"packed", "out_hp", "k_shift", "rotate", "bf16_pv"}),
+    "grad_query": _BACKWARD_OPTIONS,
+    "grad_key_value": _BACKWARD_OPTIONS,
+}
+"""What they know of `options`."""
+_HOPPER_SPILLS: dict[tuple[int, ...], frozenset[tuple[str, int, bool]]] = {
+    (3, 6): frozenset(),
+    (3, 9): frozenset(
+        {
+            ("forward", 128, False),
+            ("forward", 128, True),
+            ("grad_query", 128, True),
+            ("grad_key_value", 128, False),
+            ("grad_key_value", 128, True),
+        }
+    ),
+}
+"""Versions of Triton whose Gluon they are compiled with (tests/kernels/triton/test_hopper_aot.py); and what spills there, so that
+the Triton kernel runs instead: kernel, width of its operands, causality."""
+
 ARCHITECTURES = (80, 90, 100, 120)
 """The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the
 99 KiB of shared memory that sm_86 and sm_89 have."""
@@ -83,11 +131,66 @@ def entry_of(arch: int) -> int:
     return max(each for each in ARCHITECTURES if each <= arch)
 
 
-def choose(arch: int, head_dim: int, causal: bool, variants: Sequence[str] = ()) -> Tiles:
-    """The tiles for an architecture (80 for sm_80), a head dim and causality; `variants`: `bounds` and `softcap`."""
+def options_of(
+    spec: QuantSpec,
+    *,
+    bounds: bool,
+    softcap: bool,
+    packed: bool = False,
+    key_mask: bool = False,
+    k_shift: bool = False,
+    sinks: bool = False,
+    with_gradient: bool = True,
+) -> tuple[str, ...]:
+    """What a call has besides its head dim and causality: which kernel serves it, and its tiles, depend on that."""
+    rows = (
+        ("bounds", bounds),
+        ("softcap", softcap),
+        ("packed", packed),
+        ("key_mask", key_mask),
+        ("k_shift", k_shift),
+        ("sinks", sinks),
+        ("smoothing", spec.formats.smooth is not None),
+        ("rotate", spec.rotate),
+        ("bf16_pv", not spec.quantizes_pv),
+        ("out_hp", with_gradient and spec.quantizes_pv),
+    )
+    return tuple(name for name, there in rows if there)
+
+
+@lru_cache
+def choose(arch: int, head_dim: int, causal: bool, options: tuple[str, ...] = (), gluon: tuple[int, ...] | None = None) -> Tiles:
+    """The tiles for an architecture (80 for sm_80), a head dim and causality; those of hopper/ where it serves the call.
+
+    `gluon`: the version of Triton, if it has Gluon.
+    """
     entry, size = entry_of(arch), next(size for size in (64, 128, 256) if head_dim <= size)
     chosen = Tiles(*(Tile(*each) for each in _TILES[entry, size, causal]))
-    for variant in variants:
-        changed = _OF_VARIANTS.get((variant, entry, size), {})
+    for option in options:
+        changed = _OF_VARIANTS.get((option, entry, size), {})
         chosen = chosen._replace(**{name: Tile(*each) for name, each in changed.items()})
+    if arch != HOPPER or gluon is None:
+        return chosen
+    for kernel in Tiles._fields:
+        if why_not_hopper(kernel, gluon, head_dim, causal, options) is None:
+            tile = _HOPPER_BACKWARD.get(kernel) or _HOPPER_FORWARD[head_dim, causal, "out_hp" in options]
+            chosen = chosen._replace(**{kernel: tile})
     return chosen
+
+
+def why_not_hopper(kernel: str, triton: tuple[int, ...], head_dim: int, causal: bool, options: tuple[str, ...]) -> str | None:
+    """Why a kernel of hopper/ does not serve a call, so that the Triton kernel runs; None if it does.
+
+    `kernel`: a field of `Tiles`; `options`: of `options_of`.
+    """
+    version = ".".join(map(str, triton))
+    if triton not in _HOPPER_SPILLS:
+        return f"it is not known to compile with Triton {version}"
+    width = next(size for size in (32, 64, 128, 256) if head_dim <= size)  # of operands
+    if width not in (64, 128) or (kernel == "forward" and head_dim != width):
+        return f"it does not take head_dim {head_dim}"
+    if missing := [name for name in options if name not in _HOPPER_OPTIONS[kernel]]:
+        return f"it does not compute {', '.join(missing)}"
+    if (kernel, width, causal) in _HOPPER_SPILLS[triton]:
+        return f"Triton {version} spills its registers"
+    return None

@@ -54,9 +54,9 @@ def record_steps(
             super().__init__(kernel, types, constants, **options)
             self.launch = lambda grid, arguments: kernel[grid](*arguments, **constants, **options)
 
-        def __call__(self, grid, *arguments) -> None:
-            super().__call__(grid, *arguments)
-            self.launch(grid, arguments)
+        def __call__(self, grid, tensors, numbers) -> None:
+            super().__call__(grid, tensors, numbers)
+            self.launch(grid, (*tensors, *numbers))
 
     def zeros(offset: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """So many elements behind a multiple of 16 bytes."""

@@ -118,6 +118,44 @@ def test_forward_without_gradient_runs_in_a_cuda_graph():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"causal": True}, {"mask": "left", "causal": True}, {"preset": "nvfp4_qk"}], ids=str)
+def test_a_training_step_runs_in_a_cuda_graph(options):
+    """Two steps, then two that are replayed: the weights are those of four ordinary steps, to the bit."""
+    case = Case(lq=300, lk=300, head_dim=64, heads=(4, 4), batch=2, **options)
+    settings = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in case.options().items()} | {"impl": "triton"}
+    batches = torch.randn(4, 2, 300, 256, generator=torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
+
+    def start():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(256, 3 * 256, device="cuda", dtype=torch.bfloat16)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True)
+
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        q, k, v = model(x).unflatten(-1, (3, 4, 64)).transpose(1, 3).unbind(2)
+        attention(q, k, v, **settings).float().square().sum().backward()
+        optimizer.step()
+
+    expected, optimizer = start()
+    for x in batches:
+        step(expected, optimizer, x)
+    model, optimizer = start()
+    side, x, graph = torch.cuda.Stream(), batches[0].clone(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for batch in batches[:2]:
+            step(model, optimizer, x.copy_(batch))
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        step(model, optimizer, x)
+    for batch in batches[2:]:
+        x.copy_(batch)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits([*model.parameters()], [*expected.parameters()])
+
+
 def test_wrong_calls_say_what_was_expected():
     q, k, v, _ = Case().tensors(torch.float32)
     with pytest.raises(ValueError, match=r"impl='triton': expected tensors on an NVIDIA GPU, got cpu; use impl='eager'"):

@@ -26,6 +26,7 @@ def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, is_k: bool = 
     Of each head the slots from `lead` on, in their order; what is behind the tokens is tested to be zeros.
     """
     from qat_kernels.triton import operands
+    from support.kernels import quantizers
 
     batch, heads, length, head_dim = x.shape
     along_tokens = axis == -2
@@ -33,12 +34,10 @@ def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, is_k: bool = 
     shapes = operands.Codes.shapes(sequences, head_dim, along_tokens=along_tokens)
     codes = operands.Codes(*(torch.full(shape, 99, dtype=torch.uint8, device=device) for shape in shapes))
     options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    if (mask := options.pop("mask", None)) is not None:
-        options["allowed"] = operands.allowed_keys(mask, sequences)
     if along_tokens:
-        (operand,) = operands.quantize_tokens(x.to(device), sequences, order=order, codes=codes, **options)
+        operand = quantizers.quantize_tokens(x.to(device), sequences, order=order, codes=codes, **options)
     else:
-        operand = operands.quantize_rows(x.to(device), sequences, is_k=is_k, order=order, codes=codes, **options)
+        operand = quantizers.quantize_rows(x.to(device), sequences, is_k=is_k, order=order, codes=codes, **options)
     rows = torch.arange(sequences.all_rows)
     if order:  # row 8 j + 2 t + b of each 64 (32) holds register (j, b) of thread t, which has all (half) of a group
         place, threads = rows % order, 64 // order
@@ -47,7 +46,7 @@ def quantize_on_device(axis: int, x: torch.Tensor, *, device: str, is_k: bool = 
         assert slots.sort().values.equal(rows)
         rows = slots.argsort()
     in_order = operand.cpu()[rows]
-    unpacked = operands.unpack(codes, operand.dtype, along_tokens=along_tokens).cpu()
+    unpacked = quantizers.unpack(codes, sequences, head_dim, operand.dtype, along_tokens=along_tokens).cpu()
     torch.testing.assert_close(unpacked, in_order, rtol=0, atol=0, equal_nan=True)
     values = in_order.view(batch, heads, sequences.rows, -1)
     outside = values.nan_to_num()  # a group that is not finite is NaN to its end
@@ -139,13 +138,14 @@ def test_values_do_not_depend_on_whether_codes_are_stored(head_dim, dtype, devic
 
 def operands_with_and_without_codes(x: torch.Tensor, *, device: str) -> list[torch.Tensor]:
     from qat_kernels.triton import operands
+    from support.kernels import quantizers
 
     batch, heads, length, head_dim = x.shape
     sequences = operands.Sequences(batch, heads, length, length)
     shapes = operands.Codes.shapes(sequences, head_dim, along_tokens=False)
     codes = operands.Codes(*(torch.empty(shape, dtype=torch.uint8, device=device) for shape in shapes))
     options = {"is_k": True, "rotate": True, "four_over_six": True}
-    return [operands.quantize_rows(x.to(device), sequences, codes=given, **options).cpu() for given in (codes, None)]
+    return [quantizers.quantize_rows(x.to(device), sequences, codes=given, **options).cpu() for given in (codes, None)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -165,10 +165,11 @@ def test_shift_and_rotation(head_dim, dtype, device):
 
 def dot_with_shift(x: torch.Tensor, k_shift: torch.Tensor, *, device: str) -> torch.Tensor:
     from qat_kernels.triton import operands
+    from support.kernels import quantizers
 
     q_dot_k_shift = torch.empty(x.shape[:3], device=device)
     sequences = operands.Sequences(x.shape[0], x.shape[1], x.shape[2], x.shape[2])
-    operands.quantize_rows(x.to(device), sequences, is_k=False, k_shift=k_shift.to(device), q_dot_k_shift=q_dot_k_shift)
+    quantizers.quantize_rows(x.to(device), sequences, is_k=False, k_shift=k_shift.to(device), q_dot_k_shift=q_dot_k_shift)
     return q_dot_k_shift.cpu()
 
 
@@ -220,15 +221,16 @@ def test_strides_do_not_matter(transform, axis, device):
 def test_addresses_beyond_32_bits():
     """2^31 elements and more: the last rows are quantized like a copy of them."""
     from qat_kernels.triton import operands
+    from support.kernels import quantizers
 
     x = torch.empty(2, 40, 215040, 128, dtype=torch.bfloat16, device="cuda").normal_()
     assert x.numel() > 2**31
     sequences = operands.Sequences(2, 40, 215040, 215040)
     tail = x[-1, -1, -4096:]
-    queries = operands.quantize_rows(x, sequences, is_k=False)
+    queries = quantizers.quantize_rows(x, sequences, is_k=False)
     assert torch.equal(queries[-4096:], nvfp4.scaled_codes(tail).to(x.dtype))
     del queries
-    (values,) = operands.quantize_tokens(x, sequences)
+    values = quantizers.quantize_tokens(x, sequences)
     assert torch.equal(values[-4096:], nvfp4.scaled_codes(tail, axis=-2).to(x.dtype))
 
 
@@ -275,3 +277,29 @@ def test_keys_and_values_of_packed_documents(device):
     formats = QuantSpec(preset="kv_nvfp4").formats
     actual = on(device, fake_quantize_on_device, k, v, None)
     assert_same_bits(actual, [nvfp4.in_format(k, formats.key), nvfp4.in_format(v, formats.value)])
+
+
+def masks_by_slot(mask: torch.Tensor, lead: int, *, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    from qat_kernels.triton.operands import Sequences, allowed_keys
+
+    batch, length = mask.shape
+    allowed, leftpad = allowed_keys(mask.to(device), Sequences(batch, 2, length, length, lead=lead))
+    return allowed.cpu(), leftpad.cpu()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lead", [0, 112])
+@pytest.mark.parametrize("length", [1, 17, 128, 1025])
+def test_key_masks_by_slot_begin_with_the_first_allowed_key(length, lead, device):
+    """With holes, padding of any length, no key at all, and of any strides."""
+    generator = torch.Generator().manual_seed(length)
+    mask = torch.rand(4, length, generator=generator) > 0.4
+    mask[1, : length - 1], mask[2] = False, False
+    for given in (mask, mask.t().contiguous().t(), mask[:1].expand(3, -1)):
+        allowed, leftpad = on(device, masks_by_slot, given, lead)
+        assert (leftpad.dtype, allowed.dtype, allowed.shape[1] % 128) == (torch.int32, torch.uint8, 0)
+        for row, first, by_slot in zip(given, leftpad, allowed, strict=True):
+            assert first == (int(row.nonzero()[0]) if row.any() else 0)
+            expected = torch.zeros(len(by_slot), dtype=torch.uint8)
+            expected[lead : lead + length - first] = row[first:]
+            assert torch.equal(by_slot, expected)

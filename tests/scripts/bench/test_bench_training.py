@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from scripts.bench import training as bench_training
 
@@ -13,16 +14,42 @@ def test_results_are_complete(problem, tmp_path, capsys):
     file = tmp_path / "bench.json"
     bench_training.main([problem, "--tiny", "--rounds", "2", "--json", str(file)])
     results = json.loads(file.read_text())
-    assert [result["name"] for result in results] == ["sdpa", "4-bit"]
+    host = [f"host, {name} {what}" for name in ("sdpa", "4-bit") for what in ("inference", "training")]
+    assert [result["name"] for result in results] == ["sdpa", "4-bit", *host]
     for result in results:
         low, median, high = result["seconds"]
         assert 0 < low <= median <= high
         assert (result["problem"], result["torch"], result["tiny"]) == (problem, torch.__version__, True)
-    assert "x the time" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "x the time" in printed and printed.count("host time of a call") == 4
+
+
+@pytest.mark.parametrize(
+    ("problem", "config", "weights"),
+    [
+        ("smollm2-135m", "LlamaConfig", 134_515_008),
+        ("qwen3-0.6b-lora", "Qwen3Config", 596_049_920),
+        ("qwen3-14b-lora", "Qwen3Config", 14_768_307_200),
+    ],
+)
+def test_real_sizes_have_the_published_number_of_weights(problem, config, weights, monkeypatch):
+    """From the config alone: the model is made without memory."""
+    made = {}
+
+    def without_memory(config, **_):
+        with torch.device("meta"):
+            made["model"] = transformers.AutoModelForCausalLM._model_mapping[type(config)](config)
+        raise InterruptedError
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", without_memory)
+    with pytest.raises(InterruptedError):
+        bench_training.PROBLEMS[problem]("meta", False)
+    assert type(made["model"].config).__name__ == config
+    assert sum(p.numel() for p in made["model"].parameters()) == weights
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
-    problem = bench_training.qwen3_lora("cpu", True)
+    problem = bench_training.qwen3_14b_lora("cpu", True)
     monkeypatch.setitem(bench_training.PROBLEMS, "qwen3-14b-lora", lambda device, tiny: problem)
     monkeypatch.setattr(bench_training, "LOSSES_AGREE", 1e-9)
     with pytest.raises(SystemExit, match="losses: expected a difference.*nothing timed"):

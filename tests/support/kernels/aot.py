@@ -1,5 +1,7 @@
 """Ahead-of-time compilation of the Triton kernels for a GPU that is not there, and what the machine code uses."""
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -33,6 +35,9 @@ class Compiled(NamedTuple):
     """Bytes of shared memory."""
     tensor_memory: int
     """Columns of tensor memory (sm_100); a block has 512. Triton compiles a kernel that needs more into a single trap."""
+    warnings: str
+    """Of the assembler; C75xx: it makes products wait for each other."""
+    in_gluon: bool
 
 
 def believe_in(arch: int) -> None:
@@ -61,29 +66,49 @@ def compile_kernels(
     bounded: bool = False,
     softcap: float | None = None,
     sinks: bool = False,
+    packed: bool = False,
+    k_shift: bool = False,
+    gluon: bool = False,
     **spec,
 ) -> list[Compiled]:
     """Every kernel that a forward and (with `needs_gradient`) a backward would launch on the architecture.
 
-    The launcher itself runs, on tensors without memory, with launches replaced by compilations. Belongs into a process
+    With `gluon` those of hopper/ where they serve the call, else the Triton kernels that run where Gluon is missing.
+
+    The launcher itself runs, on tensors without memory, and compiles what it would launch. Belongs into a process
     of its own (`believe_in`).
     """
+    import triton
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import QuantSpec
     from qat_kernels.mask import Bounds, Mask
-    from qat_kernels.triton import launch as training_launch
+    from qat_kernels.triton import backward_launch, device, forward_launch, precompiled
+    from qat_kernels.varlen import Packing
 
     believe_in(arch)
+    version = device.TRITON if gluon else None
+    for launch in (forward_launch, backward_launch):
+        launch._plan.cache_clear()
     run, compiled = JITFunction.run, []
 
     def only_compile(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        used = kernel.metadata
-        compiled.append(Compiled(self.__name__, *usage(kernel.asm["cubin"]), used.shared, used.tmem_size))
+        with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as printed:
+            triton.knobs.nvidia.dump_ptxas_log = True
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        used, warnings = kernel.metadata, "\n".join(re.findall(r".*\bC75\d\d\b.*", printed.getvalue()))
+        numbers = (*usage(kernel.asm["cubin"]), used.shared, used.tmem_size)
+        compiled.append(Compiled(self.__name__, *numbers, warnings, self.is_gluon()))
+        return kernel
 
     spec = QuantSpec(**spec)
     q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4 if spec.rules.mask else 8))
+    packing = shift = None
+    if packed:
+        q, k = (x[0].transpose(0, 1) for x in (q, k))
+        packing = Packing(*torch.empty(2, 4, dtype=torch.int32, device="meta"), 2048, 2048)
+    if k_shift:
+        shift = torch.empty(k.shape[1], head_dim, device="meta")
     mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
     seen = Mask(causal=causal and not bounded, window=window, block_size=block_size, prefix=prefix, bounded=bounded)
     bounds = Bounds(*torch.empty(2, 1, 4096, dtype=torch.int32, device="meta")) if bounded else None
@@ -91,15 +116,19 @@ def compile_kernels(
     options = {"spec": spec, "mask": seen, "scale": 0.1, "bounds": bounds, "softcap": softcap, "sinks": sinks}
     with (
         mock.patch.object(JITFunction, "run", only_compile),
-        mock.patch.object(training_launch, "arch_of", lambda _: arch),
-        mock.patch.object(training_launch, "check_device", lambda _: None),
+        mock.patch.object(precompiled.PrecompiledKernel, "__call__", lambda *_: None),
+        mock.patch.object(forward_launch, "arch_of", lambda _: arch),
+        mock.patch.object(backward_launch, "arch_of", lambda _: arch),
+        mock.patch.object(forward_launch, "check_device", lambda _: None),
+        mock.patch.object(forward_launch, "gluon_version", lambda: version),
+        mock.patch.object(backward_launch, "gluon_version", lambda: version),
     ):
-        forward = training_launch.forward(q, k, k, mask, None, with_gradient=needs_gradient, **options)
+        forward = forward_launch.forward(q, k, k, mask, shift, packing, with_gradient=needs_gradient, **options)
         if needs_gradient:
             value = k if spec.reads_value(seen.hides_keys) else None
             saved = (value, q, forward.stats, forward.codes)
             options |= {"query": q, "key": k} if spec.reads_query else {}
-            training_launch.backward(q, *saved, mask, key_shape=k.shape, **options)
+            backward_launch.backward(q, *saved, mask, packing, key_shape=k.shape, **options)
     return compiled
 
 

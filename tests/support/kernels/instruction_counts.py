@@ -92,6 +92,7 @@ def compile_inference(
     from qat_kernels.fp4 import launch as fp4_launch
     from qat_kernels.fp4.machine_code import why_not_on_fp4_units
     from qat_kernels.mask import Mask
+    from qat_kernels.triton.precompiled import PrecompiledKernel
     from qat_kernels.varlen import Packing
 
     believe_in(arch)
@@ -101,6 +102,8 @@ def compile_inference(
         if self.__name__ == "inference_kernel":
             compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
+    fp4_launch._plan.cache_clear()
+
     shape = (8192, 8, head_dim) if packed else (2, 8, 4096, head_dim)
     q, k = (torch.empty(shape[0], heads, *shape[2:], dtype=torch.bfloat16, device="meta") for heads in (8, 4))
     mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
@@ -108,6 +111,7 @@ def compile_inference(
     packing = Packing(bounds, bounds, 4096, 4096) if packed else None
     with (
         mock.patch.object(JITFunction, "run", only_compile),
+        mock.patch.object(PrecompiledKernel, "__call__", lambda *_: None),
         mock.patch.object(fp4_launch, "arch_of", lambda _: arch),
         mock.patch.object(fp4_launch, "check_device", lambda _: None),
     ):

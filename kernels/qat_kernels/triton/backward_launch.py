@@ -1,0 +1,285 @@
+"""The backward of docs/NUMERICS.md, section 5, as Triton kernels: planned once, as in forward_launch.py."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from qat_kernels import smoothing
+from qat_kernels.mask import Bounds, Mask
+from qat_kernels.reference import LOG2_E
+from qat_kernels.spec import SMOOTH_BLOCK, QuantSpec
+from qat_kernels.varlen import Packing
+
+from . import tiles
+from .backward import grad_key_value_kernel, grad_query_kernel, preprocess_kernel
+from .device import arch_of, gluon_version, on_device
+from .layout import PAD
+from .operands import (
+    PLANS,
+    Given,
+    Layout,
+    Sequences,
+    allowed_keys,
+    contiguous_strides,
+    given_tensors,
+    operand_dtype,
+    tokens_launch,
+    unpack_launch,
+)
+from .precompiled import Launch, Pointer, Tiles, parts, starts
+from .problem import PackedSizes, Problem, is_empty
+
+
+class _Plan(NamedTuple):
+    """All of a backward but its tensors."""
+
+    queries: Sequences
+    keys: Sequences
+    tiles: tiles.Tiles
+    codes: list[int]
+    """Where codes and scales of Q, K and V begin."""
+    operand: torch.dtype
+    operands: list[int]
+    """Where each begins in the memory that they share: Q, K, V, dO with the factor of its rows, and where groups are kept dO and,
+    if V is quantized, V as they are."""
+    operands_size: int
+    unpack_query: Launch
+    unpack_key: Launch
+    make_value: Launch
+    """Unpacks V, or where it is read again quantizes it."""
+    quantizes_value: bool
+    two_values: bool
+    """Whether V is needed quantized, and as it is for the kept groups."""
+    preprocess: Launch
+    grad_query: Any
+    grad_key_value: Any
+    softmax_scale: float
+
+
+@lru_cache(PLANS)
+def _plan(
+    device: torch.device,
+    chosen: tiles.Tiles,
+    grad_out: Layout,
+    out_hp: Layout,
+    value: Layout | None,
+    key_shape: torch.Size,
+    packed: PackedSizes | None,
+    given: Given,
+    spec: QuantSpec,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+) -> _Plan:
+    problem = Problem.of(grad_out.shape, key_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
+    queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
+    kept, quantizes_value, float32 = keys.lead > 0, spec.formats.value is not None, Pointer(torch.float32)
+    block_m = max(16, 2048 // problem.block_d)
+    num_blocks = queries.blocks(block_m)
+    preprocess = Launch.of(
+        preprocess_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            grad_out.pointer, out_hp.pointer, float32, given.pointer(torch.int32, packed is not None),
+            Pointer(operand), Pointer(operand) if kept else None, float32,
+        ],
+        [
+            *grad_out.strides, *out_hp.strides,
+            queries.num_heads, queries.max_seqlen, num_blocks, queries.rows, queries.all_rows,
+        ],
+        problem.constants | {"BLOCK_M": block_m, "STORE_GRAD_OUT": kept},
+        num_warps=4,
+    )  # fmt: skip
+
+    operand_q, operand_k = (queries.all_rows, problem.block_d), (keys.all_rows, problem.block_d)
+    two_values = quantizes_value and kept
+    grad_query: object
+    grad_key_value: object
+    if isinstance(tile := chosen.grad_query, tiles.HopperTile):
+        from .hopper.launch_backward import grad_query_launch
+
+        grad_query = grad_query_launch(problem, tile, grad_out, given)
+    else:
+        grad_query = _grad_query_launch(problem, tile, grad_out, given)
+    if isinstance(tile := chosen.grad_key_value, tiles.HopperTile):
+        from .hopper.launch_backward import grad_key_value_launch
+
+        grad_key_value = grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+    else:
+        grad_key_value = _grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+    if value is None:
+        make_value = unpack_launch(keys, problem.head_dim, operand, along_tokens=True)
+    else:
+        make_value = tokens_launch(
+            value, keys, given, spec.formats.value,
+            quantized=operand if quantizes_value else None, unquantized=operand if kept or not quantizes_value else None,
+        )  # fmt: skip
+    shapes = [operand_q, operand_k, operand_k, operand_q, *[operand_q] * kept, *[operand_k] * two_values]
+    return _Plan(
+        queries, keys, chosen, starts(problem.code_sizes())[0],
+        operand, *starts([math.prod(shape) for shape in shapes]),
+        unpack_launch(queries, problem.head_dim, operand, along_tokens=False),
+        unpack_launch(keys, problem.head_dim, operand, along_tokens=False),
+        make_value, quantizes_value, two_values, preprocess, grad_query, grad_key_value, problem.softmax_scale,
+    )  # fmt: skip
+
+
+def _grad_query_launch(problem: Problem, tile: tiles.Tile, grad_out: Layout, given: Given) -> Launch:
+    """The launch of the Triton kernel of dQ."""
+    queries, num_blocks, sage = problem.query, problem.query.blocks(tile.block_m), problem.spec.formats.smooth is not None
+    operand, float32, cu_seqlens = operand_dtype(grad_out.dtype), Pointer(torch.float32), _cu_seqlens(problem, given)
+    q, kv = _operand_tiles(problem, tile, operand)
+    return Launch.of(
+        grad_query_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            q, kv, kv, kv if problem.key.lead else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            float32 if sage else None, float32 if sage else None, *given.bound_pointers(),
+            grad_out.pointer, float32, float32, Pointer(grad_out.dtype),
+        ],
+        [
+            given.bounds_stride, *grad_out.strides, *_numbers(problem, given, grad_out.shape, num_blocks),
+            math.copysign(problem.softmax_scale, problem.scale),
+        ],
+        _constants(problem, given, tile),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _grad_key_value_launch(problem: Problem, tile: tiles.Tile, key_shape: torch.Size, dtype: torch.dtype, given: Given) -> Launch:
+    """The launch of the Triton kernel of dK and dV, which have this dtype."""
+    keys, kept, operand = problem.key, problem.key.lead > 0, operand_dtype(dtype)
+    # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
+    num_blocks = keys.blocks(tile.block_n) - (PAD // tile.block_n - 1 if kept else 0)
+    float32, cu_seqlens = Pointer(torch.float32), _cu_seqlens(problem, given)
+    q, kv = _operand_tiles(problem, tile, operand)
+    return Launch.of(
+        grad_key_value_kernel,
+        (keys.batch * keys.num_heads * num_blocks,),
+        [
+            q, kv, kv, q, kv if kept else None, q if kept else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            float32 if problem.spec.formats.smooth is not None else None, *given.bound_pointers(),
+            float32, float32, Pointer(dtype), Pointer(dtype),
+        ],
+        [given.bounds_stride, *_numbers(problem, given, key_shape, num_blocks), problem.softmax_scale],
+        _constants(problem, given, tile),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _operand_tiles(problem: Problem, tile: tiles.Tile, operand: torch.dtype) -> tuple[Tiles, Tiles]:
+    """Those of queries and of keys."""
+    q = Tiles(operand, (problem.query.all_rows, problem.block_d), tile.block_m)
+    return q, Tiles(operand, (problem.key.all_rows, problem.block_d), tile.block_n)
+
+
+def _cu_seqlens(problem: Problem, given: Given) -> Pointer | None:
+    return given.pointer(torch.int32, problem.query.packed)
+
+
+def _numbers(problem: Problem, given: Given, shape: torch.Size, num_blocks: int) -> list[int | float]:
+    """Those that both kernels take, for gradients of this shape."""
+    queries, keys = problem.query, problem.key
+    return [
+        *contiguous_strides(shape)[:3], keys.rows if given.key_mask else 0, *problem.sizes, num_blocks,
+        queries.rows, keys.rows, queries.all_rows, problem.softmax_scale_log2,
+    ]  # fmt: skip
+
+
+def _constants(problem: Problem, given: Given, tile: tiles.Tile) -> dict[str, Any]:
+    return problem.constants | {"HAS_KEY_MASK": given.key_mask, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+
+
+def backward(
+    grad_out: torch.Tensor,
+    value: torch.Tensor | None,
+    out_hp: torch.Tensor,
+    stats: torch.Tensor,
+    codes: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    packing: Packing | None = None,
+    *,
+    key_shape: torch.Size,
+    spec: QuantSpec,
+    mask: Mask,
+    scale: float,
+    bounds: Bounds | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    query: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """docs/NUMERICS.md, section 5: dQ, dK, dV, contiguous, in the dtype of dO, and that of the sinks, if there are some.
+
+    Args:
+        value: V where it is read as it is (`QuantSpec.reads_value`), else None.
+        query, key: Q and K where they are (`QuantSpec.reads_query`), else None.
+        out_hp: O', or O with BF16 PV.
+        stats, codes: of `forward`.
+    """
+    device, dtype, packed = grad_out.device, grad_out.dtype, PackedSizes.of(packing)
+    grad_query = torch.empty(grad_out.shape, dtype=dtype, device=device)
+    # With a mask, keys that no query may see are not visited.
+    new = torch.empty if key_mask is None else torch.zeros
+    grad_key, grad_value = (new(key_shape, dtype=dtype, device=device) for _ in range(2))
+    grad_sinks = None if sinks is None else torch.zeros_like(sinks)
+    if is_empty(grad_out.shape, key_shape, packed):
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_sinks
+    with on_device(device):
+        mean_scores = grad_sums = None
+        if spec.formats.smooth is not None:
+            assert query is not None and key is not None, "Q and K are read again"
+            smoothed = smoothing.smooth(query, key)
+            mean_scores = smoothed.scores
+        given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
+        options = tiles.options_of(
+            spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+            sinks=sinks is not None,
+        )  # fmt: skip
+        chosen = tiles.choose(arch_of(device), grad_out.shape[-1], mask.hides_keys, options, gluon_version())
+        plan = _plan(
+            device, chosen, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape,
+            packed, given, spec, mask, scale, softcap,
+        )  # fmt: skip
+        side = plan.queries
+        operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
+        q, k, v, scaled_grad_out, *others = parts(operands, plan.operands)
+        grad_out_operand, v_kept, *_ = *others, None, None
+        # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
+        delta = torch.empty_like(stats) if sinks is None else torch.zeros_like(stats)
+        cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
+        key_mask, leftpad = allowed_keys(key_mask, plan.keys)
+        q_codes, q_scales, k_codes, k_scales, *v_codes = parts(codes, plan.codes)
+        plan.unpack_query(q_codes, q_scales, q)
+        plan.unpack_key(k_codes, k_scales, k)
+        if value is None:
+            plan.make_value(*v_codes, v)
+        else:
+            quantized, unquantized = (v, v_kept) if plan.quantizes_value else (None, v)
+            plan.make_value(value, key_mask, leftpad, cu_seqlens_k, quantized, unquantized, None, None)
+        plan.preprocess(grad_out, out_hp, stats, cu_seqlens_q, scaled_grad_out, grad_out_operand, delta)
+        if mean_scores is not None and isinstance(plan.tiles.grad_query, tiles.Tile):
+            blocks = (side.batch, side.num_heads, side.blocks(plan.tiles.grad_query.block_m), plan.keys.max_seqlen)
+            grad_sums = grad_query.new_zeros(blocks, dtype=torch.float32)
+        plan.grad_query(
+            q, k, v, v_kept, key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, grad_sums, lower, upper,
+            grad_out, delta, stats, grad_query,
+        )  # fmt: skip
+        plan.grad_key_value(
+            q, k, v, scaled_grad_out, v_kept, grad_out_operand,
+            key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, delta, stats, grad_key, grad_value,
+        )  # fmt: skip
+        if grad_sums is not None:
+            tiles_of_block = grad_sums.shape[2] * SMOOTH_BLOCK // side.blocks(1)
+            grad_sums = grad_sums.unflatten(2, (-1, tiles_of_block)).sum(3) * plan.softmax_scale
+            grad_query = smoothing.grad_query(grad_query.float(), grad_sums, smoothed.key.float()).to(dtype)
+            grad_key = smoothing.grad_key(grad_key.float(), grad_sums, smoothed.query_mean.float()).to(dtype)
+        if sinks is not None:
+            by_head = (1 if packing is not None else side.batch, side.num_heads, side.rows)
+            shares = torch.exp2((sinks.float() * LOG2_E)[:, None] - stats[1].view(by_head))
+            grad_sinks = -(shares * delta[0].view(by_head)).sum((0, 2)).to(sinks.dtype)
+    return grad_query, grad_key, grad_value, grad_sinks

@@ -1,0 +1,237 @@
+"""The forward of docs/NUMERICS.md as Triton kernels: a call is planned once, then tensors are made and kernels launched."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from qat_kernels import smoothing
+from qat_kernels.mask import Bounds, Mask
+from qat_kernels.spec import QuantSpec
+from qat_kernels.varlen import Packing, lse_shape
+
+from . import tiles
+from .device import arch_of, check_device, gluon_version, on_device
+from .forward import attention_forward_kernel
+from .operands import (
+    PLANS,
+    Given,
+    Layout,
+    Sequences,
+    allowed_keys,
+    given_tensors,
+    head_strides,
+    operand_dtype,
+    order_of,
+    rows_launch,
+    strides_of,
+    tokens_launch,
+)
+from .precompiled import Launch, Pointer, Tiles, parts, starts
+from .problem import PackedSizes, Problem, is_empty
+
+
+class Forward(NamedTuple):
+    """What a forward returns. All but `out` and `lse` are for the backward, and None where there will be none."""
+
+    out: torch.Tensor
+    """O, in the shape, strides and dtype of Q."""
+    out_hp: torch.Tensor | None
+    """O' in high precision, likewise; None with BF16 PV too, where O serves."""
+    lse: torch.Tensor
+    """float32 [B, H, Lq], or [H, total] of packed sequences."""
+    stats: torch.Tensor | None
+    """float32 [2, rows of Q]: m and the base-2 log-sum-exp of the quantized scores; +inf in rows without a (quantized) key."""
+    codes: torch.Tensor | None
+    """uint8: the codes and scales of Q, K and, unless V itself is read again, V."""
+
+
+def output_shapes(
+    query: torch.Size, key: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, mask: Mask, with_gradient: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `Forward.stats` and `Forward.codes`."""
+    packed = PackedSizes.of(packing)
+    if is_empty(query, key, packed):
+        return (0,), (0,)
+    return _saved_shapes(Problem.of(query, key, packed, spec=spec, mask=mask, scale=1.0), with_gradient)
+
+
+def _saved_shapes(problem: Problem, with_gradient: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return ((2, problem.query.all_rows), (sum(problem.code_sizes()),)) if with_gradient else ((0,), (0,))
+
+
+class _Plan(NamedTuple):
+    """All of a forward but its tensors."""
+
+    keys: Sequences
+    stats_shape: tuple[int, int]
+    codes: list[int]
+    """Where codes and scales of Q, K and V begin."""
+    codes_size: int
+    quantize_query: Launch
+    quantize_key: Launch
+    quantize_value: Launch
+    attend: Any
+    """A `Launch`, or an `Attend` of hopper/, which takes the same tensors; so are those of a backward."""
+    quantizes_value: bool
+    operand: torch.dtype
+    operands: list[int]
+    """Where each begins in the memory that they share: Q, K, V and, where groups are kept, V as it is."""
+    operands_size: int
+
+
+@lru_cache(PLANS)
+def _plan(
+    device: torch.device,
+    tile: tiles.Tile | tiles.HopperTile,
+    query: Layout,
+    key: Layout,
+    value: Layout,
+    out_strides: tuple[int, ...],
+    packed: PackedSizes | None,
+    given: Given,
+    spec: QuantSpec,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    with_gradient: bool,
+) -> _Plan:
+    problem = Problem.of(query.shape, key.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
+    formats, order, operand = spec.formats, order_of(tile.block_n), operand_dtype(value.dtype)
+    quantizes_value = formats.value is not None
+    two_values = quantizes_value and problem.key.lead > 0
+    query_shape, key_shape = (problem.query.all_rows, problem.block_d), (problem.key.all_rows, problem.block_d)
+    attend: object
+    if isinstance(tile, tiles.HopperTile):
+        from .hopper.launch_forward import attend_launch
+
+        attend = attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
+    else:
+        attend = _attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
+    return _Plan(
+        problem.key, (2, problem.query.all_rows), *starts(problem.code_sizes()),
+        rows_launch(
+            query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
+            heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
+            operand=operand, codes=with_gradient,
+        ),
+        rows_launch(
+            key, problem.key, given, formats.key, is_k=True, order=order, rotate=spec.rotate,
+            operand=operand, codes=with_gradient,
+        ),
+        tokens_launch(
+            value, problem.key, given, formats.value, order=order,
+            quantized=operand if quantizes_value else None, unquantized=None if quantizes_value and not two_values else operand,
+            codes=with_gradient and len(problem.code_sizes()) > 4,
+        ),
+        attend, quantizes_value, operand, *starts([math.prod(query_shape), *[math.prod(key_shape)] * (3 if two_values else 2)]),
+    )  # fmt: skip
+
+
+def _attend_launch(
+    problem: Problem, tile: tiles.Tile, out_strides: tuple[int, ...], dtype: torch.dtype, given: Given, with_gradient: bool
+) -> Launch:
+    """The Triton kernel for outputs of this dtype and these strides."""
+    queries, keys, spec, operand = problem.query, problem.key, problem.spec, operand_dtype(dtype)
+    has_out_hp = with_gradient and spec.quantizes_pv
+    num_blocks = queries.blocks(tile.block_m)
+    float32, out, cu_seqlens = Pointer(torch.float32), Pointer(dtype), given.pointer(torch.int32, queries.packed)
+    key_tiles = Tiles(operand, (keys.all_rows, problem.block_d), tile.block_n)
+    return Launch.of(
+        attention_forward_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            Tiles(operand, (queries.all_rows, problem.block_d), tile.block_m),
+            key_tiles, key_tiles, key_tiles if keys.lead else None, *given.key_mask_pointers(),
+            float32 if given.k_shift else None, cu_seqlens, cu_seqlens,
+            float32 if spec.formats.smooth is not None else None, *given.bound_pointers(),
+            given.pointer(torch.float32, given.sinks),
+            out, out if has_out_hp else None, float32, float32 if with_gradient else None,
+        ],
+        [
+            given.bounds_stride, *out_strides, *head_strides(problem.query), problem.key.rows if given.key_mask else 0,
+            *problem.sizes, num_blocks, problem.query.rows, problem.key.rows, problem.query.all_rows,
+            problem.softmax_scale_log2, problem.scale,
+        ],
+        {
+            **problem.constants, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ORDER": order_of(tile.block_n),
+            "HAS_KEY_MASK": given.key_mask, "OUT_HP": has_out_hp, "STORE_STATS": with_gradient,
+            "HAS_K_SHIFT": given.k_shift, "HAS_SINKS": given.sinks,
+        },
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    packing: Packing | None = None,
+    *,
+    spec: QuantSpec,
+    mask: Mask,
+    scale: float,
+    with_gradient: bool,
+    bounds: Bounds | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> Forward:
+    """docs/NUMERICS.md, sections 3 and 4.
+
+    Raises:
+        ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
+    """
+    device, packed = query.device, PackedSizes.of(packing)
+    check_device(device)
+    out = torch.empty_like(query)
+    out_hp = torch.empty_like(query) if with_gradient and spec.quantizes_pv else None
+    lse = torch.empty(lse_shape(query.shape, packing), dtype=torch.float32, device=device)
+    if is_empty(query.shape, key.shape, packed):
+        if sinks is not None:
+            lse.copy_(sinks[:, None])
+        else:
+            lse.fill_(-torch.inf)
+        nothing = (query.new_empty(0, dtype=dtype) if with_gradient else None for dtype in (torch.float32, torch.uint8))
+        return Forward(out.zero_(), out_hp if out_hp is None else out_hp.zero_(), lse, *nothing)
+    with on_device(device):
+        mean_scores = None
+        if spec.formats.smooth is not None:
+            query, key, _, mean_scores = smoothing.smooth(query, key)
+        given, k_shift, lower, upper, sinks = given_tensors(key_mask, k_shift, packing, bounds, sinks)
+        options = tiles.options_of(
+            spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+            k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
+        )  # fmt: skip
+        tile = tiles.choose(arch_of(device), query.shape[-1], mask.hides_keys, options, gluon_version()).forward
+        plan = _plan(
+            device, tile, Layout.of(query), Layout.of(key), Layout.of(value), strides_of(out), packed, given,
+            spec, mask, scale, softcap, with_gradient,
+        )  # fmt: skip
+        stats = codes = None
+        q_codes = q_scales = k_codes = k_scales = v_codes = v_scales = None
+        if with_gradient:
+            # Packed sequences leave gaps between them, which no kernel writes or reads.
+            new = torch.empty if packed is None else torch.zeros
+            stats = new(plan.stats_shape, dtype=torch.float32, device=device)
+            codes = new(plan.codes_size, dtype=torch.uint8, device=device)
+            q_codes, q_scales, k_codes, k_scales, *v_parts = parts(codes, plan.codes)
+            v_codes, v_scales = v_parts or (None, None)
+        operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
+        q, k, v, kept, *_ = *parts(operands, plan.operands), None
+        q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
+        cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
+        key_mask, leftpad = allowed_keys(key_mask, plan.keys)
+        plan.quantize_query(query, k_shift, None, None, cu_seqlens_q, q, q_codes, q_scales, q_dot_k_shift)
+        plan.quantize_key(key, k_shift, key_mask, leftpad, cu_seqlens_k, k, k_codes, k_scales, None)
+        quantized, unquantized = (v, kept) if plan.quantizes_value else (None, v)
+        plan.quantize_value(value, key_mask, leftpad, cu_seqlens_k, quantized, unquantized, v_codes, v_scales)
+        plan.attend(
+            q, k, v, kept, key_mask, leftpad, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, sinks,
+            out, out_hp, lse, stats,
+        )  # fmt: skip
+    return Forward(out, out_hp, lse, stats, codes)

@@ -1,0 +1,47 @@
+"""Tensors in tiles that the hardware can copy by itself, in the order that the matrix units of Hopper read."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qat_kernels.triton.precompiled import Argument, Pointer, Tiles
+
+
+class _Descriptor(TensorDescriptor):
+    """Gluon's own class, without its checks at every launch."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing."""
+
+
+class HopperTiles(Tiles):
+    """Where a kernel will get a tensor [rows, columns] in tiles of some rows, or [rows] in tiles of some numbers."""
+
+    def descriptor(self, base: Argument | Pointer) -> Any:
+        """As Gluon takes a tensor, or an address, in tiles."""
+        columns = self.shape[1:]
+        return _Descriptor(
+            self.pointer(base), [*self.shape], [*columns, 1], [self.block_rows, *columns], _layout(self.block_rows, *columns)
+        )
+
+
+def rows_of(all_rows: int, columns: int, block_rows: int) -> HopperTiles:
+    """An operand."""
+    return HopperTiles(torch.bfloat16, (all_rows, columns), block_rows)
+
+
+def numbers_of(count: int, block_rows: int) -> HopperTiles:
+    """A float32 for every row."""
+    return HopperTiles(torch.float32, (count,), block_rows)
+
+
+@lru_cache
+def _layout(rows: int, *columns: int) -> gl.NVMMASharedLayout:
+    if not columns:
+        return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return gl.NVMMASharedLayout.get_default_for([rows, *columns], gl.bfloat16)

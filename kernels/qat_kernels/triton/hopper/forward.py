@@ -1,0 +1,468 @@
+"""The forward of docs/NUMERICS.md, sections 3 and 4, for Hopper (sm_90), in Gluon: the same numbers as triton/forward.py, faster.
+
+One warp copies tiles of K and V; two or three warp groups of 64 queries each multiply and round. Tiles come in descending order:
+the one that is cut off is then the first, and a warp group of a causal call skips the first ones, which it does not see. Kept
+groups come last.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from qat_kernels.triton.forward import LN_2
+from qat_kernels.triton.layout import PAD, first_row, sequence, slot_of, slot_ranges
+from qat_kernels.triton.nvfp4 import GROUP, P_GLOBAL_SCALE
+
+from .pipeline import (
+    WARP_GROUP_ROWS,
+    accumulator,
+    left_operand,
+    load,
+    load_step,
+    new_barriers,
+    new_ring,
+    release,
+    skip,
+    tile_at,
+    wait_full,
+)
+from .rescale import rescale
+from .rounding import quantize_p
+
+ORDER = gl.constexpr(64)
+"""Of the keys' rows (layout.py): a thread then holds whole groups of P~."""
+_PAD = gl.constexpr(PAD)
+
+
+@gluon.jit
+def softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS: gl.constexpr):
+    """`online_softmax_step` of scores [64, N] with permuted columns: a thread holds whole groups, and its own part of row_sum.
+
+    Returns P~ [64, N / 64, 8, 4, 2], the largest P~ of each group [64, N / 64, 1, 4, 1], what the rows are rescaled by, and
+    their new state: row_max [64] and row_sum [64, 1, 1, 4, 1].
+    """
+    groups = gl.reshape(scores, (scores.shape[0], scores.shape[1] // ORDER, 8, 4, 2))
+    group_max = gl.max(gl.max(groups, 4, keep_dims=True), 2, keep_dims=True)
+    tile_max = gl.max(gl.max(gl.max(gl.max(group_max, 4), 3), 2), 1)
+    row_max_new = gl.maximum(row_max, gl.ceil(tile_max * softmax_scale_log2))
+    row_max_safe = row_max_new
+    if CHECK_BOUNDS:  # rows that have seen no key yet: everything is exp2(-inf) = 0
+        row_max_safe = gl.where(row_max_new == float("-inf"), 0.0, row_max_new)
+    minus = row_max_safe[:, None, None, None, None]
+    p = gl.exp2(groups * softmax_scale_log2 - minus)
+    group_max = gl.exp2(group_max * softmax_scale_log2 - minus)
+    factor = gl.exp2(row_max - row_max_safe)
+    sums = gl.sum(gl.sum(gl.sum(p, 4, keep_dims=True), 2, keep_dims=True), 1, keep_dims=True)
+    return p, group_max, factor, row_max_new, row_sum * factor[:, None, None, None, None] + sums
+
+
+@gluon.jit
+def to_operand(groups, D: gl.constexpr):
+    """P~, cut into groups, as the first operand of a product with D columns. No value leaves its register."""
+    return left_operand(gl.reshape(groups, (WARP_GROUP_ROWS, groups.numel // WARP_GROUP_ROWS)), D)
+
+
+@gluon.jit
+def round_p(p, group_max, QUANTIZE_PV: gl.constexpr):
+    """The operand of O: PF~ * 2688, or the unquantized P~."""
+    if QUANTIZE_PV:
+        return quantize_p(p, group_max)
+    else:
+        return p.to(gl.bfloat16)
+
+
+@gluon.jit
+def rows_of(x, D: gl.constexpr):
+    """One number a row, of any layout, as a column beside an accumulator with D columns."""
+    return gl.convert_layout(x, gl.SliceLayout(1, accumulator(D)), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def mask_scores(scores, first_slot, upper):
+    """Scores of the slots from `first_slot` on, -inf where they are not below the `upper` of the row."""
+    slot = first_slot + slot_of(gl.arange(0, scores.shape[1], gl.SliceLayout(0, accumulator(scores.shape[1]))), ORDER)
+    allowed = slot[None, :] < upper[:, None]
+    return gl.where(allowed, scores, float("-inf"))
+
+
+@gluon.jit
+def _attend_ahead(
+    out, p, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, stop, softmax_scale_log2,
+    CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr,
+):  # fmt: skip
+    """Steps `start` to `stop`, not the first one, over quantized slots, without O'. p: the operand of the step before.
+
+    The tensor cores compute the scores of a tile, and then the product of the one before with V, while the scores are rounded.
+    """
+    N: gl.constexpr = k_ring[0].shape[1]
+    D: gl.constexpr = k_ring[0].shape[2]
+    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
+    gl.assume(start >= 0)
+    for step in range(start, stop):
+        k = tile_at(k_ring, step).permute((1, 0))  # [D, N]
+        v = tile_at(v_ring, step - 1)  # [N, D]
+        scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+        wait_full(v_ring, step - 1)
+        out = warpgroup_mma(p, v, out, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        release(k_ring, step)
+        if CHECK_BOUNDS:
+            scores = mask_scores(scores, begin + (steps - 1 - step) * N, upper)
+        weights, group_max, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS)
+        p_next = to_operand(round_p(weights, group_max, QUANTIZE_PV), D)
+        # Between rounding and wait, because ptxas would move the wait before them, were it not in another basic block.
+        wait_full(k_ring, step + 1, step + 1 < steps)
+        out = warpgroup_mma_wait(0, [out])
+        release(v_ring, step - 1)
+        out = rescale(out, rows_of(factor, D))
+        p = p_next
+    return out, p, row_max, row_sum
+
+
+@gluon.jit
+def _attend_quantized(
+    out, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, full_start, softmax_scale_log2,
+    CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr,
+):  # fmt: skip
+    """Steps `start` to `steps`, at least one, as `_attend_ahead`. From `full_start` on all rows see all of a tile."""
+    N: gl.constexpr = k_ring[0].shape[1]
+    D: gl.constexpr = k_ring[0].shape[2]
+    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
+    wait_full(k_ring, start)
+    scores = warpgroup_mma(q, tile_at(k_ring, start).permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    release(k_ring, start)
+    scores = mask_scores(scores, begin + (steps - 1 - start) * N, upper)
+    weights, group_max, _, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CAUSAL)
+    p = to_operand(round_p(weights, group_max, QUANTIZE_PV), D)
+    wait_full(k_ring, start + 1, start + 1 < steps)
+    if CAUSAL:
+        out, p, row_max, row_sum = _attend_ahead(
+            out, p, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start + 1, full_start, softmax_scale_log2,
+            True, QUANTIZE_PV,
+        )  # fmt: skip
+    out, p, row_max, row_sum = _attend_ahead(
+        out, p, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, gl.maximum(start + 1, full_start), steps,
+        softmax_scale_log2, False, QUANTIZE_PV,
+    )  # fmt: skip
+    wait_full(v_ring, steps - 1)
+    out = warpgroup_mma(p, tile_at(v_ring, steps - 1), out, is_async=True)
+    out = warpgroup_mma_wait(0, [out])
+    release(v_ring, steps - 1)
+    return out, row_max, row_sum
+
+
+@gluon.jit
+def _halves(p, group_max):
+    """P~ and the largest of each group, of the first and of the last 64 keys of 128. No value leaves its register."""
+    p_first, p_last = gl.split(gl.permute(p, (0, 2, 3, 4, 1)))
+    max_first, max_last = gl.split(gl.permute(group_max, (0, 2, 3, 4, 1)))
+    layout: gl.constexpr = gl.max(gl.max(p_first, 3, keep_dims=True), 1, keep_dims=True).type.layout
+    max_first = gl.convert_layout(max_first, layout, assert_trivial=True)
+    return p_first, max_first, p_last, gl.convert_layout(max_last, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _attend_halves(
+    out, out_hp, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, stop, softmax_scale_log2,
+    CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr,
+):  # fmt: skip
+    """Steps `start` to `stop` over quantized slots in tiles of 128, with O' or without.
+
+    The tensor cores multiply the first half of a tile while the second one is rounded.
+    """
+    N: gl.constexpr = k_ring[0].shape[1]
+    D: gl.constexpr = k_ring[0].shape[2]
+    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
+    gl.assume(start >= 0)
+    for step in range(start, stop):
+        k = tile_at(k_ring, step).permute((1, 0))  # [D, N]
+        v = tile_at(v_ring, step)  # [N, D]
+        wait_full(k_ring, step)
+        scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, [scores])
+        release(k_ring, step)
+        if CHECK_BOUNDS:
+            scores = mask_scores(scores, begin + (steps - 1 - step) * N, upper)
+        p, group_max, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS)
+        out = rescale(out, rows_of(factor, D))
+        if OUT_HP:
+            out_hp = rescale(out_hp, rows_of(factor, D))
+        p_first, max_first, p_last, max_last = _halves(p, group_max)
+        wait_full(v_ring, step)
+        if OUT_HP:
+            out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
+        out = warpgroup_mma(to_operand(round_p(p_first, max_first, QUANTIZE_PV), D), v.slice(0, 64), out, is_async=True)
+        if OUT_HP:
+            out_hp = warpgroup_mma(to_operand(p_last.to(gl.bfloat16), D), v.slice(64, 64), out_hp, is_async=True)
+        out = warpgroup_mma(to_operand(round_p(p_last, max_last, QUANTIZE_PV), D), v.slice(64, 64), out, is_async=True)
+        if OUT_HP:
+            out_hp, out = warpgroup_mma_wait(0, [out_hp, out])
+        else:
+            out = warpgroup_mma_wait(0, [out])
+        release(v_ring, step)
+    return out, out_hp, row_max, row_sum
+
+
+@gluon.jit
+def _attend_kept(
+    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, first_slot, slots, step, softmax_scale_log2,
+    LEAD: gl.constexpr, OUT_HP: gl.constexpr,
+):  # fmt: skip
+    """One tile of kept groups, with unquantized P~ and V: of slots below LEAD + 16 the sink group, else open groups.
+
+    The open group of a row holds its `last` slot.
+    """
+    N: gl.constexpr = k_ring[0].shape[1]
+    D: gl.constexpr = k_ring[0].shape[2]
+    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
+    wait_full(k_ring, step)
+    scores = warpgroup_mma(q, tile_at(k_ring, step).permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    release(k_ring, step)
+    slot = first_slot + slot_of(gl.arange(0, N, gl.SliceLayout(0, accumulator(N))), ORDER)
+    kept_from = gl.where(first_slot < LEAD, LEAD, gl.maximum(last & -GROUP, LEAD + GROUP))
+    allowed = (slot[None, :] >= kept_from[:, None]) & (slot[None, :] <= last[:, None]) & (slot < slots)[None, :]
+    scores = gl.where(allowed, scores, float("-inf"))
+    weights, _, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, True)
+    p = to_operand(weights.to(gl.bfloat16), D)
+    factor = rows_of(factor, D)
+    out = rescale(out, factor)
+    if OUT_HP:
+        out_hp = rescale(out_hp, factor)
+    wait_full(v_ring, step)
+    v = tile_at(v_ring, step)
+    out = warpgroup_mma(p, v, out, is_async=True)
+    if OUT_HP:
+        out_hp = warpgroup_mma(p, v, out_hp, is_async=True)
+        out_hp, out = warpgroup_mma_wait(0, [out_hp, out])
+    else:
+        out = warpgroup_mma_wait(0, [out])
+    release(v_ring, step)
+    return out, out_hp, row_max, row_sum
+
+
+@gluon.jit
+def _place(cu_seqlens, sizes, num_blocks, CAUSAL: gl.constexpr):
+    """Batch, head and block of queries of this program; first token and number of tokens of its queries and of its keys."""
+    num_heads, seqlen_q, seqlen_k = sizes
+    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
+    if CAUSAL:  # the longest first
+        block = num_blocks - 1 - block
+    batch = batch_head // num_heads
+    q_start = 0
+    k_start = 0
+    if cu_seqlens is not None:
+        q_start, seqlen_q = sequence(cu_seqlens[0], batch, seqlen_q, True)
+        k_start, seqlen_k = sequence(cu_seqlens[1], batch, seqlen_k, True)
+    return batch, batch_head % num_heads, block, q_start, seqlen_q, k_start, seqlen_k
+
+
+@gluon.jit
+def _store(
+    out, out_hp, quantized_max, row_max, row_sum, first, arguments, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr,
+    QUANTIZED: gl.constexpr,
+):  # fmt: skip
+    """What a warp group writes, whose first row in its block is `first`; QUANTIZED: `out` is still 2688 times too large.
+
+    It finds its place anew: numbers kept from before would take registers from the loops.
+    """
+    D: gl.constexpr = out.shape[1]
+    layout: gl.constexpr = gl.SliceLayout(1, accumulator(D))
+    cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale = arguments
+    out_ptr, out_hp_ptr, lse_ptr, stats_ptr, q_dot_k_shift_ptr = pointers
+    out_stride_b, out_stride_h, out_stride_l, out_stride_d = out_strides
+    batch, head, block, q_start, seqlen_q, _, _ = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
+    rows = block * BLOCK_M + first + gl.arange(0, WARP_GROUP_ROWS, layout)
+    inside = rows < seqlen_q
+    row_sum = gl.sum(gl.sum(gl.sum(gl.sum(row_sum, 4), 3), 2), 1)
+    row_sum = gl.convert_layout(row_sum, layout, assert_trivial=True)
+    row_max = gl.convert_layout(row_max, layout, assert_trivial=True)
+    empty = row_sum == 0.0
+    lse_log2 = row_max + gl.log2(row_sum)
+    if stats_ptr is not None:
+        q_rows, _, all_q_rows = operand_rows
+        stats_ptr += first_row(batch, head, sizes[0], q_rows, q_start, 0, cu_seqlens is not None).to(gl.int64)
+        quantized_max = gl.convert_layout(quantized_max, layout, assert_trivial=True)
+        padded = rows < gl.cdiv(seqlen_q, _PAD) * _PAD
+        seen = inside & (quantized_max != float("-inf"))
+        gl.store(stats_ptr + rows, gl.where(seen, quantized_max, float("inf")), mask=padded)
+        gl.store(stats_ptr + all_q_rows + rows, gl.where(inside & (row_sum != 0.0), lse_log2, float("inf")), mask=padded)
+    lse = gl.where(empty, float("-inf"), lse_log2 * LN_2)
+    lse_row = head if cu_seqlens is not None else batch * sizes[0] + head
+    lse_offsets = lse_row.to(gl.int64) * lse_stride + q_start + rows
+    if q_dot_k_shift_ptr is not None:
+        lse += k_shift_scale * gl.load(q_dot_k_shift_ptr + lse_offsets, mask=inside, other=0.0)
+    gl.store(lse_ptr + lse_offsets, lse, mask=inside)
+    columns = gl.arange(0, D, gl.SliceLayout(0, accumulator(D)))
+    offsets = batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
+    offsets += (q_start + rows).to(gl.int64)[:, None] * out_stride_l + columns.to(gl.int64)[None, :] * out_stride_d
+    inverse = 1.0 / gl.where(empty, 1.0, row_sum)
+    if out_hp_ptr is not None:
+        gl.store(out_hp_ptr + offsets, (out_hp * inverse[:, None]).to(out_hp_ptr.dtype.element_ty), mask=inside[:, None])
+    if QUANTIZED:
+        inverse = inverse * (1.0 / P_GLOBAL_SCALE)
+    gl.store(out_ptr + offsets, (out * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@gluon.jit
+def _consumer(
+    common, WG: gl.constexpr, BLOCK_M: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr
+):
+    """A warp group: the WG-th 64 queries of those from `first` on."""
+    q_tiles, q_full, k_ring, v_ring, arguments, num_queries, first, work, softmax_scale_log2 = common
+    OUT_HP: gl.constexpr = arguments[1][1] is not None
+    N: gl.constexpr = k_ring[0].shape[1]
+    D: gl.constexpr = k_ring[0].shape[2]
+    slots, q_pos_offset, begin, steps, open_start, all_steps = work
+    first += WG * WARP_GROUP_ROWS
+    rows = first + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(N)))
+    last, upper, _, full, stop, my_open_start, my_open_blocks = slot_ranges(
+        rows, first, q_pos_offset, slots, LEAD, CAUSAL, WARP_GROUP_ROWS, N
+    )  # fmt: skip
+    inside = num_queries > WG * WARP_GROUP_ROWS  # else all of these are padding
+    start = steps - gl.where(inside, gl.cdiv(stop - begin, N), 0)
+    out = gl.zeros((WARP_GROUP_ROWS, D), gl.float32, accumulator(D))
+    out_hp = out
+    row_max, row_sum = _no_keys_yet(N)
+    q = q_tiles.index(WG)
+    mbarrier.wait(q_full.index(WG), 0)
+    for step in range(start):
+        skip(k_ring, v_ring, step)
+    full_start = steps - (full - begin) // N
+    if N == 128:
+        # Without a causal mask the first tile alone may be cut off.
+        out, out_hp, row_max, row_sum = _attend_halves(
+            out, out_hp, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, full_start, softmax_scale_log2,
+            True, QUANTIZE_PV, OUT_HP,
+        )  # fmt: skip
+        out, out_hp, row_max, row_sum = _attend_halves(
+            out, out_hp, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, gl.maximum(start, full_start), steps,
+            softmax_scale_log2, False, QUANTIZE_PV, OUT_HP,
+        )  # fmt: skip
+    else:
+        gl.static_assert(not OUT_HP)
+        if start < steps:
+            out, row_max, row_sum = _attend_quantized(
+                out, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, full_start, softmax_scale_log2,
+                CAUSAL, QUANTIZE_PV,
+            )  # fmt: skip
+    quantized_max = row_max
+    if LEAD > 0:
+        if QUANTIZE_PV:
+            out = out * (1.0 / P_GLOBAL_SCALE)
+        for step in range(steps, all_steps):
+            first_slot = gl.where(step == steps, LEAD + GROUP - N, open_start + (step - steps - 1) * N)
+            mine = (first_slot >= my_open_start) & (first_slot < my_open_start + my_open_blocks * N)
+            if inside & (mine | (step == steps)):
+                out, out_hp, row_max, row_sum = _attend_kept(
+                    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, first_slot, slots, step, softmax_scale_log2,
+                    LEAD, OUT_HP,
+                )  # fmt: skip
+            else:
+                skip(k_ring, v_ring, step)
+    _store(
+        out, out_hp, quantized_max, row_max, row_sum, WG * WARP_GROUP_ROWS, arguments, BLOCK_M, CAUSAL, QUANTIZE_PV and LEAD == 0
+    )  # fmt: skip
+
+
+@gluon.jit
+def _no_keys_yet(N: gl.constexpr):
+    """row_max and row_sum of rows before their first key, in the layouts that `softmax_step` returns."""
+    groups = gl.reshape(gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N)), (WARP_GROUP_ROWS, N // ORDER, 8, 4, 2))
+    largest = gl.max(gl.max(gl.max(gl.max(groups, 4), 3), 2), 1)
+    sums = gl.sum(gl.sum(gl.sum(groups, 4, keep_dims=True), 2, keep_dims=True), 1, keep_dims=True)
+    return gl.full_like(largest, float("-inf")), gl.full_like(sums, 0.0)
+
+
+@gluon.jit
+def _producer(loads, WARP_GROUPS: gl.constexpr, LEAD: gl.constexpr):
+    """Copies the queries, and then K and V of each step."""
+    q_desc, k_desc, v_desc, v_kept_desc, q_tiles, q_full, k_ring, v_ring, q_row, k_row, work = loads
+    N: gl.constexpr = k_ring[0].shape[1]
+    _, _, begin, steps, open_start, all_steps = work
+    for group in gl.static_range(WARP_GROUPS):
+        load(q_desc, q_row + group * WARP_GROUP_ROWS, q_tiles.index(group), q_full.index(group))
+    for step in range(steps):
+        row = k_row + begin + (steps - 1 - step) * N
+        load_step(k_desc, row, k_ring, step)
+        load_step(v_desc, row, v_ring, step)
+    if LEAD > 0:
+        for step in range(steps, all_steps):
+            row = k_row + gl.where(step == steps, LEAD + GROUP - N, open_start + (step - steps - 1) * N)
+            load_step(k_desc, row, k_ring, step)
+            load_step(v_kept_desc, row, v_ring, step)
+
+
+# Else each length would be compiled anew.
+@gluon.jit(do_not_specialize=["lse_stride", "num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
+def attention_forward_kernel(
+    q_desc, k_desc, v_desc, v_kept_desc, cu_seqlens, pointers, out_strides, operand_rows,
+    lse_stride, num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, k_shift_scale,
+    CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """WARP_GROUPS times 64 queries of one head of one sequence.
+
+    q, k, v, v_kept: operands (layout.py) in tiles of 64 queries and of N keys, permuted with ORDER 64; v_kept only where groups
+    are kept. cu_seqlens: None, or those of Q and of K. pointers: out and out_hp (O'), which have the same strides, lse, stats and
+    q_dot_k_shift; all but out and lse may be None. out_strides of batch, heads, tokens and head dim; lse_stride of heads.
+    operand_rows: q_rows, k_rows, all_q_rows. All of them as in triton/forward.py.
+    """
+    N: gl.constexpr = k_desc.block_shape[0]
+    D: gl.constexpr = k_desc.block_shape[1]
+    BLOCK_M: gl.constexpr = WARP_GROUPS * WARP_GROUP_ROWS
+    REGISTERS: gl.constexpr = 240 if WARP_GROUPS == 2 else 160  # of each thread that multiplies
+    VARLEN: gl.constexpr = cu_seqlens is not None
+    LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
+    q_rows, k_rows, _ = operand_rows
+    sizes = (num_heads, seqlen_q, seqlen_k)
+    batch, head, block, q_start, seqlen_q, k_start, seqlen_k = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
+    head_k = head // (num_heads // num_heads_k)
+    q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
+    k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    first, slots = block * BLOCK_M, seqlen_k + LEAD
+    _, _, begin, _, stop, open_start, open_blocks = slot_ranges(
+        first, first, slots - seqlen_q, slots, LEAD, CAUSAL, BLOCK_M, N
+    )  # fmt: skip
+    inside = first < seqlen_q
+    steps = gl.where(inside, gl.cdiv(stop - begin, N), 0)
+    all_steps = steps
+    if LEAD > 0:
+        all_steps += gl.where(inside, 1 + open_blocks, 0)
+    work = (slots, slots - seqlen_q, begin, steps, open_start, all_steps)
+
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [WARP_GROUPS, WARP_GROUP_ROWS, D], q_desc.layout)
+    q_full = new_barriers(WARP_GROUPS, 1)
+    k_ring, v_ring = new_ring(k_desc, STAGES, WARP_GROUPS), new_ring(v_desc, STAGES, WARP_GROUPS)
+    fence_async_shared()
+    arguments = (cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale)
+    common = (q_tiles, q_full, k_ring, v_ring, arguments, seqlen_q - first, first, work, softmax_scale_log2)
+    loads = (q_desc, k_desc, v_desc, v_kept_desc, q_tiles, q_full, k_ring, v_ring, q_row + first, k_row, work)
+    if WARP_GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
+                (_producer, (loads, WARP_GROUPS, LEAD)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(2), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
+                (_producer, (loads, WARP_GROUPS, LEAD)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )

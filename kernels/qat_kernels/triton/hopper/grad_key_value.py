@@ -1,0 +1,332 @@
+"""dK and dV on Hopper (docs/NUMERICS.md, section 5): the sums of `backward.grad_key_value_kernel`.
+
+A block is two warp groups of 64 slots each of one key head, and a warp that copies tiles of Q and dO, with their row
+statistics, ahead of them. Scores are [slots, queries]: a warp has the 16 rows of one group. Two tiles
+are one step of the loop: the products of the first run beside the scores of the second. P and dS are operands from registers.
+
+The order of the sums, and so the bits, are those of `backward.grad_key_value_kernel` with tiles of 128 slots or without a causal
+mask; else they are the same where no query heads share a key head.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from qat_kernels.spec import P_GLOBAL_SCALE
+from qat_kernels.triton.layout import PAD, first_row, sequence
+from qat_kernels.triton.nvfp4 import GROUP
+
+from .pipeline import WARP_GROUP_ROWS, accumulator, copy_tile, left_operand, new_barriers
+from .rounding import quantize_p_along_rows
+
+_PAD = gl.constexpr(PAD)
+_TILE = gl.constexpr(64)
+"""Queries of a tile."""
+_WARP_GROUPS = gl.constexpr(2)
+_ROWS = gl.constexpr(_WARP_GROUPS.value * WARP_GROUP_ROWS.value)
+"""Slots of a block."""
+_PAIR = gl.constexpr(2)
+_NEVER = gl.constexpr(2**30)
+"""Behind every query."""
+_INV_P_GLOBAL_SCALE = gl.constexpr(1 / P_GLOBAL_SCALE)
+
+
+@gluon.jit
+def _query_ranges(first_slot, seqlen_q, slots, LEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
+    """Of the block of slots from `first_slot` on: the tiles of queries that see some of them (begin to full), those that see
+    all (full to stop), and those that see kept ones (kept_start to kept_stop). All are whole tiles.
+    """
+    until = gl.cdiv(seqlen_q, _TILE) * _TILE
+    q_pos_offset = slots - seqlen_q
+    first_query = first_slot - q_pos_offset  # the one at the first slot
+    begin = 0
+    full = 0
+    stop = until
+    kept_start = 0
+    kept_stop = 0
+    if LEAD > 0:
+        begin = gl.maximum(first_query + GROUP, 0) // _TILE * _TILE
+        full = first_query + _ROWS
+        kept_start = gl.maximum(first_query, 0) // _TILE * _TILE
+        kept_stop = gl.minimum(gl.maximum(first_query + _ROWS, 0), seqlen_q)
+        kept_stop = kept_start + gl.cdiv(gl.maximum(kept_stop - kept_start, 0), _TILE) * _TILE
+    elif CAUSAL:
+        begin = gl.maximum(first_query, 0) // _TILE * _TILE
+        full = first_query + _ROWS - 1
+    full = gl.where(slots < first_slot + _ROWS, until, full)
+    if HAS_KEY_MASK:
+        full = until
+    full = gl.minimum(begin + gl.cdiv(gl.maximum(full - begin, 0), _TILE) * _TILE, gl.maximum(until, begin))
+    if LEAD > 0:  # the block of the sink group: all its queries are those of a kept group
+        sink = first_slot < LEAD
+        begin = gl.where(sink, until, begin)
+        full = gl.where(sink, until, full)
+        kept_stop = gl.where(sink, gl.maximum(until, kept_start), kept_stop)
+    absent = first_slot >= slots
+    stop = gl.where(absent, begin, gl.maximum(stop, full))
+    full = gl.where(absent, begin, full)
+    kept_stop = gl.where(absent, kept_start, kept_stop)
+    return begin, full, stop, kept_start, kept_stop
+
+
+@gluon.jit
+def _tiles(start, stop, heads):
+    """How many tiles of `heads` heads these queries are, made even: a last one of nothing goes with an odd one."""
+    return gl.cdiv((stop - start) // _TILE * heads, _PAIR) * _PAIR
+
+
+@gluon.jit
+def _sum_tiles(
+    grad_key, grad_value, step, tiles, start, stop, part, k_tiles, v_tiles, first, last, buffers, softmax_scale_log2,
+    BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, QUANTIZE: gl.constexpr,
+):  # fmt: skip
+    """dS^T QF and PF~^T (dO / l), or with kept groups P^T dO, over the next tiles of queries.
+
+    Tiles begin with the query `start`; at `stop` they begin anew, for the next head. A slot is seen by the queries from `first`
+    to `last`, int32 [64]; None: by all in front or behind. Without CAUSAL it is seen by all or, with `first` _NEVER, by none.
+    """
+    q_tiles, grad_out_tiles, row_max_tiles, delta_tiles, q_full, grad_out_full, empty = buffers
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    SCORES: gl.constexpr = accumulator(_TILE)
+    COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    zeros = gl.zeros((WARP_GROUP_ROWS, _TILE), gl.float32, SCORES)
+    query = start
+    for _ in range(tiles // _PAIR):
+        for i in gl.static_range(_PAIR):
+            stage, phase = step % STAGES, step // STAGES & 1
+            q, grad_out = q_tiles.index(stage), grad_out_tiles.index(stage)  # [TILE, BLOCK_D]
+            mbarrier.wait(q_full.index(stage), phase)
+            scores = warpgroup_mma(k_tiles.index(part), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            if i > 0:  # the products of the tile before
+                grad_key, grad_value = warpgroup_mma_wait(1, [grad_key, grad_value])
+                mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+            mbarrier.wait(grad_out_full.index(stage), phase)
+            grad_p = warpgroup_mma(v_tiles.index(part), grad_out.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(1, [scores])
+            row_max = row_max_tiles.index(stage).load(COLUMNS)  # [TILE]
+            p = gl.exp2(scores * softmax_scale_log2 - row_max[None, :])
+            if first is not None:
+                column = gl.arange(0, _TILE, COLUMNS)[None, :]
+                allowed = column >= (first - query)[:, None]
+                if last is not None:
+                    allowed = allowed & (column <= (last - query)[:, None])
+                p = gl.where(allowed, p, 0.0)
+            rounded = quantize_p_along_rows(p) if QUANTIZE else p.to(gl.bfloat16)
+            grad_p = warpgroup_mma_wait(0, [grad_p])
+            delta = delta_tiles.index(stage).load(COLUMNS)  # [TILE]
+            grad_scores = (p * (grad_p - delta[None, :])).to(gl.bfloat16)
+            grad_key = warpgroup_mma(left_operand(grad_scores, BLOCK_D), q, grad_key, is_async=True)
+            grad_value = warpgroup_mma(left_operand(rounded, BLOCK_D), grad_out, grad_value, is_async=True)
+            if i == _PAIR - 1:
+                grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])
+                mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
+            if CAUSAL and first is not None:
+                query = gl.where(query + _TILE < stop, query + _TILE, start)
+    return grad_key, grad_value, step
+
+
+@gluon.jit
+def _skip_tiles(step, tiles, buffers):
+    """Gives back the next tiles, which only the other warp group needs."""
+    q_tiles, _, _, _, q_full, grad_out_full, empty = buffers
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    for _ in range(tiles):
+        stage, phase = step % STAGES, step // STAGES & 1
+        mbarrier.wait(q_full.index(stage), phase)
+        mbarrier.wait(grad_out_full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+
+
+@gluon.jit
+def _compute(
+    PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """dK and dV of 64 of the block's slots. Pointers are those of the first slot's mask, and of the first key's results."""
+    kv_tiles, kv_full, buffers, pointers, out_stride_l, first_slot, seqlen_q, slots, heads, scales = work
+    softmax_scale_log2, softmax_scale = scales
+    grad_key_ptr, grad_value_ptr, key_mask_ptr = pointers
+    k_tiles, v_tiles, v_kept_tiles = kv_tiles
+    HAS_KEY_MASK: gl.constexpr = key_mask_ptr is not None
+    begin, full, stop, kept_start, kept_stop = _query_ranges(first_slot, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+    sink = first_slot < LEAD
+    first_slot += PART * WARP_GROUP_ROWS
+    slot = first_slot + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(_TILE)))
+    present = (slot >= LEAD) & (slot < slots)
+    if HAS_KEY_MASK:
+        present = present & (gl.load(key_mask_ptr + slot, mask=present, other=0) != 0)
+    # The queries that see a slot: all, those behind its group or, where its group is kept, those that are in it.
+    own = slot - (slots - seqlen_q)
+    last = own + (GROUP - 1) - slot % GROUP
+    first = slot * 0
+    if LEAD > 0:
+        first = last + 1
+    elif CAUSAL:
+        first = own
+    first, own = gl.where(present, first, _NEVER), gl.where(present, own, _NEVER)
+    last = gl.where(sink, _NEVER, last)
+    grad_key = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
+    grad_value = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
+    bounded, whole = _tiles(begin, full, heads), _tiles(full, stop, heads)
+    kept = _tiles(kept_start, kept_stop, heads)
+    if (first_slot >= slots) | (first_slot + WARP_GROUP_ROWS <= LEAD):
+        _skip_tiles(gl.to_tensor(0), bounded + whole + kept, buffers)
+        bounded, whole, kept = 0, 0, 0
+    mbarrier.wait(kv_full.index(PART), 0)
+    grad_key, grad_value, step = _sum_tiles(
+        grad_key, grad_value, gl.to_tensor(0), bounded, begin, full, PART, k_tiles, v_tiles, first, None, buffers,
+        softmax_scale_log2, BLOCK_D, CAUSAL, True,
+    )  # fmt: skip
+    grad_key, grad_value, step = _sum_tiles(
+        grad_key, grad_value, step, whole, full, stop, PART, k_tiles, v_tiles, None, None, buffers,
+        softmax_scale_log2, BLOCK_D, CAUSAL, True,
+    )  # fmt: skip
+    grad_value *= _INV_P_GLOBAL_SCALE
+    if LEAD > 0:
+        grad_key, grad_value, step = _sum_tiles(
+            grad_key, grad_value, step, kept, kept_start, kept_stop, PART, k_tiles, v_kept_tiles, own, last, buffers,
+            softmax_scale_log2, BLOCK_D, CAUSAL, False,
+        )  # fmt: skip
+
+    slot = first_slot + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_D)))
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, accumulator(BLOCK_D)))
+    present = (slot >= LEAD) & (slot < slots)
+    if HAS_KEY_MASK:
+        present = present & (gl.load(key_mask_ptr + slot, mask=present, other=0) != 0)
+    where = present[:, None] & (columns < HEAD_DIM)[None, :]
+    offsets = (slot - LEAD).to(gl.int64)[:, None] * out_stride_l + columns[None, :]
+    gl.store(grad_key_ptr + offsets, (grad_key * softmax_scale).to(grad_key_ptr.dtype.element_ty), mask=where)
+    gl.store(grad_value_ptr + offsets, grad_value.to(grad_value_ptr.dtype.element_ty), mask=where)
+
+
+@gluon.jit
+def _copy_tiles(sources, rows, step, start, stop, heads, buffers, BLOCK_D: gl.constexpr):
+    """Tiles of the queries from `start` to `stop` of all heads, and at the end one of zeros where their number is odd.
+
+    rows: the first one of Q, rows of a head, how much further down the statistics are, and one behind all tensors.
+    """
+    q_desc, grad_out_desc, stats_desc, delta_desc = sources
+    q_row, q_rows, stats_row, delta_row, nothing = rows
+    q_tiles, grad_out_tiles, row_max_tiles, delta_tiles, q_full, grad_out_full, empty = buffers
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    number = (stop - start) // _TILE * heads
+    query = start
+    for i in range(_tiles(start, stop, heads)):
+        stage, phase = step % STAGES, step // STAGES & 1 ^ 1
+        row = gl.where(i < number, q_row + query, nothing)
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(q_full.index(stage), _TILE * (BLOCK_D * 2 + 4))
+        copy_tile(q_desc, [row, 0], q_full.index(stage), q_tiles.index(stage))
+        copy_tile(stats_desc, [stats_row + row], q_full.index(stage), row_max_tiles.index(stage))
+        mbarrier.expect(grad_out_full.index(stage), _TILE * (BLOCK_D * 2 + 4))
+        copy_tile(grad_out_desc, [row, 0], grad_out_full.index(stage), grad_out_tiles.index(stage))
+        copy_tile(delta_desc, [delta_row + row], grad_out_full.index(stage), delta_tiles.index(stage))
+        step += 1
+        last = query + _TILE >= stop
+        query = gl.where(last, start, query + _TILE)
+        q_row += gl.where(last, q_rows, 0)
+    return step
+
+
+@gluon.jit
+def _copy(work, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
+    """The warp that copies: K and V of every warp group, then tiles of queries in the order of `_compute`."""
+    descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, first_slot, seqlen_q, slots, heads = work
+    q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc = descriptors
+    k_tiles, v_tiles, v_kept_tiles = kv_tiles
+    begin, full, stop, kept_start, kept_stop = _query_ranges(first_slot, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+    for part in gl.static_range(_WARP_GROUPS):
+        row = k_row + first_slot + part * WARP_GROUP_ROWS
+        mbarrier.expect(kv_full.index(part), WARP_GROUP_ROWS * BLOCK_D * 2 * (3 if LEAD > 0 else 2))
+        copy_tile(k_desc, [row, 0], kv_full.index(part), k_tiles.index(part))
+        copy_tile(v_desc, [row, 0], kv_full.index(part), v_tiles.index(part))
+        if LEAD > 0:
+            copy_tile(v_kept_desc, [row, 0], kv_full.index(part), v_kept_tiles.index(part))
+    nothing = 2 * all_q_rows
+    sources = (q_desc, scaled_grad_out_desc, stats_desc, delta_desc)
+    rows = (q_row, q_rows, 0, all_q_rows, nothing)  # m, and the row sums of dO / l
+    step = _copy_tiles(sources, rows, gl.to_tensor(0), begin, full, heads, buffers, BLOCK_D)
+    step = _copy_tiles(sources, rows, step, full, stop, heads, buffers, BLOCK_D)
+    if LEAD > 0:
+        sources = (q_desc, grad_out_desc, stats_desc, delta_desc)
+        rows = (q_row, q_rows, all_q_rows, 0, nothing)  # the log-sum-exp, and the row sums of dO
+        _copy_tiles(sources, rows, step, kept_start, kept_stop, heads, buffers, BLOCK_D)
+
+
+# Else each length would be compiled anew.
+@gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
+def grad_key_value_kernel(
+    q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc,
+    pointers, sequences, out_strides, operand_rows,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, softmax_scale,
+    HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dK and dV of 128 slots of one key head, summed over the query heads that share them. Excluded keys are not written.
+
+    Operands and results are those of `backward.grad_key_value_kernel`; stats and delta: tiles [64] of float32 [2 all_q_rows].
+
+    Args:
+        pointers: grad_key_ptr and grad_value_ptr.
+        sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr and cu_seqlens_k_ptr; each may be None.
+        out_strides: of batch, heads and tokens.
+        operand_rows: of Q and of K of a head, and all of Q.
+    """
+    BLOCK_D: gl.constexpr = q_desc.block_shape[1]
+    LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
+    grad_key_ptr, grad_value_ptr = pointers
+    key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr = sequences
+    q_rows, k_rows, all_q_rows = operand_rows
+    VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
+    heads = num_heads // num_heads_k
+    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
+    batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
+    q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
+    slots, token = seqlen_k + LEAD, gl.to_tensor(k_start)
+    q_row = first_row(batch, head_k * heads, num_heads, q_rows, q_start, 0, VARLEN)
+    k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    if key_mask_ptr is not None:
+        leftpad = gl.load(leftpad_ptr + batch)
+        slots -= leftpad
+        token += leftpad
+        key_mask_ptr += batch.to(gl.int64) * k_rows
+    offset = batch.to(gl.int64) * out_strides[0] + head_k.to(gl.int64) * out_strides[1] + token.to(gl.int64) * out_strides[2]
+    pointers = (grad_key_ptr + offset, grad_value_ptr + offset, key_mask_ptr)
+
+    k_tiles = gl.allocate_shared_memory(gl.bfloat16, [_WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(gl.bfloat16, [_WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], v_desc.layout)
+    v_kept_tiles = v_tiles
+    if LEAD > 0:
+        v_kept_tiles = gl.allocate_shared_memory(gl.bfloat16, [_WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], v_desc.layout)
+    buffers = (
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, BLOCK_D], q_desc.layout),
+        gl.allocate_shared_memory(gl.bfloat16, [STAGES, _TILE, BLOCK_D], scaled_grad_out_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, _TILE], stats_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES, _TILE], delta_desc.layout),
+        new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(STAGES, _WARP_GROUPS),
+    )  # fmt: skip
+    kv_tiles, kv_full = (k_tiles, v_tiles, v_kept_tiles), new_barriers(_WARP_GROUPS, 1)
+    fence_async_shared()
+    work = (
+        kv_tiles, kv_full, buffers, pointers, out_strides[2], block * _ROWS, seqlen_q, slots, heads,
+        (softmax_scale_log2, softmax_scale),
+    )  # fmt: skip
+    descriptors = (q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc)
+    copies = (descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, block * _ROWS, seqlen_q, slots, heads)
+    gl.warp_specialize(
+        [
+            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
+            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
+            (_copy, (copies, BLOCK_D, LEAD, CAUSAL, gl.constexpr(key_mask_ptr is not None))),
+        ],
+        [4, 1],
+        [240, 24],
+    )

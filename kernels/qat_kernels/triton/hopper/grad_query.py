@@ -1,0 +1,275 @@
+"""dQ on Hopper (docs/NUMERICS.md, section 5): the same sums in the same order as `backward.grad_query_kernel`, and the same bits.
+
+A block is three warp groups of 64 queries each of one head, and a warp that copies tiles of K and V ahead of them. The
+exponentials run beside dP; dS is an operand from registers.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from qat_kernels.triton.layout import PAD, first_row, sequence
+from qat_kernels.triton.nvfp4 import GROUP
+
+from .pipeline import (
+    WARP_GROUP_ROWS,
+    accumulator,
+    left_operand,
+    load,
+    load_step,
+    new_barriers,
+    new_ring,
+    release,
+    skip,
+    thread_barrier,
+    tile_at,
+    wait_full,
+)
+
+_PAD = gl.constexpr(PAD)
+_TILE = gl.constexpr(64)
+"""Slots of a tile."""
+
+
+@gluon.jit
+def _slot_ranges(start, rows, seqlen_q, slots, LEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
+    """`layout.slot_ranges` of `rows` queries from `start` on: begin, full and stop, and the tiles of open groups; whole tiles.
+
+    Nothing where all queries are behind the sequence.
+    """
+    first_q_pos = start + slots - seqlen_q
+    last_q_pos = gl.minimum(first_q_pos + rows, slots) - 1
+    begin = 0
+    open_start = 0
+    open_stop = 0
+    if LEAD > 0:
+        begin = LEAD + GROUP
+        stop = last_q_pos & -GROUP
+        full = (first_q_pos & -GROUP) - begin
+        open_start = gl.maximum(first_q_pos & -GROUP, begin)
+        open_start -= (open_start - begin) % _TILE
+        open_stop = open_start + gl.cdiv(gl.maximum(last_q_pos + 1 - open_start, 0), _TILE) * _TILE
+    elif CAUSAL:
+        stop = last_q_pos + 1
+        full = first_q_pos + 1
+    else:
+        stop = slots
+        full = slots
+    full = begin + (0 if HAS_KEY_MASK else gl.maximum(full, 0) // _TILE * _TILE)
+    stop = begin + gl.cdiv(gl.maximum(stop - begin, 0), _TILE) * _TILE
+    inside = start < seqlen_q
+    return (
+        begin,
+        gl.where(inside, full, begin),
+        gl.where(inside, stop, begin),
+        open_start,
+        gl.where(inside, open_stop, open_start),
+    )
+
+
+@gluon.jit
+def _sum_tiles(
+    grad_query, step, start, stop, lower, upper, key_mask_ptr, operands, rings, softmax_scale_log2,
+    BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """dS KF over the slots from `start` to `stop`, whose tiles come next: those from `lower` on and before `upper`, int32 [64].
+
+    None: all.
+    """
+    q, grad_out, lse_log2, delta = operands
+    k_ring, v_ring = rings
+    SCORES: gl.constexpr = accumulator(_TILE)
+    zeros = gl.zeros((WARP_GROUP_ROWS, _TILE), gl.float32, SCORES)
+    for first_slot in range(start, stop, _TILE):
+        k, v = tile_at(k_ring, step), tile_at(v_ring, step)  # [_TILE, BLOCK_D]
+        wait_full(k_ring, step)
+        scores = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        wait_full(v_ring, step)
+        grad_p = warpgroup_mma(grad_out, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, [scores])
+        p = gl.exp2(scores * softmax_scale_log2 - lse_log2[:, None])
+        if upper is not None:
+            slot = first_slot + gl.arange(0, _TILE, gl.SliceLayout(0, SCORES))
+            allowed = slot[None, :] < upper[:, None]
+            if lower is not None:
+                allowed = allowed & (slot[None, :] >= lower[:, None])
+            if key_mask_ptr is not None:
+                allowed = allowed & (gl.load(key_mask_ptr + slot) != 0)[None, :]
+            p = gl.where(allowed, p, 0.0)
+        grad_p = warpgroup_mma_wait(0, [grad_p])
+        release(v_ring, step)
+        grad_scores = (p * (grad_p - delta[:, None])).to(gl.bfloat16)
+        grad_query = warpgroup_mma(left_operand(grad_scores, BLOCK_D), k, grad_query, is_async=True)
+        grad_query = warpgroup_mma_wait(0, [grad_query])
+        release(k_ring, step)
+        step += 1
+    return grad_query, step
+
+
+@gluon.jit
+def _skip_tiles(step, start, stop, rings):
+    """Gives back the tiles of the slots from `start` to `stop`, which only other warp groups need."""
+    for _ in range(start, stop, _TILE):
+        skip(rings[0], rings[1], step)
+        step += 1
+    return step
+
+
+@gluon.jit
+def _compute(
+    PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr
+):  # fmt: skip
+    """dQ of 64 of the block's queries, which begin at `start`. Pointers are those of the sequence's first query or slot."""
+    q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, seqlen_q, slots, softmax_scale_log2, softmax_scale = work
+    grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr, key_mask_ptr = pointers
+    grad_out_stride_l, grad_out_stride_d, out_stride_l = strides
+    HAS_KEY_MASK: gl.constexpr = key_mask_ptr is not None
+    ORIGIN: gl.constexpr = LEAD + GROUP  # behind the sink group
+    ROWS: gl.constexpr = q_tiles.shape[0] * WARP_GROUP_ROWS
+    _, _, block_stop, block_open_start, block_open_stop = _slot_ranges(start, ROWS, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+    start += PART * WARP_GROUP_ROWS
+    begin, full, stop, open_start, open_stop = _slot_ranges(start, WARP_GROUP_ROWS, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+
+    grad_out = grad_out_tiles.index(PART)  # [64, BLOCK_D]
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
+    rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, LOAD))
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LOAD))
+    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    offsets = rows.to(gl.int64)[:, None] * grad_out_stride_l + columns.to(gl.int64)[None, :] * grad_out_stride_d
+    grad_out.store(gl.load(grad_out_ptr + offsets, mask=where, other=0.0).to(gl.bfloat16))
+    fence_async_shared()
+    thread_barrier()  # here, or the compiler puts one into every step of the loops
+    rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(_TILE)))
+    lse_log2 = gl.load(stats_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
+    delta = gl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
+    q_pos = rows + (slots - seqlen_q)
+    last = gl.minimum(q_pos + 1, slots) if CAUSAL else rows * 0 + slots
+    upper = q_pos & -GROUP if LEAD > 0 else last
+
+    operands = (q_tiles.index(PART), grad_out, lse_log2, delta)
+    grad_query = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
+    step = gl.to_tensor(0)
+    mbarrier.wait(q_full.index(PART), 0)
+    grad_query, step = _sum_tiles(grad_query, step, begin, full, None, None, None, operands, rings, softmax_scale_log2, BLOCK_D)
+    grad_query, step = _sum_tiles(
+        grad_query, step, full, stop, None, upper, key_mask_ptr, operands, rings, softmax_scale_log2, BLOCK_D
+    )
+    step = _skip_tiles(step, stop, block_stop, rings)
+    if LEAD > 0:  # the kept groups: that of the sink, then those that are open
+        sink = gl.where(start < seqlen_q, ORIGIN - _TILE, ORIGIN)
+        step = _skip_tiles(step, ORIGIN - _TILE, sink, rings)
+        grad_query, step = _sum_tiles(
+            grad_query, step, sink, ORIGIN, rows * 0 + LEAD, last, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+        step = _skip_tiles(step, block_open_start, gl.minimum(open_start, block_open_stop), rings)
+        grad_query, step = _sum_tiles(
+            grad_query, step, open_start, open_stop, gl.maximum(upper, ORIGIN), last, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+        step = _skip_tiles(step, open_stop, block_open_stop, rings)
+
+    rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_D)))
+    columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, accumulator(BLOCK_D)))
+    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    grad_query = (grad_query * softmax_scale).to(grad_query_ptr.dtype.element_ty)
+    gl.store(grad_query_ptr + rows.to(gl.int64)[:, None] * out_stride_l + columns[None, :], grad_query, mask=where)
+
+
+@gluon.jit
+def _copy_tiles(k_desc, v_desc, k_row, step, start, stop, rings):
+    """Tiles of K and V for the slots from `start` to `stop`."""
+    for first_slot in range(start, stop, _TILE):
+        load_step(k_desc, k_row + first_slot, rings[0], step)
+        load_step(v_desc, k_row + first_slot, rings[1], step)
+        step += 1
+    return step
+
+
+@gluon.jit
+def _copy(work, LEAD: gl.constexpr, CAUSAL: gl.constexpr):
+    """The warp that copies: Q of every warp group, then all tiles that one of them needs, in the order of `_compute`."""
+    descriptors, q_tiles, q_full, rings, q_row, k_row, start, seqlen_q, slots = work
+    q_desc, k_desc, v_desc, v_kept_desc = descriptors
+    WARP_GROUPS: gl.constexpr = q_tiles.shape[0]
+    begin, _, stop, open_start, open_stop = _slot_ranges(
+        start, WARP_GROUPS * WARP_GROUP_ROWS, seqlen_q, slots, LEAD, CAUSAL, True
+    )
+    for part in gl.static_range(WARP_GROUPS):
+        load(q_desc, q_row + start + part * WARP_GROUP_ROWS, q_tiles.index(part), q_full.index(part))
+    step = _copy_tiles(k_desc, v_desc, k_row, gl.to_tensor(0), begin, stop, rings)
+    if LEAD > 0:
+        ORIGIN: gl.constexpr = LEAD + GROUP
+        step = _copy_tiles(k_desc, v_kept_desc, k_row, step, ORIGIN - _TILE, ORIGIN, rings)
+        step = _copy_tiles(k_desc, v_kept_desc, k_row, step, open_start, open_stop, rings)
+
+
+# Else each length would be compiled anew.
+@gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
+def grad_query_kernel(
+    q_desc, k_desc, v_desc, v_kept_desc, pointers, sequences, grad_out_strides, out_strides, operand_rows,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, softmax_scale,
+    HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """dQ of WARP_GROUPS (three) times 64 queries of one head.
+
+    Operands, statistics and results are those of `backward.grad_query_kernel`.
+
+    Args:
+        pointers: grad_out_ptr, delta_ptr, stats_ptr and grad_query_ptr.
+        sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr and cu_seqlens_k_ptr; each may be None.
+        grad_out_strides: of batch, heads, tokens and head dim; out_strides: of the first three.
+        operand_rows: of Q and of K of a head, and all of Q.
+    """
+    BLOCK_D: gl.constexpr = q_desc.block_shape[1]
+    LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
+    grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr = pointers
+    key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr = sequences
+    q_rows, k_rows, all_q_rows = operand_rows
+    VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
+    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
+    if CAUSAL:  # the longest first
+        block = num_blocks - 1 - block
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
+    k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
+    slots = seqlen_k + LEAD
+    start = block * WARP_GROUPS * WARP_GROUP_ROWS
+    q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
+    k_row = first_row(batch, head // (num_heads // num_heads_k), num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    batch, head, token = batch.to(gl.int64), head.to(gl.int64), gl.to_tensor(q_start).to(gl.int64)
+    if key_mask_ptr is not None:
+        slots -= gl.load(leftpad_ptr + batch)
+        key_mask_ptr += batch * k_rows
+    grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[1] + token * grad_out_strides[2]
+    grad_query_ptr += batch * out_strides[0] + head * out_strides[1] + token * out_strides[2]
+    pointers = (grad_out_ptr, delta_ptr + q_row, stats_ptr + all_q_rows + q_row, grad_query_ptr, key_mask_ptr)
+    strides = (grad_out_strides[2], grad_out_strides[3], out_strides[2])
+
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], q_desc.layout)
+    grad_out_tiles = gl.allocate_shared_memory(gl.bfloat16, [WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], q_desc.layout)
+    q_full = new_barriers(WARP_GROUPS, 1)
+    rings = (new_ring(k_desc, STAGES, WARP_GROUPS), new_ring(v_desc, STAGES, WARP_GROUPS))
+    fence_async_shared()
+    work = (
+        q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, seqlen_q, slots,
+        softmax_scale_log2, softmax_scale,
+    )  # fmt: skip
+    copies = ((q_desc, k_desc, v_desc, v_kept_desc), q_tiles, q_full, rings, q_row, k_row, start, seqlen_q, slots)
+    gl.warp_specialize(
+        [
+            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
+            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
+            (_compute, (gl.constexpr(2), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
+            (_copy, (copies, LEAD, CAUSAL)),
+        ],
+        [4, 4, 1],
+        [160, 160, 24],
+    )

@@ -1,0 +1,102 @@
+"""Launches dQ, dK and dV for Hopper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qat_kernels.triton.operands import Given, Layout, contiguous_strides
+from qat_kernels.triton.precompiled import Launch, Number, Pointer
+from qat_kernels.triton.problem import Problem
+from qat_kernels.triton.tiles import HopperTile
+
+from .descriptors import numbers_of, rows_of
+from .grad_key_value import grad_key_value_kernel
+from .grad_query import grad_query_kernel
+from .pipeline import WARP_GROUP_ROWS
+
+
+@dataclass(frozen=True)
+class GradQuery:
+    """A launch with the tensors of the Triton kernel, in their order; those that this one does not take are None."""
+
+    launch: Launch
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Launch it on the current device and stream."""
+        operands, sequences, results = tensors[:4], tensors[4:8], tensors[12:]
+        return self.launch(*operands, results, sequences)
+
+
+@dataclass(frozen=True)
+class GradKeyValue:
+    """Likewise."""
+
+    launch: Launch
+
+    def __call__(self, *tensors: Any) -> Any:
+        """Launch it on the current device and stream."""
+        operands, sequences, (delta, stats, *results) = tensors[:6], tensors[6:10], tensors[13:]
+        return self.launch(*operands, stats, delta, tuple(results), sequences)
+
+
+def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, given: Given) -> GradQuery:
+    """The launch of dQ."""
+    queries, keys = problem.query, problem.key
+    num_blocks = -(-queries.max_seqlen // (tile.warp_groups * WARP_GROUP_ROWS.value))
+    q = rows_of(queries.all_rows, problem.block_d, WARP_GROUP_ROWS.value)
+    kv = rows_of(keys.all_rows, problem.block_d, tile.block_n)
+    float32 = Pointer(torch.float32)
+    launch = Launch.of(
+        grad_query_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            q, kv, kv, kv if keys.lead else None, (grad_out.pointer, float32, float32, Pointer(grad_out.dtype)),
+            _sequences(problem, given),
+        ],
+        [
+            grad_out.strides, contiguous_strides(grad_out.shape)[:3], *_numbers(problem, num_blocks),
+            math.copysign(problem.softmax_scale, problem.scale),
+        ],
+        problem.constants | {"WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        num_warps=4,
+    )  # fmt: skip
+    return GradQuery(launch)
+
+
+def grad_key_value_launch(
+    problem: Problem, tile: HopperTile, key_shape: torch.Size, dtype: torch.dtype, given: Given
+) -> GradKeyValue:
+    """The launch of dK and dV, which have this dtype."""
+    queries, keys = problem.query, problem.key
+    num_blocks = keys.blocks(tile.warp_groups * WARP_GROUP_ROWS.value)
+    q = rows_of(queries.all_rows, problem.block_d, tile.block_n)
+    kv = rows_of(keys.all_rows, problem.block_d, WARP_GROUP_ROWS.value)
+    kept, statistics = keys.lead > 0, numbers_of(2 * queries.all_rows, tile.block_n)
+    launch = Launch.of(
+        grad_key_value_kernel,
+        (keys.batch * keys.num_heads * num_blocks,),
+        [
+            q, kv, kv, q, kv if kept else None, q if kept else None, statistics, statistics, (Pointer(dtype), Pointer(dtype)),
+            _sequences(problem, given),
+        ],
+        [contiguous_strides(key_shape)[:3], *_numbers(problem, num_blocks), problem.softmax_scale],
+        problem.constants | {"STAGES": tile.num_stages},
+        num_warps=4,
+    )  # fmt: skip
+    return GradKeyValue(launch)
+
+
+def _sequences(problem: Problem, given: Given) -> tuple[Pointer | None, ...]:
+    """Key mask by slot, leftpad, and cu_seqlens of Q and K."""
+    cu_seqlens = given.pointer(torch.int32, problem.query.packed)
+    return *given.key_mask_pointers(), cu_seqlens, cu_seqlens
+
+
+def _numbers(problem: Problem, num_blocks: int) -> tuple[Number, ...]:
+    """From `operand_rows` to the first scale."""
+    queries, keys = problem.query, problem.key
+    return (queries.rows, keys.rows, queries.all_rows), *problem.sizes, num_blocks, problem.softmax_scale_log2

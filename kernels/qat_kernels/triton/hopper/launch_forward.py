@@ -1,0 +1,59 @@
+"""Launches the forward for Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qat_kernels.triton.operands import Given
+from qat_kernels.triton.precompiled import Launch, Pointer
+from qat_kernels.triton.problem import Problem
+from qat_kernels.triton.tiles import HopperTile
+
+from .descriptors import rows_of
+from .forward import attention_forward_kernel
+from .pipeline import WARP_GROUP_ROWS
+
+
+@dataclass(frozen=True)
+class Attend:
+    """A launch with the tensors of the Triton kernel, in their order; those that this one does not take are None."""
+
+    launch: Launch
+
+    def __call__(self, q: Any, k: Any, v: Any, v_kept: Any, *others: Any) -> Any:
+        """Launch it on the current device and stream."""
+        _, _, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, _, _, _, _, out, out_hp, lse, stats = others
+        cu_seqlens = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
+        return self.launch(q, k, v, v_kept, cu_seqlens, (out, out_hp, lse, stats, q_dot_k_shift))
+
+
+def attend_launch(
+    problem: Problem, tile: HopperTile, out_strides: tuple[int, ...], dtype: torch.dtype, given: Given, with_gradient: bool
+) -> Attend:
+    """For outputs of this dtype and these strides."""
+    queries, keys, spec = problem.query, problem.key, problem.spec
+    block_m = tile.warp_groups * WARP_GROUP_ROWS.value
+    # With a gradient, row statistics of padding are written too.
+    num_blocks = -(-(queries.blocks(1) if with_gradient else queries.max_seqlen) // block_m)
+    q = rows_of(queries.all_rows, problem.block_d, WARP_GROUP_ROWS.value)
+    kv = rows_of(keys.all_rows, problem.block_d, tile.block_n)
+    out, float32, cu_seqlens = Pointer(dtype), Pointer(torch.float32), given.pointer(torch.int32, queries.packed)
+    out_hp = out if with_gradient and spec.quantizes_pv else None
+    launch = Launch.of(
+        attention_forward_kernel,
+        (queries.batch * queries.num_heads * num_blocks,),
+        [
+            q, kv, kv, kv if keys.lead else None, (cu_seqlens, cu_seqlens) if queries.packed else None,
+            (out, out_hp, float32, float32 if with_gradient else None, float32 if given.k_shift else None),
+        ],
+        [
+            out_strides, (queries.rows, keys.rows, queries.all_rows), queries.total, *problem.sizes, num_blocks,
+            problem.softmax_scale_log2, problem.scale,
+        ],
+        {"CAUSAL": problem.causal, "QUANTIZE_PV": spec.quantizes_pv, "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        num_warps=4,
+    )  # fmt: skip
+    return Attend(launch)

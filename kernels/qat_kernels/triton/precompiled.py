@@ -1,0 +1,228 @@
+"""Launches that cost little: the compiled kernel is looked up once, and then called again and again."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .nvfp4 import INTERPRET
+
+Grid = tuple[int, int, int]
+Argument = torch.Tensor | int | None | tuple[torch.Tensor | int | None, ...]
+"""What a kernel gets where it takes a pointer: a tensor, an address, or nothing. Kernels in Gluon take tuples too."""
+Number = int | float | None | tuple[int, ...]
+_MOST_DESCRIPTORS = 512
+"""How many a kernel keeps: PyTorch gives the same addresses again and again."""
+
+
+def starts(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where parts of these sizes begin that lie one behind the other, and where the last one ends."""
+    *begin, end = itertools.accumulate(sizes, initial=0)
+    return begin, end
+
+
+def parts(x: torch.Tensor, begin: Sequence[int]) -> list[Any]:
+    """Where parts of a tensor of one dimension begin, as kernels take it: addresses, which cost less than views.
+
+    Whoever launches with them keeps the tensor alive until then.
+    """
+    if INTERPRET.value:
+        return [x[start:] for start in begin]
+    address, size = x.data_ptr(), x.element_size()
+    return [address + start * size for start in begin]
+
+
+class Pointer:
+    """What a kernel is compiled for where it will get a tensor."""
+
+    def __init__(self, dtype: torch.dtype, *, aligned: bool = True) -> None:
+        self.dtype = dtype
+        self.address = 0 if aligned else 1
+        """One that is a multiple of 16 if that of the tensor will be."""
+
+    def data_ptr(self) -> int:
+        """The address."""
+        return self.address
+
+
+class _Descriptor(TensorDescriptor):
+    """Triton's own class, without its checks at every launch: operands are contiguous, and begin at a multiple of 16."""
+
+    def __post_init__(self) -> None:
+        """Checks nothing."""
+
+
+class Tiles(NamedTuple):
+    """Where a kernel will get a tensor [rows, columns] in tiles of some rows, which the hardware can copy by itself."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    block_rows: int
+
+    def descriptor(self, base: Argument | Pointer) -> Any:
+        """As Triton takes a tensor, or an address, in tiles."""
+        rows, columns = self.shape
+        return _Descriptor(self.pointer(base), [rows, columns], [columns, 1], [self.block_rows, columns])
+
+    def pointer(self, base: Argument | Pointer) -> Any:
+        """What has a `data_ptr`, of an address too."""
+        if not isinstance(base, int):
+            return base
+        pointer = Pointer(self.dtype)
+        pointer.address = base
+        return pointer
+
+
+class PrecompiledKernel:
+    """A kernel compiled for its constants and its arguments, on the current device.
+
+    Triton's own launch looks at every argument (its type; of a number: is it 1? a multiple of 16?) and at every global that the
+    kernel uses, which takes longer than many kernels run. This one does not. So what Triton looks at must be the same in all
+    launches: numbers as in `arguments`, or in the kernel's `do_not_specialize`; tensors as `Pointer` says.
+
+    Args:
+        arguments: in their order: a number as it will be or, if the kernel does not specialize, 0 or 0.0; a dtype or a `Pointer`
+            for a tensor; `Tiles`; None for none.
+        constants: the other parameters, in their order.
+        options: of the compiler.
+    """
+
+    def __init__(self, kernel: triton.JITFunction, arguments: Sequence[Any], constants: dict[str, Any], **options: Any) -> None:
+        assert [*constants] == kernel.arg_names[len(arguments) :], "constants in the order of the parameters"
+        self._constants = tuple(constants.values())
+        self._kernel, self._options = kernel, options
+        # The last one first: each becomes several arguments in its place.
+        self._tiles = [(place, x) for place, x in enumerate(arguments) if isinstance(x, Tiles)][::-1]
+        self._descriptors: list[dict[int, list[Any]]] = [{} for _ in self._tiles]
+        self._has_tuples = any(type(x) is tuple for x in arguments)
+        if not INTERPRET.value:
+            given = [x.descriptor(Pointer(x.dtype)) if isinstance(x, Tiles) else x for x in arguments]
+            self._kernel, self._options = kernel.warmup(*given, *self._constants, grid=(1,), **options), {}
+
+    def __call__(self, grid: Grid, tensors: Sequence[Argument], numbers: Sequence[Number] = ()) -> Any:
+        """Launch it on the current device and stream; returns the compiled kernel."""
+        if INTERPRET.value or _is_watched() or (launcher := self._launcher) is None:
+            arguments: list[Any] = [*tensors]
+            for place, tiles in self._tiles:
+                arguments[place] = tiles.descriptor(tensors[place])
+            self._kernel[grid](*arguments, *numbers, *self._constants, **self._options)
+            return self._kernel
+        # With tensors Triton would ask the driver about each of them.
+        arguments = [*map(_address, tensors)]
+        for (place, tiles), known in zip(self._tiles, self._descriptors, strict=True):
+            address = arguments[place]
+            described = known.get(address)
+            if described is None:
+                if len(known) >= _MOST_DESCRIPTORS:
+                    known.clear()
+                described = known[address] = launcher.described(tiles.descriptor(address), place)
+            arguments[place : place + 1] = described
+        launcher.launch(grid, (*arguments, *numbers, *self._constants))
+        return self._kernel
+
+    @functools.cached_property
+    def _launcher(self) -> _Launcher | None:
+        if self._has_tuples and not triton.__version__.startswith("3.6."):
+            return None
+        return _Launcher.of(self._kernel, [place for place, _ in self._tiles][::-1])
+
+
+def _address(x: Argument) -> Any:
+    """Of a tensor, also in a tuple."""
+    if isinstance(x, torch.Tensor):
+        return x.data_ptr()
+    return tuple(map(_address, x)) if type(x) is tuple else x
+
+
+class _Launcher:
+    """Triton's launcher in C, without the layers of Python around it, which look at every argument again."""
+
+    def __init__(self, launch: Callable[[Grid, int, tuple[Any, ...]], None], tiles: dict[int, Any]) -> None:
+        self._launch, self._tiles = launch, tiles
+        self._device = driver.active.get_current_device()
+
+    @classmethod
+    def of(cls, kernel: Any, places: Sequence[int]) -> _Launcher | None:
+        """That of a compiled kernel which takes descriptors at these places; None where Triton has another one than is known."""
+        if not isinstance(kernel, CompiledKernel):
+            return None
+        python = kernel.run  # loads the kernel
+        if getattr(python, "gsan_enabled", False) or python.global_scratch_size or python.profile_scratch_size:
+            return None
+        in_c = inspect.getclosurevars(python.launch).nonlocals["launcher"] if places else python.launch
+        first: tuple[Any, ...] = kernel.function, python.launch_cooperative_grid, python.launch_pdl
+        no_hooks, no_scratch = (None, None, None), (None, None)
+        if triton.__version__.startswith("3.6."):
+            first = *first, *no_scratch, kernel.packed_metadata, *no_hooks
+
+            def launch(grid: Grid, stream: int, arguments: tuple[Any, ...]) -> None:
+                in_c(*grid, stream, *first, *arguments)
+
+        elif triton.__version__.startswith("3.9."):
+            first = *first, kernel.packed_metadata, *no_hooks, *no_scratch, python.arg_annotations, python.kernel_signature
+
+            def launch(grid: Grid, stream: int, arguments: tuple[Any, ...]) -> None:
+                in_c(*grid, stream, *first, arguments)
+
+        else:
+            return None
+        about = kernel.metadata.tensordesc_meta or [None] * len(places)
+        return cls(launch, dict(zip(places, about, strict=True)))
+
+    def launch(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
+        """Launch it on the current stream of the device for which it was compiled, which is the current one."""
+        self._launch(grid, driver.active.get_current_stream(self._device), arguments)
+
+    def described(self, descriptor: TensorDescriptor, place: int) -> list[Any]:
+        """What the launcher takes in place of a descriptor."""
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        rest = () if triton.__version__.startswith("3.6.") else (None,)
+        arguments = make_tensordesc_arg(descriptor, self._tiles[place], *rest)
+        return [x.address if isinstance(x, Pointer) else x for x in arguments]
+
+
+def _is_watched() -> bool:
+    """Whether a profiler wants to hear of launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+
+
+class Launch(NamedTuple):
+    """One launch of a call, all of it but the tensors, which are the first arguments of every kernel."""
+
+    kernel: PrecompiledKernel
+    grid: Grid
+    numbers: tuple[Number, ...]
+
+    @classmethod
+    def of(
+        cls,
+        kernel: triton.JITFunction,
+        grid: tuple[int, ...],
+        tensors: Sequence[Any],
+        numbers: Sequence[Number],
+        constants: dict[str, Any],
+        **options: Any,
+    ) -> Launch:
+        """A launch of a kernel whose numbers are known; `tensors` as in `PrecompiledKernel`, `constants` in any order."""
+        numbers = tuple(numbers)
+        names = kernel.arg_names[len(tensors) + len(numbers) :]
+        ordered = {name: constants[name] for name in names}
+        x, y, z = (*grid, 1, 1)[:3]
+        compiled = PrecompiledKernel(kernel, [*tensors, *numbers], ordered, enable_fp_fusion=True, **options)
+        return cls(compiled, (x, y, z), numbers)
+
+    def __call__(self, *tensors: Argument) -> Any:
+        """Launch it on the current device and stream; returns the compiled kernel."""
+        return self.kernel(self.grid, tensors, self.numbers)
