@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from qat_kernels.triton.nvfp4 import GROUP, e2m1_codes, e4m3_bits, hadamard, round_groups
 
@@ -15,6 +16,12 @@ from .byte_layout import BLOCK_SCALES
 _GROUPS_OF_BLOCK = tl.constexpr(BLOCK_SCALES)
 _SCANNED = tl.constexpr(1024)
 """Slots of the mask that are looked at in one step."""
+
+
+@triton.jit
+def _byte(first, second):
+    """Two codes, int32, in one byte: as byte_layout.py has it."""
+    return (((first & 7) << 1) | ((first & 8) << 4) | ((second & 7) << 4) | (second >> 3)).to(tl.uint8)
 
 
 @triton.jit
@@ -28,8 +35,8 @@ def _store_tokens(
     bits = e4m3_bits(scale, finite)  # before the codes: with Triton 3.8 it would be put aside in memory on sm_80
     # From (i, t, half, pair, element) to (t, i, element, half), two pairs a byte.
     codes = tl.reshape(e2m1_codes(groups, magnitude, finite), (GROUP, BLOCK_WORDS, 4, 2, 2, 2))
-    low, high = tl.split(tl.permute(codes, (0, 2, 1, 5, 3, 4)))
-    packed = tl.reshape((low | (high << 4)).to(tl.uint8), (GROUP, 16 * BLOCK_WORDS))
+    first, second = tl.split(tl.permute(codes, (0, 2, 1, 5, 3, 4)))
+    packed = tl.reshape(_byte(first, second), (GROUP, 16 * BLOCK_WORDS))
     byte = tl.arange(0, 16 * BLOCK_WORDS)
     place = byte // (4 * BLOCK_WORDS) * (4 * WORDS) + byte % (4 * BLOCK_WORDS)
     where = stored[:, None] & ((byte % (4 * BLOCK_WORDS)) < 4 * WORDS)[None, :]
@@ -51,8 +58,8 @@ def _store_group(
     magnitude, scale, finite = round_groups(v[None, :, :], 1, FOUR_OVER_SIX)
     # From (lane of the group, half, pair, element, column) to (column, lane, element, half).
     codes = tl.reshape(e2m1_codes(v[None, :, :], magnitude, finite), (2, 2, 2, 2, v.shape[1]))
-    low, high = tl.split(tl.permute(codes, (4, 0, 3, 1, 2)))
-    packed = tl.reshape((low | (high << 4)).to(tl.uint8), (v.shape[1], 8))
+    first, second = tl.split(tl.permute(codes, (4, 0, 3, 1, 2)))
+    packed = tl.reshape(_byte(first, second), (v.shape[1], 8))
     block, half, word = group // _GROUPS_OF_BLOCK, group % 2, group % _GROUPS_OF_BLOCK // 2
     rows = first_row + block * HEAD_DIM + columns
     byte = tl.arange(0, 8)
@@ -93,7 +100,7 @@ def append_kernel(
     num_heads_k, seqlen_new, length, num_blocks, ring_size,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr,
     HAS_LEFTPAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_K_SHIFT: tl.constexpr, ROTATE: tl.constexpr,
-    FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr, RING: tl.constexpr,
+    FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr, RING: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One group of 16 tokens of one key head, counted from the group that the first new token falls into.
 
@@ -107,7 +114,11 @@ def append_kernel(
     RING: there may be more tokens than room. Token j takes the place of j % (num_blocks * BLOCK), if no later one does.
 
     KV_ONLY: V is stored as K is, its scales by the reciprocal rule as those of K are; there is no sink and no ring.
+
+    DEPENDENT: `split_kernel` may begin while this runs.
     """
+    if DEPENDENT:
+        gdc_launch_dependents()
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
     start = length - seqlen_new

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qat_kernels.triton.nvfp4 import (
     GROUP,
@@ -60,22 +61,22 @@ def _scale_to_float16(x):
 
 
 @triton.jit
-def _scores(q, k, scale_log2, softcap):
-    """Scores times log2(e) of rows q and columns k; softcap None: they have no cap."""
-    scores = dot(q, k, tl.zeros((q.shape[0], k.shape[1]), tl.float32)) * scale_log2
+def _scores(k, q, scale_log2, softcap):
+    """Products of K [N, D] and Q [D, M], and what they are to be multiplied by, float32 [M], to be scores times log2(e)."""
+    scores = dot(k, q, tl.zeros((k.shape[0], q.shape[1]), tl.float32))
     if softcap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
-        scores = (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2.0 / softcap)))) * (softcap * LOG2_E)
-    return scores
+        scores = (1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale_log2 * (2.0 / softcap))[None, :]))) * (softcap * LOG2_E)
+        scale_log2 = tl.full((q.shape[1],), 1.0, tl.float32)
+    return scores, scale_log2
 
 
 @triton.jit
-def _online_softmax_step(scores, row_sum, row_max):
-    """One step of the online softmax with ceiled maxima: P~, the factor of what came before, and the new state."""
-    row_max_new = tl.maximum(row_max, tl.ceil(tl.max(scores, 1)))
+def _online_softmax_step(scores, scores_max, scale_log2, row_max):
+    """One step of the online softmax over axis 0 with ceiled maxima: P~, the factor of what came before, and the new maximum."""
+    row_max_new = tl.maximum(row_max, tl.ceil(scores_max * scale_log2))
     row_max_safe = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
-    p = tl.exp2(scores - row_max_safe[:, None])
-    rescale = tl.exp2(row_max - row_max_safe)
-    return p, rescale, row_sum * rescale + tl.sum(p, 1), row_max_new
+    p = tl.exp2(scores * scale_log2 - row_max_safe)
+    return p, tl.exp2(row_max - row_max_safe), row_max_new, row_max_safe
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _attend_kept(
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     BEFORE_SM_89: tl.constexpr,
 ):  # fmt: skip
-    """Unquantized P~ times unquantized V over the keys from `start` to `stop`; a row may see those from `lower` to `q_pos`.
+    """Unquantized P~ times unquantized V over the keys from `start` to `stop`; a query may see those from `lower` to `q_pos`.
 
     K of key j is row j % ring (None: row j), and V is row (j + first_slot) % ring_size.
     """
@@ -98,21 +99,74 @@ def _attend_kept(
         row = key
         if ring is not None:
             row = key % ring
-        k = unpack(*load_rows(key_codes_ptr, key_scales_ptr, row, present, WORDS, BLOCK_WORDS), BEFORE_SM_89)
-        scores = _scores(q, k, scale_log2, softcap)
-        allowed = present[None, :] & (key[None, :] <= q_pos[:, None]) & (key[None, :] >= lower[:, None])
-        p, rescale, row_sum, row_max = _online_softmax_step(tl.where(allowed, scores, float("-inf")), row_sum, row_max)
+        words = load_rows(key_codes_ptr, key_scales_ptr, row, present, WORDS, BLOCK_WORDS)
         v_mask = present[:, None] & (columns < HEAD_DIM)[None, :]
         v_row = (key + first_slot) % ring_size
         v = tl.load(v_ptr + v_row[:, None] * HEAD_DIM + columns[None, :], mask=v_mask, other=0.0)
-        out = dot(cast_rn(p, v.dtype), v, out * rescale[:, None])
+        scores, scale = _scores(unpack(*words, BEFORE_SM_89), q, scale_log2, softcap)
+        allowed = present[:, None] & (key[:, None] <= q_pos[None, :]) & (key[:, None] >= lower[None, :])
+        scores = tl.where(allowed, scores, float("-inf"))
+        p, rescale, row_max, _ = _online_softmax_step(scores, tl.max(scores, 0), scale, row_max)
+        row_sum = row_sum * rescale + tl.sum(p, 0)
+        out = dot(tl.trans(v), cast_rn(p, v.dtype), out * rescale[None, :])
     return out, row_sum, row_max
+
+
+@triton.jit
+def _attend_tile(
+    out, sums, row_max, q, tile, cache, ring_tiles, key_mask_ptr, bounds, scale_log2, softcap,
+    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV_ONLY: tl.constexpr, HAS_KEY_MASK: tl.constexpr, BEFORE_SM_89: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys against all queries; BOUNDED: some queries do not see some of these keys."""
+    GROUPS: tl.constexpr = BLOCK_N // GROUP
+    key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr = cache
+    first, stop, lower, window_start = bounds
+    columns = tl.arange(0, 32 * BLOCK_WORDS)
+    in_tile = tl.arange(0, BLOCK_N)
+    if not KV_ONLY:  # a thread has whole groups, one key in each of its rows
+        in_tile = in_tile % GROUPS * GROUP + in_tile // GROUPS
+    key = tile * BLOCK_N + in_tile
+    present = (key >= first) & (key < stop)
+    place = tile if ring_tiles is None else tile % ring_tiles
+    k = load_rows(
+        key_codes_ptr + place * (BLOCK_N * 16 * WORDS), key_scales_ptr + place * (BLOCK_N * 2 * WORDS), in_tile, None,
+        WORDS, BLOCK_WORDS,
+    )  # fmt: skip
+    scores, scale = _scores(unpack(*k, BEFORE_SM_89), q, scale_log2, softcap)
+    if BOUNDED:
+        seen = present[:, None] & (key[:, None] < lower[None, :]) & (key[:, None] >= window_start[None, :])
+        scores = tl.where(seen, scores, float("-inf"))
+    if HAS_KEY_MASK:
+        allowed = tl.load(key_mask_ptr + key, mask=present, other=0) if BOUNDED else tl.load(key_mask_ptr + key)
+        scores = tl.where((allowed != 0)[:, None], scores, float("-inf"))
+    scores = tl.reshape(scores, (GROUP, GROUPS, q.shape[1]))
+    group_max = tl.max(scores, 0)
+    p, rescale, row_max, row_max_safe = _online_softmax_step(scores, tl.max(group_max, 0), scale, row_max)
+    sums = sums * rescale + tl.sum(p, 0)
+    if KV_ONLY:
+        # V is too small by UNPACK_SCALE; P~ is made too large by as much, and float16 holds more of the small ones.
+        p = tl.reshape((p * (1.0 / UNPACK_SCALE)).to(tl.float16), (BLOCK_N, q.shape[1]))
+        v = load_rows(
+            value_codes_ptr + place * (BLOCK_N * 16 * WORDS), value_scales_ptr + place * (BLOCK_N * 2 * WORDS), in_tile,
+            present if BOUNDED else None, WORDS, BLOCK_WORDS,
+        )  # fmt: skip
+        v = unpack_tokens(*v, BEFORE_SM_89)
+    else:
+        p = fake_quantize_p(p, tl.exp2(group_max * scale - row_max_safe)[None, :, :]).to(tl.float16)
+        p = tl.reshape(tl.permute(p, (1, 0, 2)), (BLOCK_N, q.shape[1]))
+        v = load_rows(  # one block of values is one tile
+            value_codes_ptr + place * (BLOCK_N // 2 * HEAD_DIM), value_scales_ptr + place * (GROUPS * HEAD_DIM), columns,
+            None if HEAD_DIM == 32 * BLOCK_WORDS else columns < HEAD_DIM, BLOCK_N // 32, BLOCK_N // 32,
+        )  # fmt: skip
+        v = unpack(*v, BEFORE_SM_89)
+    return dot(v, p, out * rescale), sums, row_max
 
 
 @triton.jit(
     do_not_specialize=[
         "stride_b", "stride_h", "stride_l", "num_heads_k", "qheads_per_kvhead", "seqlen_new", "length", "num_blocks", "ring_size",
-        "num_splits", "softmax_scale_log2", "k_shift_scale", "window", "softcap",
+        "num_splits", "early", "softmax_scale_log2", "k_shift_scale", "window", "softcap",
     ],
     do_not_specialize_on_alignment=["q_ptr", "k_shift_ptr", "key_mask_ptr"],
 )  # fmt: skip
@@ -120,11 +174,11 @@ def split_kernel(
     q_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr,
     key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr, partials_ptr, lse_ptr,
     stride_b: tl.int64, stride_h: tl.int64, stride_l: tl.int64,
-    num_heads_k, qheads_per_kvhead, seqlen_new, length, num_blocks, ring_size, num_splits, softmax_scale_log2, k_shift_scale,
-    window, softcap,
+    num_heads_k, qheads_per_kvhead, seqlen_new, length, num_blocks, ring_size, num_splits, early,
+    softmax_scale_log2, k_shift_scale, window, softcap,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NEGATE: tl.constexpr, HAS_LEFTPAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_K_SHIFT: tl.constexpr, ROTATE: tl.constexpr,
-    FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr, ONE_TOKEN: tl.constexpr, BEFORE_SM_89: tl.constexpr,
+    FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr, BEFORE_SM_89: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows (query heads of one key head, times new tokens) against one part of the keys; the last part: the kept groups.
 
@@ -134,12 +188,19 @@ def split_kernel(
     counted from `leftpad` int32 [B] (not HAS_LEFTPAD: 0), with room for `num_blocks` blocks of values and V of the last slots in
     a ring; key_mask uint8 [B, length] over slots. partials float32: of every part of every head [B, Hk, num_parts] out
     [rows, D], not yet divided, and behind them all [2, rows]: m and the sum of P~. lse float32 [B, H, n]: if HAS_K_SHIFT, what
-    the shift takes from it. NEGATE: the scale is negative. ONE_TOKEN: there is one new token, so every row sees the same keys.
+    the shift takes from it. NEGATE: the scale is negative.
     window: how many keys a row sees (None: all before it); the parts are of the tiles that are in a window, and the cache is a
     ring: token j is in the place of j % (num_blocks * BLOCK). softcap: or None.
+
+    DEPENDENT: it begins while the kernel before it, `append_kernel`, still runs. `early`: the parts of complete groups do not
+    read what that one stores. They wait for it before they store, as it may still read memory that is theirs now.
     """
     batch_head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
+    if DEPENDENT:
+        gdc_launch_dependents()
+        if HAS_K_SHIFT or early == 0:
+            gdc_wait()
     leftpad = 0
     if HAS_LEFTPAD:
         leftpad = tl.load(leftpad_ptr + batch)
@@ -151,7 +212,6 @@ def split_kernel(
     inside = rows < rows_of_head
     columns = tl.arange(0, 32 * BLOCK_WORDS)
     valid = inside[:, None] & (columns < HEAD_DIM)[None, :]
-    offsets = rows[:, None] * HEAD_DIM + columns[None, :]
     q_ptr += batch * stride_b + head_k * qheads_per_kvhead * stride_h
     q_rows = (rows // seqlen_new).to(tl.int64) * stride_h + (rows % seqlen_new).to(tl.int64) * stride_l
     q = tl.load(q_ptr + q_rows[:, None] + columns[None, :], mask=valid, other=0.0).to(tl.float32)
@@ -161,22 +221,24 @@ def split_kernel(
     q = -q if NEGATE else q
     q_pos = seqlen_k - seqlen_new + rows % seqlen_new
     window_start = tl.zeros_like(q_pos)
-    first_seen = 0
+    first_seen, last_start = 0, 0  # of the first and the last query
     if window is not None:
         window_start = tl.maximum(q_pos - (window - 1), 0)
         first_seen = tl.maximum(seqlen_k - seqlen_new - (window - 1), 0)
+        last_start = tl.maximum(seqlen_k - window, 0)
     capacity = num_blocks * BLOCK
     key_codes_ptr += batch_head * capacity * (16 * WORDS)
     key_scales_ptr += batch_head * capacity * (2 * WORDS)
-    score_scale = softmax_scale_log2 / UNPACK_SCALE
+    score_scale = tl.full((BLOCK_M,), softmax_scale_log2 / UNPACK_SCALE, tl.float32)
     if KV_ONLY:
         q, undo = _scale_to_float16(q)
-        score_scale = score_scale * undo
+        score_scale = tl.reshape(undo, (BLOCK_M,)) * score_scale
         value_codes_ptr += batch_head * capacity * (16 * WORDS)
         value_scales_ptr += batch_head * capacity * (2 * WORDS)
         num_parts = num_splits
         first, stop = 0, seqlen_k
         lower = q_pos + 1
+        seen_by_all = seqlen_k - seqlen_new + 1
     else:
         q = _fake_quantize_q(q, BLOCK_M, 32 * BLOCK_WORDS, HEAD_DIM, ROTATE, FOUR_OVER_SIX).to(tl.float16)
         value_codes_ptr += batch_head * capacity * (HEAD_DIM // 2)
@@ -184,56 +246,45 @@ def split_kernel(
         num_parts = num_splits + 1
         first, stop = GROUP, tl.maximum((seqlen_k - 1) & -GROUP, 0)  # the complete groups but the first
         lower = q_pos & -GROUP
+        seen_by_all = (seqlen_k - seqlen_new) & -GROUP
+    score_scale = tl.maximum(score_scale, 1e-37)  # -inf times 0 would be NaN
+    q = tl.trans(q)
 
-    out = tl.zeros((BLOCK_M, 32 * BLOCK_WORDS), tl.float32)
+    out = tl.zeros((32 * BLOCK_WORDS, BLOCK_M), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if split < num_splits:
+        sums = tl.zeros((BLOCK_N // GROUP, BLOCK_M), tl.float32)
         first = tl.maximum(first, first_seen)
         first_tile = first_seen // BLOCK_N
         tiles = tl.cdiv(stop, BLOCK_N)
         part = tl.cdiv(tiles - first_tile, num_splits)
-        for tile in range(first_tile + split * part, tl.minimum(first_tile + (split + 1) * part, tiles)):
-            key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            place = tile
-            row = key
-            if window is not None:
-                place = tile % (capacity // BLOCK_N)
-                row = place * BLOCK_N + tl.arange(0, BLOCK_N)
-            k = unpack(*load_rows(key_codes_ptr, key_scales_ptr, row, None, WORDS, BLOCK_WORDS), BEFORE_SM_89)
-            scores = _scores(q, k, score_scale, softcap)
-            allowed = (key >= first) & (key < stop)
-            if HAS_KEY_MASK:
-                allowed = allowed & (tl.load(key_mask_ptr + key, mask=allowed, other=0) != 0)
-            if ONE_TOKEN:
-                scores = tl.where(allowed[None, :], scores, float("-inf"))
-            else:
-                seen = allowed[None, :] & (key[None, :] < lower[:, None])
-                if window is not None:
-                    seen = seen & (key[None, :] >= window_start[:, None])
-                scores = tl.where(seen, scores, float("-inf"))
-            p, rescale, row_sum, row_max = _online_softmax_step(scores, row_sum, row_max)
-            if KV_ONLY:
-                # V is too small by UNPACK_SCALE; P~ is made too large by as much, and float16 holds more of the small ones.
-                p = (p * (1.0 / UNPACK_SCALE)).to(tl.float16)
-                present = key < stop
-                if window is not None:
-                    present = present & (key >= first)
-                v = load_rows(value_codes_ptr, value_scales_ptr, row, present, WORDS, BLOCK_WORDS)
-                v = unpack_tokens(*v, BEFORE_SM_89)  # `out` has its order of columns from now on
-            else:
-                # One block of values is one tile.
-                groups = tl.reshape(p, (BLOCK_M, BLOCK_N // GROUP, GROUP))
-                groups = fake_quantize_p(groups, tl.max(groups, 2, keep_dims=True))
-                p = tl.reshape(groups, (BLOCK_M, BLOCK_N)).to(tl.float16)
-                present = None if HEAD_DIM == 32 * BLOCK_WORDS else columns < HEAD_DIM
-                row = place * HEAD_DIM + columns
-                v = load_rows(value_codes_ptr, value_scales_ptr, row, present, BLOCK_N // 32, BLOCK_N // 32)
-                v = unpack(*v, BEFORE_SM_89)
-            out = dot(p, v, out * rescale[:, None])
+        start = first_tile + split * part
+        end = tl.minimum(start + part, tiles)
+        # Tiles that every query sees as a whole, and the others.
+        whole_start = tl.minimum(tl.maximum(start, tl.cdiv(tl.maximum(first, last_start), BLOCK_N)), end)
+        whole_end = tl.maximum(tl.minimum(end, tl.minimum(stop, seen_by_all) // BLOCK_N), whole_start)
+        cache = (key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr)
+        ring_tiles = None if window is None else capacity // BLOCK_N
+        bounds = (first, stop, lower, window_start)
+        for tile in range(whole_start, whole_end):
+            out, sums, row_max = _attend_tile(
+                out, sums, row_max, q, tile, cache, ring_tiles, key_mask_ptr, bounds, score_scale, softcap,
+                HEAD_DIM, WORDS, BLOCK_WORDS, BLOCK_N, KV_ONLY, HAS_KEY_MASK, BEFORE_SM_89, False,
+            )  # fmt: skip
+        for i in range(end - start - (whole_end - whole_start)):
+            tile = start + i
+            tile = tl.where(tile < whole_start, tile, tile + whole_end - whole_start)
+            out, sums, row_max = _attend_tile(
+                out, sums, row_max, q, tile, cache, ring_tiles, key_mask_ptr, bounds, score_scale, softcap,
+                HEAD_DIM, WORDS, BLOCK_WORDS, BLOCK_N, KV_ONLY, HAS_KEY_MASK, BEFORE_SM_89, True,
+            )  # fmt: skip
+        row_sum = tl.sum(sums, 0)
         if not KV_ONLY:
             out = out * (1.0 / (P_GLOBAL_SCALE * UNPACK_SCALE))
     elif not KV_ONLY:
+        if DEPENDENT:
+            gdc_wait()
         ring = None if window is None else capacity
         sink_stop = tl.minimum(seqlen_k, GROUP)
         if window is not None:
@@ -253,9 +304,11 @@ def split_kernel(
         )  # fmt: skip
     if KV_ONLY:
         columns = token_columns(BLOCK_WORDS)
-        valid = inside[:, None] & (columns < HEAD_DIM)[None, :]
-        offsets = rows[:, None] * HEAD_DIM + columns[None, :]
+    valid = (columns < HEAD_DIM)[:, None] & inside[None, :]
+    offsets = columns[:, None] + rows[None, :] * HEAD_DIM
     part = batch_head * num_parts + split
+    if DEPENDENT:
+        gdc_wait()
     tl.store(partials_ptr + part * rows_of_head * HEAD_DIM + offsets, out, mask=valid)
     all_rows = tl.num_programs(0).to(tl.int64) * num_parts * rows_of_head
     stats_ptr = partials_ptr + all_rows * HEAD_DIM + part * 2 * rows_of_head + rows
@@ -271,8 +324,11 @@ def combine_kernel(
     partials_ptr, out_ptr, lse_ptr, sinks_ptr,
     stride_b: tl.int64, stride_h: tl.int64, stride_l: tl.int64, num_heads_k, qheads_per_kvhead, seqlen_new, num_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One row of `split_kernel`: its parts, in order. out [B, H, n, D] of any strides but the last; sinks [H] or None."""
+    if DEPENDENT:
+        gdc_wait()
     rows_of_head = qheads_per_kvhead * seqlen_new
     row = tl.program_id(0) % rows_of_head
     batch_head = (tl.program_id(0) // rows_of_head).to(tl.int64)
@@ -288,12 +344,12 @@ def combine_kernel(
         present = part < num_parts
         part_max = tl.load(stats_ptr + part * (2 * rows_of_head), mask=present, other=float("-inf"))
         part_sum = tl.load(stats_ptr + part * (2 * rows_of_head) + rows_of_head, mask=present, other=0.0)
+        offsets = (part * rows_of_head)[:, None] * HEAD_DIM + columns[None, :]
+        part_out = tl.load(partials_ptr + offsets, mask=present[:, None] & valid[None, :], other=0.0)
         row_max_new = tl.maximum(row_max, tl.max(part_max, 0))
         row_max_safe = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
         part_rescale = tl.exp2(part_max - row_max_safe)  # powers of two: exact
         rescale = tl.exp2(row_max - row_max_safe)
-        offsets = (part * rows_of_head)[:, None] * HEAD_DIM + columns[None, :]
-        part_out = tl.load(partials_ptr + offsets, mask=present[:, None] & valid[None, :], other=0.0)
         out = out * rescale + tl.sum(part_out * part_rescale[:, None], 0)
         row_sum = row_sum * rescale + tl.sum(part_sum * part_rescale, 0)
         row_max = row_max_new

@@ -4,9 +4,11 @@ A row holds the codes along the axis that a matrix product contracts: the head d
 values. (With `kv_nvfp4` a row of the values is a token's too; it is turned before the product.) It is padded to a multiple of
 32 elements with code 0. Element 32 i + 8 t + e (t < 4, e < 8) is what lane t of a quad feeds to the i-th pair of matrix
 instructions, so the row is stored lane by lane: byte 4 (I t + i) begins the 32-bit word of the eight elements e, where I is the
-number of 32s. In a word, the codes of elements 2 p and 2 p + 1 are 16 bits apart, at bits 4 p and 16 + 4 p: one instruction
-decodes two codes, side by side as float16. The scale of group 2 i + h stands at byte I h + i of the row's scales, so that a lane
-reads those of its words in one piece.
+number of 32s. In a word, the codes of elements 2 p and 2 p + 1 are 16 bits apart: one instruction decodes two codes, side by side
+as float16. Bytes 0 to 3 hold elements 0 and 2, 4 and 6, 1 and 3, 5 and 7. Of a byte's first code the magnitude is at bits 1 to 3
+and the sign at bit 7, where the upper byte of a float16 has them; of its second code the magnitude is at bits 4 to 6, the sign at
+bit 0. The scale of group 2 i + h stands at byte I h + i of the row's scales, so that a lane reads those of its words in one
+piece.
 """
 
 from __future__ import annotations
@@ -70,14 +72,16 @@ def pack_rows(codes: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, 
     scales = F.pad(scales, (0, 2 * words - scales.shape[-1]), value=1)  # the byte of 2^-9, the scale of a group of zeros
     axes = codes.unflatten(-1, (words, 4, 4, 2))  # i, t, pair, element of the pair
     axes = axes.movedim(-4, -3).movedim(-1, -2)  # t, i, element, pair
-    return (axes[..., 0::2] | axes[..., 1::2] << 4).flatten(-4), scales.unflatten(-1, (words, 2)).mT.flatten(-2)
+    first, second = axes[..., 0::2], axes[..., 1::2]
+    packed = (first & 7) << 1 | (first & 8) << 4 | (second & 7) << 4 | second >> 3
+    return packed.flatten(-4), scales.unflatten(-1, (words, 2)).mT.flatten(-2)
 
 
 def unpack_rows(packed: torch.Tensor, scales: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The inverse of `pack_rows`: the first `size` codes, and their scales."""
     words = packed.shape[-1] // 16
     axes = packed.unflatten(-1, (4, words, 2, 2))  # t, i, element, byte of two pairs
-    axes = torch.stack((axes & 15, axes >> 4), -1).flatten(-2)  # t, i, element, pair
+    axes = torch.stack((axes >> 1 & 7 | axes >> 4 & 8, axes >> 4 & 7 | (axes & 1) << 3), -1).flatten(-2)  # t, i, element, pair
     codes = axes.movedim(-1, -2).movedim(-4, -3).flatten(-4)
     return codes[..., :size], scales.unflatten(-1, (2, words)).mT.flatten(-2)[..., : size // GROUP_SIZE]
 

@@ -10,8 +10,9 @@ import triton
 
 from qat_kernels.reference import LOG2_E, scale_of_quantized
 from qat_kernels.spec import GROUP_SIZE, QuantSpec
-from qat_kernels.triton.device import arch_of, on_device
+from qat_kernels.triton.device import TRITON, arch_of, on_device
 from qat_kernels.triton.device import check_device as check_device
+from qat_kernels.triton.nvfp4 import INTERPRET
 from qat_kernels.triton.precompiled import PrecompiledKernel
 
 from .append import append_kernel
@@ -35,25 +36,27 @@ class Tile(NamedTuple):
 
 
 # Chosen by their machine code (tests/kernels/decode/test_triton_decode_aot.py): they do not spill with Triton 3.6 and 3.9.
-# Not tuned on a GPU.
-_ONE_TOKEN = Tile(16, BLOCK_TOKENS, 4, 3, 128, 4)
-_ONE_TOKEN_WIDE = Tile(16, BLOCK_TOKENS, 4, 2, None, 4)
-"""For head dims above 128 or with padded rows, and before sm_89, where scales take more instructions: 128 registers spill."""
-_MORE = Tile(32, BLOCK_TOKENS, 8, 2, None, 4)
-"""More rows read the cache again for each 32 of them."""
-_KV_ONLY = {2: Tile(16, 64, 1, 3, None, 9), 4: Tile(16, 64, 2, 3, None, 6), 8: Tile(16, 64, 4, 2, None, 2)}
-"""With `kv_nvfp4`, by the most times 32 elements that a row has: a warp takes eight words of it, that is 64 columns of V."""
-_KV_ONLY_MORE = {4: Tile(32, 64, 4, 2, None, 2), 8: Tile(32, 64, 8, 2, None, 1)}
+_TILES = {
+    (8, False): {4: Tile(8, BLOCK_TOKENS, 4, 3, None, 4), 8: Tile(8, BLOCK_TOKENS, 4, 2, None, 2)},
+    (16, False): {4: Tile(16, BLOCK_TOKENS, 2, 2, None, 4), 8: Tile(16, BLOCK_TOKENS, 4, 2, None, 2)},
+    (8, True): {4: Tile(8, 32, 1, 3, None, 11), 8: Tile(8, 64, 2, 2, None, 4)},
+    (16, True): {4: Tile(16, 64, 1, 2, None, 6), 8: Tile(16, 64, 4, 2, None, 2)},
+}
+"""By rows and whether groups of V lie along the head dim, and then by the most times 32 elements that a row has."""
+
+
+_WARP_GROUPS = TRITON > (3, 6)
+"""Whether this Triton has 4 warps compute a product of 8 columns together (sm_90, sm_100). Then what is decoded goes through
+shared memory, and storing it there takes longer than the product."""
 
 
 def choose(arch: int, rows: int, head_dim: int, spec: QuantSpec) -> Tile:
-    """The tile for so many rows; fewer than 16 are padded."""
-    if spec.kv_only:
-        tiles = _KV_ONLY if rows <= 16 else _KV_ONLY_MORE
-        return next(tile for words, tile in tiles.items() if row_words(head_dim) <= words)
-    if rows > _ONE_TOKEN.block_m:
-        return _MORE
-    return _ONE_TOKEN if arch >= 89 and head_dim in (32, 64, 128) else _ONE_TOKEN_WIDE
+    """The tile for so many rows, of which some may be padding."""
+    tiles = _TILES[8 if rows <= 8 else 16, spec.kv_only]
+    tile = next(tile for words, tile in tiles.items() if row_words(head_dim) <= words)
+    if _WARP_GROUPS and 90 <= arch < 120 and tile.num_warps == 4 and head_dim <= 128:  # wider rows would spill in two warps
+        return tile._replace(num_warps=2)
+    return tile
 
 
 class Given(NamedTuple):
@@ -89,6 +92,7 @@ def _append_kernel_for(
         {
             "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), **given.constants,
             "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only, "RING": ring,
+            "DEPENDENT": _dependent(device),
         },
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -97,28 +101,32 @@ def _append_kernel_for(
 @functools.cache
 def _attend_kernels_for(
     device: torch.device, dtype: torch.dtype, head_dim: int, spec: QuantSpec, given: Given,
-    tile: Tile, negate: bool, one_token: bool, has_window: bool, has_softcap: bool, sinks: torch.dtype | None,
+    tile: Tile, block_p: int, negate: bool, has_window: bool, has_softcap: bool, sinks: torch.dtype | None,
 ) -> tuple[PrecompiledKernel, PrecompiledKernel]:  # fmt: skip
     words = row_words(head_dim)
+    launched = {"launch_pdl": True} if _dependent(device) else {}
     split = PrecompiledKernel(
         split_kernel,
         [
-            dtype, *given.types, *_stored_types(dtype, spec), *[torch.float32] * 2, *[0] * 10, 0.0, 0.0,
+            dtype, *given.types, *_stored_types(dtype, spec), *[torch.float32] * 2, *[0] * 11, 0.0, 0.0,
             0 if has_window else None, 0.0 if has_softcap else None,
         ],
         {
             "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n, "NEGATE": negate, **given.constants, "ROTATE": spec.rotate,
-            "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only, "ONE_TOKEN": one_token,
-            "BEFORE_SM_89": arch_of(device) < 89,
+            "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only,
+            "BEFORE_SM_89": arch_of(device) < 89, "DEPENDENT": _dependent(device),
         },
-        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg, enable_fp_fusion=True, **launched,
     )  # fmt: skip
     combine = PrecompiledKernel(
         combine_kernel,
         [torch.float32, dtype, torch.float32, sinks, *[0] * 7],
-        {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_P": 16, "HAS_K_SHIFT": given.k_shift},
-        num_warps=4, enable_fp_fusion=True,
+        {
+            "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_P": block_p,
+            "HAS_K_SHIFT": given.k_shift, "DEPENDENT": _dependent(device),
+        },
+        num_warps=4, enable_fp_fusion=True, **launched,
     )  # fmt: skip
     return split, combine
 
@@ -157,7 +165,7 @@ def attend(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O in the strides of q, and LSE float32 [B, H, n], of the last n tokens in the cache."""
-    q = _rows(q)
+    given_q, q = q, _rows(q)
     device, (batch, num_heads, seqlen_new, head_dim) = q.device, q.shape
     spec, num_heads_k = cache.spec, cache.packed["key_codes"].shape[1]
     qheads_per_kvhead = num_heads // num_heads_k
@@ -174,9 +182,11 @@ def attend(
     partials = q.new_empty(batch * num_heads * seqlen_new * num_parts * (head_dim + 2), dtype=torch.float32)
     softmax_scale_log2 = scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E
     given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
+    # What `append` stores is not read with complete groups, and only a copy of q is not older than that kernel.
+    early = int(seqlen_new == 1 and not given.leftpad and not spec.kv_only and q is given_q)
     with on_device(device):
         split, combine = _attend_kernels_for(
-            device, q.dtype, head_dim, spec, given, tile, scale < 0, seqlen_new == 1,
+            device, q.dtype, head_dim, spec, given, tile, 16 if num_parts <= 16 else 64, scale < 0,
             cache.window is not None, softcap is not None, None if sinks is None else sinks.dtype,
         )  # fmt: skip
         split(
@@ -187,7 +197,7 @@ def attend(
             ),
             (
                 *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
-                _ring_size(cache), num_splits, softmax_scale_log2, scale, cache.window, softcap,
+                _ring_size(cache), num_splits, early, softmax_scale_log2, scale, cache.window, softcap,
             ),
         )  # fmt: skip
         combine(
@@ -196,6 +206,11 @@ def attend(
             (*out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts),
         )  # fmt: skip
     return out, lse
+
+
+def _dependent(device: torch.device) -> bool:
+    """Whether kernels may begin before the one before them ends (programmatic dependent launch), and wait for it themselves."""
+    return not INTERPRET.value and arch_of(device) >= 90
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -11,25 +11,24 @@ UNPACK_SCALE = tl.constexpr(2.0**-14)
 """What `unpack` returns is code * scale * UNPACK_SCALE. A code's three magnitude bits at bits 9 to 11 of a float16 are the code
 times 2^-14, subnormals included, and its product with an E4M3 scale is a multiple of 2^-24: exact in float16."""
 
-# $8: a word of eight codes, $9: the byte of their scale. Two codes at a time are shifted to where a float16 has its sign and
-# magnitude; elements 2 p and 2 p + 1 of the word leave as one register cut in two.
-_SCALE = "mul.lo.u32 m, $9, 0x0101; cvt.u16.u32 h, m; cvt.rn.f16x2.e4m3x2 f, h;"
+# $8: a word of eight codes, $9: the byte of their scale. Two codes at a time are brought to where a float16 has its sign and
+# magnitude, in the upper byte of each half: the first codes of bytes 1 and 3 stand there, and those of bytes 0 and 2 a byte
+# below. `y` has the second codes so: magnitudes from the word shifted right, signs from the word shifted left. Elements
+# 2 p and 2 p + 1 of the word leave as one register cut in two.
+_SCALE = "prmt.b32 m, $9, 0, 0x4400; cvt.u16.u32 h, m; cvt.rn.f16x2.e4m3x2 f, h;"
 # Before sm_89: shifted to bits 7 to 13, the scale is 2^-8 times too small; the scale NaN (0x7F) carries into bit 7.
 _SCALE_BEFORE_SM_89 = """
     mul.lo.u32 m, $9, 0x00010001; shl.b32 f, m, 7; mul.f16x2 f, f, c;
     add.u32 m, m, 0x00010001; and.b32 m, m, 0x00800080; mul.lo.u32 m, m, 0xF8; or.b32 f, f, m;
 """
 _DECODE = """
-    shl.b32 m, $8, 9; shl.b32 s, $8, 12; and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
-    mul.f16x2 m, m, f; mov.b32 {$0, $1}, m;
-    shl.b32 m, $8, 5; shl.b32 s, $8, 8;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
-    mul.f16x2 m, m, f; mov.b32 {$2, $3}, m;
-    shl.b32 m, $8, 1; shl.b32 s, $8, 4;  and.b32 s, s, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
-    mul.f16x2 m, m, f; mov.b32 {$4, $5}, m;
-    shr.b32 m, $8, 3; and.b32 s, $8, 0x80008000; lop3.b32 m, m, 0x0E000E00, s, 0xEA;
-    mul.f16x2 m, m, f; mov.b32 {$6, $7}, m;
+    and.b32 m, $8, 0x8E008E00; mul.f16x2 m, m, f; mov.b32 {$4, $5}, m;
+    shl.b32 m, $8, 8; and.b32 m, m, 0x8E008E00; mul.f16x2 m, m, f; mov.b32 {$0, $1}, m;
+    shr.b32 y, $8, 3; shl.b32 m, $8, 7; lop3.b32 y, y, m, 0x0E0E0E0E, 0xE4;
+    and.b32 m, y, 0x8E008E00; mul.f16x2 m, m, f; mov.b32 {$6, $7}, m;
+    shl.b32 m, y, 8; and.b32 m, m, 0x8E008E00; mul.f16x2 m, m, f; mov.b32 {$2, $3}, m;
 """
-_REGISTERS = ".reg .b32 m, s, f, c; .reg .b16 h; mov.b32 c, 0x5C005C00;"
+_REGISTERS = ".reg .b32 m, y, f, c; .reg .b16 h; mov.b32 c, 0x5C005C00;"
 _ASM = tl.constexpr("{" + _REGISTERS + _SCALE + _DECODE + "}")
 _ASM_BEFORE_SM_89 = tl.constexpr("{" + _REGISTERS + _SCALE_BEFORE_SM_89 + _DECODE + "}")
 _CONSTRAINTS = tl.constexpr(",".join(["=&h"] * 8 + ["r", "r"]))
@@ -58,12 +57,15 @@ _TWO_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r", "r", "r", "r"]))
 
 
 @triton.jit
-def _value(word, scale, SHIFT: tl.constexpr):
-    """The float16 of the code at a bit of a word and an E4M3 byte, times UNPACK_SCALE.
+def _value(word, scale, ELEMENT: tl.constexpr):
+    """The float16 of an element of a word and an E4M3 byte, times UNPACK_SCALE.
 
     For the interpreter, which would round a conversion from E4M3 wrongly.
     """
-    code = (word >> SHIFT) & 15
+    byte = word >> (8 * (ELEMENT // 4 + 2 * (ELEMENT % 2)))
+    if ELEMENT % 4 >= 2:  # the second code of the byte, brought to where the first one is
+        byte = ((byte >> 3) & 0x0E) | ((byte & 1) << 7)
+    code = ((byte >> 1) & 7) | ((byte >> 4) & 8)
     magnitude = ((code & 7) << 9).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     factor = (scale << 7).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     factor = tl.where(scale == 0x7F, float("nan"), factor)
@@ -74,10 +76,10 @@ def _value(word, scale, SHIFT: tl.constexpr):
 def _decode(words, scale, BEFORE_SM_89: tl.constexpr, TWO: tl.constexpr = False):
     """int32 [R, C] each -> float16 [R, C, 8]: the elements of every word. TWO: a lane decodes two words at a time."""
     if INTERPRET:
-        x0, x1 = _value(words, scale, 0), _value(words, scale, 16)
-        x2, x3 = _value(words, scale, 4), _value(words, scale, 20)
-        x4, x5 = _value(words, scale, 8), _value(words, scale, 24)
-        x6, x7 = _value(words, scale, 12), _value(words, scale, 28)
+        x0, x1 = _value(words, scale, 0), _value(words, scale, 1)
+        x2, x3 = _value(words, scale, 2), _value(words, scale, 3)
+        x4, x5 = _value(words, scale, 4), _value(words, scale, 5)
+        x6, x7 = _value(words, scale, 6), _value(words, scale, 7)
     else:
         asm: tl.constexpr = _ASM_BEFORE_SM_89 if BEFORE_SM_89 else _ASM
         two: tl.constexpr = _TWO_ASM_BEFORE_SM_89 if BEFORE_SM_89 else _TWO_ASM
@@ -100,19 +102,19 @@ def _scale_of_words(scales, COUNT: tl.constexpr):
 
 @triton.jit
 def unpack(words, scales, BEFORE_SM_89: tl.constexpr):
-    """Rows of the cache, int32 [R, 4 I] and E4M3 bytes [R, 2 I] -> float16 [32 I, R], times UNPACK_SCALE.
+    """Rows of the cache, int32 [R, 4 I] and E4M3 bytes [R, 2 I] -> float16 [R, 32 I], times UNPACK_SCALE.
 
     The lane that loads a word is the one that feeds its elements to the tensor cores: no data moves between lanes.
     """
     rows: tl.constexpr = words.shape[0]
     count: tl.constexpr = words.shape[1] // 4
     x = tl.reshape(_decode(words, _scale_of_words(scales, count), BEFORE_SM_89), (rows, 4, count, 8))
-    return tl.reshape(tl.permute(x, (2, 1, 3, 0)), (32 * count, rows))
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), (rows, 32 * count))
 
 
 @triton.jit
 def unpack_tokens(words, scales, BEFORE_SM_89: tl.constexpr):
-    """Rows of the cache -> float16 [R, 32 I], times UNPACK_SCALE, for a product over the rows; `token_columns` has their order.
+    """Rows of the cache -> float16 [32 I, R], times UNPACK_SCALE, for a product over the rows; `token_columns` has their order.
 
     Such a product takes an element of two rows in one register. In that order a lane decodes the words of two rows together, and
     again no data moves between lanes: if a warp takes eight words of a row.
@@ -120,7 +122,7 @@ def unpack_tokens(words, scales, BEFORE_SM_89: tl.constexpr):
     rows: tl.constexpr = words.shape[0]
     count: tl.constexpr = words.shape[1] // 4
     x = _decode(words, _scale_of_words(scales, count), BEFORE_SM_89, True)
-    return tl.reshape(tl.permute(x, (0, 2, 1)), (rows, 32 * count))
+    return tl.trans(tl.reshape(tl.permute(x, (0, 2, 1)), (rows, 32 * count)))
 
 
 @triton.jit
