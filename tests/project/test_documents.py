@@ -36,7 +36,7 @@ def test_programs_are_there(name):
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{name} names {module}"
     for command in re.findall(r"^(?:\s*|.*`)qat-patch ([a-z-]+)", text, re.MULTILINE):
         assert command in COMMANDS, f"{name} names qat-patch {command}"
-    for path in re.findall(r"\brecipes/[\w/]+\.(?:py|yaml|ipynb)\b", text):
+    for path in re.findall(r"(?<!/)\brecipes/[\w/]+\.(?:py|yaml|ipynb)\b", text):
         assert (ROOT / path).exists(), f"{name} names {path}"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):

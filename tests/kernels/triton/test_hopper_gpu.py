@@ -24,6 +24,19 @@ pytestmark = [
         torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="these kernels are for sm_90"
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def all_that_they_compute(monkeypatch):
+    """What has not been compared on a GPU is not served: this is where it is compared."""
+    from qat_kernels.triton import tiles
+
+    monkeypatch.setattr(tiles, "is_compared", lambda *_: True)
+    tiles.choose.cache_clear()
+    yield
+    tiles.choose.cache_clear()
+
+
 # Tails, a second tile of 128, few keys, few queries, many tiles, and with a causal mask more queries than keys and fewer.
 SHAPES = ((777, 531), (131, 131), (301, 5), (7, 301), (301, 801), (801, 301), (2049, 2049))
 DOCUMENTS = ((33, 33), (1, 1), (5, 40), (0, 0), (130, 130), (20, 3), (7, 0), (0, 9), (401, 513), (193, 65))

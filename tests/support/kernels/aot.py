@@ -73,7 +73,7 @@ def compile_kernels(
 ) -> list[Compiled]:
     """Every kernel that a forward and (with `needs_gradient`) a backward would launch on the architecture.
 
-    With `gluon` those of hopper/ where they serve the call, else the Triton kernels that run where Gluon is missing.
+    With `gluon` those of hopper/ where they compute the call, whether or not they serve it yet, else the Triton kernels.
 
     The launcher itself runs, on tensors without memory, and compiles what it would launch. Belongs into a process
     of its own (`believe_in`).
@@ -83,13 +83,14 @@ def compile_kernels(
 
     from qat_kernels import QuantSpec
     from qat_kernels.mask import Bounds, Mask
-    from qat_kernels.triton import backward_launch, device, forward_launch, precompiled
+    from qat_kernels.triton import backward_launch, device, forward_launch, precompiled, tiles
     from qat_kernels.varlen import Packing
 
     believe_in(arch)
     version = device.TRITON if gluon else None
     for launch in (forward_launch, backward_launch):
         launch._plan.cache_clear()
+    tiles.choose.cache_clear()
     run, compiled = JITFunction.run, []
 
     def only_compile(self, *args, grid, warmup, **kwargs):
@@ -122,6 +123,7 @@ def compile_kernels(
         mock.patch.object(forward_launch, "check_device", lambda _: None),
         mock.patch.object(forward_launch, "gluon_version", lambda: version),
         mock.patch.object(backward_launch, "gluon_version", lambda: version),
+        mock.patch.object(tiles, "is_compared", lambda *_: True),
     ):
         forward = forward_launch.forward(q, k, k, mask, shift, packing, with_gradient=needs_gradient, **options)
         if needs_gradient:
