@@ -40,7 +40,7 @@ _TILES = {
     (8, False): {4: Tile(8, BLOCK_TOKENS, 4, 3, None, 4), 8: Tile(8, BLOCK_TOKENS, 4, 2, None, 2)},
     (16, False): {4: Tile(16, BLOCK_TOKENS, 2, 2, None, 4), 8: Tile(16, BLOCK_TOKENS, 4, 2, None, 2)},
     (8, True): {4: Tile(8, 32, 1, 3, None, 11), 8: Tile(8, 64, 2, 2, None, 4)},
-    (16, True): {4: Tile(16, 64, 1, 2, None, 6), 8: Tile(16, 64, 4, 2, None, 2)},
+    (16, True): {4: Tile(16, 32, 1, 2, None, 6), 8: Tile(16, 64, 4, 2, None, 2)},
 }
 """By rows and whether groups of V lie along the head dim, and then by the most times 32 elements that a row has."""
 
@@ -54,6 +54,8 @@ def choose(arch: int, rows: int, head_dim: int, spec: QuantSpec) -> Tile:
     """The tile for so many rows, of which some may be padding."""
     tiles = _TILES[8 if rows <= 8 else 16, spec.kv_only]
     tile = next(tile for words, tile in tiles.items() if row_words(head_dim) <= words)
+    if spec.kv_only and 100 <= arch < 120 and tile.num_warps == 1:  # ptxas stops at 168 registers there, and would spill
+        return tile._replace(maxnreg=200)
     if _WARP_GROUPS and 90 <= arch < 120 and tile.num_warps == 4 and head_dim <= 128:  # wider rows would spill in two warps
         return tile._replace(num_warps=2)
     return tile

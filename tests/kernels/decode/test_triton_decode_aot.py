@@ -36,12 +36,12 @@ def compile_decode(
     **spec: bool | str,
 ) -> list[Code]:
     """What `KVCache.attention` on a filled cache launches, for Qwen3-14B's heads. Belongs into a process of its own."""
-    from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
 
     from qat_kernels import KVCache, QuantSpec
     from qat_kernels.decode import launch as decode_launch
     from qat_kernels.decode.cache import RECENT_TOKENS
+    from qat_kernels.triton.precompiled import PrecompiledKernel
 
     believe_in(arch)
     for kernels in (decode_launch._append_kernel_for, decode_launch._attend_kernels_for):
@@ -69,7 +69,7 @@ def compile_decode(
         )
     with (
         mock.patch.object(JITFunction, "run", only_compile),
-        mock.patch.object(CompiledKernel, "__getitem__", lambda *_: lambda *_: None),
+        mock.patch.object(PrecompiledKernel, "__call__", lambda *_: None),
         mock.patch.object(decode_launch, "arch_of", lambda _: arch),
         mock.patch.object(decode_launch, "check_device", lambda _: None),
         mock.patch.object(decode_launch, "_processors", lambda _: 132),
