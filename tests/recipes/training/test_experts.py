@@ -157,7 +157,7 @@ def test_samples_are_of_both(inputs, tmp_path, monkeypatch):
     assert (taken[0].permute(0, 3, 1, 2).float() - 255 * frames).abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_processes_train_the_same_expert(inputs, tmp_path, name):
     """DDP, where the other one takes no part in the reduction, and FSDP2, with samples."""
     changes = {"steps": 3, "batch_size": 1, "checkpoint_every": 0, "eval_every": 3}
