@@ -273,7 +273,7 @@ def _watch(run: Run, process: subprocess.Popen[bytes], folder: Path, first: int)
     while process.poll() is None:
         time.sleep(_POLL)
         done = _logged(folder, started) or first
-        is_writing = any(folder.glob("checkpoint-*.incomplete"))
+        is_writing = any(_is_newer(each, started) for each in folder.glob("checkpoint-*.incomplete"))
         stage = "checkpoint" if is_writing else "start" if done == first else "export" if done == STEPS else "steps"
         now, memory = time.perf_counter(), host_memory(process.pid)
         of_stage = stages.setdefault(stage, {"seconds": 0.0, "host_bytes": 0})
@@ -295,6 +295,14 @@ def _logged(folder: Path, since: float) -> int:
         return json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["step"] if file.stat().st_mtime > since else 0
     except (OSError, ValueError, LookupError):  # not there yet, or half a line
         return 0
+
+
+def _is_newer(path: Path, since: float) -> bool:
+    """Whether it was made since: a killed run may have left what it was writing."""
+    try:
+        return path.stat().st_mtime > since
+    except OSError:  # it has just been renamed
+        return False
 
 
 def host_memory(pid: int) -> int:

@@ -145,7 +145,7 @@ def test_activations_are_packed_where_a_step_is_made(inputs, tmp_path, monkeypat
     make = step_module.Stepper.__init__
 
     def offloading(self, **named):
-        values = vars(named["settings"]) | {"offload_activations": True}
+        values = vars(named["settings"]) | {"offload_activations": True, "processes_a_sample": 1}
         make(self, **named | {"settings": SimpleNamespace(**values)})
 
     monkeypatch.setattr(step_module, "save_on_cpu", save_on_cpu)
