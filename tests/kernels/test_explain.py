@@ -190,7 +190,7 @@ def words_for(head_dim=128, **options):
 
 def test_which_kernels_run_on_hopper():
     with on_hopper():
-        assert words_for().endswith("(in Gluon for sm_90: forward)")
+        assert "forward in Triton: Gluon's, its results for such calls have not been compared on a GPU yet" in words_for()
         assert words_for(needs_gradient=True).endswith("(in Gluon for sm_90: forward, grad_query, grad_key_value)")
         words = words_for(causal=True, window=64, needs_gradient=True)
         assert "in Gluon" not in words and words.count("in Triton: Gluon's, it does not compute bounds") == 3
