@@ -54,10 +54,10 @@ def choose(arch: int, rows: int, head_dim: int, spec: QuantSpec) -> Tile:
     """The tile for so many rows, of which some may be padding."""
     tiles = _TILES[8 if rows <= 8 else 16, spec.kv_only]
     tile = next(tile for words, tile in tiles.items() if row_words(head_dim) <= words)
-    if spec.kv_only and 100 <= arch < 120 and tile.num_warps == 1:  # ptxas stops at 168 registers there, and would spill
-        return tile._replace(maxnreg=200)
+    if spec.kv_only and 100 <= arch < 120 and tile.num_warps == 1:  # ptxas would stop at 168 registers, and spill
+        return tile._replace(maxnreg=224)
     if _WARP_GROUPS and 90 <= arch < 120 and tile.num_warps == 4 and head_dim <= 128:  # wider rows would spill in two warps
-        return tile._replace(num_warps=2)
+        return tile._replace(num_warps=2, maxnreg=240)
     return tile
 
 
