@@ -15,8 +15,9 @@ from qat_kernels.spec import SMOOTH_BLOCK, QuantSpec
 from qat_kernels.varlen import Packing
 
 from . import tiles
-from .backward import grad_key_value_kernel, grad_query_kernel, preprocess_kernel
 from .device import arch_of, gluon_version, on_device
+from .grad_key_value import grad_key_value_kernel
+from .grad_query import grad_query_kernel
 from .layout import PAD
 from .operands import (
     PLANS,
@@ -31,6 +32,7 @@ from .operands import (
     unpack_launch,
 )
 from .precompiled import Launch, Pointer, Tiles, parts, starts
+from .preprocess import preprocess_kernel
 from .problem import PackedSizes, Problem, is_empty
 
 
@@ -100,13 +102,13 @@ def _plan(
     grad_query: object
     grad_key_value: object
     if isinstance(tile := chosen.grad_query, tiles.HopperTile):
-        from .hopper.launch_backward import grad_query_launch
+        from .hopper.backward_launch import grad_query_launch
 
         grad_query = grad_query_launch(problem, tile, grad_out, given)
     else:
         grad_query = _grad_query_launch(problem, tile, grad_out, given)
     if isinstance(tile := chosen.grad_key_value, tiles.HopperTile):
-        from .hopper.launch_backward import grad_key_value_launch
+        from .hopper.backward_launch import grad_key_value_launch
 
         grad_key_value = grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
     else:

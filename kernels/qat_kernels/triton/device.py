@@ -63,7 +63,7 @@ def why_no_gluon() -> str | None:
     if INTERPRET.value:
         return "Triton's interpreter does not run Gluon"
     try:
-        from .hopper import launch_backward, launch_forward  # noqa: F401
+        from .hopper import backward_launch, forward_launch  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"Triton {'.'.join(map(str, TRITON))} does not have Gluon as the kernels need it ({error})"
     return None

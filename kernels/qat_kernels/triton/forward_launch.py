@@ -106,7 +106,7 @@ def _plan(
     query_shape, key_shape = (problem.query.all_rows, problem.block_d), (problem.key.all_rows, problem.block_d)
     attend: object
     if isinstance(tile, tiles.HopperTile):
-        from .hopper.launch_forward import attend_launch
+        from .hopper.forward_launch import attend_launch
 
         attend = attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
     else:

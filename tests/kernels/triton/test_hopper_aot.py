@@ -39,11 +39,11 @@ def specializations() -> dict[str, set[str]]:
 
     from qat_kernels.mask import Mask
     from qat_kernels.spec import QuantSpec
+    from qat_kernels.triton.hopper.backward_launch import grad_key_value_launch, grad_query_launch
     from qat_kernels.triton.hopper.forward import attention_forward_kernel
+    from qat_kernels.triton.hopper.forward_launch import attend_launch
     from qat_kernels.triton.hopper.grad_key_value import grad_key_value_kernel
     from qat_kernels.triton.hopper.grad_query import grad_query_kernel
-    from qat_kernels.triton.hopper.launch_backward import grad_key_value_launch, grad_query_launch
-    from qat_kernels.triton.hopper.launch_forward import attend_launch
     from qat_kernels.triton.operands import Given, Layout
     from qat_kernels.triton.problem import Problem
 

@@ -109,7 +109,7 @@ def assert_same(a, b) -> None:
 
 
 def check_forward(call: Call, with_gradient: bool) -> None:
-    from qat_kernels.triton.hopper.launch_forward import Attend
+    from qat_kernels.triton.hopper.forward_launch import Attend
 
     with mock.patch.object(Attend, "__call__", autospec=True, side_effect=Attend.__call__) as attend:
         actual, again = call.forward(with_gradient), call.forward(with_gradient)
@@ -131,7 +131,7 @@ def check_forward(call: Call, with_gradient: bool) -> None:
 
 
 def check_backward(call: Call, *, same_bits: bool = True) -> None:
-    from qat_kernels.triton.hopper.launch_backward import GradKeyValue, GradQuery
+    from qat_kernels.triton.hopper.backward_launch import GradKeyValue, GradQuery
 
     saved = call.forward()
     with (

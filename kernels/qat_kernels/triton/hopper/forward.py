@@ -23,7 +23,6 @@ from qat_kernels.triton.nvfp4 import GROUP, P_GLOBAL_SCALE
 from .pipeline import (
     WARP_GROUP_ROWS,
     accumulator,
-    left_operand,
     load,
     load_step,
     new_barriers,
@@ -34,62 +33,22 @@ from .pipeline import (
     wait_full,
 )
 from .rescale import rescale
-from .rounding import quantize_p
+from .softmax import ORDER, halves, mask_scores, no_keys_yet, round_p, rows_of, softmax_step, to_operand
 
-ORDER = gl.constexpr(64)
-"""Of the keys' rows (layout.py): a thread then holds whole groups of P~."""
 _PAD = gl.constexpr(PAD)
 
 
 @gluon.jit
-def softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS: gl.constexpr):
-    """`online_softmax_step` of scores [64, N] with permuted columns: a thread holds whole groups, and its own part of row_sum.
-
-    Returns P~ [64, N / 64, 8, 4, 2], the largest P~ of each group [64, N / 64, 1, 4, 1], what the rows are rescaled by, and
-    their new state: row_max [64] and row_sum [64, 1, 1, 4, 1].
-    """
-    groups = gl.reshape(scores, (scores.shape[0], scores.shape[1] // ORDER, 8, 4, 2))
-    group_max = gl.max(gl.max(groups, 4, keep_dims=True), 2, keep_dims=True)
-    tile_max = gl.max(gl.max(gl.max(gl.max(group_max, 4), 3), 2), 1)
-    row_max_new = gl.maximum(row_max, gl.ceil(tile_max * softmax_scale_log2))
-    row_max_safe = row_max_new
-    if CHECK_BOUNDS:  # rows that have seen no key yet: everything is exp2(-inf) = 0
-        row_max_safe = gl.where(row_max_new == float("-inf"), 0.0, row_max_new)
-    minus = row_max_safe[:, None, None, None, None]
-    p = gl.exp2(groups * softmax_scale_log2 - minus)
-    group_max = gl.exp2(group_max * softmax_scale_log2 - minus)
-    factor = gl.exp2(row_max - row_max_safe)
-    sums = gl.sum(gl.sum(gl.sum(p, 4, keep_dims=True), 2, keep_dims=True), 1, keep_dims=True)
-    return p, group_max, factor, row_max_new, row_sum * factor[:, None, None, None, None] + sums
-
-
-@gluon.jit
-def to_operand(groups, D: gl.constexpr):
-    """P~, cut into groups, as the first operand of a product with D columns. No value leaves its register."""
-    return left_operand(gl.reshape(groups, (WARP_GROUP_ROWS, groups.numel // WARP_GROUP_ROWS)), D)
-
-
-@gluon.jit
-def round_p(p, group_max, QUANTIZE_PV: gl.constexpr):
-    """The operand of O: PF~ * 2688, or the unquantized P~."""
-    if QUANTIZE_PV:
-        return quantize_p(p, group_max)
-    else:
-        return p.to(gl.bfloat16)
-
-
-@gluon.jit
-def rows_of(x, D: gl.constexpr):
-    """One number a row, of any layout, as a column beside an accumulator with D columns."""
-    return gl.convert_layout(x, gl.SliceLayout(1, accumulator(D)), assert_trivial=True)[:, None]
-
-
-@gluon.jit
-def mask_scores(scores, first_slot, upper):
-    """Scores of the slots from `first_slot` on, -inf where they are not below the `upper` of the row."""
-    slot = first_slot + slot_of(gl.arange(0, scores.shape[1], gl.SliceLayout(0, accumulator(scores.shape[1]))), ORDER)
-    allowed = slot[None, :] < upper[:, None]
-    return gl.where(allowed, scores, float("-inf"))
+def _scores(q, k_ring, step):
+    """The scores [64, N] of the tile of this step, which is given back."""
+    N: gl.constexpr = k_ring[0].shape[1]
+    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
+    k = tile_at(k_ring, step).permute((1, 0))  # [D, N]
+    wait_full(k_ring, step)
+    scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, [scores])
+    release(k_ring, step)
+    return scores
 
 
 @gluon.jit
@@ -134,12 +93,7 @@ def _attend_quantized(
     """Steps `start` to `steps`, at least one, as `_attend_ahead`. From `full_start` on all rows see all of a tile."""
     N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
-    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
-    wait_full(k_ring, start)
-    scores = warpgroup_mma(q, tile_at(k_ring, start).permute((1, 0)), zero, use_acc=False, is_async=True)
-    scores = warpgroup_mma_wait(0, [scores])
-    release(k_ring, start)
-    scores = mask_scores(scores, begin + (steps - 1 - start) * N, upper)
+    scores = mask_scores(_scores(q, k_ring, start), begin + (steps - 1 - start) * N, upper)
     weights, group_max, _, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CAUSAL)
     p = to_operand(round_p(weights, group_max, QUANTIZE_PV), D)
     wait_full(k_ring, start + 1, start + 1 < steps)
@@ -160,16 +114,6 @@ def _attend_quantized(
 
 
 @gluon.jit
-def _halves(p, group_max):
-    """P~ and the largest of each group, of the first and of the last 64 keys of 128. No value leaves its register."""
-    p_first, p_last = gl.split(gl.permute(p, (0, 2, 3, 4, 1)))
-    max_first, max_last = gl.split(gl.permute(group_max, (0, 2, 3, 4, 1)))
-    layout: gl.constexpr = gl.max(gl.max(p_first, 3, keep_dims=True), 1, keep_dims=True).type.layout
-    max_first = gl.convert_layout(max_first, layout, assert_trivial=True)
-    return p_first, max_first, p_last, gl.convert_layout(max_last, layout, assert_trivial=True)
-
-
-@gluon.jit
 def _attend_halves(
     out, out_hp, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, stop, softmax_scale_log2,
     CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr,
@@ -180,22 +124,17 @@ def _attend_halves(
     """
     N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
-    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
     gl.assume(start >= 0)
     for step in range(start, stop):
-        k = tile_at(k_ring, step).permute((1, 0))  # [D, N]
         v = tile_at(v_ring, step)  # [N, D]
-        wait_full(k_ring, step)
-        scores = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, [scores])
-        release(k_ring, step)
+        scores = _scores(q, k_ring, step)
         if CHECK_BOUNDS:
             scores = mask_scores(scores, begin + (steps - 1 - step) * N, upper)
         p, group_max, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS)
         out = rescale(out, rows_of(factor, D))
         if OUT_HP:
             out_hp = rescale(out_hp, rows_of(factor, D))
-        p_first, max_first, p_last, max_last = _halves(p, group_max)
+        p_first, max_first, p_last, max_last = halves(p, group_max)
         wait_full(v_ring, step)
         if OUT_HP:
             out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
@@ -331,7 +270,7 @@ def _consumer(
     start = steps - gl.where(inside, gl.cdiv(stop - begin, N), 0)
     out = gl.zeros((WARP_GROUP_ROWS, D), gl.float32, accumulator(D))
     out_hp = out
-    row_max, row_sum = _no_keys_yet(N)
+    row_max, row_sum = no_keys_yet(N)
     q = q_tiles.index(WG)
     mbarrier.wait(q_full.index(WG), 0)
     for step in range(start):
@@ -371,15 +310,6 @@ def _consumer(
     _store(
         out, out_hp, quantized_max, row_max, row_sum, WG * WARP_GROUP_ROWS, arguments, BLOCK_M, CAUSAL, QUANTIZE_PV and LEAD == 0
     )  # fmt: skip
-
-
-@gluon.jit
-def _no_keys_yet(N: gl.constexpr):
-    """row_max and row_sum of rows before their first key, in the layouts that `softmax_step` returns."""
-    groups = gl.reshape(gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N)), (WARP_GROUP_ROWS, N // ORDER, 8, 4, 2))
-    largest = gl.max(gl.max(gl.max(gl.max(groups, 4), 3), 2), 1)
-    sums = gl.sum(gl.sum(gl.sum(groups, 4, keep_dims=True), 2, keep_dims=True), 1, keep_dims=True)
-    return gl.full_like(largest, float("-inf")), gl.full_like(sums, 0.0)
 
 
 @gluon.jit

@@ -1,11 +1,11 @@
-"""dK and dV on Hopper (docs/NUMERICS.md, section 5): the sums of `backward.grad_key_value_kernel`.
+"""dK and dV on Hopper (docs/NUMERICS.md, section 5): the sums of the kernel in triton/grad_key_value.py.
 
 A block is two warp groups of 64 slots each of one key head, and a warp that copies tiles of Q and dO, with their row
 statistics, ahead of them. Scores are [slots, queries]: a warp has the 16 rows of one group. Two tiles
 are one step of the loop: the products of the first run beside the scores of the second. P and dS are operands from registers.
 
-The order of the sums, and so the bits, are those of `backward.grad_key_value_kernel` with tiles of 128 slots or without a causal
-mask; else they are the same where no query heads share a key head.
+The order of the sums, and so the bits, are those of triton/grad_key_value.py with tiles of 128 slots or without a causal mask;
+else they are the same where no query heads share a key head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -23,7 +24,7 @@ from qat_kernels.spec import P_GLOBAL_SCALE
 from qat_kernels.triton.layout import PAD, first_row, sequence
 from qat_kernels.triton.nvfp4 import GROUP
 
-from .pipeline import WARP_GROUP_ROWS, accumulator, copy_tile, left_operand, new_barriers
+from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers
 from .rounding import quantize_p_along_rows
 
 _PAD = gl.constexpr(PAD)
@@ -224,11 +225,11 @@ def _copy_tiles(sources, rows, step, start, stop, heads, buffers, BLOCK_D: gl.co
         row = gl.where(i < number, q_row + query, nothing)
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(q_full.index(stage), _TILE * (BLOCK_D * 2 + 4))
-        copy_tile(q_desc, [row, 0], q_full.index(stage), q_tiles.index(stage))
-        copy_tile(stats_desc, [stats_row + row], q_full.index(stage), row_max_tiles.index(stage))
+        tma.async_copy_global_to_shared(q_desc, [row, 0], q_full.index(stage), q_tiles.index(stage))
+        tma.async_copy_global_to_shared(stats_desc, [stats_row + row], q_full.index(stage), row_max_tiles.index(stage))
         mbarrier.expect(grad_out_full.index(stage), _TILE * (BLOCK_D * 2 + 4))
-        copy_tile(grad_out_desc, [row, 0], grad_out_full.index(stage), grad_out_tiles.index(stage))
-        copy_tile(delta_desc, [delta_row + row], grad_out_full.index(stage), delta_tiles.index(stage))
+        tma.async_copy_global_to_shared(grad_out_desc, [row, 0], grad_out_full.index(stage), grad_out_tiles.index(stage))
+        tma.async_copy_global_to_shared(delta_desc, [delta_row + row], grad_out_full.index(stage), delta_tiles.index(stage))
         step += 1
         last = query + _TILE >= stop
         query = gl.where(last, start, query + _TILE)
@@ -246,10 +247,10 @@ def _copy(work, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr,
     for part in gl.static_range(_WARP_GROUPS):
         row = k_row + first_slot + part * WARP_GROUP_ROWS
         mbarrier.expect(kv_full.index(part), WARP_GROUP_ROWS * BLOCK_D * 2 * (3 if LEAD > 0 else 2))
-        copy_tile(k_desc, [row, 0], kv_full.index(part), k_tiles.index(part))
-        copy_tile(v_desc, [row, 0], kv_full.index(part), v_tiles.index(part))
+        tma.async_copy_global_to_shared(k_desc, [row, 0], kv_full.index(part), k_tiles.index(part))
+        tma.async_copy_global_to_shared(v_desc, [row, 0], kv_full.index(part), v_tiles.index(part))
         if LEAD > 0:
-            copy_tile(v_kept_desc, [row, 0], kv_full.index(part), v_kept_tiles.index(part))
+            tma.async_copy_global_to_shared(v_kept_desc, [row, 0], kv_full.index(part), v_kept_tiles.index(part))
     nothing = 2 * all_q_rows
     sources = (q_desc, scaled_grad_out_desc, stats_desc, delta_desc)
     rows = (q_row, q_rows, 0, all_q_rows, nothing)  # m, and the row sums of dO / l
@@ -271,7 +272,7 @@ def grad_key_value_kernel(
 ):  # fmt: skip
     """dK and dV of 128 slots of one key head, summed over the query heads that share them. Excluded keys are not written.
 
-    Operands and results are those of `backward.grad_key_value_kernel`; stats and delta: tiles [64] of float32 [2 all_q_rows].
+    Operands and results are those of triton/grad_key_value.py; stats and delta: tiles [64] of float32 [2 all_q_rows].
 
     Args:
         pointers: grad_key_ptr and grad_value_ptr.

@@ -1,4 +1,4 @@
-"""dQ on Hopper (docs/NUMERICS.md, section 5): the same sums in the same order as `backward.grad_query_kernel`, and the same bits.
+"""dQ on Hopper (docs/NUMERICS.md, section 5): the sums of triton/grad_query.py in the same order, and the same bits.
 
 A block is three warp groups of 64 queries each of one head, and a warp that copies tiles of K and V ahead of them. The
 exponentials run beside dP; dS is an operand from registers.
@@ -28,7 +28,6 @@ from .pipeline import (
     new_ring,
     release,
     skip,
-    thread_barrier,
     tile_at,
     wait_full,
 )
@@ -145,7 +144,7 @@ def _compute(
     offsets = rows.to(gl.int64)[:, None] * grad_out_stride_l + columns.to(gl.int64)[None, :] * grad_out_stride_d
     grad_out.store(gl.load(grad_out_ptr + offsets, mask=where, other=0.0).to(gl.bfloat16))
     fence_async_shared()
-    thread_barrier()  # here, or the compiler puts one into every step of the loops
+    gl.thread_barrier()  # here, or the compiler puts one into every step of the loops
     rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(_TILE)))
     lse_log2 = gl.load(stats_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
     delta = gl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
@@ -220,7 +219,7 @@ def grad_query_kernel(
 ):  # fmt: skip
     """dQ of WARP_GROUPS (three) times 64 queries of one head.
 
-    Operands, statistics and results are those of `backward.grad_query_kernel`.
+    Operands, statistics and results are those of the kernel in triton/grad_query.py.
 
     Args:
         pointers: grad_out_ptr, delta_ptr, stats_ptr and grad_query_ptr.

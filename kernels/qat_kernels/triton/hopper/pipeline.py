@@ -12,9 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 WARP_GROUP_ROWS = gl.constexpr(64)
 """Rows of a tile that one warp group holds: those of one wgmma instruction."""
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-"""Their names changed after Triton 3.6."""
 
 
 @gluon.constexpr_function
@@ -94,4 +91,4 @@ def load_step(desc, row, ring, step):
 def load(desc, row, tile, full):
     """Copies the tile from `row` on; `full` opens when it is there."""
     mbarrier.expect(full, desc.block_type.nbytes)
-    copy_tile(desc, [row, 0], full, tile)
+    tma.async_copy_global_to_shared(desc, [row, 0], full, tile)

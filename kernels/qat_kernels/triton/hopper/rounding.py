@@ -99,7 +99,5 @@ def quantize_p_along_rows(p):
     gain, scale = gl.inline_asm_elementwise(
         _SCALES, _SCALES_CONSTRAINTS, [largest], dtype=(gl.float32, gl.bfloat16), is_pure=True, pack=16
     )
-    x = groups * gain
-    anchor = gl.maximum(x, E2M1_ANCHOR)
-    code = (x * (1.0 / E2M1_ANCHOR) + anchor) - anchor
-    return gl.reshape(_mul_bf16x2(code.to(gl.bfloat16), scale), (64, 64))
+    codes = round_p_to_e2m1(groups * gain)
+    return gl.reshape(_mul_bf16x2(codes.to(gl.bfloat16), scale), (64, 64))
