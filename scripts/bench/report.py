@@ -10,6 +10,14 @@ from qat_patch.bench.attention import INFERENCE, TRAINING
 from qat_patch.bench.shapes import Shape
 
 Result = dict[str, Any]
+IN_WORDS = {
+    "ours": "4-bit attention, trainable",
+    "sdpa flash": "BF16, FlashAttention-2",
+    "sdpa cudnn": "BF16, cuDNN",
+    "sdpa": "BF16, what PyTorch chooses",
+    "varlen_attn": "BF16, FlashAttention-2, packed",
+}
+"""What is timed, as pictures call it."""
 
 
 def report(results: list[Result], png: Path | None) -> str:
@@ -106,24 +114,25 @@ def line(cells: list[Any]) -> str:
 
 
 def draw(groups: dict[str, dict[str, float]], axis: str, png: Path, title: str) -> None:
-    """A bar for each name, in groups; `title`: the GPU that ran."""
+    """A bar for each name, ours first, in the groups that have one of ours; `title`: the GPU that ran."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    ours = {*TRAINING, *INFERENCE, *get_args(Preset)}
+    names = sorted(dict.fromkeys(name for bars in groups.values() for name in bars), key=lambda name: name not in ours)
+    groups = {group: bars for group, bars in groups.items() if not ours.isdisjoint(bars) or ours.isdisjoint(names)}
     figure, axes = pyplot.subplots(figsize=(10, 1 + 0.6 * len(groups)))
     height = 0.8 / len(names)
     for index, name in enumerate(names):
         bars = [(n, row[name]) for n, row in enumerate(groups.values()) if name in row]
         places = [n + (index - (len(names) - 1) / 2) * height for n, _ in bars]
-        drawn = axes.barh(places, [length for _, length in bars], height, label=name)
+        drawn = axes.barh(places, [length for _, length in bars], height, label=IN_WORDS.get(name, name))
         axes.bar_label(drawn, fmt=lambda x: f"{x:.0f}" if x >= 10 else f"{x:.2g}", fontsize=7, padding=2)
     axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(axis)
     axes.set_title(title)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(png, dpi=120)
+    figure.savefig(png, dpi=120, bbox_inches="tight")

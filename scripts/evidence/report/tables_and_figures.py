@@ -82,10 +82,13 @@ def figure(file: Path, panels: int, *, caption: str, width: float = 5.2, height:
         columns, rows = min(panels, 2), -(-panels // 2)
         picture, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
         yield axes.flatten()
+        explained = None
         for each in axes.flatten():
             each.grid(alpha=0.3)
-            if each.get_legend_handles_labels()[0]:
+            labels = each.get_legend_handles_labels()[1]
+            if labels and labels != explained:  # panels with the same lines share a legend
                 each.legend(fontsize=7)
+            explained = labels or explained
         picture.supxlabel(caption, fontsize=8)
         picture.tight_layout()
         # Without the version of matplotlib, so that a figure changes with its data alone.

@@ -95,7 +95,7 @@ def _trained(results: Results) -> str:
     untrained, trained = results("video_untrained"), results("video_trained")
     text = table(("method", *HEAD), [(name, *_cells(row)) for name, row in trained_rows(untrained, trained).items()])
     about = f"{measured_on(trained.values())} Keys in video_trained.json: METHOD/ATTENTION/rate=RATE/seed=SEED."
-    return text and f"{text}\n\n{about}{picture('video', 'Errors, losses and motion')}"
+    return text and f"{text}\n\n{about}{picture('video', 'Velocity error of every method')}"
 
 
 def _motion(results: Results) -> str:
@@ -114,23 +114,19 @@ def _motion(results: Results) -> str:
 
 
 def _draw(results: Results, file: Path) -> None:
-    """Velocity error of every attention; of every method velocity error, extra loss and motion."""
+    """Velocity error of every method; the other measures are in the table."""
     untrained = untrained_rows(results("video_untrained"))
     methods = trained_rows(results("video_untrained"), results("video_trained"))
     if not methods:
         return
-    untrained.pop("original")
     rows = {f"untrained, in {name}": untrained[name] for name in (DEFINITION, "sage3") if name in untrained} | methods
-    panels = [(untrained, HEAD[1]), (rows, HEAD[1]), (rows, HEAD[0]), (rows, HEAD[4])]
     caption = f"small Wan on three clips, with standard errors; {devices_of(results('video_trained').values())}"
-    with figure(file, len(panels), caption=caption, width=7.5) as axes:
-        for number, (axis, (shown, measure)) in enumerate(zip(axes, panels, strict=True)):
-            values = [row[measure] for row in shown.values()]
-            axis.barh([_in_words(name) for name in shown], [x.mean for x in values], xerr=[x.error for x in values], capsize=2)
-            axis.invert_yaxis()
-            axis.tick_params(axis="y", labelsize=7)
-            axis.set_title(f"{'not trained' if number == 0 else 'trained'}: {measure}", fontsize=9)
-        axes[-1].axvline(1, color="black", linewidth=0.8)
+    with figure(file, 1, caption=caption, width=9) as (axis,):
+        values = [row[HEAD[1]] for row in rows.values()]
+        axis.barh([_in_words(name) for name in rows], [x.mean for x in values], xerr=[x.error for x in values], capsize=2)
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize=8)
+        axis.set_title(f"What training wins back on video: {HEAD[1]}", fontsize=10)
 
 
 def _in_words(row: str) -> str:
