@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 import finetune_wan
+from qat_kernels import ops
 from qat_patch import get_handle, load_checkpoint, patch_model
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from qat_recipes.data.video import EncodedClips
@@ -180,6 +181,30 @@ def test_adapters_learn_the_same_with_gradient_checkpointing(inputs, tmp_path):
         changes = {"lora.rank": 4, "lora.alpha": 8, "distillation": 0.5, "model.gradient_checkpointing": name}
         finetune(inputs, tmp_path / name, **BARE | changes)
     assert_same_run(tmp_path / "true", tmp_path / "false")
+
+
+def test_kept_attention_runs_once_a_step(inputs, tmp_path, monkeypatch):
+    calls, forward = [], ops.forward
+    monkeypatch.setattr(ops, "forward", lambda *inputs: calls.append(0) or forward(*inputs))
+    counts = {}
+    for name in ("true", "false"):
+        changes = {"model.gradient_checkpointing": "true", "model.keep_attention": name, "steps": 1}
+        finetune(inputs, tmp_path / name, **BARE | changes)
+        counts[name] = len(calls)
+        calls.clear()
+    assert counts["false"] == 2 * counts["true"] > 0
+    assert_same_run(tmp_path / "true", tmp_path / "false")
+    kept = {"model.keep_attention": "true"}
+    for more, message in (
+        ({}, "model.keep_attention: expected model.gradient_checkpointing=true"),
+        ({"model.gradient_checkpointing": "true", "offload_activations": "true"}, "offload_activations moves them"),
+        (
+            {"model.gradient_checkpointing": "true", "compile": "eager"},
+            "settings.compile: expected null with model.keep_attention",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(inputs, tmp_path / "refused", **BARE | kept | more)
 
 
 def test_adapters_are_float32_beside_frozen_bfloat16(inputs, tmp_path, monkeypatch):
