@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scripts.bench import sizing
-from scripts.bench.sizing_report import FILE, Line, fit, report
+from scripts.bench.sizing_report import FILE, STATIC, Line, fit, report
 
 GIB = 2**30
 
@@ -89,7 +89,8 @@ def test_what_is_measured_is_the_peak_of_each_length(monkeypatch):
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(sizing, "train", train)
-    case, model = sizing.Case(model="Qwen3 tiny", method="LoRA", tokens=(16, 32, 48), cap_gib=24), sizing.TINY["Qwen3 tiny"]
+    case = sizing.Case(model="Qwen3 tiny", method="LoRA", tokens=(16, 32, 48), cap_gib=24, is_timed=True)
+    model = sizing.TINY[case.model]
     assert sizing.measured(case, model) == {
         "peak_bytes": [2 * GIB, round(3.5 * GIB), None],
         "reserved_bytes": [5 * GIB, 5 * GIB, None],
@@ -140,21 +141,47 @@ def test_the_table(tmp_path):
     ]
     file.write_text(json.dumps({"about": {"device": "H200", "torch": "2"}, "weights": weights, "cases": cases}))
     text = report(file)
-    rows = {tuple(cells[:2]): cells[3:] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 10}
+    rows = {tuple(cells[:2]): cells[3:] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) == 12}
     # 90 % of 24 GiB hold 10 + tokens / 409.6 GiB; what exceeds 16,384 tokens was not measured.
-    assert rows["Qwen3 4B", "full"][:4] == ["4,096", "7,168", "13,312", "~24,576"]
+    assert rows["Qwen3 4B", "full"][:2] == ["-", "-"]
+    assert rows["Qwen3 4B", "full"][2:6] == ["4,096", "7,168", "13,312", "~24,576"]
     assert rows["Qwen3 4B", "full"][-1] == "~32,768"
     # 2.5 times 8,192, and no further.
-    assert rows["Qwen3 14B", "LoRA"] == ["-", "3,072", "~9,216", "~20,480", *["~20,480"] * 3]
-    assert rows["Qwen3 14B", "full"] == ["-"] * 6 + ["-"] and rows["Wan 2.1 1.3B", "full"] == ["?"] * 7
+    assert rows["Qwen3 14B", "LoRA"] == ["-"] * 3 + ["3,072", "~9,216", "~20,480", *["~20,480"] * 3]
+    assert rows["Qwen3 14B", "full"] == ["-"] * 9 and rows["Wan 2.1 1.3B", "full"] == ["-", "-", *["?"] * 7]
     # 1,560 tokens a latent frame of 480p, 3,600 of 720p; 480p x 81 frames was measured.
-    assert rows["Wan 2.1 1.3B", "LoRA"][0] == "45 / 17" and rows["Wan 2.1 1.3B", "LoRA"][3:] == [
+    assert rows["Wan 2.1 1.3B", "LoRA"][2] == "45 / 17" and rows["Wan 2.1 1.3B", "LoRA"][5:] == [
         "81 / ~73",
         "81 / ~81",
         "81 / ~81",
         "81 / ~81",
     ]
     assert "8,192: 40.00; 16,384: does not fit" in text and "device H200, torch 2" in text
+
+
+def test_small_gpus_have_a_section(tmp_path):
+    capped = case("Wan 2.1 14B", "LoRA, NF4, activations", (7800, 32_760), (10, 20)) | {"cap_gib": 24, "seconds": 14.26}
+    capped["reserved_bytes"] = [11 * GIB, 23 * GIB]
+    too_large = capped | {
+        "method": "LoRA, float8, activations",
+        "peak_bytes": [12 * GIB, None],
+        "reserved_bytes": [13 * GIB, None],
+    }
+    file = tmp_path / "h200_memory.json"
+    weights = {"Wan 2.1 14B": 14 * 10**9, "Wan 2.2 A14B": 28 * 10**9}
+    cases = [capped, too_large | {"seconds": None}]
+    file.write_text(json.dumps({"about": {"device": "H200"}, "weights": weights, "cases": cases}))
+    text = report(file)
+    assert "| Wan 2.1 14B | LoRA, NF4, activations | 24 | 7,800: 10.00; 32,760: 20.00 | 23.00 | 14.3 |" in text
+    assert "| Wan 2.1 14B | LoRA, float8, activations | 24 | 7,800: 12.00; 32,760: does not fit | 13.00 |  |" in text
+    # 90 % of 24 GiB hold all 81 frames of 480p; of the other no line is known.
+    assert "| Wan 2.1 14B | LoRA, NF4, activations | 14.00 G | - / - | 45 / 17 | 81 / ~37 |" in text
+    assert "LoRA, float8, activations | 14.00 G" not in text and "Wan 2.2 A14B" not in text and "## 4. Measured" in text
+
+
+def test_the_methods_have_names():
+    assert sizing.METHODS.keys() == STATIC.keys() and {case.method for case in sizing.CASES} <= STATIC.keys()
+    assert {case.model for case in sizing.CASES} <= sizing.MODELS.keys()
 
 
 def test_the_file_is_fresh():
