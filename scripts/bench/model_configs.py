@@ -11,7 +11,7 @@ def qwen3(hidden: int, layers: int, heads: int, feed_forward: int, vocabulary: i
 
 
 def wan(heads: int, layers: int, feed_forward: int) -> dict[str, int]:
-    """A config of Wan 2.1 T2V."""
+    """A config of Wan 2.1 T2V, or of each transformer of Wan 2.2 T2V."""
     return {
         "num_attention_heads": heads,
         "attention_head_dim": 128,
@@ -24,6 +24,7 @@ def wan(heads: int, layers: int, feed_forward: int) -> dict[str, int]:
 CONFIGS = {
     "Wan 2.1 1.3B": wan(12, 30, 8960),
     "Wan 2.1 14B": wan(40, 40, 13_824),
+    "Wan 2.2 A14B": wan(40, 40, 13_824),
     "Qwen3 0.6B": qwen3(1024, 28, 16, 3072, tied=True),
     "Qwen3 1.7B": qwen3(2048, 28, 16, 6144, tied=True),
     "Qwen3 4B": qwen3(2560, 36, 32, 9728, tied=True),
@@ -32,5 +33,6 @@ CONFIGS = {
 }
 TINY_CONFIGS = {
     "Wan 2.1 tiny": {**wan(2, 2, 64), "attention_head_dim": 16, "text_dim": 32},
+    "Wan 2.2 tiny": {**wan(2, 2, 64), "attention_head_dim": 16, "text_dim": 32},
     "Qwen3 tiny": qwen3(64, 2, 8, 64, 128, tied=True) | {"head_dim": 16},
 }

@@ -4,8 +4,10 @@ python -m scripts.bench.sizing measure docs/benchmarks/h200_memory.json --second
 python -m scripts.bench.sizing report docs/benchmarks/h200_memory.json
 
 `measure` runs the recipes' own loop and objectives for a few steps of growing length, on models of the real configs with random
-weights that are made on the GPU, and writes the peak of memory at each length. It writes after each model and goes on where it
-stopped. A length that does not fit is written down as such, and the longer ones with it. `report` writes docs/SIZING.md.
+weights. It writes the peak of memory at each length, what PyTorch's allocator had reserved, losses and seconds. A model is made
+in the memory of the CPU, as `from_pretrained` does, and goes to the GPU as in a run. Where a claim is about a small GPU,
+PyTorch's allocator gets no more than that (`torch.cuda.set_per_process_memory_fraction`). It writes after each model and goes on
+where it stopped. A length that does not fit is written down as such, and the longer ones with it. `report` writes docs/SIZING.md.
 `--tiny` runs small models, to see that all of it works; on a CPU no memory is measured.
 """
 
@@ -15,12 +17,15 @@ import contextlib
 import gc
 import json
 import os
+import re
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -29,9 +34,11 @@ from diffusers import WanTransformer3DModel
 from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from qat_recipes.memory.empty_weights import without_weights
+from qat_recipes.tasks.experts import Experts
 from qat_recipes.tasks.flow_matching import FlowMatching, TimestepSettings, noise_levels
 from qat_recipes.tasks.language_modeling import LanguageModeling, NextToken
-from qat_recipes.tasks.video_diffusion import VideoDiffusion
+from qat_recipes.tasks.video_diffusion import EXPERTS, VideoDiffusion
 from qat_recipes.training.adapters import LoraSettings
 from qat_recipes.training.loop import train
 from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
@@ -40,46 +47,87 @@ from scripts.bench.model_configs import CONFIGS, TINY_CONFIGS
 from scripts.bench.sizing_report import FILE, report
 
 LORA = LoraSettings(rank=16, alpha=32.0)
+ACTIVATIONS = {"offload_activations": True}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "distillation": {"distillation": 1.0},
+    "full, 8-bit AdamW": {"optimizer": "adamw_8bit"},
+    "full, 8-bit AdamW, activations": {"optimizer": "adamw_8bit", **ACTIVATIONS},
+    "full, paged AdamW": {"optimizer": "paged_adamw"},
     "LoRA": {"lora": LORA},
     "LoRA distillation": {"lora": LORA, "distillation": 1.0},
+    "LoRA, activations": {"lora": LORA, **ACTIVATIONS},
+    "LoRA, float8": {"lora": replace(LORA, base_dtype="float8")},
+    "LoRA, float8, activations": {"lora": replace(LORA, base_dtype="float8"), **ACTIVATIONS},
+    "LoRA, NF4": {"lora": replace(LORA, base_dtype="nf4")},
+    "LoRA, NF4, activations": {"lora": replace(LORA, base_dtype="nf4"), **ACTIVATIONS},
+    "LoRA, layers": {"lora": replace(LORA, offload="layers")},
+    "LoRA, layers, activations": {"lora": replace(LORA, offload="layers"), **ACTIVATIONS},
+    "LoRA, float8, expert": {"lora": replace(LORA, base_dtype="float8", offload="expert")},
+    "LoRA, float8, expert, activations": {"lora": replace(LORA, base_dtype="float8", offload="expert"), **ACTIVATIONS},
 }
+"""Settings of a run, by what docs/SIZING.md calls them."""
+NEEDS_A_GPU = {"optimizer": "paged_adamw", "offload_activations": True}
+"""What is refused on a CPU."""
 
 
 class Measured(FineTuning[FineTuningSettings]):
-    """A model with random weights, and one sample a step. The shortest comes twice: step 1 makes the optimizer states."""
+    """A model with random weights, and one sample a step, of the given lengths in this order."""
 
     config: dict[str, int]
     """Of the model, by name in MODELS."""
     eval_batch_size = 1
+    settings_type: ClassVar[type[FineTuningSettings]] = FineTuningSettings
 
     def __init__(self, settings: FineTuningSettings, config: dict[str, int], tokens: Sequence[int], device: torch.device) -> None:
         self.config, self.device, self.eval_data = config, device, {}
-        self.train_data = [self.sample(number) for number in (tokens[0], *tokens)]
+        self.train_data = [self.sample(number) for number in tokens]
         super().__init__(settings)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
 
     def load(self, component: str | None) -> torch.nn.Module:
-        with self.device:
-            return self.random(self.config, self.settings.load_dtype)
+        return filled(without_weights(lambda: self.random(self.config, self.settings.load_dtype)), self.device)
 
     @staticmethod
     def random(config: dict[str, int], dtype: torch.dtype) -> torch.nn.Module:
         """A model on the default device."""
         raise NotImplementedError
 
-    def sample(self, tokens: int) -> dict[str, torch.Tensor]:
+    def sample(self, tokens: int) -> dict[str, Any]:
         """A sample of so many tokens."""
         raise NotImplementedError
 
     def batches(self, start: int, stop: int) -> BatchSampler:
         return BatchSampler(range(start, stop), 1, drop_last=True)
 
+    def after_step(self, step: int) -> dict[str, float]:
+        """What the allocator had reserved at most."""
+        return {"reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if self.device.type == "cuda" else {}
+
     def export(self, *_: Any) -> None:
         """Nobody needs random weights."""
+
+
+def filled(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """A model on the CPU instead of one whose parameters are on the meta device: norms are 1, biases 0, and matrices random.
+
+    All blocks have the values of the first, drawn on the device: 14 billion numbers take seconds then.
+    """
+    values: dict[str, torch.Tensor] = {}
+    parameters: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            key = re.sub(r"\.\d+\.", ".*.", f"{prefix}.{name}", count=1)
+            if key not in values:
+                x = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                is_matrix = parameter.dim() > 1
+                (x.normal_(std=0.02) if is_matrix else x.fill_(float(name == "weight")))
+                values[key] = x.cpu()
+            if parameter not in parameters:
+                parameters[parameter] = torch.nn.Parameter(values[key])
+            module._parameters[name] = parameters[parameter]
+    return model
 
 
 class MeasuredText(Measured):
@@ -92,7 +140,7 @@ class MeasuredText(Measured):
     def random(config: dict[str, int], dtype: torch.dtype) -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(Qwen3Config(**config), dtype=dtype)
 
-    def sample(self, tokens: int) -> dict[str, torch.Tensor]:
+    def sample(self, tokens: int) -> dict[str, Any]:
         return {"input_ids": torch.randint(self.config["vocab_size"], (tokens,)), "position_ids": torch.arange(tokens)}
 
 
@@ -117,8 +165,32 @@ class MeasuredVideo(Measured):
                 parameter.data = parameter.data.float()
         return model
 
-    def sample(self, tokens: int) -> dict[str, torch.Tensor]:
+    def sample(self, tokens: int) -> dict[str, Any]:
         return {"latents": torch.randn(16, tokens // 1560, 60, 104), "prompt_embeds": torch.randn(512, self.config["text_dim"])}
+
+
+class BothSettings(FineTuningSettings):
+    """Two transformers, as with model.transformer=both."""
+
+    @property
+    def trains_in_turns(self) -> bool:
+        return True
+
+
+class MeasuredExperts(MeasuredVideo):
+    """Wan 2.2 A14B: both transformers, which take turns."""
+
+    settings_type = BothSettings
+    components = EXPERTS
+    objective = FlowMatching(TimestepSettings(), dict.fromkeys(EXPERTS, noise_levels(None, 3.0)[0]), 1000)
+
+    def __init__(self, settings: FineTuningSettings, config: dict[str, int], tokens: Sequence[int], device: torch.device) -> None:
+        super().__init__(settings, config, tokens, device)
+        for number, sample in enumerate(self.train_data):
+            sample["expert"] = EXPERTS[number % 2]
+
+    def joined(self, parts: dict[str | None, torch.nn.Module]) -> torch.nn.Module:
+        return Experts({str(name): part for name, part in parts.items()})
 
 
 class Model(NamedTuple):
@@ -129,31 +201,69 @@ class Model(NamedTuple):
 
 
 def _models(configs: dict[str, dict[str, int]]) -> dict[str, Model]:
-    return {name: Model(MeasuredVideo if name.startswith("Wan") else MeasuredText, config) for name, config in configs.items()}
+    kinds = {"Wan 2.1": MeasuredVideo, "Wan 2.2": MeasuredExperts}
+    return {name: Model(kinds.get(name[:7], MeasuredText), config) for name, config in configs.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is measured."""
+
+    model: str
+    method: str
+    tokens: tuple[int, ...]
+    """Lengths, ascending."""
+    cap_gib: int | None = None
+    """What PyTorch's allocator gets; None: the whole GPU."""
+    is_timed: bool = False
+    """Whether the longest comes twice, to see how long a step takes: the first time its operations are counted, too."""
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.method}" + (f", in {self.cap_gib} GiB" if self.cap_gib else "")
 
 
 MODELS, TINY = _models(CONFIGS), _models(TINY_CONFIGS)
 _VIDEO, _TEXT = (7800, 17_160, 32_760), (4096, 8192, 16_384)
-CASES: list[tuple[str, str, tuple[int, ...]]] = [
-    ("Wan 2.1 1.3B", "full", _VIDEO),
-    ("Qwen3 14B", "LoRA", _TEXT),
-    ("Qwen3 0.6B", "full", _TEXT),
-    ("Wan 2.1 14B", "LoRA", (4680, 10_920, 20_280)),
-    ("Qwen3 4B", "full", _TEXT),
-    ("Qwen3 1.7B", "full", _TEXT),
-    ("Wan 2.1 1.3B", "LoRA", _VIDEO),
-    ("Qwen3 8B", "LoRA", _TEXT),
-    ("Wan 2.1 1.3B", "distillation", _VIDEO),
-    ("Qwen3 0.6B", "distillation", _TEXT),
-    ("Qwen3 1.7B", "distillation", _TEXT),
-    ("Qwen3 4B", "LoRA", _TEXT),
-    ("Qwen3 4B", "distillation", _TEXT),
-    ("Qwen3 1.7B", "LoRA", _TEXT),
-    ("Qwen3 0.6B", "LoRA", _TEXT),
-    ("Qwen3 14B", "LoRA distillation", _TEXT),
-    ("Qwen3 8B", "LoRA distillation", _TEXT),
+_WHOLE = (7800, 32_760)
+CASES = [
+    Case(model="Wan 2.1 14B", method="LoRA, NF4, activations", tokens=_VIDEO, cap_gib=24, is_timed=True),
+    Case(model="Wan 2.1 1.3B", method="LoRA, activations", tokens=_WHOLE, cap_gib=8, is_timed=True),
+    Case(model="Wan 2.1 14B", method="LoRA, layers, activations", tokens=_WHOLE, cap_gib=24),
+    Case(model="Wan 2.1 14B", method="LoRA, float8, activations", tokens=_WHOLE, cap_gib=32),
+    Case(model="Wan 2.1 1.3B", method="full, 8-bit AdamW, activations", tokens=_WHOLE, cap_gib=24, is_timed=True),
+    Case(model="Qwen3 8B", method="LoRA, NF4", tokens=(4096, 8192), cap_gib=24, is_timed=True),
+    Case(model="Wan 2.1 1.3B", method="LoRA, NF4", tokens=_WHOLE, cap_gib=8),
+    Case(model="Qwen3 14B", method="LoRA, NF4, activations", tokens=(4096, 8192), cap_gib=24),
+    Case(model="Qwen3 1.7B", method="full, 8-bit AdamW", tokens=(4096, 8192), cap_gib=24),
+    Case(model="Wan 2.2 A14B", method="LoRA, float8, expert, activations", tokens=_WHOLE, cap_gib=32),
+    Case(model="Qwen3 8B", method="LoRA, float8, activations", tokens=(4096, 8192), cap_gib=24),
+    Case(model="Wan 2.1 1.3B", method="full, paged AdamW", tokens=_WHOLE),
+    Case(model="Wan 2.1 14B", method="LoRA, NF4", tokens=_WHOLE, cap_gib=32),
+    Case(model="Wan 2.1 14B", method="LoRA, layers", tokens=_WHOLE, cap_gib=32),
+    *(
+        Case(model=model, method=method, tokens=tokens)
+        for model, method, tokens in (
+            ("Wan 2.1 1.3B", "full", _VIDEO),
+            ("Qwen3 14B", "LoRA", _TEXT),
+            ("Qwen3 0.6B", "full", _TEXT),
+            ("Wan 2.1 14B", "LoRA", (4680, 10_920, 20_280)),
+            ("Qwen3 4B", "full", _TEXT),
+            ("Qwen3 1.7B", "full", _TEXT),
+            ("Wan 2.1 1.3B", "LoRA", _VIDEO),
+            ("Qwen3 8B", "LoRA", _TEXT),
+            ("Wan 2.1 1.3B", "distillation", _VIDEO),
+            ("Qwen3 0.6B", "distillation", _TEXT),
+            ("Qwen3 1.7B", "distillation", _TEXT),
+            ("Qwen3 4B", "LoRA", _TEXT),
+            ("Qwen3 4B", "distillation", _TEXT),
+            ("Qwen3 1.7B", "LoRA", _TEXT),
+            ("Qwen3 0.6B", "LoRA", _TEXT),
+            ("Qwen3 14B", "LoRA distillation", _TEXT),
+            ("Qwen3 8B", "LoRA distillation", _TEXT),
+        )
+    ),
 ]
-"""The most important first: model, method, and lengths in tokens."""
+"""The most important first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -170,78 +280,141 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "report":
         FILE.write_text(report(options.file), encoding="utf-8")
         return
-    models = TINY if options.tiny else MODELS
-    cases = [(name, method, (1560, 3120)) for name in TINY for method in METHODS] if options.tiny else CASES
-    measure(options.file, models, cases, options.seconds)
+    if options.tiny:
+        measure(options.file, TINY, tiny_cases(), options.seconds)
+    else:
+        measure(options.file, MODELS, CASES, options.seconds)
 
 
-def measure(file: Path, models: dict[str, Model], cases: list[tuple[str, str, tuple[int, ...]]], seconds: float) -> None:
+def tiny_cases(tokens: tuple[int, ...] = (1560, 3120)) -> list[Case]:
+    """Every method that runs here, of every kind of model that it is for."""
+    has_gpu = torch.cuda.is_available()
+    methods = [name for name, changes in METHODS.items() if has_gpu or not changes.items() & NEEDS_A_GPU.items()]
+    cases = [Case(model=model, method=method, tokens=tokens, is_timed=True) for model in TINY for method in methods]
+    return [case for case in cases if ("expert" in case.method) == (TINY[case.model].kind is MeasuredExperts)]
+
+
+def measure(file: Path, models: dict[str, Model], cases: Sequence[Case], seconds: float) -> None:
     """Add to a file what it does not have yet.
 
     Raises:
         ValueError: it comes from another machine, or other versions.
+        SystemExit: some could not be measured. The others were.
     """
-    about = machine()
-    results = {"about": about, "weights": {name: weights(model) for name, model in models.items()}, "cases": []}
+    about, failed = machine(), []
+    results: dict[str, Any] = {"about": about, "weights": {name: weights(model) for name, model in models.items()}, "cases": []}
     if file.exists():
-        results |= json.loads(file.read_text(encoding="utf-8"))
+        results |= {name: x for name, x in json.loads(file.read_text(encoding="utf-8")).items() if name != "weights"}
         if results["about"] != about:
             raise ValueError(f"{file}: measured on {results['about']}, and this is {about}; choose another file")
-    done = {(case["model"], case["method"]) for case in results["cases"]}
+    done = {(case["model"], case["method"], case.get("cap_gib")) for case in results["cases"]}
     began = time.perf_counter()
-    for name, method, tokens in cases:
+    for case in cases:
         spent = time.perf_counter() - began
-        if (name, method) in done:
+        if (case.model, case.method, case.cap_gib) in done:
             continue
         if spent > seconds:
             print(f"{spent:.0f} s are over; run it again for the rest", flush=True)
-            return
+            break
         free_memory()
-        peaks = peaks_of(name, models[name], method, tokens)
-        results["cases"].append({"model": name, "method": method, "tokens": list(tokens), "peak_bytes": peaks})
+        try:
+            found = measured(case, models[case.model])
+        except (ValueError, RuntimeError, FloatingPointError) as error:
+            print(f"{case}: not measured: {type(error).__name__}: {error}", flush=True)
+            failed.append(str(case))
+            continue
+        results["cases"].append(asdict(case) | found)
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         nothing = "does not fit" if torch.cuda.is_available() else "ran, not measured on a CPU"
-        texts = [nothing if peak is None else f"{peak / 2**30:.2f} GiB" for peak in peaks]
-        shown = ", ".join(f"{number}: {text}" for number, text in zip(tokens, texts, strict=True))
-        print(f"{name}, {method}: {shown} ({time.perf_counter() - began - spent:.1f} s)", flush=True)
+        texts = [nothing if peak is None else f"{peak / 2**30:.2f} GiB" for peak in found["peak_bytes"]]
+        shown = ", ".join(f"{number}: {text}" for number, text in zip(case.tokens, texts, strict=True))
+        shown += "".join(f", {name} {x}" for name, x in found.items() if name != "peak_bytes")
+        print(f"{case}: {shown} ({time.perf_counter() - began - spent:.1f} s)", flush=True)
+    if failed:
+        raise SystemExit(f"not measured: {'; '.join(failed)}")
 
 
 def machine() -> dict[str, str]:
     """What the numbers depend on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device} | {name: version(name) for name in ("torch", "transformers", "diffusers", "peft", "accelerate")}
+    about = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
+    for name in ("torch", "transformers", "diffusers", "peft", "accelerate", "bitsandbytes"):
+        with contextlib.suppress(PackageNotFoundError):
+            about[name] = version(name)
+    return about
 
 
 def weights(model: Model) -> int:
     """The number of weights, without making any."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in model.kind.random(model.config, torch.bfloat16).parameters())
+        one = sum(parameter.numel() for parameter in model.kind.random(model.config, torch.bfloat16).parameters())
+    return one * len(model.kind.components)
 
 
-def peaks_of(name: str, model: Model, method: str, tokens: Sequence[int]) -> list[int | None]:
-    """Peak bytes on the GPU up to a training step of each length, ascending; None where it does not fit, or on a CPU."""
+def measured(case: Case, model: Model) -> dict[str, Any]:
+    """What each length takes, ascending.
+
+    Returns:
+        `peak_bytes` on the GPU up to its training step, and `reserved_bytes` by the allocator; None where it does not fit, or on
+        a CPU. `losses` of these steps. `seconds` of the longest, if it is timed.
+
+    The shortest comes twice too (with both experts once each): step 1 makes the optimizer states.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
     is_measured = torch.cuda.is_available()
+    steps = (case.tokens[0], *case.tokens, *case.tokens[len(case.tokens) - case.is_timed :])
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        settings = FineTuningSettings(
+        changes = METHODS[case.method]
+        settings = model.kind.settings_type(
             output_dir=folder,
-            steps=len(tokens) + 1,
+            steps=len(steps),
             batch_size=1,
             learning_rate=1e-6,
             mixed_precision="bf16",
-            fused_optimizer=True,
-            model=ModelSettings(path=name, gradient_checkpointing=True),
-            **METHODS[method],
+            model=ModelSettings(path=case.model, gradient_checkpointing=True),
+            fused_optimizer="optimizer" not in changes,
+            **changes,
         )
 
         def make_task(accelerator: Accelerator) -> Measured:
-            return model.kind(settings, model.config, tokens, accelerator.device)
+            return model.kind(settings, model.config, steps, accelerator.device)
 
-        with contextlib.suppress(torch.OutOfMemoryError):
-            train(settings, make_task)
+        try:
+            with memory_limited(case.cap_gib):
+                train(settings, make_task)
+        except torch.OutOfMemoryError as error:
+            print(f"{case}: {error}", file=sys.stderr, flush=True)
         log = Path(folder) / "metrics.jsonl"
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    peaks = [round(record["peak_memory_gib"] * 2**30) if is_measured else None for record in records[1:]]
-    return peaks + [None] * (len(tokens) - len(peaks))
+    last = records[-1] if is_measured and case.is_timed and len(records) == len(steps) else {}
+    records = records[1 : len(case.tokens) + 1]
+    absent = [None] * (len(case.tokens) - len(records))
+    return {
+        "peak_bytes": [_bytes(record["peak_memory_gib"]) if is_measured else None for record in records] + absent,
+        "reserved_bytes": [_bytes(record["reserved_gib"]) if is_measured else None for record in records] + absent,
+        "losses": [record["loss"] for record in records] + absent,
+        "seconds": case.tokens[-1] / last["tokens_per_second"] if last else None,
+    }
+
+
+def _bytes(gib: float) -> int:
+    return round(gib * 2**30)
+
+
+@contextlib.contextmanager
+def memory_limited(gib: int | None) -> Iterator[None]:
+    """Inside, PyTorch's allocator gets no more than so many GiB of the GPU, and peaks are of what is done here."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.reset_peak_memory_stats()
+    total = torch.cuda.get_device_properties().total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib * 2**30 / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def free_memory() -> None:

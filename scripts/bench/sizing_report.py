@@ -11,12 +11,42 @@ from scripts.bench.full_size_report import section
 from scripts.paths import DOCS
 
 FILE = DOCS / "SIZING.md"
-GPUS = {"24": "RTX 4090", "32": "RTX 5090", "48": "L40S", "80": "H100", "96": "RTX PRO 6000", "141": "H200", "180": "B200"}
+GPUS = {
+    "8": "RTX 4060",
+    "16": "RTX 4080",
+    "24": "RTX 4090",
+    "32": "RTX 5090",
+    "48": "L40S",
+    "80": "H100",
+    "96": "RTX PRO 6000",
+    "141": "H200",
+    "180": "B200",
+}
 """Memory as it is sold, and a GPU that has it."""
 MARGIN = 0.10
 """What is left free of the GiB of that number: the CUDA context, fragmentation, and the part of them that a GPU does not have."""
-STATIC = {"full": 16, "distillation": 20}
-"""Bytes a weight in float32: weights, gradients, two moments of AdamW, and the teacher."""
+STATIC = {
+    "full": 16,
+    "full, paged AdamW": 8,
+    "full, 8-bit AdamW": 10,
+    "full, 8-bit AdamW, activations": 10,
+    "distillation": 20,
+    "LoRA": 2,
+    "LoRA, activations": 2,
+    "LoRA, float8": 1,
+    "LoRA, float8, activations": 1,
+    "LoRA, NF4": 0.5,
+    "LoRA, NF4, activations": 0.5,
+    "LoRA, layers": 0,
+    "LoRA, layers, activations": 0,
+    "LoRA, float8, expert": 0.5,
+    "LoRA, float8, expert, activations": 0.5,
+    "LoRA distillation": 2,
+}
+"""Bytes a weight that are always on the GPU: in full fine-tuning weights and gradients in float32, two moments of AdamW, and the
+teacher."""
+ALWAYS = ("full", "distillation")
+"""Methods that are in the tables of models of one transformer even where nothing was measured."""
 FAR = 2.5
 """Not further than so many times the longest length that was measured."""
 
@@ -33,12 +63,30 @@ The longest sequence of one training step through 4-bit attention (`batch_size=1
 - **LoRA**: rank 16 on the projections of attention, frozen weights in bfloat16: 2 bytes a weight;
 - **LoRA distillation**: the same; the model is its own teacher.
 
+What makes it smaller:
+
+- **8-bit AdamW** (`optimizer=adamw_8bit`): 10 bytes a weight in place of 16;
+- **paged AdamW** (`optimizer=paged_adamw`): its moments, 8 bytes a weight, leave the GPU when it is full, and are no part of what
+  is measured here;
+- **float8**, **NF4** (`lora.base_dtype`): frozen weights of the blocks take 1 byte, or about half a byte;
+- **layers** (`lora.offload=layers`): frozen weights of the blocks wait in CPU memory until they are needed;
+- **expert** (`lora.offload=expert`): of Wan 2.2 the transformer that is not in use waits there;
+- **activations** (`offload_activations=true`): the inputs of the blocks wait there for the backward pass.
+
 What fits takes at most {used:.0f} % of so many GiB: the rest is for the CUDA context and fragmentation, and because a GPU has a
 little less than its number. Measuring on held-out data, and `samples`, may take more.
 
 - **-**: does not fit;
-- **~**: longer than what was measured, by the straight line of section 3; at most {far} times as long;
+- **~**: longer than what was measured, by the straight line of the last section; at most {far} times as long;
 - **?**: the weights fit, and what the rest takes was not measured.
+"""
+
+
+CAPPED = """## 3. Small GPUs
+
+PyTorch's allocator got no more than the GiB of the third column, on a larger GPU (`torch.cuda.set_per_process_memory_fraction`).
+The CUDA context, about half a GiB, is not counted. What is reserved is what the allocator took from the GPU at most. Seconds are
+of one step of the longest length, where it was timed; other work ran on the same GPU then.
 """
 
 
@@ -47,7 +95,7 @@ class Line(NamedTuple):
 
     fixed: float
     per_token: float
-    static: int
+    static: float
     longest: int
     """Of those measured."""
     error: float | None
@@ -64,7 +112,7 @@ def fit(case: dict[str, Any], weights: int) -> Line | None:
         return None
     (n, low), *between, (m, high) = points
     slope = (high - low) / (m - n)
-    line = Line(low - slope * n, slope, STATIC.get(case["method"], 2) * weights, m, None)
+    line = Line(low - slope * n, slope, STATIC[case["method"]] * weights, m, None)
     errors = [abs(line.bytes(length) / peak - 1) for length, peak in between]
     return line._replace(error=max(errors, default=None))
 
@@ -93,7 +141,10 @@ def report(file: Path) -> str:
         (("Wan", "Frames of 480x832 and of 720x1280, of 81", _frames), ("Qwen3", "Tokens, of 32,768", _tokens)), 1
     ):
         sections += [f"## {number}. {family}\n", f"{what}.\n", _table(family, results, lines, cell)]
-    sections += ["## 3. Measured\n", _measured(results, lines), section()]
+    capped = [case for case in results["cases"] if case.get("cap_gib")]
+    if capped:
+        sections += [CAPPED, _capped(capped)]
+    sections += [f"## {4 if capped else 3}. Measured\n", _measured(results, lines), section()]
     return "\n".join(sections)
 
 
@@ -102,8 +153,8 @@ def _table(family: str, results: dict[str, Any], lines: dict[tuple[str, str], Li
     for model, weights in results["weights"].items():
         methods = [method for name, method in lines if name == model]
         # Whether the weights alone fit is arithmetic.
-        methods += [method for method in STATIC if method not in methods]
-        for method in sorted(methods, key=list({**STATIC, "LoRA": 0, "LoRA distillation": 0}).index):
+        methods += [method for method in ALWAYS if method not in methods and not model.startswith("Wan 2.2")]
+        for method in sorted(methods, key=list(STATIC).index):
             cells = []
             for size in GPUS:
                 room = int(size) * 2**30 * (1 - MARGIN)
@@ -129,6 +180,23 @@ def _frames(line: Line, room: float) -> str:
         fitting = [frames for frames, n in tokens.items() if line.bytes(n) <= room and n <= FAR * line.longest]
         cells.append(f"{'~' if tokens[fitting[-1]] > line.longest else ''}{fitting[-1]}" if fitting else "-")
     return " / ".join(cells)
+
+
+def _capped(cases: list[dict[str, Any]]) -> str:
+    rows = ["| | | GiB | tokens: peak, GiB | reserved, GiB | s a step |", "|---" * 6 + "|"]
+    for case in cases:
+        points = zip(case["tokens"], case["peak_bytes"], strict=True)
+        reserved = [x for x in case["reserved_bytes"] if x is not None]
+        cells = [
+            case["model"],
+            case["method"],
+            str(case["cap_gib"]),
+            "; ".join(f"{n:,}: " + ("does not fit" if peak is None else f"{peak / 2**30:.2f}") for n, peak in points),
+            f"{max(reserved) / 2**30:.2f}" if reserved else "",
+            "" if case["seconds"] is None else f"{case['seconds']:.1f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*rows, ""])
 
 
 def _measured(results: dict[str, Any], lines: dict[tuple[str, str], Line]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 
 def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -36,6 +37,9 @@ def hold_in_float8(model: torch.nn.Module) -> None:
 def hold_in_nf4(model: torch.nn.Module) -> None:
     """Quantize the linear layers of the blocks to NF4 with bitsandbytes, before adapters are added.
 
+    Each layer on the device of this process, where it stays: 14 billion weights take a CPU minutes, and a GPU never holds more
+    than one layer as it was.
+
     Raises:
         ValueError: bitsandbytes is not installed, or the host library does not say which blocks repeat.
     """
@@ -43,11 +47,12 @@ def hold_in_nf4(model: torch.nn.Module) -> None:
         import bitsandbytes
     except ImportError as error:
         raise ValueError("lora.base_dtype: nf4 needs bitsandbytes; pip install 'qat-patch[low-memory]'") from error
+    device = PartialState().device
     for block in _blocks(model, "nf4"):
         for parent in list(block.modules()):
             for name, layer in list(parent.named_children()):
                 if type(layer) is torch.nn.Linear:
-                    setattr(parent, name, _nf4(bitsandbytes.nn, layer))
+                    setattr(parent, name, _nf4(bitsandbytes.nn, layer, device))
 
 
 @contextlib.contextmanager
@@ -61,7 +66,7 @@ def known_to_peft(model: torch.nn.Module) -> Iterator[None]:
         del marked.is_loaded_in_4bit
 
 
-def _nf4(library: Any, layer: torch.nn.Linear) -> torch.nn.Module:
+def _nf4(library: Any, layer: torch.nn.Linear, device: torch.device) -> torch.nn.Module:
     quantized = library.Linear4bit(
         layer.in_features,
         layer.out_features,
@@ -75,7 +80,7 @@ def _nf4(library: Any, layer: torch.nn.Linear) -> torch.nn.Module:
     quantized.bias = layer.bias
     # On some CPUs it would pack weights for inference when they are evaluated, in a form that no training reads.
     quantized.support_avx512bf16_for_cpu = False
-    return quantized.to(layer.weight.device)
+    return quantized.to(device)
 
 
 def _blocks(model: torch.nn.Module, dtype: str) -> list[torch.nn.Module]:
