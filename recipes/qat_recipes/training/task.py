@@ -39,40 +39,40 @@ from .settings import TrainingSettings
 
 
 class Task(Protocol):
-    """What the loop asks for."""
+    """The interface that the loop needs."""
 
     model: torch.nn.Module
-    """Patched; what is trained of it is float32."""
+    """The patched model. Its trained parameters are float32."""
     handle: PatchHandle
     """The patch of the model."""
     objective: Objective
     """What it learns."""
     train_data: Dataset
-    """Samples by index; torch's default collation makes batches of them."""
+    """Samples by index; torch's default collation makes batches."""
     eval_data: dict[str, Dataset]
-    """Held-out samples, if eval_every is set, by the part of the model that they measure; of one part it is called ""."""
+    """Held-out samples, if eval_every is set, by the part of the model that they measure; "" if it has only one."""
     eval_batch_size: int
-    """How many of these fit into a batch."""
+    """How many held-out samples fit into a batch."""
     places_itself: bool = False
-    """Whether the model is where it is to be, and Accelerate must not move it: some of it waits in the memory of the CPU."""
+    """Whether the model is already in place, so that Accelerate must not move it: a part of it stays in CPU memory."""
 
     def batches(self, start: int, stop: int) -> Sampler[Any]:
-        """Batches of indices of train_data, from batch number `start` of the run to `stop`; they follow from the seed alone.
+        """Batches of indices of train_data, from batch number `start` of the run to `stop`. They depend only on the seed.
 
         Raises:
             ValueError: there are too few samples.
         """
 
     def data_state(self, batches: int) -> dict[str, Any] | None:
-        """What has to be remembered of the data, besides the seed, to go on after so many batches: plain values, or None."""
+        """The state of the data, besides the seed, to resume after this many batches: plain values, or None."""
         return None
 
     def restore_data(self, state: dict[str, Any]) -> None:
-        """Go on from what `data_state` gave; called before the first batch of a resumed run, if it gave anything."""
+        """Restore a state of `data_state`. Called before the first batch of a resumed run, if there is one."""
         raise RuntimeError(f"{type(self).__name__}: expected no state of the data, since data_state gives none, got {state}")
 
     def fingerprints(self) -> dict[str, str]:
-        """Digests of what the run computes with, besides its settings, by what it is: a resumed run needs the same.
+        """Digests of the run's inputs besides its settings, by description. A resumed run needs the same.
 
         Only the main process calls this, once, before the first step.
         """
@@ -87,23 +87,23 @@ class Task(Protocol):
         """Number of tokens in a batch."""
 
     def part(self, batch: Any) -> str:
-        """Which part of the model a batch trains, for the log; "" of a model that is one."""
+        """The part of the model that a batch trains, for the log; "" if there is only one."""
         return ""
 
     def for_every_part(self, batches: list[Any]) -> list[Any]:
-        """Batches that reach the whole model: if each trains a part of it, so many for every part."""
+        """Batches that reach the whole model: if each trains only a part, the same number for every part."""
         return batches
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Called by all processes after every step, and with 0 before the first; what it measures goes into the log.
+        """Called by all processes after every step, and with 0 before the first. The result goes into the log.
 
-        Must leave model and generators alone.
+        It must not change the model or random generators.
         """
 
     def export(
         self, folder: Path, training: dict[str, Any], metrics: dict[str, float], weights: dict[str, torch.Tensor] | None
     ) -> None:
-        """Write the trained model with what is known about the run. Only the main process calls this.
+        """Write the trained model and the facts about the run. Only the main process calls this.
 
         `weights` is the whole state_dict if the model is sharded over processes, else None.
         """
@@ -118,14 +118,14 @@ class ModelSettings:
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     gradient_checkpointing: bool = False
-    """Keep only the inputs of the layers and compute the rest again in the backward pass: less memory, a third slower."""
+    """Keep only the inputs of the layers, and compute the rest again in the backward pass: less memory, a third slower."""
     keep_attention: bool = False
-    """With gradient_checkpointing: keep the results of 4-bit attention too, so that it is not computed again. Faster where
-    sequences are long; takes about 6 bytes more for each value of the queries of each layer."""
+    """With gradient_checkpointing: also keep the results of 4-bit attention, so that it is not computed again. Faster for long
+    sequences; takes about 6 more bytes for each value of the queries of each layer."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the exported weights; held-out losses are measured before this rounding."""
+    """Dtype of the exported weights. Held-out losses are measured before this rounding."""
     export_server: Literal["vllm", "sglang", "diffusers-sage3"] | None = None
-    """What the export is for, with `qat.spec.preset` as it computes (docs/SERVERS.md); null: this package."""
+    """The server to export for; `qat.spec.preset` must be one that it computes (docs/SERVERS.md). null: this package."""
 
     def __post_init__(self) -> None:
         if self.keep_attention and not self.gradient_checkpointing:
@@ -143,12 +143,12 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuningSettings(TrainingSettings):
-    """How a model of Transformers or Diffusers is fine-tuned. A recipe adds its data."""
+    """The settings of fine-tuning a model of Transformers or Diffusers. A recipe adds its data."""
 
     model: ModelSettings
     """The model to start from."""
     lora: LoraSettings | None = None
-    """Train adapters; null: all weights."""
+    """Train adapters; null: train all weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,12 +220,12 @@ class FineTuningSettings(TrainingSettings):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether frozen weights are held in fewer bits than they were loaded in."""
+        """Whether frozen weights are stored in fewer bits than they were loaded in."""
         return self.lora is not None and self.lora.base_dtype in ("float8", "nf4")
 
     @property
     def load_dtype(self) -> torch.dtype:
-        """What the model is loaded in: float32 where its weights are trained."""
+        """The dtype to load the model in: float32 if its weights are trained."""
         if self.lora is None:
             return torch.float32
         own = None if self.is_quantized else self.lora.base_dtype
@@ -233,7 +233,7 @@ class FineTuningSettings(TrainingSettings):
 
 
 def move_out_of_files(model: torch.nn.Module) -> None:
-    """Copy what is on the CPU: weights in a mapped file lie at any address, and matrix products on a CPU round by address."""
+    """Copy weights on the CPU: in a mapped file they lie at any address, and CPU matrix products round by address."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
@@ -247,14 +247,14 @@ Settings = TypeVar("Settings", bound=FineTuningSettings)
 
 
 class FineTuning(Task, Generic[Settings]):
-    """Full fine-tuning, or adapters, of one model. A recipe says how to load it, and adds data and objective."""
+    """Full fine-tuning, or adapters, of one model. A recipe adds how to load it, the data and the objective."""
 
     lora_targets: ClassVar[tuple[str, ...]]
     """The projections of attention."""
     tokenizer: Any = None
-    """Goes into the export."""
+    """It is exported with the model."""
     components: tuple[str | None, ...] = (None,)
-    """Which components of a pipeline are trained; None is a model without one."""
+    """The components of a pipeline that are trained; None is a model without a pipeline."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -272,7 +272,7 @@ class FineTuning(Task, Generic[Settings]):
             self.places_itself = True
 
     def load(self, component: str | None) -> torch.nn.Module:
-        """The model to start from, in `settings.load_dtype`: autocast makes the copies that mixed precision computes with."""
+        """The model to start from, in `settings.load_dtype`. With mixed precision autocast makes the low-precision copies."""
         raise NotImplementedError
 
     def from_config(self, component: str | None) -> torch.nn.Module:
@@ -282,7 +282,7 @@ class FineTuning(Task, Generic[Settings]):
     def teacher(self) -> torch.nn.Module | None:
         if self.settings.processes_a_sample == 1:
             return None
-        # Diffusers has tied the model to its processes in a way that no copy follows.
+        # Diffusers has tied the model to its processes; a copy would not be.
         (component,) = self.components
         frozen = self._loaded(component, None)
         move_out_of_files(frozen)
@@ -296,15 +296,15 @@ class FineTuning(Task, Generic[Settings]):
         raise NotImplementedError
 
     def model_config(self, component: str | None) -> dict[str, Any]:
-        """The config of the model to start from, as its file has it."""
+        """The config of the model to start from, as in its file."""
         raise NotImplementedError
 
     def lora_of(self, component: str | None) -> LoraSettings | None:
-        """How the adapters of a component are made, if there are any."""
+        """The settings of a component's adapters, or None."""
         return self.settings.lora
 
     def joined(self, parts: dict[str | None, torch.nn.Module]) -> torch.nn.Module:
-        """The components as one model for the loop."""
+        """All components as one model for the loop."""
         (part,) = parts.values()
         return part
 
@@ -317,7 +317,7 @@ class FineTuning(Task, Generic[Settings]):
         }
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Nothing, unless a recipe says so."""
+        """Nothing, unless a recipe overrides it."""
         return {}
 
     def export(
@@ -326,12 +326,12 @@ class FineTuning(Task, Generic[Settings]):
         if len(self.components) == 1:
             self._export(self.components[0], folder, training, metrics, weights)
             return
-        # All of them or none: with the folder the run is finished.
+        # All components or none: this folder marks the run as finished.
         with written_aside(folder) as partial:
-            # Each is written aside too, for which it locks the folder that it is in.
+            # Each export is also written aside, and for this locks its parent folder.
             new = partial / "new"
             for component in self.components:
-                assert component is not None  # there are several
+                assert component is not None  # there are several components
                 own = None if weights is None else _below(component, weights)
                 self._export(component, new / component, training, metrics, own)
                 (new / component).rename(partial / component)
@@ -357,7 +357,7 @@ class FineTuning(Task, Generic[Settings]):
             tokenizer=self.tokenizer,
             training=training,
             metrics=metrics,
-            # Adapters alone are nothing without it; else a path of this machine is of no use to others.
+            # Adapters alone need it; otherwise a path of this machine is useless to others.
             base_model=base_model if alone or not source.is_local else None,
             dtype=None if alone else getattr(torch, source.export_dtype),
             merge_adapters=not alone,
@@ -367,16 +367,17 @@ class FineTuning(Task, Generic[Settings]):
         )
 
     def _loaded(self, component: str | None, lora: LoraSettings | None) -> torch.nn.Module:
-        """The model to start from, without weights where the first process gives them to this one.
+        """The model to start from, without weights if the first process sends them to this one.
 
-        Frozen weights are half as large, and scales of linear layers are taken from weights: there all processes read them.
+        With adapters or quantized linear layers all processes read them: frozen weights are half as large, and the scales of
+        linear layers are measured on weights.
         """
         is_empty = lora is None and self.settings.linear is None and receives_weights()
         return without_weights(lambda: self.from_config(component)) if is_empty else self.load(component)
 
     @property
     def _has_start_beside(self) -> bool:
-        """Whether the model holds someone's LoRA that is no part of what is trained."""
+        """Whether the model holds an existing LoRA that is not trained."""
         lora = self.settings.lora
         return lora is not None and lora.start is not None and lora.start.use != "trained"
 
@@ -388,9 +389,9 @@ class FineTuning(Task, Generic[Settings]):
             start = None if alone and self._has_start_beside else lora.start
             own = None if self.settings.is_quantized else lora.base_dtype
             lora = dataclasses.replace(lora, start=start, base_dtype=own, offload=None)
-            # The rest is as it was loaded, or was held in fewer bits.
+            # The other weights did not change, or were stored in fewer bits.
             weights = {name: x for name, x in weights.items() if f".{OWN}." in name}
-        # With what was measured, which is no part of the weights.
+        # With the measured scales, which are not in the weights.
         scales = None if (linears := get_linear_handle(trained)) is None else linears.scales
         model = self._build(component, lora, require_handle(trained).k_shift, scales)
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -415,7 +416,7 @@ class FineTuning(Task, Generic[Settings]):
             enable_checkpointing(model, keep_attention=settings.model.keep_attention)
         move_out_of_files(model)
         if get_handle(model) is not None:
-            # An export of ours is patched as it was exported; here the settings say how.
+            # One of our exports comes patched; here the settings decide.
             unpatch_model(model)
         if is_split:
             self.split_tokens(model)
@@ -431,7 +432,7 @@ class FineTuning(Task, Generic[Settings]):
                 check_linears(handle, "adapters" if alone else "model", is_measured=False)
             except ValueError as error:
                 raise ValueError(f"settings.linear: the result could not be exported: {error}") from None
-        # What an export would refuse: now, not at the end of the run.
+        # Refuse now what the export would refuse at the end of the run.
         if lora is not None and lora.export_format == "comfyui":
             if handle.host != "diffusers":
                 raise ValueError("lora.export_format: expected diffusers, since only transformers of Wan have names in ComfyUI")
