@@ -31,7 +31,8 @@ from qat_recipes.data.text import (
     pack_sequences,
 )
 from qat_recipes.training.fingerprint import digest_of_weights
-from qat_recipes.training.task import FineTuning, FineTuningSettings, move_out_of_files
+
+from .fine_tuning import FineTuning, FineTuningSettings, move_out_of_files
 
 TOKENS_AT_ONCE = 1024
 """The number of tokens whose log-probabilities are in memory while a distance is computed."""

@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTra
 from qat_recipes.data.video import DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
 from qat_recipes.memory.split_tokens import ParallelSettings, split_tokens, ulysses_mesh
 from qat_recipes.training.adapters import LoraSettings
-from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
 
 from .experts import ClipsInTurns, Experts
+from .fine_tuning import FineTuning, FineTuningSettings, ModelSettings
 from .flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
 from .samples import Samples, SampleSettings
 
