@@ -1,4 +1,4 @@
-"""qat-patch COMMAND (or python -m qat_patch COMMAND): every program that users run besides the recipes."""
+"""qat-patch COMMAND (or python -m qat_patch COMMAND): all programs for users except the recipes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "generate": "text or video from an export",
-    "prepare-wan-data": "encode clips and captions, to fine-tune Wan on them",
+    "prepare-wan-data": "encode clips and captions for fine-tuning Wan",
     "evaluate": "what a model loses in each 4-bit attention, before any training: on text, tasks or samples",
-    "sensitivity": "which layers lose most in 4-bit attention, on real inputs",
-    "verify": "check an export from end to end: hashes, weights and what it computes",
-    "bench": "the speed of attention here and that of other implementations: figure 5 of the paper",
-    "doctor": "what this machine has, and what runs on it natively, emulated or not at all",
-    "servers": "which presets this machine can train, evaluate and serve, and with what",
+    "sensitivity": "find the layers that lose most in 4-bit attention, on real inputs",
+    "verify": "check an export from end to end: hashes, weights and outputs",
+    "bench": "compare the speed of attention with other implementations: figure 5 of the paper",
+    "doctor": "show this machine, and what runs on it natively, emulated or not at all",
+    "servers": "show which presets this machine can train, evaluate and serve, and with what",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 1 if it could not be done, or found what it looks for to be wrong."""
+    """Run a command. Returns the exit status: 1 if it failed, or if its check found a mistake."""
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="qat-patch",
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], object]:
-    # Only the one that runs is imported: the others' packages may be missing, and take seconds to import.
+    # Import only the command that runs: packages of the others may be missing, and take seconds to import.
     if name == "generate":
         from .commands.generate import main
     elif name == "prepare-wan-data":

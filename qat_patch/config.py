@@ -19,8 +19,8 @@ from .config_reader import from_dict
 class AttnQATConfig:
     """Which attention modules run 4-bit attention, and what it quantizes.
 
-    A model is trained for what will serve it: `AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4"))` is for the NVFP4 KV caches of
-    vLLM and SGLang, `preset="sage3"` for SageAttention3 in Diffusers; docs/SERVERS.md has them all.
+    Train a model for the server that will run it: `AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4"))` is for the NVFP4 KV caches
+    of vLLM and SGLang, `preset="sage3"` for SageAttention3 in Diffusers; docs/SERVERS.md lists all.
 
     Patterns are shell patterns of module names, as `model.named_modules()` spells them: `*.attn1`, `blocks.[0-3].*`.
 
@@ -29,16 +29,16 @@ class AttnQATConfig:
     """
 
     spec: QuantSpec = NVFP4
-    """What is quantized, and on whose grid; docs/NUMERICS.md, sections 6 and 9."""
+    """What is quantized, and on which grid; docs/NUMERICS.md, sections 6 and 9."""
     overrides: dict[str, QuantSpec] = dataclasses.field(default_factory=dict)
-    """Another QuantSpec for some modules, by pattern; the first pattern that matches counts."""
+    """A different QuantSpec for some modules, by pattern; the first matching pattern counts."""
     include: tuple[str, ...] = ("*",)
-    """Patterns; a module needs to match one."""
+    """Patterns of modules to patch; a module must match one."""
     exclude: tuple[str, ...] = ()
     """Patterns of modules that keep their original attention."""
     exclude_first_blocks: int = 0
-    """How many blocks at the beginning of the model keep their original attention. A block is what its number names, such as
-    `blocks.7` or `model.layers.7`; those with attention that can be patched count, in the order of `model.named_modules()`."""
+    """How many blocks at the start of the model keep their original attention. A block is a numbered module such as `blocks.7` or
+    `model.layers.7`; only blocks with attention that can be patched count, in the order of `model.named_modules()`."""
     exclude_last_blocks: int = 0
     """The same at the end of the model."""
 
@@ -61,7 +61,7 @@ class AttnQATConfig:
             object.__setattr__(self, name, tuple(patterns))
 
     def reasons_to_skip(self, names: Iterable[str]) -> dict[str, str]:
-        """Which of a model's attention modules keep their original attention, and why; `names` in the model's order."""
+        """The attention modules that keep their original attention, and why. `names` must be in the model's order."""
         names = list(names)
         blocks = list(dict.fromkeys(block for name in names if (block := block_of(name)) is not None))
         first, last = blocks[: self.exclude_first_blocks], blocks[max(0, len(blocks) - self.exclude_last_blocks) :]
@@ -79,7 +79,7 @@ class AttnQATConfig:
         return reasons
 
     def spec_of(self, name: str) -> QuantSpec:
-        """What the module of this name quantizes, if it is patched."""
+        """The QuantSpec of the module with this name, if it is patched."""
         pattern = self._override_of(name)
         return self.spec if pattern is None else self.overrides[pattern]
 
@@ -87,17 +87,17 @@ class AttnQATConfig:
         return next((pattern for pattern in self.overrides if fnmatchcase(name, pattern)), None)
 
     def check_overrides(self, patched: Iterable[str]) -> None:
-        """Raise a ValueError if an override decides for none of the patched modules."""
+        """Raise a ValueError if an override applies to none of the patched modules."""
         used = {self._override_of(name) for name in patched}
         for pattern in self.overrides:
             if pattern not in used:
                 raise ValueError(
-                    f"AttnQATConfig.overrides: the pattern {pattern!r} decides for no module that is patched: what it matches "
+                    f"AttnQATConfig.overrides: the pattern {pattern!r} applies to no patched module: what it matches "
                     "is left out, or matched by a pattern before it; remove it, or put it first"
                 )
 
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise a ValueError if a setting fits none of these modules: a setting without effect is a mistake."""
+        """Raise a ValueError if a setting matches none of these modules: a setting without effect is a mistake."""
         names = list(names)
         some = f"there are {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         for field in ("include", "exclude", "overrides"):
@@ -141,7 +141,7 @@ def block_of(name: str) -> str | None:
 
 
 def spec_problem(spec: QuantSpec, head_dim: int | None, *, causal: bool, grouped: bool) -> str | None:
-    """Why `spec` cannot be computed for a module, as far as the module tells: its head dim, and the kind of its attention."""
+    """Why `spec` cannot be computed for a module, judged by its head dim and its kind of attention; None if nothing is known."""
     if head_dim is not None:
         expected = None
         if head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM:

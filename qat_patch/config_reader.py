@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain values, strictly: how every config and every settings file of this project is read."""
+"""Strict reading of frozen dataclasses from plain values: used for every config and settings file of this project."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def from_dict(
             other dataclasses, and each of these or None.
         values: a mapping by field name.
         where: what messages call this mapping, such as `settings`.
-        parse: called with each value and its annotation first; returns the value to check. For values that still are text.
-        checks_itself: the dataclasses check their fields themselves and have better messages. A value of another type is
-            passed on to them.
+        parse: called first with each value and its annotation; returns the value to check. For values that are still text.
+        checks_itself: the dataclasses check their fields themselves, with better messages. A value of a wrong type is passed
+            on to them.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a missing key, or a value of the wrong type or out of range.
@@ -41,7 +41,7 @@ def from_dict(
 
 
 def check_keys(what: str, values: Any, known: Sequence[str]) -> None:
-    """Raise a ValueError if `values` is no dict or has a key that is not `known`, naming the nearest known key."""
+    """Raise a ValueError if `values` is not a dict or has a key that is not `known`; it names the nearest known key."""
     if not isinstance(values, dict):
         raise ValueError(f"{what}: expected a mapping with the keys {', '.join(known)}, got {values!r}")
     for key in values:
@@ -70,7 +70,7 @@ class _Reader(NamedTuple):
     checks_itself: bool
 
     def convert(self, value: Any, hint: Any, where: str) -> Any:
-        """The value as the annotation wants it."""
+        """The value, converted to the type of the annotation."""
         if self.parse is not None:
             value = self.parse(value, hint)
         origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -92,7 +92,7 @@ class _Reader(NamedTuple):
             if value in args and isinstance(value, str):
                 return value
         elif hint is float:
-            # YAML 1.1 wants a dot before the exponent and reads 5e-6 as text.
+            # YAML 1.1 needs a dot before the exponent and reads 5e-6 as text.
             if isinstance(value, int | float | str) and not isinstance(value, bool):
                 with contextlib.suppress(ValueError):
                     return float(value)

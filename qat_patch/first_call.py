@@ -1,4 +1,4 @@
-"""The first call of a patched module shows whether 4-bit attention is reached; what went another way raises with the reason."""
+"""Check in its first call that a patched module reaches 4-bit attention; if it does not, raise an error with the reason."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from .hosts import ADAPTERS
 from .layer import AttentionLayer
 
 _KEY = -1
-"""Our place among the hooks of a module, the same in all: PyTorch counts from 0, and a graph that is traced for one block, which
-looks at the number, serves the others. It cannot meet another's number in a process where a pickled model is loaded."""
+"""The id of our hook, the same in all modules: a compiled graph checks the id, and blocks share one graph. PyTorch's own ids
+count up from 0, so this one cannot collide with them, even after a pickled model is loaded."""
 
 
 @dataclasses.dataclass(eq=False)
 class FirstCall:
-    """A hook around `forward` that takes itself off once the module has reached 4-bit attention: later calls cost nothing.
+    """A hook around `forward` that removes itself after the module has reached 4-bit attention, so later calls cost nothing.
 
-    What torch.compile traces is looked at while it does, without a trace in the graph. Plain data, so that a patched model can be
-    copied and pickled; it knows no model, so that copying a module copies no other.
+    Under torch.compile the check runs during tracing and leaves nothing in the graph. It is plain data, so that a patched model
+    can be copied and pickled, and it refers to no model, so that copying a module copies nothing else.
     """
 
     host: str
     layer: AttentionLayer
     traced_before: int = 0
-    """How many calls of 4-bit attention the graph held when the module was reached."""
+    """How many calls of 4-bit attention the graph held when the trace entered the module."""
 
     def __call__(self, module: torch.nn.Module, args: Any, *output: Any) -> None:
-        """Look at a call that begins, or that has ended with an output (None: with an exception).
+        """Handle the start of a call, or its end with an output (None: with an exception).
 
         Raises:
-            ValueError: it was to run 4-bit attention and did not, and no hook of the host library skipped it on purpose.
+            ValueError: the call should have run 4-bit attention and did not, and no hook of the host library skipped it.
         """
         if torch.compiler.is_compiling():
             from torch._dynamo.comptime import comptime
@@ -42,7 +42,7 @@ class FirstCall:
             self.layer.probed, self.layer.skipped_by = True, None
         else:
             self.layer.probed = False
-            if self.layer.reached and not self.layer.traced:  # whose graphs would be compiled again for a hook that is gone
+            if self.layer.reached and not self.layer.traced:  # removing the hook would make torch.compile compile again
                 _remove(module)
             elif not self.layer.reached and output[0] is not None:
                 self.check(module)
@@ -51,7 +51,7 @@ class FirstCall:
         """Raise a ValueError, or note the hook that skipped attention."""
         layer, adapter = self.layer, ADAPTERS[self.host]
         if not layer.quantizes or layer.observer is not None:
-            return  # a later call will tell
+            return  # a later call decides
         found = adapter.replaced(module, layer)
         skipping = layer.skipped_by or adapter.skipping_hook(module)
         if found is None and skipping is not None:
@@ -66,13 +66,13 @@ class FirstCall:
 
 @dataclasses.dataclass(eq=False)
 class CheckedAgain:
-    """In place of a method that may put other attention in a module's place: runs it, and has the next calls checked again."""
+    """Replaces a host method that may replace attention: it runs the method, then has the next calls checked again."""
 
     host: str
     owner: torch.nn.Module
     method: str
     layers: dict[str, AttentionLayer]
-    """By the names of their modules, as `owner` has them."""
+    """By module name in `owner`."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
@@ -82,7 +82,7 @@ class CheckedAgain:
 
 
 def watch(host: str, model: torch.nn.Module, layers: list[AttentionLayer]) -> None:
-    """Check the next call of each patched module, and again after a call of the host's method that replaces attention."""
+    """Check the next call of each patched module, now and after each call of a host method that replaces attention."""
     method = ADAPTERS[host].REPLACED_BY
     for layer in layers:
         _watch(host, model.get_submodule(layer.name), layer)
@@ -94,7 +94,7 @@ def watch(host: str, model: torch.nn.Module, layers: list[AttentionLayer]) -> No
 
 
 def unwatch(model: torch.nn.Module) -> None:
-    """Leave nothing of `watch` behind."""
+    """Undo `watch`."""
     for module in model.modules():
         _remove(module)
         for name, value in list(vars(module).items()):
@@ -131,5 +131,5 @@ def _calls_in_graph(context: Any) -> int:
 
 
 def _traced(context: Any, name: str) -> Any:
-    """The object behind a local variable of the function that is being traced; `context` is that of `comptime`."""
+    """The object in a local variable of the traced function; `context` comes from `comptime`."""
     return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().realize().value

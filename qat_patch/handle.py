@@ -1,4 +1,4 @@
-"""The handle of a patched model: the receipt, and ways to switch 4-bit attention off for a while."""
+"""The handle of a patched model: the receipt, and ways to switch 4-bit attention off temporarily."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .self_check.check import Checked, CheckReport, check, known_verdicts, unche
 
 _SWITCHING = threading.RLock()
 _LISTED = 8
-"""Skipped modules with one reason that a receipt names one by one."""
-"""Held while layers are switched, for several threads may do so with one model. No state of any model."""
+"""A receipt lists up to this many skipped modules with the same reason one by one."""
+"""Held while layers are switched, because several threads may switch one model. It belongs to no model."""
 
 
 class PatchHandle:
-    """A patch in force: what it did, a way to switch it off for a while, and the way back.
+    """An active patch: what it did, and how to switch it off or undo it.
 
     `print(handle)` is the receipt. As a context manager it unpatches on exit.
     """
 
     def __init__(self, plans: dict[str, Plan], untouched: dict[str, str] | None = None) -> None:
         self.plans = plans
-        """By the prefix of their module names: what tells the models of a pipeline apart."""
+        """By the prefix of the module names, which tells the models of a pipeline apart."""
         self.untouched = untouched or {}
-        """The classes of other models of the pipeline that could be patched and are not, by component name."""
+        """The classes of other models in the pipeline that could be patched but are not, by component name."""
 
     @property
     def config(self) -> AttnQATConfig:
-        """The config that was applied; where the models of a pipeline were patched one by one, the first one's."""
+        """The applied config; if the models of a pipeline were patched one by one, that of the first."""
         return next(iter(self.plans.values())).config
 
     @property
@@ -49,7 +49,7 @@ class PatchHandle:
 
     @property
     def models(self) -> list[torch.nn.Module]:
-        """The models of the host library that are patched; one, or the parts of a pipeline."""
+        """The patched models of the host library: one, or the parts of a pipeline."""
         return [plan.model for plan in self.plans.values()]
 
     @property
@@ -59,7 +59,7 @@ class PatchHandle:
 
     @property
     def specs(self) -> dict[str, QuantSpec]:
-        """What each patched module quantizes, by name."""
+        """The QuantSpec of each patched module, by name."""
         return {name: layer.spec for name, layer in self.patched.items()}
 
     @property
@@ -69,31 +69,31 @@ class PatchHandle:
 
     @property
     def k_shift(self) -> dict[str, torch.Tensor]:
-        """The shifts in force: of each patched module that has one, by name, float32 [key heads, head_dim].
+        """The active shifts by module name, float32 [key heads, head_dim], for each patched module that has one.
 
-        They outlive the patch: `patch_model(model, handle.config, k_shift=handle.k_shift)` brings all of it back.
+        You can use them after unpatching: `patch_model(model, handle.config, k_shift=handle.k_shift)` restores the patch.
         """
         return {name: layer.k_shift for name, layer in self.patched.items() if layer.k_shift is not None}
 
     @property
     def impl(self) -> Impl:
-        """Which implementation `patch_model` was asked for; the receipt says what that comes to here."""
+        """The implementation that `patch_model` was asked for; the receipt says what really runs."""
         return next(iter(self.plans.values())).impl
 
     def unchecked(self, device: torch.device) -> list[Case]:
-        """The kinds of calls of these models that would run on FP4 units of a device, and that nobody has proved there."""
+        """The kinds of calls of these models that could run on a device's FP4 units, but are not checked there yet."""
         verdicts = known_verdicts()
         return [case for plan in self.plans.values() if plan.impl == "auto" for case in unchecked(verdicts, device, plan.cases())]
 
     def check(self, device: torch.device | None = None) -> CheckReport:
-        """Prove FP4 units on this machine: each kind of call of these models.
+        """Check FP4 units on this machine, for each kind of call of these models.
 
-        Runs in child processes, for minutes, with random tensors. From then on `impl="auto"` takes `fp4` (for the preset `sage3`
-        `sageattn3`, SageAttention3 itself, where it is installed) where it was found right and faster, in these models at once,
-        and in others from their `patch_model` on.
+        This runs for minutes, in child processes, with random tensors. After it `impl="auto"` takes `fp4` (for the preset `sage3`
+        `sageattn3`, SageAttention3 itself, if installed) for calls where it is right and faster: in these models at once, in
+        others from their next `patch_model`.
 
         Args:
-            device: default: the GPU where a model is, or every one.
+            device: default: the models' GPU, or every GPU.
 
         Returns:
             The results; `print` shows a table.
@@ -102,7 +102,7 @@ class PatchHandle:
             ValueError: there is no NVIDIA GPU that could run the kernels.
         """
         checked: list[Checked] = []
-        seen: set[tuple[Any, ...]] = set()  # the two transformers of a pipeline make the same calls
+        seen: set[tuple[Any, ...]] = set()  # two transformers of a pipeline make the same calls
         for plan in self.plans.values():
             devices, cases = devices_of(plan) if device is None else [device], plan.cases()
             if cases and seen.issuperset((*devices, case) for case in cases):
@@ -116,11 +116,11 @@ class PatchHandle:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, every module runs its original attention.
+        """Run the original attention in every module while the context is open.
 
-        It holds for the model, not for the one who asks: whoever calls the model meanwhile, from another thread or task, gets
-        original attention too. Several may be open at once and end in any order; 4-bit attention is back when all have ended.
-        With gradient checkpointing run the backward pass inside too, for it computes the forward pass again.
+        This affects the whole model: other threads and tasks that call it meanwhile get original attention too. Several contexts
+        may be open at once and end in any order; 4-bit attention is back when all have ended. With gradient checkpointing run the
+        backward pass inside too, because it computes the forward pass again.
         """
         self._hold(1)
         try:
@@ -130,16 +130,16 @@ class PatchHandle:
 
     @contextlib.contextmanager
     def observed(self, observer: Callable[[AttentionLayer, AttentionCall], None]) -> Iterator[None]:
-        """Inside, every patched module runs its original attention, eagerly, and shows each call to `observer`.
+        """Inside, every patched module runs its original attention, eagerly, and passes each call to `observer`.
 
         Raises:
-            ValueError: the model is observed already: whoever came second would take the first one's calls away.
+            ValueError: the model is observed already; a second observer would take the calls of the first.
         """
         layers = list(self.patched.values())
         with _SWITCHING:
             if taken := [layer.name for layer in layers if layer.observer is not None]:
                 raise ValueError(
-                    f"observed: expected a model that nobody observes, got one that is observed already ({taken[0]}), by a "
+                    f"observed: expected a model that is not observed yet, got one that is ({taken[0]}), by a "
                     "calibration or a measurement; wait until it has ended"
                 )
             for layer in layers:
@@ -156,17 +156,17 @@ class PatchHandle:
 
     @contextlib.contextmanager
     def original_steps(self, *, first: int = 0, last: int = 0) -> Iterator[Callable[..., dict[str, Any]]]:
-        """Inside, the first and last denoising steps of a diffusers pipeline run original attention:
+        """Run the first and last denoising steps of a diffusers pipeline in original attention:
 
             with handle.original_steps(first=2, last=1) as callback:
                 video = pipe(prompt, callback_on_step_end=callback)
 
         Args:
-            first, last: how many steps. A step is an entry of the scheduler's timesteps (a scheduler of second order has
-                nearly two for each inference step).
+            first, last: the number of steps. A step is an entry of the scheduler's timesteps (a second-order scheduler has nearly
+                two for each inference step).
 
         Yields:
-            The callback that the pipeline has to call after each step. It may be used for several calls in a row.
+            The callback for the pipeline to call after each step. You can use it for several calls in a row.
 
         Raises:
             ValueError: a number is negative, no step is left for 4-bit attention, or the callback was not used.
@@ -203,19 +203,19 @@ class PatchHandle:
             raise ValueError("original_steps: the callback was not called; pass it to the pipeline as callback_on_step_end")
 
     def cache(self) -> Any:
-        """An empty cache for a language model that keeps the keys and values of patched modules in NVFP4, 4.5 bits a value:
+        """An empty cache for a language model. It keeps keys and values of patched modules in NVFP4, 4.5 bits per value:
 
             model.generate(**inputs, cache=handle.cache())  # before transformers 5.24: past_key_values=handle.cache()
 
-        It generates what the same model does without a cache. With `QuantSpec(preset="kv_nvfp4")` the cache holds what the NVFP4
-        caches of servers hold, so that this is what the model will generate there. A transformers `Cache`, of an encoder-decoder
-        an `EncoderDecoderCache`: batches with left padding, beam search and assisted generation work, the last with at most 32
-        tokens guessed at a time, which `kv_nvfp4` does not limit. Modules for which this cannot work keep transformers' own
-        cache: those of a preset that is not kept so, with a recurrent state beside attention, or whose code uses what a cache
+        The model generates the same as without a cache. With `QuantSpec(preset="kv_nvfp4")` the cache holds what the NVFP4 caches
+        of servers hold, so the model will generate the same there. It is a transformers `Cache`, or an `EncoderDecoderCache` for
+        an encoder-decoder. Batches with left padding, beam search and assisted generation work; except with `kv_nvfp4`, assisted
+        generation may guess at most 32 tokens at a time. Modules that cannot use it keep transformers' own cache: those with a
+        preset that has no such cache, with a recurrent state beside attention, or whose code uses what a cache
         returned.
 
         Raises:
-            ValueError: the models are not language models, lost 4-bit attention, or it works for no module; says why.
+            ValueError: the models are not language models, lost 4-bit attention, or no module can use it; the message says why.
         """
         self.check_in_force("cache", may_be_disabled=True)
         plan = next(iter(self.plans.values()))
@@ -223,15 +223,15 @@ class PatchHandle:
 
     @contextlib.contextmanager
     def cached(self) -> Iterator[None]:
-        """Inside, `generate` of the model keeps keys and values in NVFP4, as with `cache()`, whoever calls it:
+        """Inside, every call of the model's `generate` keeps keys and values in NVFP4, as with `cache()`:
 
             with handle.cached():
                 trainer.train()  # GRPOTrainer of TRL, whose calls of generate pass no cache
 
-        A call that passes a cache of its own, or `use_cache=False`, gets that; one inside `disabled()` gets the default cache.
+        A call that passes its own cache, or `use_cache=False`, gets that; one inside `disabled()` gets the default cache.
 
         Raises:
-            ValueError: as `cache`, or the model is inside `cached()` already, or does not generate.
+            ValueError: as for `cache`, or the model is inside `cached()` already, or cannot generate.
         """
         self.check_in_force("cached", may_be_disabled=True)
         plan = next(iter(self.plans.values()))
@@ -239,14 +239,14 @@ class PatchHandle:
             yield
 
     def check_in_force(self, action: str, *, may_be_disabled: bool = False) -> None:
-        """What an action asks before it takes the models for patched.
+        """Check that the models are really patched now, before an action that needs this.
 
         Args:
-            action: its name, for the message.
-            may_be_disabled: the action does nothing now that asks for 4-bit attention.
+            action: the name of the action, for the message.
+            may_be_disabled: the action does not need 4-bit attention to be switched on now.
 
         Raises:
-            ValueError: a module does not run 4-bit attention now: unpatched, replaced since, or inside `disabled()`.
+            ValueError: a module does not run 4-bit attention: it was unpatched, replaced, or is inside `disabled()`.
         """
         for prefix, plan in self.plans.items():
             if not plan.in_force:
@@ -267,7 +267,7 @@ class PatchHandle:
                     )
 
     def _hold(self, by: int) -> None:
-        """Count who wants original attention."""
+        """Count the open contexts that need original attention."""
         with _SWITCHING:
             for plan in self.plans.values():
                 for layer in plan.layers:
@@ -294,7 +294,7 @@ class PatchHandle:
             lines.insert(0, "no longer patched, or patched again: this is the receipt of an earlier patch")
         for prefix, plan in self.plans.items():
             lines += [f"  patched  {prefix}{layer.name}: {plan.describe(layer)}" for layer in plan.patched]
-        # Encoders have many, all for one reason.
+        # Encoders have many skipped modules, all for one reason.
         by_reason: dict[str, list[str]] = {}
         for name, reason in skipped.items():
             by_reason.setdefault(reason, []).append(name)

@@ -1,4 +1,4 @@
-"""Which implementation of 4-bit attention a patched model runs: what the user asked for, what was proved here, and in words."""
+"""Which implementation of 4-bit attention a patched model runs: the user's choice, the self-check's verdicts, and words."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .self_check.check import NOT_CHECKED, gpus, known_verdicts, unchecked
 
 
 def choose_impl(plans: Iterable[Plan], impl: Impl) -> None:
-    """Let the patched modules of planned models run `impl`; `auto` with the verdicts of the self-check, which are read here.
+    """Set the implementation of planned models. For `auto` the verdicts of the self-check are read here.
 
     Raises:
-        ValueError: there is no such implementation, or it can run nowhere on this machine. Nothing has been changed then.
+        ValueError: the implementation is unknown, or cannot run on this machine. Then nothing was changed.
     """
     plans = list(plans)
     if impl not in get_args(Impl):
@@ -33,14 +33,14 @@ def choose_impl(plans: Iterable[Plan], impl: Impl) -> None:
 
 
 def devices_of(plan: Plan) -> list[torch.device]:
-    """Where a model will run: on the GPUs where its attention is, or, while it is on none, on any."""
+    """The GPUs that a model may run on: those that hold its attention; if none does, all."""
     modules = [plan.model.get_submodule(layer.name) for layer in plan.patched]
     here = dict.fromkeys(x.device for module in modules for x in module.parameters())
     return [device for device in here if device.type == "cuda"] or gpus()
 
 
 def describe_impl(plan: Plan) -> str:
-    """What the receipt says of calls without a gradient, for where the model is now."""
+    """The receipt's words about calls without a gradient, on the model's current device."""
     weights = plan.weights
     if plan.impl != "auto" or weights is None or weights.device.type == "meta":
         return f"impl {plan.impl}"
@@ -58,7 +58,7 @@ def describe_impl(plan: Plan) -> str:
 
 
 def _taken(plan: Plan, verdicts: Verdicts | None) -> str:
-    """What `auto` takes where there are verdicts, with the reason where that is no kernel for inference."""
+    """What `auto` takes where there are verdicts, with the reason if that is not a kernel for inference."""
     if verdicts is None or plan.weights is None:
         return ""
     found = [verdict for case in plan.cases() if (verdict := verdicts.of(plan.weights.device, case)) is not None]

@@ -1,4 +1,4 @@
-"""What an attention module of a patched model looks up at every call, and what it shows to those who measure."""
+"""The settings that a patched attention module reads at every call, and the record of a call for measurements."""
 
 from __future__ import annotations
 
@@ -20,30 +20,29 @@ class AttentionLayer:
     name: str
     """The module's name in its model."""
     spec: QuantSpec
-    """What 4-bit attention quantizes here."""
+    """What 4-bit attention quantizes in this module."""
     original: Any
-    """What ran here before, as the adapter restores it: an implementation's name, or a processor object."""
+    """The original attention, for `restore`: an implementation's name, or a processor object."""
     is_patched: bool = True
-    """False if the module keeps its original attention: it is known because the model around it is patched."""
+    """False if the module keeps its original attention, and is listed only because the model around it is patched."""
     prepare: Callable[[Any], object] | None = None
-    """Makes a process know the 4-bit attention of the host, in place of `original`: called when the layer is unpickled, which
-    may be in a fresh one."""
+    """Registers the host's 4-bit attention for `original`. Called when the layer is unpickled, perhaps in a new process."""
     k_shift: torch.Tensor | None = None
     """float32 [key heads, head_dim], subtracted from the keys before they are quantized (docs/NUMERICS.md, section 6)."""
     impl: Impl | Verdicts = "auto"
-    """Which implementation of 4-bit attention its calls run: as `qat_kernels.attention` takes it. No part of the numerics."""
+    """The implementation that its calls run, as for `qat_kernels.attention`. Not a part of the numerics."""
     off: int = 0
-    """How many `handle.disabled()` are open; in each of them the module runs its original attention."""
+    """How many `handle.disabled()` are open; the module runs its original attention if any is."""
     observer: Callable[[AttentionLayer, AttentionCall], None] | None = None
-    """Inside `handle.observed(...)`: sees every call. The module runs its original attention then."""
+    """Inside `handle.observed(...)`: called with every call. The module runs its original attention then."""
     probed: bool = False
-    """A call is going on that is to say whether it reaches 4-bit attention: never inside torch.compile."""
+    """A call is running that must show whether it reaches 4-bit attention. Never true inside torch.compile."""
     reached: bool = False
-    """A call of the module, not compiled, has reached 4-bit attention."""
+    """An uncompiled call of the module has reached 4-bit attention."""
     traced: bool = False
-    """torch.compile has traced a call of the module as far as 4-bit attention."""
+    """torch.compile has traced a call of the module up to 4-bit attention."""
     skipped_by: str | None = None
-    """The hook of the host library that skipped attention when the module was called, if none of its calls got further."""
+    """The hook of the host library that skipped attention, if no call of the module has reached it yet."""
 
     @property
     def enabled(self) -> bool:
@@ -56,16 +55,16 @@ class AttentionLayer:
         return self.enabled and self.is_patched
 
     def shift_on(self, device: torch.device) -> torch.Tensor | None:
-        """`k_shift`, which is no buffer (state_dict keys stay as they are) and so does not move with the model."""
+        """`k_shift` on a device. It does not move with the model: a buffer would, but would add a key to the state_dict."""
         if self.k_shift is None or self.k_shift.device == device:
             return self.k_shift
         moved = self.k_shift.to(device)
-        if not torch.compiler.is_compiling():  # which takes no side effects inside a checkpointed block
+        if not torch.compiler.is_compiling():  # torch.compile allows no side effects inside a checkpointed block
             self.k_shift = moved
         return moved
 
     def note_call(self) -> None:
-        """A call has reached 4-bit attention. Called where `probed` says so, so that other calls cost nothing."""
+        """Note that a call has reached 4-bit attention. Called only if `probed`, so that other calls cost nothing."""
         self.reached, self.skipped_by = True, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +86,7 @@ class AttentionLayer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """One call of a module's attention, as `qat_kernels.attention` takes it, and what the original attention made of it."""
+    """One call of a module's attention, with the arguments of `qat_kernels.attention`, and the output of original attention."""
 
     query: torch.Tensor
     """[batch, heads, queries, head_dim]"""
@@ -102,9 +101,9 @@ class AttentionCall:
     key_mask: torch.Tensor | None
     """bool [batch, keys], True where a key may be seen."""
     window: int | None = None
-    """How many keys a query sees, its own included; None: all before it."""
+    """How many keys a query sees, including its own; None: all before it."""
     bounds: tuple[torch.Tensor, torch.Tensor] | None = None
-    """In place of causality and a window: the first and the last key that each query sees, int32 [batch or 1, queries]."""
+    """Replaces causality and window: the first and the last key that each query sees, int32 [batch or 1, queries]."""
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """[heads]"""
@@ -113,7 +112,7 @@ class AttentionCall:
 def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors in autocast's dtype, if it is on.
 
-    Autocast runs RMSNorm in float32 on CUDA, so that queries and keys come in float32 and values in bfloat16.
+    On CUDA autocast runs RMSNorm in float32, so queries and keys arrive in float32 and values in bfloat16.
     """
     if not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors

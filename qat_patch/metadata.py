@@ -1,4 +1,4 @@
-"""What an export says about its attention, in its config and in its safetensors headers: all that inference needs to know."""
+"""The attention metadata of an export, in its config and its safetensors headers: all that inference needs to know."""
 
 from __future__ import annotations
 
@@ -17,52 +17,52 @@ from .config_reader import check_keys
 METHOD = "qat_patch"
 """`quant_method` in a Transformers config, and the key of the metadata in a safetensors header."""
 CONFIG_KEYS = {"transformers": "quantization_config", "diffusers": "_attention_quantization"}
-"""Where the metadata stands in a model's config, by host library."""
+"""The key of the metadata in a model's config, by host library."""
 NOTICE_KEY = "attention_quantization"
-"""In a Diffusers config, beside the metadata: Diffusers prints keys that it does not know with their values, but not those that
-begin with an underscore. Earlier exports have the metadata here."""
+"""A second key in a Diffusers config: Diffusers prints unknown keys with their values, except those that begin with an
+underscore. Earlier exports have the metadata here."""
 NOTICE = "4-bit by qat_patch; original attention without it"
 LOADING_ADAPTERS = {
     "transformer": "pipe.load_lora_weights(FOLDER)",
-    # Of Wan 2.2, for low noise.
+    # In Wan 2.2, for low noise.
     "transformer_2": "pipe.load_lora_weights(FOLDER, load_into_transformer_2=True)",
-    # Of MiniMax-H3, for videos after references.
+    # In MiniMax-H3, for videos after references.
     "transformer_ref": "pipe.load_lora_weights(FOLDER, load_into_transformer_ref=True)",
-    # Of Ideogram 4. Its pipeline loads LoRA into the other one only.
+    # In Ideogram 4. Its pipeline loads LoRA only into the other one.
     "unconditional_transformer": (
         'pipe.unconditional_transformer.load_lora_adapter(FOLDER, weight_name="pytorch_lora_weights.safetensors")'
     ),
 }
-"""By the transformers that pipelines of Diffusers have: what loads adapters from a folder into each."""
+"""For each transformer of a Diffusers pipeline: the code that loads adapters from a folder into it."""
 RECORD = "_qat_patch_record"
-"""The attribute of a model with the metadata that it was saved with, where its config has no place for them."""
+"""The attribute of a model with the metadata that it was saved with, if its config has no place for it."""
 FORMAT_VERSION = 3
-"""Of the metadata and of the folder. Raised whenever an older version of this package could misread what this one writes."""
+"""The version of the metadata and of the folder. Raise it if an older version of this package could misread a new export."""
 _READ_VERSIONS = (2, FORMAT_VERSION)
 
 _MOST_PATTERNS, _LONGEST_PATTERN = 4096, 512
 
 
 def config_entries(host: str, metadata: AttentionMetadata) -> dict[str, Any]:
-    """What a model's config holds of its attention."""
+    """The entries about attention for a model's config."""
     notice = {NOTICE_KEY: NOTICE} if host == "diffusers" else {}
     return notice | {CONFIG_KEYS[host]: metadata.to_dict()}
 
 
 def in_config(host: str, config: Mapping[str, Any]) -> Any:
-    """The metadata in a model's config as they stand there, unchecked; None if there are none."""
+    """The metadata in a model's config, unchecked; None if there is none."""
     earlier = config.get(NOTICE_KEY) if host == "diffusers" else None
     return config.get(CONFIG_KEYS[host], None if earlier == NOTICE else earlier)
 
 
 def without_entries(host: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as it was before `config_entries`."""
+    """A config without the `config_entries`."""
     ours = {CONFIG_KEYS[host]} | ({NOTICE_KEY} if host == "diffusers" else set())
     return {key: value for key, value in config.items() if key not in ours}
 
 
 def numerics(spec: QuantSpec) -> dict[str, Any]:
-    """What a spec means, tensor by tensor, in plain values that another engine can follow (docs/NUMERICS.md, 1 to 6 and 9)."""
+    """The meaning of a spec for each tensor, in plain values that another engine can follow (docs/NUMERICS.md, 1 to 6 and 9)."""
     formats = spec.formats
     kept_groups = {"causal": ["sink", "open"] if spec.keeps_groups(causal=True) else [], "not_causal": []}
     described = {
@@ -120,18 +120,18 @@ def _probabilities(how: str | None) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionMetadata:
-    """What an exported checkpoint says about its attention."""
+    """The attention metadata of an exported checkpoint."""
 
     config: AttnQATConfig
-    """What was patched, and what is quantized."""
+    """Which modules were patched, and what is quantized."""
     specs: dict[str, QuantSpec]
-    """What each patched module quantizes, by its name; loading checks that it comes out the same again."""
+    """The QuantSpec of each patched module, by its name. Loading checks that it gets the same again."""
     k_shift: str | None = None
     """SHA-256 of the file of K shifts beside the weights; None if no module has one."""
     package_version: str
     """The version of qat_patch that wrote the export."""
     training: dict[str, Any] | None = None
-    """How the weights were trained, as the recipe put it; for people, not for programs."""
+    """How the weights were trained, in the recipe's words; for people, not for programs."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ class AttentionMetadata:
         return tuple(self.specs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the config file; `from_dict` is the inverse."""
+        """The entry of the config file; `from_dict` is the inverse."""
         groups: dict[QuantSpec, list[str]] = {}
         for name, spec in self.specs.items():
             groups.setdefault(spec, []).append(name)
@@ -198,7 +198,7 @@ class AttentionMetadata:
 
     @staticmethod
     def is_ours(values: Any) -> bool:
-        """Whether these are metadata of this package at all, of whatever version."""
+        """Whether this is metadata of this package, of any version."""
         return isinstance(values, dict) and values.get("quant_method") == METHOD
 
     def renamed(self, rename: Callable[[str], str]) -> AttentionMetadata:
@@ -210,7 +210,7 @@ class AttentionMetadata:
         return dataclasses.replace(self, config=config, specs=specs)
 
     def check_patched(self, patched: Mapping[str, QuantSpec]) -> None:
-        """Raise a ValueError unless exactly the modules of the export were patched, each as it was. `patched`: specs by name."""
+        """Raise a ValueError unless exactly the export's modules were patched, with the same specs. `patched`: specs by name."""
         if patched.keys() != self.specs.keys():
             missing, extra = sorted(self.specs.keys() - patched), sorted(patched.keys() - self.specs)
             raise ValueError(
@@ -221,12 +221,12 @@ class AttentionMetadata:
             if patched[name] != spec:
                 raise ValueError(
                     f"attention metadata: `groups` says {spec} for {name}, and its config `attention` makes it {patched[name]}; "
-                    "the metadata were edited"
+                    "the metadata was edited"
                 )
 
 
 def check_format_version(what: str, values: dict[str, Any]) -> None:
-    """Raise a ValueError if something was written in another format than this version of the package reads."""
+    """Raise a ValueError if this version of the package does not read the format version."""
     version = values.get("format_version")
     if version in _READ_VERSIONS and not isinstance(version, bool | float):
         return
@@ -242,7 +242,7 @@ def check_format_version(what: str, values: dict[str, Any]) -> None:
 
 
 def _from_format_2(values: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of format 2 as format 3 has them: a spec said `pv` where it says `preset` now."""
+    """Metadata of format 2 in format 3: a spec had `pv` instead of `preset`."""
 
     def renewed(spec: Any) -> Any:
         if not isinstance(spec, dict):
@@ -278,7 +278,7 @@ def check_all_keys(what: str, values: Any, known: list[str]) -> None:
 
 
 def _check_patterns(attention: Any) -> None:
-    """Refuse patterns that would take long to match with a ValueError: they may come from strangers."""
+    """Raise a ValueError for patterns that would take long to match: they may come from an untrusted file."""
     found = [attention.get(key) for key in ("include", "exclude", "overrides")] if isinstance(attention, dict) else []
     for patterns in found:
         if not isinstance(patterns, list | dict):
@@ -299,7 +299,7 @@ def _read_group(group: Any, others: dict[str, QuantSpec]) -> dict[str, QuantSpec
     twice = sorted(name for name in {*names} if names.count(name) > 1 or name in others)
     if twice:
         raise ValueError(f"attention metadata: groups: {twice[0]} occurs twice; the export is damaged")
-    # By way of the config, which knows what a spec may hold.
+    # Through the config, which checks what a spec may hold.
     spec = AttnQATConfig.from_dict({"spec": group["spec"]}).spec
     missing = {field.name for field in dataclasses.fields(spec)} - group["spec"].keys()
     if missing:

@@ -1,4 +1,4 @@
-"""patch_model: plan, check, apply, receipt. Finds the models to patch; `plan.py` knows what is done to each."""
+"""patch_model: find the models to patch, plan, check and apply the patch, return the receipt. `plan.py` handles one model."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def patch_model(
 
     Args:
         model: a Transformers causal language model, a Diffusers transformer or ControlNet, a module around one model (such as
-            a PEFT model), or a Diffusers pipeline, also a modular one, of which the transformers are patched (`transformer`,
-            `transformer_2` of Wan 2.2, `transformer_ref` of MiniMax-H3, ...) and nothing else; the receipt names what else
-            could be. The names of modules start in each model, without `transformer.`.
-        config: which modules, and what is quantized. Default: what an export of this package stored in the model's
-            config, or beside it for a server, else `AttnQATConfig()`, every attention module in NVFP4 on this package's own
-            grid. `AttnQATConfig(spec=QuantSpec(preset=...))` is for what a server computes (docs/SERVERS.md).
-        k_shift: vectors that are subtracted from keys before these are quantized, float32 [key heads, head_dim], by the names
-            of patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them. Without
-            `config`, a model from an export with K shifts needs them, or `{}` to do without.
-        impl: which implementation computes 4-bit attention, as `qat_kernels.attention` knows them. It changes speed (and
-            `sageattn3`, how P is scaled: docs/NUMERICS.md, section 9), and no checkpoint remembers it. `auto` takes what is
-            fastest among what is known to be right on this machine: FP4 units, by `fp4` or `sageattn3`, where `handle.check()`
-            or `qat-patch doctor --check` has proved them, for calls without a gradient.
+            a PEFT model), or a Diffusers pipeline (ordinary or modular). Of a pipeline only the transformers are patched
+            (`transformer`, `transformer_2` of Wan 2.2, `transformer_ref` of MiniMax-H3, ...); the receipt names other models
+            that could be. Module names start inside each model, without `transformer.`.
+        config: which modules to patch, and what to quantize. Default: the config that an export of this package stored in the
+            model's config, or beside it for a server; else `AttnQATConfig()`, every attention module in NVFP4 on this package's
+            own grid. `AttnQATConfig(spec=QuantSpec(preset=...))` computes what a server computes (docs/SERVERS.md).
+        k_shift: vectors that are subtracted from keys before quantization, float32 [key heads, head_dim], by the names of
+            patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them. Without
+            `config`, a model from an export with K shifts needs them, or `{}` to run without.
+        impl: the implementation of 4-bit attention, as for `qat_kernels.attention`. It changes the speed (and, with
+            `sageattn3`, how P is scaled: docs/NUMERICS.md, section 9); checkpoints do not store it. `auto` takes the fastest
+            that is known to be right on this machine: FP4 units, with `fp4` or `sageattn3`, for calls without a gradient, if
+            `handle.check()` or `qat-patch doctor --check` has checked them.
 
     Returns:
-        The handle; the model keeps it too (see `get_handle`).
+        The handle; the model also keeps it (see `get_handle`).
 
     Raises:
         ValueError: the model is patched already, has no attention that can be patched, needs something that 4-bit attention
-            cannot do, or the K shifts of its export are missing; there are several models in a module; `impl` cannot run here;
-            or this version of the host library is not supported. Nothing has been changed then.
+            cannot do, or the K shifts of its export are missing; a module holds several models; `impl` cannot run here; or
+            this version of the host library is not supported. Then nothing was changed.
     """
     if taken := _handles(model):
         which = " and ".join(name for name in taken if name) or "this model"
@@ -74,7 +74,7 @@ def patch_model(
 
 
 def unpatch_model(model: Any) -> None:
-    """Give a model its original attention back. Its outputs are then bit-equal to those before the patch.
+    """Restore a model's original attention. Its outputs are then bit-equal to those before the patch.
 
     Raises:
         ValueError: the model is not patched.
@@ -88,7 +88,7 @@ def unpatch_model(model: Any) -> None:
 def get_handle(model: Any) -> PatchHandle | None:
     """The handle of a patched model (also through a wrapper such as DDP or PEFT), or None.
 
-    Of a pipeline, or of a module around several models: one handle for all that are patched; each has a handle of its own too.
+    For a pipeline, or a module around several models, this is one handle for all patched models; each also has its own handle.
     """
     handles = _handles(model)
     if not handles or "" in handles:
@@ -102,7 +102,7 @@ def require_handle(model: Any) -> PatchHandle:
     """The handle of a model that is known to be patched.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not patched.
     """
     handle = get_handle(model)
     if handle is None:
@@ -111,7 +111,7 @@ def require_handle(model: Any) -> PatchHandle:
 
 
 def _handles(model: Any) -> dict[str, PatchHandle]:
-    """The handles of the patched models in a model or pipeline by their names; of a single model under the empty name."""
+    """The handles of the patched models in a model or pipeline, by name; that of a single model under the empty name."""
     handles = {}
     for name, root in _roots(model).items():
         patched = _outermost(root, lambda module: HANDLE in vars(module))
@@ -121,7 +121,7 @@ def _handles(model: Any) -> dict[str, PatchHandle]:
 
 
 def _roots(model: Any) -> dict[str, torch.nn.Module]:
-    """Where to look for models: the transformers of a pipeline by component name, or a module under the empty name."""
+    """The modules to search for models: the transformers of a pipeline by component name, or one module under the empty name."""
     if isinstance(model, torch.nn.Module):
         return {"": model}
     return next((models for adapter in ADAPTERS.values() if (models := adapter.pipeline_models(model))), {})
@@ -152,7 +152,7 @@ def _host_of(module: torch.nn.Module) -> str | None:
 
 
 def _outermost(module: torch.nn.Module, wanted: Callable[[torch.nn.Module], Any]) -> dict[str, torch.nn.Module]:
-    """The modules that are wanted by name, without what is inside them; each once, whatever other names it has."""
+    """The outermost matching modules by name, each once, even if it has several names."""
     found: dict[str, torch.nn.Module] = {}
     seen: set[torch.nn.Module] = set()
 

@@ -1,4 +1,4 @@
-"""What a patch does to one model: planned and checked before anything changes, and undone. Adapters know the host libraries."""
+"""The patch of one model: it is planned and checked before anything changes, applied, and undone. Adapters know the libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclasses.dataclass(eq=False)
 class Plan:
-    """What to do to one model, and after `apply` what was done. Plain data, so that a patched model can be copied."""
+    """The patch of one model, before and after `apply`. Plain data, so that a patched model can be copied."""
 
     host: str
     model: torch.nn.Module
@@ -33,11 +33,11 @@ class Plan:
     layers: list[AttentionLayer]
     skipped: dict[str, str]
     impl: Impl = "auto"
-    """Which implementation the user asked for."""
+    """The implementation that the user asked for."""
 
     @property
     def adapter(self) -> HostAdapter:
-        """How the host library is handled."""
+        """The adapter of the host library."""
         return ADAPTERS[self.host]
 
     @property
@@ -47,12 +47,12 @@ class Plan:
 
     @property
     def in_force(self) -> bool:
-        """Whether the model is patched by this plan."""
+        """Whether this plan's patch is active in the model."""
         handle = self.model.__dict__.get(HANDLE)
         return handle is not None and self in handle.plans.values()
 
     def replaced(self, layer: AttentionLayer) -> str | None:
-        """What somebody put in the place of a patched module's attention since the patch, or None."""
+        """What has replaced a patched module's attention since the patch, or None."""
         try:
             module = self.model.get_submodule(layer.name)
         except AttributeError:
@@ -60,13 +60,13 @@ class Plan:
         return self.adapter.replaced(module, layer)
 
     def describe(self, layer: AttentionLayer) -> str:
-        """What the receipt says about a patched module."""
+        """The receipt's words about a patched module."""
         options = [name for name in ("rotate", "four_over_six") if getattr(layer.spec, name)]
         options += ["k_shift"] if layer.k_shift is not None else []
         return f"{', '.join([layer.spec.preset, *options])} - {self._calls(layer)}"
 
     def _calls(self, layer: AttentionLayer) -> str:
-        """What became of the calls of a patched module."""
+        """What happened to the calls of a patched module."""
         if self.in_force and (found := self.replaced(layer)):
             return f"LOST: {found} was put in its place after the patch"
         if layer.reached:
@@ -81,9 +81,9 @@ class Plan:
         return "not yet called"
 
     def cases(self) -> list[Case]:
-        """What its inference calls would look like to the self-check, as far as the model tells before a call.
+        """The cases of the self-check for the model's inference calls, as far as they are known before a call.
 
-        None of those with a preset that no kernel for inference computes.
+        Presets that no kernel for inference computes have none.
         """
         layers = [layer for layer in self.patched if layer.spec.inference_kernel is not None]
         shapes = {layer: self.adapter.key_shape(self.model.get_submodule(layer.name)) for layer in layers}
@@ -98,30 +98,30 @@ class Plan:
 
     @property
     def weights(self) -> torch.Tensor | None:
-        """A weight of patched attention: where it is, and in which type that computes. Quantized weights are of none of these."""
+        """A floating-point weight of patched attention, which shows the device and dtype. Quantized weights do not count."""
         modules = [self.model.get_submodule(layer.name) for layer in self.patched]
         return next((x for module in [*modules, self.model] for x in module.parameters() if x.dtype in _DTYPES), None)
 
     def take(self, impl: Impl, verdicts: Verdicts | None) -> None:
-        """What calls run from now on: `impl`, and where that is `auto`, what was checked."""
+        """Set the implementation of calls from now on: `impl`; for `auto` with the verdicts."""
         self.impl = impl
         for layer in self.patched:
             layer.impl = verdicts if impl == "auto" and verdicts is not None else impl
 
     def apply(self) -> None:
-        """Patch the model, and have the first call of each module checked."""
+        """Patch the model, and watch the first call of each module."""
         self.adapter.apply(self.model, self.layers)
         watch(self.host, self.model, self.patched)
 
 
 def _prefixes(name: str) -> list[str]:
-    """A module's name and those of the modules around it, from the inside out, the model itself last."""
+    """A module's name and those of the modules around it, from the inside out; the model itself is last."""
     parts = name.split(".")
     return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
 
 
 def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *, with_shifts: bool) -> Plan:
-    """Decides for every attention module of a model, and refuses with a ValueError what cannot be; changes nothing."""
+    """Decide what to do with every attention module of a model. Raises a ValueError if that is impossible; changes nothing."""
     adapter = ADAPTERS[host]
     check_version("patch_model", sys.modules[host])
     if config is None and (metadata := adapter.stored_metadata(model)) is not None:
@@ -159,7 +159,7 @@ def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *
 
 
 def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, str], *, is_all: bool) -> str:
-    """What cannot be patched, and the call that leaves it out, if that leaves anything."""
+    """The message about modules that cannot be patched, with the config that excludes them, if any module is left."""
     by_problem: dict[str, list[str]] = {}
     for name, problem in refused.items():
         by_problem.setdefault(problem, []).append(name)
@@ -172,7 +172,7 @@ def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, s
 
 
 def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> None:
-    """Give layers their K shifts, by prefixed name; raises a ValueError for what is no shift of a patched module."""
+    """Set the K shifts of layers, by prefixed name. Raises a ValueError for anything that is not a shift of a patched module."""
     layers = {prefix + layer.name: layer for prefix, plan in plans.items() for layer in plan.patched}
     shapes = {
         prefix + layer.name: plan.adapter.key_shape(plan.model.get_submodule(layer.name))
@@ -196,7 +196,7 @@ def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> No
 
 
 def restore(plans: Iterable[Plan]) -> None:
-    """Undo those plans that are in force."""
+    """Undo the active plans."""
     for plan in plans:
         if plan.in_force:
             unwatch(plan.model)

@@ -1,4 +1,4 @@
-"""Servers that compute 4-bit attention: what each of them computes on which GPU, what it cannot, and how it is told to."""
+"""Servers that compute 4-bit attention: what each computes on which GPU, what it cannot, and its options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .linear.handle import LinearHandle
 
 _log = logging.getLogger(__name__)
 Server = Literal["vllm", "sglang", "diffusers-sage3"]
-"""What an export can be made for."""
+"""The servers that an export can be made for."""
 
 
 class Offer(NamedTuple):
@@ -24,19 +24,19 @@ class Offer(NamedTuple):
     gpus: tuple[int, ...]
     """Major numbers of the compute capabilities."""
     option: str
-    """What it is told: the value of an option, or the name of a backend."""
+    """The value of its option, or the name of its backend."""
     likeness: str
-    """How near what it computes is to the preset."""
+    """How close its results are to the preset."""
 
 
 class _About(NamedTuple):
     name: str
     host: str
-    """The library whose models it serves."""
+    """The host library whose models it serves."""
     packages: tuple[str, ...]
-    """What has to be installed, as pip calls it."""
+    """The packages to install, by their names for pip."""
     version: str
-    """Of the first package: what this table was read from."""
+    """The version of the first package from which this table was read."""
     offers: tuple[Offer, ...]
 
 
@@ -71,19 +71,19 @@ SERVERS: dict[str, _About] = {
     ),
 }
 OTHERS = {"fa4_fp4": ("FastVideo or xDiT", (10,)), "fastvideo_sm120": ("FastVideo", (12,))}
-"""By preset: who else serves it, on which GPUs. They take an ordinary export."""
+"""By preset: other servers and their GPUs. They take an ordinary export."""
 
 SERVING = "SERVING.md"
 AUTO_CONFIG = "hf_quant_config.json"
-"""Beside config.json: vLLM reads it where config.json has no `quantization_config`, and Transformers does not look at it."""
+"""A file beside config.json. vLLM reads it if config.json has no `quantization_config`; Transformers does not."""
 AUTO_ENABLE: dict[str, Any] = {
     "producer": {"name": "modelopt"},
     "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["*"]},
 }
-"""Its content: no weights are quantized ("*" is left out), the KV cache is NVFP4, with scales of 1, for none are stored."""
+"""Its content: no weights are quantized ("*" is excluded); the KV cache is NVFP4, with scales of 1, because none are stored."""
 
 _MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linear layers that vLLM and SGLang make one of (`packed_modules_mapping` there); it has one global scale."""
+"""Linear layers that vLLM and SGLang merge into one (their `packed_modules_mapping`), with one global scale."""
 
 _LORA_FIELDS = {
     *(
@@ -102,13 +102,13 @@ _LORA_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def head_sizes(handle: PatchHandle) -> set[int]:
-    """Those of the patched modules, as far as they tell."""
+    """The head sizes of the patched modules, as far as they say."""
     sizes = {getattr(handle.models[0].get_submodule(name), "head_dim", None) for name in handle.patched}
     return {size for size in sizes if isinstance(size, int)}
 
 
 def check_spec(server: str, spec: QuantSpec, where: str = "the preset in force") -> None:
-    """Raise a ValueError unless a server computes what a spec says, on some GPU."""
+    """Raise a ValueError unless a server computes a spec on some GPU."""
     if server not in get_args(Server):
         raise ValueError(f"server: expected one of {', '.join(get_args(Server))} or None, got {server!r}")
     about = SERVERS[server]
@@ -124,14 +124,14 @@ def check_spec(server: str, spec: QuantSpec, where: str = "the preset in force")
 def check_servable(
     server: str, handle: PatchHandle, *, adapters: Any = None, auto_enable: bool = False, linears: LinearHandle | None = None
 ) -> None:
-    """Raise a ValueError unless a server can run a patched model as it is patched.
+    """Raise a ValueError unless a server can run a patched model.
 
     Args:
         server: its name.
         handle: the patch.
-        adapters: the config of the adapters, where they are exported alone.
-        auto_enable: the server is to find out by itself.
-        linears: its quantized linear layers, if it has any.
+        adapters: the config of the adapters, if they are exported alone.
+        auto_enable: the server must switch the cache on by itself.
+        linears: the model's quantized linear layers, if any.
     """
     for name, spec in handle.specs.items():
         check_spec(server, spec, f"that of {name}")
@@ -171,7 +171,7 @@ def check_servable(
 
 
 def _check_merged(server: str, linears: LinearHandle) -> None:
-    """Layers that a server merges into one are quantized alike."""
+    """Raise a ValueError unless layers that a server merges into one are all quantized or all not."""
     names = {*linears.layers, *linears.skipped}
     for name in linears.layers:
         parent, _, last = name.rpartition(".")
@@ -185,9 +185,9 @@ def _check_merged(server: str, linears: LinearHandle) -> None:
 
 
 def left_out(handle: PatchHandle) -> list[str]:
-    """The modules that keep their original attention, but for those that a server of language models leaves alone too."""
+    """The modules that keep their original attention, without those that a language model server never quantizes."""
     modules = {name: handle.models[0].get_submodule(name) for name in handle.skipped} if handle.host == "transformers" else {}
-    # Those of an image encoder have no cache.
+    # Modules of an image encoder have no cache.
     return [name for name in handle.skipped if name not in modules or _has_cache(modules[name])]
 
 
@@ -215,7 +215,7 @@ def _check_language_model(server: str, handle: PatchHandle) -> None:
 
 
 def _check_lora(server: str, config: Any) -> None:
-    """Allow what servers read of the config of adapters: plain LoRA."""
+    """Raise a ValueError unless the adapters are plain LoRA: servers read only that part of the config."""
     free = _LORA_FIELDS if server == "sglang" else _LORA_FIELDS | {"rank_pattern", "alpha_pattern"}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -229,18 +229,18 @@ def _check_lora(server: str, config: Any) -> None:
 
 
 def number_of(name: str) -> int | None:
-    """The layer that a module of a language model is in, as vLLM finds it: the one number in its name; None without one."""
+    """The layer number of a language model's module, found as vLLM does: the only number in its name; else None."""
     numbers = [int(part) for part in name.split(".") if part.isdigit()]
     return numbers[0] if len(numbers) == 1 else None
 
 
 def gpu_names(majors: Iterable[int]) -> str:
-    """GPUs by the names of their architectures: `sm_80, sm_90` of 8 and 9."""
+    """The architecture names of GPUs: `sm_80, sm_90` for 8 and 9."""
     return ", ".join(f"sm_{major}0" for major in majors)
 
 
 def offer_of(server: str, preset: str) -> Offer:
-    """What a server makes of a preset that it serves."""
+    """A server's offer for a preset that it serves."""
     return next(offer for offer in SERVERS[server].offers if offer.preset == preset)
 
 

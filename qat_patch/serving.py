@@ -1,4 +1,4 @@
-"""SERVING.md of an export: how a server is told to compute the attention that the weights expect."""
+"""SERVING.md of an export: the command that makes a server compute the attention that the weights expect."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Exported(NamedTuple):
-    """What is to be served."""
+    """The export to serve."""
 
     folder: Path
     kind: str
     """`model`, `pipeline` or `adapters`."""
     base_model: str | None
-    """Of adapters: what they are for; of a transformer alone: the pipeline around it, if it is known."""
+    """For adapters: their base model. For a transformer alone: the pipeline around it, if known."""
     component: str | None
     """Which component of a pipeline a transformer is."""
 
@@ -31,14 +31,14 @@ class Exported(NamedTuple):
 def write_serving(
     server: str, handle: PatchHandle, export: Exported, *, auto_enable: bool, linears: LinearHandle | None = None
 ) -> None:
-    """Put SERVING.md into an export.
+    """Write SERVING.md of an export.
 
     Args:
         server: which one.
-        handle: the patch of what was exported.
-        export: complete but for this.
-        auto_enable: add what lets vLLM switch the KV cache on by itself.
-        linears: its quantized linear layers, if it has any.
+        handle: the patch of the exported model.
+        export: the export, otherwise complete.
+        auto_enable: add the file that makes vLLM switch the KV cache on by itself.
+        linears: the model's quantized linear layers, if any.
     """
     about, spec = SERVERS[server], next(iter(handle.specs.values()))
     of_preset = offer_of(server, spec.preset)
@@ -83,7 +83,7 @@ def _command(server: str, handle: PatchHandle, export: Exported, offer: Offer) -
     if is_alone:
         config = json.loads((export.folder / "adapter_config.json").read_text(encoding="utf-8"))
         rank = max(config["r"], *(config.get("rank_pattern") or {}).values()) if config.get("rank_pattern") else config["r"]
-    # Servers cannot compute FP4 caches beside float32.
+    # Servers cannot use FP4 caches in float32.
     options = [f"--kv-cache-dtype {offer.option}", "--dtype bfloat16"]
     if server == "vllm":
         model = [f"vllm serve {base_model if is_alone else '.'}"]
@@ -107,7 +107,7 @@ def _pipeline_code(handle: PatchHandle, export: Exported, offer: Offer) -> str:
         load = 'pipe = DiffusionPipeline.from_pretrained(".", dtype=torch.bfloat16).to("cuda")'
         parts = [prefix.removesuffix(".") for prefix in handle.plans]
     elif kind == "model":
-        # By its own class: DiffusionPipeline drops a transformer that it is given.
+        # With its own class: DiffusionPipeline ignores a transformer that it is given.
         import_line = "from diffusers import AutoModel, WanPipeline  # or the class of the pipeline that it belongs to"
         load = (
             f'{parts[0]} = AutoModel.from_pretrained(".", dtype=torch.bfloat16)\n'
@@ -117,7 +117,7 @@ def _pipeline_code(handle: PatchHandle, export: Exported, offer: Offer) -> str:
         load = f'pipe = DiffusionPipeline.from_pretrained("{base}", dtype=torch.bfloat16).to("cuda")\n'
         load += LOADING_ADAPTERS[parts[0]].replace("FOLDER", '"."')
     if handle.skipped:
-        # One by one: the others keep their attention.
+        # Only these modules: the others keep their attention.
         where = '["attention"]' if kind == "adapters" else '["attention"][part]'
         switch = (
             f'record = json.load(open("qat_patch.json"))\nfor part in {parts}:\n'
@@ -151,7 +151,7 @@ def _note_on_linears(server: str, linears: LinearHandle, export: Exported) -> st
 
 
 def _notes(server: str, handle: PatchHandle, auto_enable: bool) -> list[str]:
-    """What a user has to know besides the command."""
+    """Notes for users, besides the command."""
     if server == "diffusers-sage3":
         return [
             "Needs `pip install kernels` and an RTX 50 or B200 GPU; the kernel comes from the Hub "

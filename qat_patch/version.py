@@ -1,3 +1,3 @@
-"""The version of the package: a literal, so that a build need not import torch."""
+"""The version of the package. A literal, so that a build does not import torch."""
 
 __version__ = "0.1.0"

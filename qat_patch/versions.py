@@ -1,4 +1,4 @@
-"""Which versions of other packages this one supports: setup.cfg says the same, and a test compares them."""
+"""The supported versions of other packages. setup.cfg has the same; a test compares them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SUPPORTED = {
     "accelerate": (">=1.15", "<2"),
     "peft": (">=0.21", "<1"),
 }
-"""By import name; bounds as pip writes them."""
+"""By import name; bounds in pip's notation."""
 
 
 def is_supported(package: str, version: str) -> bool:
-    """Whether a version, as `package.__version__` has it, is in the range; a package without a range always is."""
+    """Whether a `package.__version__` is in the range. A package without a range always is."""
     return all(
         (_numbers(version) >= _numbers(bound[2:])) if bound.startswith(">=") else (_numbers(version) < _numbers(bound[1:]))
         for bound in SUPPORTED.get(package, ())
@@ -24,7 +24,7 @@ def is_supported(package: str, version: str) -> bool:
 
 
 def check_version(what: str, module: ModuleType) -> None:
-    """Raise a ValueError if an imported package has a version that is not supported; `what` was asked for."""
+    """Raise a ValueError if an imported package has an unsupported version; `what` names the request."""
     package, version = module.__name__, module.__version__
     if not is_supported(package, version):
         oldest, *newest = SUPPORTED[package]
@@ -36,7 +36,7 @@ def check_version(what: str, module: ModuleType) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release of a version: (0, 42, 1) of 0.42.1, and (5, 25) of 5.25.0.dev0+cpu, without zeros at the end."""
+    """The release numbers of a version without trailing zeros: (0, 42, 1) for 0.42.1, (5, 25) for 5.25.0.dev0+cpu."""
     release = re.match(r"\d+(\.\d+)*", version)
     numbers = [int(part) for part in release[0].split(".")] if release else [0]
     while numbers and not numbers[-1]:

@@ -1,4 +1,4 @@
-"""Held-out losses of an exported language model, as its run logged them, in both kinds of attention; one line of JSON at the end.
+"""Held-out losses of an exported language model in both kinds of attention, measured as in its run. The last line is JSON.
 
 Measures packed blocks, and runs on several processes as training does (accelerate launch). What each preset would cost a model:
 `qat-patch evaluate`.
@@ -36,9 +36,9 @@ class Settings:
     text: TextSource
     """The text to measure on."""
     sequence_length: int
-    """Tokens in a block."""
+    """Tokens per block."""
     batch_size: int = 1
-    """Blocks in a forward pass."""
+    """Blocks per forward pass."""
 
     def __post_init__(self) -> None:
         for name, least in (("sequence_length", 2), ("batch_size", 1)):
@@ -47,7 +47,7 @@ class Settings:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Measure as the command line says; prints and returns the losses."""
+    """Measure as the command line says. Prints and returns the losses."""
     settings = read_settings(Settings, arguments)
     accelerator = Accelerator()
     model = load_checkpoint(settings.model, revision=settings.revision, device=accelerator.device)

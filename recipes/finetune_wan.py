@@ -2,7 +2,7 @@
 
 accelerate launch --quiet recipes/finetune_wan.py --config recipes/configs/wan2_1_1_3b.yaml learning_rate=1e-5
 
-A mistake in settings or data is one line and exit status 1; without `--quiet` accelerate adds a traceback of its own.
+A mistake in settings or data gives one line and exit status 1; without `--quiet` accelerate adds a traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qat_recipes.training.loop import train
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train as the command line says; returns the measured losses."""
+    """Train as the command line says. Returns the measured losses."""
     settings = read_settings(Settings, arguments)
     return train(settings, lambda accelerator: VideoDiffusion(settings, accelerator))
 

@@ -1,4 +1,4 @@
-"""The command lines of the programs here, which are run as modules from the root of the repository."""
+"""Command lines of the programs here. They run as modules from the root of the repository."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def new_parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser whose help shows how a module of this repository is started, and its description line by line."""
+    """A parser whose help shows how to start a module of this repository, and keeps the lines of its description."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

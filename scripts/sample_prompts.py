@@ -1,4 +1,4 @@
-"""Videos of a list of prompts by a Wan export, several of each, with original or 4-bit attention: what VBench scores.
+"""Make videos for a list of prompts with a Wan export, several for each, in original or 4-bit attention, for VBench.
 
 python -m scripts.sample_prompts outputs/wan/export --prompts VBench_full_info.json --output videos/fp4 --attention fp4
 
@@ -26,14 +26,14 @@ from qat_patch.commands.generate import checked, make_pipeline
 from scripts.arguments import new_parser
 
 _LONGEST = 180
-"""Characters of a prompt in a file name; VBench cuts there too."""
+"""The number of characters of a prompt in a file name; VBench cuts there too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
-    """Sample as the command line says; returns the files, in the order of the prompts.
+    """Sample as the command line says. Returns the files in the order of the prompts.
 
     Raises:
-        ValueError: a list that cannot be read, or prompts that would overwrite each other.
+        ValueError: the list cannot be read, or prompts would overwrite each other.
     """
     from diffusers.utils import encode_video
 
@@ -67,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     }
     with get_handle(pipe).disabled() if options.attention == "original" else contextlib.nullcontext():
         for count, (file, prompt, number) in enumerate(missing, 1):
-            # On the CPU, and by number alone: the same noise on every machine and for both kinds of attention.
+            # On the CPU and seeded by number only: the same noise on every machine and for both kinds of attention.
             noise = torch.Generator().manual_seed(options.seed + number)
             frames = pipe(prompt, **size, generator=noise, output_type="np").frames[0]
-            # A video that is half written must not count as there.
+            # A half-written video must not count as finished.
             aside = file.with_name(f".{file.name}.partial.mp4")
             encode_video(frames, options.fps, str(aside))
             os.replace(aside, file)
@@ -79,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
 
 
 def read_prompts(file: Path, dimension: str | None) -> list[str]:
-    """The prompts of a list, each once, in its order; of VBench's list those of one dimension, or all.
+    """The prompts of a list, each once, in order; for VBench's list those of one dimension, or all.
 
     Raises:
-        ValueError: no such file, no such dimension, or not a list of prompts.
+        ValueError: the file or dimension does not exist, or the file is not a list of prompts.
     """
     if not file.is_file():
         raise ValueError(
@@ -109,21 +109,25 @@ def read_prompts(file: Path, dimension: str | None) -> list[str]:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = new_parser("scripts.sample_prompts", __doc__)
-    parser.add_argument("folder", type=Path, help="what export_checkpoint wrote: a pipeline, or a transformer alone")
-    parser.add_argument("--prompts", type=Path, required=True, help="VBench_full_info.json, or a text file with a prompt a line")
+    parser.add_argument("folder", type=Path, help="folder of export_checkpoint: a pipeline, or a transformer alone")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help="VBench_full_info.json, or a text file with a prompt per line"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the videos")
     parser.add_argument("--attention", choices=["original", "fp4"], default="fp4", help="(default: fp4)")
     parser.add_argument("--dimension", help="only the prompts of one of VBench's dimensions")
-    parser.add_argument("--samples", type=int, default=5, help="videos of each prompt (default: 5, VBench's number)")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--samples", type=int, default=5, help="videos for each prompt (default: 5, VBench's number)")
+    parser.add_argument("--limit", type=int, help="use only the first N prompts")
     parser.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
     parser.add_argument("--component", help="which transformer of that pipeline the export is, if it does not say so")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     for name, what in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4n + 1"), ("steps", "denoising steps")):
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the pipeline's)")
     parser.add_argument("--guidance-scale", type=float, help="(default: the pipeline's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first video's noise, of each prompt; the others' follow")
-    parser.add_argument("--fps", type=int, default=16, help="of the files (default: 16, Wan 2.1's)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of each prompt's first video; the next videos have the next seeds"
+    )
+    parser.add_argument("--fps", type=int, default=16, help="frames per second of the files (default: 16, as Wan 2.1)")
     return parser.parse_args(arguments)
 
 

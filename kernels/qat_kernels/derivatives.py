@@ -1,4 +1,4 @@
-"""Derivatives of attention: gradients, tangents of forward mode, `torch.func` and vmap; what there is not is refused by name.
+"""Derivatives of attention: gradients, tangents of forward mode, `torch.func` and vmap. Others are refused by name.
 
 Ordinary calls go through `attention_with_gradient`, which costs little; where somebody has to see a node (`ops.seen_by_others`),
 through the op, which has the same gradient. An op cannot have a rule for forward mode, and would give a tangent of zero there,
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def refuse_second_derivative(got: str) -> NoReturn:
-    """Raise a ValueError that names what was asked for."""
+    """Raise a ValueError that names the requested derivative."""
     raise ValueError(
         "attention: expected one derivative: a gradient (backward, torch.func.grad) or a tangent (torch.func.jvp), under vmap or "
         f"not; got {got}. The straight-through rule has no second derivative: detach what needs none, or use original attention"
@@ -41,7 +41,7 @@ def refuse_second_derivative(got: str) -> NoReturn:
 
 
 class _Once(torch.autograd.Function):
-    """What is a derivative already."""
+    """The base of functions whose results are derivatives already: a further derivative is refused."""
 
     generate_vmap_rule = True
 
@@ -71,7 +71,7 @@ class _Tangent(_Once):
 
 
 class _Plain(torch.autograd.Function):
-    """O and LSE of a call that nobody else has to see."""
+    """O and LSE of an ordinary call, which needs no node of the op."""
 
     @staticmethod
     def forward(
@@ -93,7 +93,7 @@ class _Plain(torch.autograd.Function):
 def attention_with_gradient(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O and LSE, with a gradient of the first."""
+    """O and LSE, with a gradient of O."""
     return _Plain.apply(q, k, v, extras.sinks, extras, options)
 
 
@@ -112,7 +112,7 @@ class _Attention(torch.autograd.Function):
         ctx.others = [(x.shape, x.dtype) for x in output[1:4]]
         saved = q, k, v, *_keep(ctx, k, *extras_and_options(inputs[1:]), output)
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)  # under vmap both have to be the same
+        ctx.save_for_forward(*saved)  # under vmap both must be the same
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

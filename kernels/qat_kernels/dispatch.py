@@ -1,6 +1,6 @@
 """Which implementation of attention runs, and why not a faster one.
 
-Kernels are imported when they are first asked for: this package works without triton.
+Kernels are imported on first use: this package works without triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPEED = ("fp4", "sageattn3", "triton", "sdpa", "eager")
 
 @contextlib.contextmanager
 def needs_triton() -> Iterator[None]:
-    """Around imports of kernels: without the package triton a ValueError says what to do."""
+    """Around imports of kernels: if triton is missing, a ValueError says what to do."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -72,7 +72,7 @@ def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bo
 
 @lru_cache
 def _resolve(device: torch.device, dtype: torch.dtype, preset: Preset) -> Impl:
-    """Says once for each device and dtype why a GPU runs the slow one."""
+    """Log once for each device and dtype why a GPU runs the slow implementation."""
     try:
         if dtype == torch.float64:
             raise ValueError("float64 is for eager only")
@@ -93,7 +93,7 @@ def _say_that_it_is_slow(reason: str) -> None:
 def without_verdicts(
     impl: Impl | Verdicts, device: torch.device, dtype: torch.dtype, preset: Preset, asked: tuple[str, ...] = ()
 ) -> Impl:
-    """What runs where there is no choice of a kernel for inference."""
+    """The implementation that runs if no kernel for inference is chosen."""
     return resolve(device, dtype, preset, False, asked) if isinstance(impl, Verdicts) or impl == "auto" else impl
 
 
@@ -113,11 +113,11 @@ def explain(
     impl: Impl | Verdicts = "auto",
     needs_gradient: bool | None = None,
 ) -> str:
-    """What `attention` with these arguments would run on this device, in words: a line for each implementation.
+    """Describe what `attention` would run for these arguments on this device: a line for each implementation.
 
     Args:
         q, k, v, spec, causal, window, block_size, prefix, bounds, softcap, sinks, impl: as for `attention`.
-        needs_gradient: whether there is to be a backward pass; default: as `attention` would decide.
+        needs_gradient: whether a backward pass will follow; default: as `attention` would decide.
 
     Raises:
         ValueError: as `attention` does for wrong shapes, dtypes or devices.
@@ -192,7 +192,7 @@ def why_not(
 
 
 def on_fp4_units(device: torch.device, head_dim: int, dtype: torch.dtype, spec: QuantSpec) -> bool:
-    """Whether the kernel for inference that computes a spec can run on this device, and multiplies on FP4 units there."""
+    """Whether a spec's kernel for inference can run on this device and uses FP4 units there."""
     kernel = spec.inference_kernel
     if kernel is None or why_not(kernel, device, dtype, spec, False) is not None:
         return False
@@ -203,7 +203,7 @@ def on_fp4_units(device: torch.device, head_dim: int, dtype: torch.dtype, spec: 
 
 
 def how(impl: str, device: torch.device, head_dim: int, spec: QuantSpec, verdict: Verdict | None = None) -> str:
-    """What an implementation that can run multiplies with."""
+    """How an implementation that can run multiplies, in words."""
     if impl == "eager":
         return "in PyTorch"
     if impl == "sdpa":

@@ -1,4 +1,4 @@
-"""Attention of which K and V alone are quantized: they are fake-quantized, and PyTorch's own attention does the rest.
+"""Attention that quantizes only K and V: these are fake-quantized, and PyTorch's own attention does the rest.
 
 Values of NVFP4 are exact in 16 bits, so SDPA, FlashAttention and cuDNN compute with them what a server computes with its cache
 (docs/NUMERICS.md, section 9), and training costs what BF16 costs. The gradient goes straight through the rounding.
@@ -21,7 +21,7 @@ from .spec import NVFP4, QuantSpec
 from .varlen import Packing
 
 _VARLEN_TAKES = inspect.signature(varlen_attn).parameters
-"""torch 2.11 calls causality by its name and knows no grouped heads."""
+"""The arguments of this torch: 2.11 has `is_causal` and no grouped heads."""
 
 
 def attention(

@@ -17,10 +17,10 @@ class Bounds(NamedTuple):
     upper: torch.Tensor
 
     def check(self, keys: int) -> None:
-        """Look at the values. Waits for the GPU if they are there.
+        """Check the values. This waits for the GPU if they are there.
 
         Raises:
-            ValueError: a bound decreases, or is no position among so many keys.
+            ValueError: a bound decreases, or is not a position among the keys.
         """
         for name, x, first in (("lower", self.lower, 0), ("upper", self.upper, -1)):
             if not x.numel():
@@ -49,7 +49,7 @@ class Mask:
     window: int | None = None
     """How many keys a query sees, counted back from upper(i)."""
     block_size: int = 1
-    """Causal by blocks of so many tokens: a query sees its block to the end."""
+    """The size of the blocks of a causal mask: a query sees its block to the end."""
     prefix: int = 0
     """How many of the first keys every query sees."""
     bounded: bool = False
@@ -57,12 +57,12 @@ class Mask:
 
     @property
     def hides_keys(self) -> bool:
-        """Whether a query may not see the last key, by the form of the mask: then groups are kept."""
+        """Whether the form of the mask can hide the last key from a query: then groups are kept."""
         return self.causal or self.bounded
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether `causal` says it all."""
+        """Whether `causal` describes the whole mask."""
         return self == Mask(causal=self.causal)
 
     def bounds(
@@ -70,7 +70,7 @@ class Mask:
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """lower and upper [B or 1, Lq], counted from the first allowed key, which is `leftpad` [B, 1].
 
-        None where nothing is cut off: lower without a window, both where every query sees every key.
+        None if nothing is cut off: lower without a window, both if every query sees every key.
         """
         if not self.hides_keys:
             return None, None

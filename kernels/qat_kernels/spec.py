@@ -20,21 +20,21 @@ P_GLOBAL_SCALE = E4M3_MAX * E2M1_MAX
 HADAMARD_ENTRY = 0.125
 """Magnitude of the entries of the rotation; a power of two, so that the products are exact."""
 ERROR_ONE = 2**28
-"""What 1 is in the fixed point in which `four_over_six` adds squared errors of at most 1/4: 16 of them stay below 2^31."""
+"""The value of 1 in the fixed-point sums of squared errors of `four_over_six`: 16 errors of at most 1/4 stay below 2^31."""
 SMOOTH_BLOCK = 128
-"""Queries that SageAttention3 subtracts one mean from."""
+"""The number of queries from which SageAttention3 subtracts one mean."""
 MAX_HEAD_DIM = 256
 """Head dims are multiples of GROUP_SIZE up to this one."""
 
 FEATURES = ("window", "block_size", "prefix", "bounds", "softcap", "sinks")
-"""Arguments of `attention` that change who sees whom or how scores become probabilities, and that not everybody computes."""
+"""Arguments of `attention` that change the mask or the softmax. Not every implementation computes them."""
 
 Axis = Literal["head_dim", "keys"]
 ScaleRule = Literal["divide", "reciprocal"]
 InferenceKernel = Literal["fp4", "sageattn3"]
 INFERENCE_KERNELS: tuple[InferenceKernel, ...] = get_args(InferenceKernel)
-"""Implementations without a gradient, which `auto` takes where a self-check has proved them: this package's own kernel for FP4
-units, and SageAttention3 where it is installed."""
+"""Implementations without a gradient, which `auto` takes if a self-check has passed: this package's kernel for FP4 units, and
+SageAttention3 if it is installed."""
 Preset = Literal[
     "nvfp4", "nvfp4_qk", "kv_nvfp4", "kv_nvfp4_fp8", "kv_nvfp4_4over6", "fa4_fp4", "sage3", "fastvideo_sm120"
 ]  # fmt: skip
@@ -45,13 +45,13 @@ class NVFP4Format:
     """How one tensor is quantized: E2M1 in groups of 16 that share an E4M3 scale."""
 
     axis: Axis = "head_dim"
-    """Along which the groups lie: the head dim, or the key tokens."""
+    """The axis of the groups: the head dim, or the key tokens."""
     scale: ScaleRule = "divide"
     """`divide`: x / s, with s at least 2^-9. `reciprocal`: x * RN(1 / s), and a scale of zero gives zeros, as servers do."""
     four_over_six: bool = False
-    """For each group choose between amax/6 and amax/4 as scale, by the smaller squared error."""
+    """Choose amax/6 or amax/4 as the scale of each group, by the smaller squared error."""
     then_e4m3: bool = False
-    """code * s is rounded once more, to E4M3, which is what the matrix units of sm_100 are given then."""
+    """Round code * s once more, to E4M3, the input of the matrix units of sm_100."""
 
 
 class Formats(NamedTuple):
@@ -61,19 +61,19 @@ class Formats(NamedTuple):
     key: NVFP4Format
     value: NVFP4Format | None
     probabilities: Literal["two_level", "sage", "sage_one_level"] | None
-    """`two_level`: g = 2688. `sage`: the same, but codes divide by the scale before its rounding. `sage_one_level`: so, g = 1."""
+    """`two_level`: g = 2688. `sage`: the same, but codes use the scale before its rounding. `sage_one_level`: that with g = 1."""
     smooth: Literal["sage3"] | None = None
-    """`sage3`: K without its mean, Q without those of 128 rows each, and what that takes from the scores is added again."""
+    """`sage3`: subtract from K its mean and from Q the mean of each 128 rows; add the part of Q's means to the scores again."""
 
 
 class _Rules(NamedTuple):
-    """A row of the table of presets: the formats, and which calls those who serve it can take."""
+    """A row of the table of presets: the formats, and which calls its servers support."""
 
     formats: Formats
     what: str
-    """For people: what is quantized, and who does so."""
+    """A description: what is quantized, and which server does so."""
     options: bool = False
-    """Whether `rotate`, `four_over_six` and K shifts are free: they are ours, and no server has them."""
+    """Whether `rotate`, `four_over_six` and K shifts are allowed: no server has them."""
     causal: bool = True
     mask: bool = True
     """A key mask, packed sequences, and query heads that share a key head."""
@@ -81,9 +81,9 @@ class _Rules(NamedTuple):
     """A scale of the scores other than D ** -0.5, and the log-sum-exp."""
     head_dims: tuple[int, ...] | None = None
     features: tuple[str, ...] = ()
-    """Those of FEATURES that its servers compute."""
+    """The FEATURES that its servers compute."""
     impls: tuple[str, ...] = ("triton", "fp4")
-    """What computes it besides `eager`."""
+    """The implementations that compute it besides `eager`."""
 
 
 _DIVIDE = NVFP4Format()
@@ -145,12 +145,11 @@ _TABLE: dict[str, _Rules] = {
 class QuantSpec:
     """What one attention call quantizes: a row of the table of docs/NUMERICS.md, section 9, and two options.
 
-    A model is trained for one grid and is served on the same: the name says whose. The default is the definition of
-    docs/NUMERICS.md, sections 1 to 5. No other combination can be written, because nobody serves one.
+    Train a model on the grid of its server: the preset names it. The default is the definition of docs/NUMERICS.md, sections 1
+    to 5. Other combinations do not exist, because no server computes them.
 
     Raises:
-        ValueError: a field has a value that the definition does not know, or an option is asked for with a preset of a server,
-            which would not compute it.
+        ValueError: a field has an unknown value, or an option is set with a server's preset, which does not compute it.
     """
 
     preset: Preset = "nvfp4"
@@ -169,9 +168,9 @@ class QuantSpec:
     - `fastvideo_sm120`: FastVideo's `attn_qat_infer` on RTX 50: P with one level of scales. Alike; not causal; eager only.
     """
     rotate: bool = False
-    """Multiply Q and K by a Hadamard matrix before quantization. Needs a head dim that is a power of two. Ours only."""
+    """Multiply Q and K by a Hadamard matrix before quantization. Needs a head dim that is a power of two. No server has it."""
     four_over_six: bool = False
-    """For each group of Q, K and V choose between amax/6 and amax/4 as scale, by the smaller squared error. Ours only."""
+    """Choose amax/6 or amax/4 as the scale of each group of Q, K and V, by the smaller squared error. No server has it."""
 
     def __post_init__(self) -> None:
         if self.preset not in get_args(Preset):
@@ -193,7 +192,7 @@ class QuantSpec:
 
     @property
     def inference_kernel(self) -> InferenceKernel | None:
-        """What of `INFERENCE_KERNELS` computes it, if one does."""
+        """The one of `INFERENCE_KERNELS` that computes this spec, or None."""
         for name in INFERENCE_KERNELS:  # a loop, which torch.compile can trace
             if name in self.rules.impls:
                 return name
@@ -201,7 +200,7 @@ class QuantSpec:
 
     @cached_property
     def formats(self) -> Formats:
-        """What is done to each tensor."""
+        """The format of each tensor."""
         formats = self.rules.formats
         if not self.four_over_six:
             return formats
@@ -219,12 +218,12 @@ class QuantSpec:
 
     @property
     def kv_only(self) -> bool:
-        """Whether K and V are all that is quantized, so that any attention computes the rest."""
+        """Whether only K and V are quantized, so that any attention can compute the rest."""
         formats = self.rules.formats
         return formats.query is None and formats.probabilities is None
 
     def keeps_groups(self, causal: bool) -> bool:
-        """Whether groups are kept (docs/NUMERICS.md, 4): where V is quantized along tokens of which some are in the future."""
+        """Whether groups are kept (docs/NUMERICS.md, 4): if V is quantized along tokens, some of which are in the future."""
         return causal and self.quantizes_pv
 
     @property

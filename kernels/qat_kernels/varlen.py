@@ -1,8 +1,8 @@
-"""Packed sequences: documents one after the other along the tokens, each attended to as if it were alone.
+"""Packed sequences: documents one after another along the tokens, each computed as if it were alone.
 
 The layout is that of FlashAttention's varlen functions: q [total, H, D], and cu_seqlens, int32 [documents + 1] on its device,
-with the first token of every document and the total at the end. In eager PyTorch every document goes through reference.py by
-itself, so that groups along tokens start anew and nothing passes from one to another.
+with the first token of every document and the total at the end. In eager PyTorch every document goes through reference.py
+separately, so that groups along tokens start again and documents do not affect each other.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .spec import QuantSpec
 
 
 class Packing(NamedTuple):
-    """Where the documents lie among the queries and among the keys."""
+    """The places of the documents among the queries and among the keys."""
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
-    """At least the length of the longest document: what a kernel sizes its grid by."""
+    """At least the length of the longest document. It sets the size of a kernel's grid."""
     max_seqlen_k: int
 
     def documents(self, total_q: int, total_k: int) -> Iterator[tuple[slice, slice]]:

@@ -1,4 +1,4 @@
-"""What a self-check found out about the kernels for inference on this machine's GPUs: plain data, and what `auto` makes of it."""
+"""The verdicts of the self-check about kernels for inference on this machine's GPUs, as plain data, and their use by `auto`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .spec import InferenceKernel, QuantSpec
 
 
 class Case(NamedTuple):
-    """What is checked by itself: a kernel of its own, or a speed of its own."""
+    """One case of the self-check: it has its own kernel or its own speed."""
 
     head_dim: int
     causal: bool
@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
     @property
     def kernel(self) -> InferenceKernel | None:
-        """What is checked: the kernel that computes the spec."""
+        """The kernel that is checked: the one that computes the spec."""
         return QuantSpec.from_json(self.spec).inference_kernel
 
     def to_dict(self) -> dict[str, Any]:
@@ -33,7 +33,7 @@ class Case(NamedTuple):
         """The case that `to_dict` wrote.
 
         Raises:
-            ValueError: the dtype is none of torch's, or no kernel computes the spec.
+            ValueError: torch has no such dtype, or no kernel computes the spec.
         """
         dtype = getattr(torch, values["dtype"], None)
         if not isinstance(dtype, torch.dtype):
@@ -49,12 +49,12 @@ class Case(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the check of one case on one GPU came to."""
+    """The result of the check of one case on one GPU."""
 
     device: torch.device
     case: Case
     wins_from: tuple[int, int] | None
-    """Queries and keys of the smallest call from which on the kernel is right and faster than `triton`; None: it is not taken."""
+    """Queries and keys of the smallest call from which the kernel is right and faster than `triton`; None: it is not used."""
     words: str
     """The result for people: `right; ...` or `failed: ...`."""
 
@@ -69,9 +69,9 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """`impl=verdicts` is `impl="auto"` that takes the kernel for inference where it was checked and is faster.
+    """`impl=verdicts` is `impl="auto"` that uses the kernel for inference where it passed the check and is faster.
 
-    They hold in the process that read them. Pickled they become `"auto"`: another process may have other GPUs.
+    They are valid in the process that read them. Pickled, they become `"auto"`: another process may have other GPUs.
     """
 
     found: tuple[Verdict, ...]

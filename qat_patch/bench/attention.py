@@ -1,4 +1,4 @@
-"""Time 4-bit attention against that of others, after checking that it is right."""
+"""Check 4-bit attention, then time it beside other implementations."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ INFERENCE: dict[str, Options] = {
 
 
 def inference(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    """Attention without gradients, on FP4 units or emulating them.
+    """Attention without gradients, on FP4 units or with emulated ones.
 
     Raises:
-        ValueError: it cannot run here, or is wrong.
+        ValueError: it cannot run here, or its results are wrong.
     """
     problem = why_not("fp4", torch.device(device), dtype, QuantSpec(), False)
     if problem:
@@ -40,23 +40,23 @@ def inference(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> lis
 def attention(
     shape: Shape, device: str, dtype: torch.dtype, rounds: int, variants: dict[str, Options] = TRAINING
 ) -> list[dict[str, Any]]:
-    """Ours, by the options of `qat_kernels.attention`, and others'.
+    """Time our variants, given as options of `qat_kernels.attention`, and other implementations.
 
     Raises:
-        ValueError: ours is wrong; nothing is timed then.
+        ValueError: the results of ours are wrong. Then nothing is timed.
     """
     check_all(shape, device, dtype, variants)
     return timed(shape, device, dtype, rounds, variants)
 
 
 def check_all(shape: Shape, device: str, dtype: torch.dtype, variants: dict[str, Options]) -> None:
-    """`check` of each of ours."""
+    """Call `check` for each of our variants."""
     for name, call in implementations(shape, device, variants).items():
         check(name, call, shape, device, dtype, variants[name].get("spec", QuantSpec()))
 
 
 def timed(shape: Shape, device: str, dtype: torch.dtype, rounds: int, variants: dict[str, Options]) -> list[dict[str, Any]]:
-    """Times of ours, which were checked, and of others'."""
+    """The times of our variants, which must have been checked, and of the others."""
     ours, others = implementations(shape, device, variants), peers(shape, device)
     results = []
     for with_backward in (False,) if shape.forward_only else (False, True):
@@ -90,13 +90,13 @@ def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dt
     """Compare output and gradients of the first key head with float32.
 
     Raises:
-        ValueError: they are not within the bounds of docs/NUMERICS.md, section 7.
+        ValueError: an error exceeds the bounds of docs/NUMERICS.md, section 7.
     """
     *qkv, grad = inputs(shape, device, dtype)
     out = call(*qkv)
     grads = [] if shape.forward_only else torch.autograd.grad(out, qkv, grad)
     group = shape.heads // shape.key_heads
-    if shape.packed:  # the last documents, which are short
+    if shape.packed:  # the last documents: they are short
         start = sum(shape.documents()[:2])
         part = [(slice(start, None), slice(0, n)) for n in (group, 1, 1)]
         exact = [x.detach()[where].float().requires_grad_() for x, where in zip(qkv, part, strict=True)]
@@ -123,7 +123,7 @@ def check(name: str, call: Attention, shape: Shape, device: str, dtype: torch.dt
 def measure(
     candidates: dict[str, Attention], shape: Shape, device: str, dtype: torch.dtype, rounds: int, with_backward: bool
 ) -> dict[str, list[float]]:
-    """Seconds of every round, the candidates taking turns."""
+    """The seconds of every round; the candidates take turns."""
     *qkv, grad = inputs(shape, device, dtype)
     if not with_backward:
         qkv = [x.detach() for x in qkv]
@@ -137,7 +137,7 @@ def measure(
 
 
 def memory(call: Attention, shape: Shape, device: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that a forward keeps for its backward, inputs included if it keeps these; and the peak of both beside all inputs."""
+    """The bytes that a forward keeps for its backward (with inputs, if it keeps them), and the peak of both without inputs."""
     *qkv, grad = inputs(shape, device, dtype)
     kept: dict[int, int] = {}
 

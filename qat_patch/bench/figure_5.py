@@ -1,4 +1,4 @@
-"""Figure 5 of the paper on the GPU that is here: attention without gradients, ours beside others', by length and head dim."""
+"""Figure 5 of the paper on this GPU: the speed of attention without gradients by length and head dim, ours and others."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SHAPES = tuple(Shape.parse(text) for text in FIGURE_5_SHAPES)
 
 
 def figure_5(shapes: Sequence[Shape], rounds: int, write: Callable[[list[Result]], object]) -> list[Result]:
-    """Check all shapes, then time them; prints as it goes.
+    """Check all shapes, then time and print them.
 
     Args:
-        shapes: without a backward.
-        rounds: how often each is timed.
-        write: gets the results so far after every shape.
+        shapes: shapes without a backward.
+        rounds: how often each shape is timed.
+        write: called after every shape with all results so far.
 
     Raises:
-        ValueError: the kernels cannot run here, or ours are wrong; nothing is timed then.
+        ValueError: the kernels cannot run here, or their results are wrong. Then nothing is timed.
     """
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     if (problem := why_not("fp4", torch.device(device), dtype, QuantSpec(), False)) is not None:
@@ -62,7 +62,7 @@ def figure_5(shapes: Sequence[Shape], rounds: int, write: Callable[[list[Result]
 
 
 def _of_what_fits(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What the call returns, or `OUT_OF_MEMORY`."""
+    """The call's result, or `OUT_OF_MEMORY`."""
     try:
         return call(*arguments)
     except torch.OutOfMemoryError:
@@ -76,7 +76,7 @@ def _speed(shape: Shape, result: Result) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """TFLOP/s in Markdown: a row for each head dim and length."""
+    """A Markdown table of TFLOP/s, with a row for each head dim and length."""
     names = list(dict.fromkeys(each["name"] for each in results))
     lines = ["| head dim | tokens | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
     for dim, length in dict.fromkeys((each["head_dim"], each["keys"]) for each in results):
@@ -87,7 +87,7 @@ def table(results: list[Result]) -> str:
 
 
 def draw(results: list[Result], png: Path) -> None:
-    """A plot for each head dim, with what the paper published dashed. Needs matplotlib."""
+    """One plot for each head dim; the paper's numbers are dashed. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     dims = list(dict.fromkeys(each["head_dim"] for each in results))

@@ -1,4 +1,4 @@
-"""What benchmarks share: what they run on, how far results may be off, taking turns on a clock, and where results go."""
+"""What benchmarks share: the description of the machine, error bounds, timing in turns, and writing results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 OUTPUT_BOUND, GRADIENT_BOUND = 3e-3, 1e-2
-"""Of relative L2 errors against float32 (docs/NUMERICS.md, section 7). Nothing is timed that is beyond."""
+"""Bounds of the relative L2 error against float32 (docs/NUMERICS.md, section 7). What exceeds them is not timed."""
 _CYCLES = 4_000_000
-"""About 2 ms, in which a GPU waits."""
+"""How long the GPU waits before each call: about 2 ms."""
 
 
 def machine(device: str, dtype: str) -> dict[str, str]:
-    """What the times depend on."""
+    """The hardware and versions that times depend on."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
     about = {"device": name, "torch": torch.__version__, "dtype": dtype}
     if device == "cuda":
@@ -29,16 +29,16 @@ def machine(device: str, dtype: str) -> dict[str, str]:
 
 
 def write(results: list[dict[str, Any]], file: Path | None) -> None:
-    """The results so far as JSON, if there is a file for them."""
+    """Write the results so far as JSON, if a file is given."""
     if file is not None:
         file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def interleave(calls: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every round, the calls taking turns; the first two rounds warm up and do not count.
+    """The seconds of every round; the calls take turns. The first two rounds warm up and do not count.
 
-    On a GPU the time between two events around each call. Before it the L2 cache is emptied and the GPU kept waiting until all
-    launches are queued, as they are in training; what the CPU needs for them is not in these times.
+    On a GPU this is the time between two events around each call. Before the call the L2 cache is emptied, and the GPU waits
+    until all launches are queued, as in training. So the CPU's time for launching is not counted.
     """
     cache = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
     seconds: dict[str, list[float]] = {name: [] for name in calls}

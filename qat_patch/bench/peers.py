@@ -1,4 +1,4 @@
-"""Attention of others, which is timed beside ours: PyTorch's own, FlashAttention, SageAttention and FlashInfer."""
+"""Other implementations that are timed beside ours: PyTorch, FlashAttention, SageAttention and FlashInfer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def peers(shape: Shape, device: str) -> dict[str, Attention]:
-    """Others' attention by name. What cannot run the shape on this device is left out, and said so."""
+    """Other implementations by name. Those that cannot run the shape on this device are left out, with a message."""
     if device == "cpu":
         return {} if shape.packed or shape.masking else {"sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION, shape)}
     if shape.packed:
@@ -39,7 +39,7 @@ def peers(shape: Shape, device: str) -> dict[str, Attention]:
 
 
 def sdpa(backend: SDPBackend | None, shape: Shape) -> Attention:
-    """PyTorch's attention; without a backend the one that it chooses."""
+    """PyTorch's attention with this backend; None: PyTorch chooses."""
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(backend) if backend is not None else nullcontext():
@@ -49,7 +49,7 @@ def sdpa(backend: SDPBackend | None, shape: Shape) -> Attention:
 
 
 def windowed(shape: Shape, device: str) -> Attention:
-    """PyTorch's own FlashAttention-2 with a window: one document of `varlen`."""
+    """PyTorch's FlashAttention-2 with a window: `varlen` with one document."""
     attend = varlen(shape, device, [shape.queries])
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def windowed(shape: Shape, device: str) -> Attention:
 
 
 def varlen(shape: Shape, device: str, lengths: list[int] | None = None) -> Attention:
-    """PyTorch's own FlashAttention-2 for packed sequences; its newer versions call `is_causal` a window."""
+    """PyTorch's FlashAttention-2 for packed sequences. Newer versions take a window instead of `is_causal`."""
     documents = packing(lengths or shape.documents(), device)
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ def varlen(shape: Shape, device: str, lengths: list[int] | None = None) -> Atten
 
 
 def flash_attention(function: Callable[..., Any], shape: Shape) -> Attention:
-    """A function of FlashAttention's packages, which take [B, L, H, D]; some return the log-sum-exp too."""
+    """A function of a FlashAttention package. These take [B, L, H, D]; some also return the log-sum-exp."""
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = function(*(x.transpose(1, 2) for x in (q, k, v)), causal=shape.causal)
@@ -93,7 +93,7 @@ def flash_attention(function: Callable[..., Any], shape: Shape) -> Attention:
 
 
 def installed(shape: Shape) -> dict[str, Attention]:
-    """Attention of other packages, where they are there."""
+    """Attention from other packages that are installed."""
     found: dict[str, Attention] = {}
     with suppress(ImportError):
         from flash_attn import flash_attn_func
@@ -113,7 +113,7 @@ def installed(shape: Shape) -> dict[str, Attention]:
 
 
 def forward_only(shape: Shape) -> dict[str, Attention]:
-    """Those without a backward, which know no grouped heads."""
+    """Packages without a backward. They do not support grouped heads."""
     found: dict[str, Attention] = {}
     with suppress(ImportError):
         from sageattn3 import sageattn3_blackwell

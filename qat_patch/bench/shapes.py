@@ -1,4 +1,4 @@
-"""The problems that benchmarks time, and their inputs."""
+"""The attention shapes that benchmarks time, and their inputs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Shape(NamedTuple):
     packed: bool = False
     forward_only: bool = False
     window: int = 0
-    """Keys that a query of a causal call sees; 0: all."""
+    """How many keys a query sees in a causal call; 0: all."""
     block_size: int = 1
-    """Tokens of a block that see each other, in a causal call."""
+    """In a causal call: the tokens of a block of this size see each other."""
 
     @classmethod
     def parse(cls, text: str) -> Shape:
@@ -84,9 +84,9 @@ class Shape(NamedTuple):
         return {name: size for name, size in (("window", self.window), ("block_size", self.block_size)) if size > 1}
 
     def flops(self, with_backward: bool) -> float:
-        """As FlashAttention counts them: 4 D a pair of query and key, half as many with `causal`, 3.5 times with a backward.
+        """Counted as FlashAttention does: 4 D for each pair of query and key, half with `causal`, 3.5 times with a backward.
 
-        With windows or blocks it is the pairs that are seen.
+        With windows or blocks only the visible pairs count.
         """
         if self.masking:
             mask = Mask(causal=True, window=self.window or None, block_size=self.block_size)
@@ -102,7 +102,7 @@ class Shape(NamedTuple):
 
 
 def packing(lengths: list[int], device: str) -> dict[str, Any]:
-    """The keywords of attention on packed documents of these lengths."""
+    """The keyword arguments of attention for packed documents of these lengths."""
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     return {f"cu_seqlens_{x}": bounds for x in "qk"} | {f"max_seqlen_{x}": max(lengths) for x in "qk"}
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from .manifest import MANIFEST, weight_files
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""Where pipelines of Diffusers look for adapters."""
+"""The file in which Diffusers pipelines look for adapters."""
 LoraFormat = Literal["diffusers", "comfyui"]
 _PREFIX = "transformer."
-"""Of names in that file; the same for the second transformer of Wan 2.2, for which load_lora_weights has an argument."""
-# Where Wan's own code, and with it ComfyUI, has other names than Diffusers.
+"""The prefix of names in that file. Wan 2.2's second transformer has the same: load_lora_weights has an argument for it."""
+# Wan's own code, and so ComfyUI, has other names than Diffusers.
 _COMFY_PREFIX = "diffusion_model."
 _COMFY_NAMES = {
     "attn1": "self_attn",
@@ -50,7 +50,7 @@ _DIFFUSERS_NAMES_OUTSIDE_BLOCKS = {
 
 
 def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:
-    """The layers that PEFT has put adapters into, by name; of nested ones (several parameters of one module) the outermost."""
+    """The layers with PEFT adapters, by name; of nested ones (several parameters of one module) only the outermost."""
     found: dict[str, Any] = {}
     last = None
     for name, module in model.named_modules():
@@ -60,16 +60,16 @@ def adapter_layers(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def adapter_owner(model: torch.nn.Module) -> Any:
-    """The module that PEFT has wrapped around a model, or the model that took adapters in itself; None without adapters."""
+    """The module that PEFT wrapped around a model, or the model itself if it holds the adapters; None without adapters."""
     return next((module for module in model.modules() if getattr(module, "peft_config", None)), None)
 
 
 def check_mergeable(model: torch.nn.Module, part: Any) -> None:
-    """Refuse with a ValueError what PEFT has trained besides a change of layers' weights.
+    """Raise a ValueError if PEFT trained anything that cannot be merged into the layers' weights.
 
     Args:
-        model: what is exported, with whatever PEFT has wrapped around it.
-        part: the patched model in it.
+        model: the exported model, with PEFT's wrapper if there is one.
+        part: the patched model inside.
     """
     for config in _configs(model):
         if config.is_prompt_learning or config.is_adaption_prompt:
@@ -102,15 +102,15 @@ def check_mergeable(model: torch.nn.Module, part: Any) -> None:
 
 
 def merged_state(name: str, layer: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state of what is inside a layer, with the adapters that are in force added to its weights, in float32.
+    """The state of the layer inside an adapter layer, with the active adapters added to its weights in float32.
 
-    In float32, so that the sum of weights and adapters is rounded once, to what is saved.
+    Float32, so that the sum of weights and adapters is rounded only once, when it is saved.
 
     Args:
         name, layer: a layer with adapters.
-        state: of its model, with all weights in memory.
+        state: the state of the whole model, with all weights in memory.
     """
-    # Accelerate's hooks hold the weights of the whole model where these are offloaded: the copy goes without.
+    # Accelerate's hooks hold the weights of the whole model if these are offloaded, so the copy leaves them out.
     hooks = {id(hook): None for module in layer.modules() if (hook := getattr(module, "_hf_hook", None)) is not None}
     merged = copy.deepcopy(layer, hooks)
     own = {key.removeprefix(f"{name}."): x.clone() for key, x in state.items() if key.startswith(f"{name}.")}
@@ -133,10 +133,10 @@ def merged_state(name: str, layer: Any, state: dict[str, torch.Tensor]) -> dict[
 
 
 def the_active_adapter(model: torch.nn.Module) -> str:
-    """The name of the adapter that an export of adapters alone holds.
+    """The name of the one adapter that an adapters-only export saves.
 
     Raises:
-        ValueError: none or several are in force, or they act in a way that PEFT's files do not hold.
+        ValueError: no adapter or several are active, or they act in a way that PEFT's files cannot express.
     """
     layers = list(_tuner_layers(model))
     way_out = "or export merged weights (merge_adapters=True)"
@@ -157,14 +157,14 @@ def the_active_adapter(model: torch.nn.Module) -> str:
 
 
 def save_adapter(model: torch.nn.Module, host: str, folder: Path, lora_format: LoraFormat) -> None:
-    """Write the adapter that is in force in the format of its library. Its strength is multiplied into its weights."""
+    """Write the active adapter in the format of its library. Its strength is multiplied into its weights."""
     name, owner = the_active_adapter(model), adapter_owner(model)
     if host == "transformers":
         options = {"selected_adapters": [name]} if hasattr(owner, "base_model") and hasattr(owner, "get_base_model") else {}
         owner.save_pretrained(folder, **options)
-        for name_of_file in ("README.md", MANIFEST):  # the export's own come last
+        for name_of_file in ("README.md", MANIFEST):  # the export writes its own later
             (folder / name_of_file).unlink(missing_ok=True)
-        if (folder / name).is_dir():  # PEFT puts all but `default` into a folder of their own
+        if (folder / name).is_dir():  # PEFT puts every adapter but `default` into a subfolder
             for file in (folder / name).iterdir():
                 shutil.move(file, folder / file.name)
             (folder / name).rmdir()
@@ -212,11 +212,11 @@ def _tuner_layers(model: torch.nn.Module) -> Iterator[Any]:
 
 
 def _strengths(model: torch.nn.Module, adapter: str) -> dict[str, float]:
-    """By layer, how much stronger its adapter acts than its config says (set_adapters(weights=...), set_scale)."""
+    """For each layer, how much stronger its adapter acts than its config says (set_adapters(weights=...), set_scale)."""
     strengths = {}
     for name, layer in model.named_modules():
         scaling = getattr(layer, "scaling", {}) if hasattr(layer, "get_base_layer") else {}
-        # AdaLoRA scales by its current rank, and PEFT's set_scale does not know that.
+        # AdaLoRA scales by its current rank, which PEFT's set_scale ignores.
         if adapter not in scaling or hasattr(layer, "ranknum"):
             continue
         now = scaling[adapter]
@@ -249,9 +249,9 @@ def _multiply_in(model: torch.nn.Module, adapter: str, folder: Path) -> None:
 
 
 def check_comfy(model: Any, adapter: str | None = None) -> None:
-    """Refuse with a ValueError adapters that have no names in ComfyUI's files: only LoRA of a Wan transformer's blocks has.
+    """Raise a ValueError for adapters that ComfyUI's format has no names for: it knows only LoRA of a Wan transformer's blocks.
 
-    `adapter`: look at the layers that have the adapter of this name; default: at all.
+    `adapter`: check only the layers with the adapter of this name; default: all.
     """
     for name, layer in adapter_layers(model).items():
         if adapter is not None and adapter not in getattr(layer, "lora_A", {adapter}):
@@ -278,7 +278,7 @@ def _comfy_name(layer: str) -> str | None:
 
 
 def diffusers_name(layer: str) -> str | None:
-    """`blocks.0.attn1.to_q` of `blocks.0.self_attn.q`: a layer of Wan's own code as Diffusers names it; None if there is none."""
+    """Diffusers' name of a layer of Wan's own code (`blocks.0.self_attn.q`: `blocks.0.attn1.to_q`); None if it has none."""
     blocks, _, rest = layer.partition(".")
     number, _, rest = rest.partition(".")
     if blocks != "blocks" or not number.isdigit():
@@ -293,7 +293,7 @@ def diffusers_name(layer: str) -> str | None:
 
 
 def _comfy_state(model: torch.nn.Module, adapter: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """ComfyUI's names, and the strength of each layer as its `alpha`: alpha / rank is what it multiplies with."""
+    """ComfyUI's names, and each layer's strength as its `alpha`: ComfyUI multiplies by alpha / rank."""
     named = {}
     for layer, module in adapter_layers(model).items():
         prefix = f"{_COMFY_PREFIX}{_comfy_name(layer)}"

@@ -63,12 +63,12 @@ def export_checkpoint(
     server: Server | None = None,
     auto_enable: bool = False,
 ) -> Path:
-    """Write a patched model as a folder that its host library loads, with or without this package.
+    """Save a patched model to a folder that its host library loads, with or without this package.
 
-    Weights and their names are those of the model. Where its linear layers are quantized (`quantize_linears`), their weights are
-    packed in the layout of compressed-tensors, which stands in the config then, and the attention metadata in `qat_patch.json`.
-    The config and the headers of the safetensors files carry the attention metadata; without this package the folder loads as a
-    model with ordinary attention. K shifts stand in a file beside them. The folder is written aside, loaded once on the CPU and
+    Weights keep their names. The config and the headers of the safetensors files carry the attention metadata; K shifts have a
+    file of their own. Without this package the folder loads as a model with ordinary attention. If linear layers are quantized
+    (`quantize_linears`), their weights are packed in the layout of compressed-tensors; the config then names that layout, and
+    the attention metadata is in `qat_patch.json`. The folder is written under a temporary name, loaded once on the CPU and
     compared with the model by what both make of a reference input (`python -m qat_patch verify` repeats that), and renamed when
     it is complete.
 

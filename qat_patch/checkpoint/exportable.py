@@ -1,4 +1,4 @@
-"""What can be exported: everything that is refused is refused here, before anything is written."""
+"""What can be exported. Everything else is refused here, before anything is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .weights import quantized_by_others
 
 
 def plain_values(training: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What is written down about a training: without files and folders of this machine, which mean nothing elsewhere."""
+    """The description of a training, without paths of this machine, which mean nothing elsewhere."""
     if training is None:
         return None
     values: dict[str, Any] = _without_paths(training)
@@ -43,13 +43,13 @@ def _without_paths(value: Any) -> Any:
 def _is_path(value: Any) -> bool:
     if not isinstance(value, str):
         return isinstance(value, Path)
-    # A name on the Hub has a slash too; what stands before it is no folder here.
+    # A name on the Hub has a slash too, but its first part is not a folder here.
     first = value.partition("/")[0] if "/" in value else value
     return value.startswith(("/", "~", "./", "../")) or (bool(first) and len(value) < 1024 and os.path.exists(first))
 
 
 def check_attention(handle: PatchHandle) -> None:
-    """Refuse with a ValueError attention that is not what will be loaded."""
+    """Raise a ValueError if the loaded model would have other attention modules."""
     handle.check_in_force("export_checkpoint")
     modules = (module for part in handle.models for module in part.named_modules())
     if fused := next((name for name, module in modules if getattr(module, "fused_projections", False)), None):
@@ -60,7 +60,7 @@ def check_attention(handle: PatchHandle) -> None:
 
 
 def check_weights(handle: PatchHandle) -> None:
-    """Refuse with a ValueError weights that are no ordinary tensors."""
+    """Raise a ValueError for weights that are not ordinary tensors."""
     for part in handle.models:
         if (reason := quantized_by_others(part)) is not None:
             raise ValueError(
@@ -73,7 +73,7 @@ def check_weights(handle: PatchHandle) -> None:
 def check_adapters(
     model: Any, handle: PatchHandle, kind: str, base_model: str | None, dtype: torch.dtype | None, lora_format: str
 ) -> None:
-    """Refuse with a ValueError adapters, and arguments, that an export of this kind cannot hold."""
+    """Raise a ValueError for adapters or arguments that do not fit this kind of export."""
     adapters = [part for part in handle.models if adapter_layers(part)]
     owner = None if kind == "pipeline" else adapter_owner(model)
     if kind == "pipeline" and (dtype is not None or adapters):
@@ -103,10 +103,10 @@ def check_adapters(
 
 
 def check_linears(handle: PatchHandle, kind: str, *, is_measured: bool = True) -> LinearHandle | None:
-    """The quantized linear layers of what is exported, if there are any. `is_measured`: with the ranges of their inputs.
+    """The quantized linear layers of the exported model, if any. `is_measured`: the ranges of their inputs are measured.
 
     Raises:
-        ValueError: no reader is known of what would be written, or it would compute something else.
+        ValueError: no known library could read the export, or it would compute something else.
     """
     linears = next((found for part in handle.models if (found := get_linear_handle(part)) is not None), None)
     if linears is None:
@@ -150,7 +150,7 @@ def check_linears(handle: PatchHandle, kind: str, *, is_measured: bool = True) -
 def check_server(
     server: str | None, auto_enable: bool, model: Any, handle: PatchHandle, kind: str, linears: LinearHandle | None
 ) -> None:
-    """Refuse with a ValueError what the server that an export is for could not run."""
+    """Raise a ValueError if the server could not run the export."""
     if server is None:
         if auto_enable:
             raise ValueError("export_checkpoint: auto_enable: has no effect without server='vllm'; leave it out")
@@ -163,7 +163,7 @@ def check_server(
 
 
 def public_class(part: torch.nn.Module, host: str) -> str:
-    """The class that the host library loads a model as: its own, or the nearest one below a subclass of the user's."""
+    """The host library's class for a model: its own class, or the nearest base class of a user's subclass."""
     library: Any = sys.modules[host]
     for kind in type(part).__mro__:
         found: Any = getattr(library, kind.__name__, None)
@@ -177,7 +177,7 @@ def public_class(part: torch.nn.Module, host: str) -> str:
 
 
 def check_components(pipeline: Any) -> None:
-    """Refuse with a ValueError a pipeline with parts that would not be loaded."""
+    """Raise a ValueError for a pipeline with components that would not be loaded."""
     for name, value in pipeline.config.items():
         if isinstance(value, list | tuple) and not is_component([*value]):
             raise ValueError(
@@ -187,7 +187,7 @@ def check_components(pipeline: Any) -> None:
 
 
 def component_name(component: str | None, handle: PatchHandle, *, is_pipeline: bool) -> str | None:
-    """Which component of its pipeline a transformer is: as the caller says, or as the folder that it was loaded from is named."""
+    """Which component of its pipeline a transformer is: the caller says so, or the name of the folder it was loaded from."""
     if component is not None and (is_pipeline or handle.host != "diffusers" or component not in LOADING_ADAPTERS):
         raise ValueError(
             f"export_checkpoint: component: expected {' or '.join(LOADING_ADAPTERS)} for a Diffusers transformer alone, got "

@@ -1,4 +1,4 @@
-"""A reference input and what an exported model makes of it: stored with an export, computed again by verification."""
+"""A reference input and the model's output for it: stored with an export, and computed again by `verify`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from qat_patch.linear.handle import get_linear_handle
 from qat_patch.patch import require_handle
 
 _TOKENS = 40
-"""More than two groups of 16, and no multiple of 16."""
+"""More than two groups of 16, and not a multiple of 16."""
 _NUMBERS = 1 << 16
-"""Of an output only so many numbers are stored, evenly spread over it."""
+"""At most this many numbers of an output are stored, evenly spread over it."""
 _UNQUANTIZED = "unquantized_output"
 _EXACT = 1e-4
 _ROUNDED = 0.1
-"""Relative L2 that an export may differ by from the model that is exported: in float32 on the same processor, and else."""
+"""How far (relative L2) an export may be from the exported model: in float32 on the same processor, and otherwise."""
 _ORIGINAL_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _ORIGINAL_TOLERANCE_LOW = 3e-2
-"""Relative L2 that another processor or library may differ by in original attention, in bfloat16 and float16."""
+"""How far (relative L2) original attention may be off on another processor or library, in bfloat16 and float16."""
 
 
 def example_inputs(model: Any, host: str) -> dict[str, torch.Tensor] | None:
-    """Arguments of a model's forward, made from its config: of a model that reads token ids or a Wan transformer, else None."""
+    """Inputs of a model's forward, made from its config, if it reads token ids or is a Wan transformer; else None."""
     generator = torch.Generator().manual_seed(0)
     if host == "transformers":
         return _token_ids(model, generator) if model.main_input_name == "input_ids" else None
@@ -37,7 +37,7 @@ def example_inputs(model: Any, host: str) -> dict[str, torch.Tensor] | None:
     inputs = {
         "hidden_states": torch.randn(1, config.in_channels, frames, height, width, generator=generator),
         "timestep": torch.tensor([500.0]),
-        # 512 because image to video takes that number of text tokens for granted.
+        # 512: image to video assumes this number of text tokens.
         "encoder_hidden_states": torch.randn(1, 512, config.text_dim, generator=generator),
     }
     if config.image_dim is not None:
@@ -46,10 +46,10 @@ def example_inputs(model: Any, host: str) -> dict[str, torch.Tensor] | None:
 
 
 def _token_ids(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # that of a layer with adapters too
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # also for a layer with adapters
     ids = torch.randint(vocabulary, (1, _TOKENS), generator=generator)
     config = model.config.to_dict()
-    # Ids that stand for images, videos and sounds would have to come with them.
+    # Leave out ids of images, videos and sounds: they need the image, video or sound itself.
     media = {
         x for key, x in config.items() if isinstance(x, int) and re.match(r"(image|video|vision|audio|boi|eoi)_.*token", key)
     }
@@ -65,10 +65,10 @@ def _token_ids(model: Any, generator: torch.Generator) -> dict[str, torch.Tensor
 
 
 def live_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, is_default: bool) -> dict[str, torch.Tensor]:
-    """What the model that is exported makes of the reference input, with both kinds of attention.
+    """The outputs of the exported model for the reference input, with both kinds of attention.
 
     Raises:
-        ValueError: an input is no tensor, the model cannot run it, or the output is not finite.
+        ValueError: an input is not a tensor, the model cannot run it, or the output is not finite.
     """
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor):
@@ -90,20 +90,20 @@ def live_outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], *, is_
 def write_reference(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], file: Path, live: dict[str, torch.Tensor] | None, *, is_exact: bool
 ) -> dict[str, Any]:
-    """Run a model that was read back with both kinds of attention, and store input and outputs in a folder.
+    """Run a model that was read back, with both kinds of attention, and store inputs and outputs in a folder.
 
     Args:
-        model: read back from what was written.
+        model: the model as read back from the folder.
         inputs: tensors by argument name.
         file: where to.
-        live: what the exported model itself made of them; None: it has weights of another kind (quantized ones).
-        is_exact: nothing but the order of sums may make a difference: no narrow types, no other processor.
+        live: the exported model's own outputs; None: its weights are of another kind (quantized).
+        is_exact: only the order of sums may differ: no narrow types, no other processor.
 
     Returns:
-        How it was computed, for the manifest.
+        How the outputs were computed, for the manifest.
 
     Raises:
-        ValueError: the output is not finite, or not that of the model that is exported.
+        ValueError: the output is not finite, or differs from that of the exported model.
     """
     outputs = _outputs(model, inputs)
     _check_finite(outputs)
@@ -127,7 +127,7 @@ def _check_finite(outputs: dict[str, torch.Tensor]) -> None:
 def _check_same(written: dict[str, torch.Tensor], live: dict[str, torch.Tensor], *, is_exact: bool) -> None:
     quantization = _distance(live["output"], live["original_output"])
     linear = _noise_of_linears(live)
-    # Other codes may come out where numbers are rounded otherwise, and then it is quantization noise that differs.
+    # Different rounding may give different 4-bit codes; then the outputs differ by quantization noise.
     limits = {
         "original_output": _EXACT if is_exact else _ROUNDED + 1.5 * linear,
         "output": max(_EXACT, quantization / 2) if is_exact else _ROUNDED + 1.5 * (quantization + linear),
@@ -147,8 +147,8 @@ def check_reference(model: torch.nn.Module, file: Path) -> dict[str, float]:
     """Run a loaded export on its stored input.
 
     Returns:
-        Relative L2 distance to the stored outputs by name, `output` and `original_output` (and `unquantized_output`, where linear
-        layers are quantized too); 0 where they are bit-equal.
+        Relative L2 distance to the stored outputs by name: `output`, `original_output`, and `unquantized_output` if linear layers
+        are quantized too. 0 means bit-equal.
 
     Raises:
         ValueError: they differ by more than other processors and library versions explain.
@@ -162,13 +162,13 @@ def check_reference(model: torch.nn.Module, file: Path) -> dict[str, float]:
     distances = {name: _distance(found[name], stored[name]) for name in found}
     tolerance, linear = _ORIGINAL_TOLERANCE.get(dtype_of(model), _ORIGINAL_TOLERANCE_LOW), _noise_of_linears(stored)
     limits = {
-        # Rounding noise flips single codes: that stays far below what quantization itself changes.
+        # Rounding noise flips single codes, which changes far less than quantization does.
         "output": max(_distance(stored["output"], stored["original_output"]), linear) / 2,
         "original_output": max(tolerance, linear / 2),
         _UNQUANTIZED: tolerance,
     }
     for name, distance in distances.items():
-        # Written so that NaN fails.
+        # "not <" so that NaN fails too.
         if distance != 0 and not distance < limits[name]:
             raise ValueError(
                 f"verify: {file.parent}: the {name} for the reference input differs from the recorded one by {distance:.2e} "
@@ -179,9 +179,9 @@ def check_reference(model: torch.nn.Module, file: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def _outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model makes of the inputs, with 4-bit and with original attention: float32 [at most 65,536].
+    """The model's outputs with 4-bit and with original attention: float32 [at most 65,536].
 
-    Where linear layers are quantized they are so in both, and there is a third one without.
+    Quantized linear layers are on in both; then there is a third output with them off.
     """
     was_training = model.training
     model.eval()
@@ -200,7 +200,7 @@ def _outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[st
 
 
 def _noise_of_linears(outputs: dict[str, torch.Tensor]) -> float:
-    """How far quantized linear layers take the output of a model; 0 where there are none."""
+    """How far quantized linear layers move a model's output; 0 if there are none."""
     return _distance(outputs["original_output"], outputs[_UNQUANTIZED]) if _UNQUANTIZED in outputs else 0.0
 
 
@@ -210,12 +210,12 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def dtype_of(model: torch.nn.Module) -> torch.dtype:
-    """In what a model takes its inputs."""
+    """The type of a model's inputs."""
     return getattr(model, "dtype", None) or next(model.parameters()).dtype
 
 
 def _device(model: torch.nn.Module) -> torch.device:
-    """Where a model computes; weights on disk or in other memory come there for each call (Accelerate's hooks)."""
+    """Where a model computes. Accelerate's hooks bring offloaded weights there for each call."""
     for module in model.modules():
         if (hook := getattr(module, "_hf_hook", None)) is not None and getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)

@@ -1,4 +1,4 @@
-"""Put an export on the Hub."""
+"""Upload an export to the Hub."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Upload a checkpoint for 4-bit attention",
 ) -> str:
-    """Upload an export as one commit: what its manifest lists, the manifest and README.md. The local folder is only read.
+    """Upload an export in one commit: the files that its manifest lists, the manifest and README.md. The folder is only read.
 
     Args:
         folder: what `export_checkpoint` wrote.
-        repo_id: `name` or `organization/name`; created if there is none.
-        private: whether a new repository is private; default: as the account says.
-        exist_ok: upload into a repository that exists; also how to go on after a failed upload.
-        token: access token with the right to write; default: that of `hf auth login`.
-        commit_message: of the one commit.
+        repo_id: `name` or `organization/name`; created if it does not exist.
+        private: whether a new repository is private; default: the account's setting.
+        exist_ok: upload into an existing repository; use it to continue a failed upload, too.
+        token: access token with write permission; default: that of `hf auth login`.
+        commit_message: the message of the commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        ValueError: the folder is no export, nobody is logged in, or the name is taken. Nothing has been uploaded then.
-        RuntimeError: the Hub refused or the connection broke; the message says how to go on.
+        ValueError: the folder is not an export, there is no login, or the name is taken. Then nothing was uploaded.
+        RuntimeError: the Hub refused or the connection broke; the message says how to continue.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, and files that say when they have changed."""
+"""Folders that are written completely or not at all, and hashes that show when a file has changed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 _DIGITS = 16
-"""Of the random part of a name."""
+"""The length of the random part of a name."""
 
 
 @contextlib.contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its name when all of it is on disk, or disappears after an error.
+    """A temporary folder beside `folder`. It gets that name when it is completely on disk; after an error it is removed.
 
-    What a process that was killed has left there is removed: each holds a lock on its folder, which the system takes from the
-    dead. The mode of the folder is as the umask says.
+    Folders that a killed process left behind are removed: a running process holds a lock on its folder, and the system
+    releases it when the process ends. The mode of the folder follows the umask.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Nobody else may look at the new folder before it is locked.
+    # No other process may look at the new folder before it is locked.
     with _locked(folder.parent):
         for leftover in folder.parent.glob(f".{glob.escape(folder.name)}-{'[0-9a-f]' * _DIGITS}"):
             with contextlib.suppress(OSError), _locked(leftover, wait=False):
@@ -48,12 +48,12 @@ def written_aside(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """A lock on a folder, which ends with this process at the latest.
+    """A lock on a folder. It ends with this process at the latest.
 
     Raises:
-        OSError: somebody else has it, and we do not wait.
+        OSError: another process holds it. We do not wait.
     """
-    import fcntl  # only POSIX systems have it, and loading does not need it
+    import fcntl  # imported here: only POSIX systems have it, and loading does not need it
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -64,7 +64,7 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def sync(folder: Path, *, recursive: bool = True) -> None:
-    """Return when a folder, with all that is in it or only the names in it, has reached the disk."""
+    """Wait until a folder is on disk, with all its contents or only the names in it."""
     for path in (*(folder.rglob("*") if recursive else ()), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -74,13 +74,13 @@ def sync(folder: Path, *, recursive: bool = True) -> None:
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in a folder, by its name in there."""
+    """Size and SHA-256 of every file in a folder, by its relative path."""
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in _sha256(folder, names).items()}
 
 
 def what_changed(folder: Path, recorded: dict[str, dict[str, Any]]) -> str | None:
-    """What is wrong with the files whose fingerprints were recorded, or None if all are there and unchanged."""
+    """What is wrong with the recorded files, or None if all are there and unchanged."""
     for name, record in recorded.items():
         file = folder / name
         if not file.is_file():
@@ -94,7 +94,7 @@ def what_changed(folder: Path, recorded: dict[str, dict[str, Any]]) -> str | Non
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with a hash of itself, so that it too says when it has changed."""
+    """A manifest with a hash of itself, so that a changed manifest is noticed too."""
     return content | {"sha256": _digest(content)}
 
 
@@ -126,6 +126,6 @@ def sha256(file: Path) -> str:
 
 
 def _sha256(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    # Hashing lets other threads run, and large models are many large files.
+    # Hashing releases the GIL, and large models have many large files.
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))

@@ -1,4 +1,4 @@
-"""K shifts beside the weights of an export, in a file of their own: no state_dict has a key for them."""
+"""The file for K shifts beside the weights of an export: they are not in any state_dict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Content = TypeVar("_Content")
 
 
 def digest(shifts: dict[str, torch.Tensor]) -> str | None:
-    """The SHA-256 of the file that `write_k_shift` makes of K shifts; None if there are none."""
+    """The SHA-256 of the file that `write_k_shift` would write; None if there are no K shifts."""
     return hashlib.sha256(_file(shifts)).hexdigest() if shifts else None
 
 
@@ -38,7 +38,7 @@ def read_k_shift(file: Path, metadata: AttentionMetadata) -> dict[str, torch.Ten
     """The K shifts that belong to the metadata.
 
     Raises:
-        ValueError: the file is missing, or not the one that was exported with the metadata.
+        ValueError: the file is missing, or was not exported with this metadata.
     """
     if not file.is_file():
         raise ValueError(
@@ -64,7 +64,7 @@ def read_k_shift(file: Path, metadata: AttentionMetadata) -> dict[str, torch.Ten
 
 
 def readable(file: Path, read: Callable[[], _Content]) -> _Content:
-    """What `read` finds in a safetensors file, or a ValueError that names the file."""
+    """What `read` finds in a safetensors file. A ValueError names the file if it cannot be read."""
     try:
         return read()
     except (SafetensorError, OSError, ValueError, RuntimeError, RecursionError) as error:

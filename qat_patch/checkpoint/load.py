@@ -25,7 +25,7 @@ from .trust.plain_json import read_json
 from .weights import as_dtype, set_stored_types, stored_dtype
 
 COMPONENT = "qat_patch_component"
-"""In the headers of weights: which component of a pipeline they are of."""
+"""Key in the headers of weights: the component of the pipeline that they belong to."""
 
 
 def load_checkpoint(
@@ -37,22 +37,22 @@ def load_checkpoint(
 ) -> Any:
     """Load an export and patch it as it was.
 
-    All files are compared with their hashes first, and loaded from what was compared. Nothing is unpickled, and no code in the
-    folder is run; SECURITY.md says what is promised. Loads in several threads wait for each other.
+    The hashes of all files are checked first, and the checked bytes are loaded. Nothing is unpickled, and no code in the folder
+    is run; SECURITY.md lists the promises. Only one thread loads at a time.
 
     Args:
         folder: what `export_checkpoint` wrote, or its name on the Hub.
         revision: branch, tag or commit on the Hub; default: main.
-        dtype: of the weights; default: as exported.
-        device: where to move the model.
+        dtype: dtype of the weights; default: as exported.
+        device: device to move the model to.
 
     Returns:
-        What was exported, patched: a Transformers model, a Diffusers transformer or a Diffusers pipeline, in evaluation
-        mode; of an export of adapters alone the base model with these adapters. `get_handle` has the receipt.
+        The patched Transformers model, Diffusers transformer or Diffusers pipeline, in evaluation mode; for an export of
+        adapters alone, the base model with these adapters. `get_handle` returns the receipt.
 
     Raises:
-        ValueError: the folder is no export of this package, of another format version, incomplete, changed or damaged, could
-            run code, or the host library cannot load what is in it.
+        ValueError: the folder is not an export of this package, has another format version, is incomplete, changed or
+            damaged, could run code, or the host library cannot load it.
     """
     dtype = dtype if dtype == "auto" else as_dtype(dtype, "load_checkpoint") or "auto"
     with opened(folder, revision) as export, said_plainly(export.name, export.folder):
@@ -61,10 +61,10 @@ def load_checkpoint(
 
 
 def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer that was exported with a language model, with the checks of `load_checkpoint`.
+    """The tokenizer of an exported language model, loaded with the checks of `load_checkpoint`.
 
     Raises:
-        ValueError: as `load_checkpoint`, or there is none.
+        ValueError: as for `load_checkpoint`, or the export has no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -77,9 +77,9 @@ def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> Any:
 
 
 def check_tokenizer(folder: str | Path, remedy: str = "put it there with tokenizer.save_pretrained(...)") -> None:
-    """Raise a ValueError unless the folder of a language model holds a tokenizer.
+    """Raise a ValueError if the folder of a language model has no tokenizer.
 
-    Transformers makes one without words of the model's config instead, or says that sentencepiece is missing.
+    Transformers would build one with an empty vocabulary from the model's config, or complain that sentencepiece is missing.
     """
     if not holds_tokenizer(os.listdir(folder)):
         raise ValueError(f"{folder}: expected the tokenizer of the language model in this folder, got none; {remedy}")
@@ -97,10 +97,10 @@ def load_part(export: ExportFolder, part: str, dtype: torch.dtype | str = "auto"
 
 
 def component_of(folder: Path) -> str | None:
-    """Which component of a pipeline a transformer is, or its adapters are for, if the export says so.
+    """The component of a pipeline that a transformer is, or that its adapters are for, if the export says so.
 
     Raises:
-        ValueError: it is none that pipelines have.
+        ValueError: pipelines have no such component.
     """
     with safe_open(weight_files(folder)[0], framework="pt") as weights:
         found = (weights.metadata() or {}).get(COMPONENT)
@@ -118,7 +118,7 @@ def load_pipeline(export: ExportFolder, dtype: torch.dtype | str = "auto") -> An
     if dtype == "auto":
         dtypes = {"default": torch.float32} | {folder.name: stored_dtype(folder) for folder in folders}
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    # Diffusers wants to be told what was left out.
+    # Diffusers expects an argument for each component that was left out.
     index = read_json(export.folder / "model_index.json")
     options |= {name: None for name, value in index.items() if value == [None, None]}
     load = DiffusionPipeline.from_pretrained
@@ -157,7 +157,7 @@ def _class_in(config: dict[str, Any]) -> Any:
 
 def _model(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.nn.Module:
     folder = export.folder / part
-    # Our quantizer patches it, but not what is for a server.
+    # Our quantizer patches the model, except in an export for a server.
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     config = read_json(folder / "config.json")
     model_class = _class_in(config)
@@ -171,7 +171,7 @@ def _model(export: ExportFolder, part: str, dtype: torch.dtype | str) -> torch.n
         source, type_of_weights = None, stored_dtype(folder) if dtype == "auto" else dtype
         options |= _unpacked(folder, export.linear, model_class.config_class, config)
     model, info = model_class.from_pretrained(source, dtype=type_of_weights, output_loading_info=True, **options)
-    # Transformers makes up what is missing.
+    # Transformers initializes missing weights at random.
     if wrong := {what: sorted(map(str, names)) for what, names in info.items() if names}:
         raise ValueError(f"the weights are not those of the config: {wrong}")
     if dtype == "auto":
@@ -202,7 +202,7 @@ def _transformer(export: ExportFolder, part: str, dtype: torch.dtype | str) -> t
 
     folder = export.folder / part
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-    # Diffusers has no "auto"; without the argument it loads float32.
+    # Diffusers has no "auto"; by default it loads float32.
     model = AutoModel.from_pretrained(str(folder), dtype=stored_dtype(folder) if dtype == "auto" else dtype, **options)
     _check_names(folder, model)
     if dtype == "auto":
@@ -219,7 +219,7 @@ def _adapters(export: ExportFolder, part: str, base: Path, dtype: torch.dtype | 
         model = _base_class(export).from_pretrained(base, dtype=dtype, **common)
         rename(model, base, str(export.base_model))
         if get_handle(model) is not None:
-            # The base is an export itself: patched as that one says, where this one counts.
+            # The base is an export itself and comes patched; this export's patch replaces it.
             unpatch_model(model)
         _patch(export, part, model)
         if export.linear is not None:
@@ -238,7 +238,7 @@ def _adapters(export: ExportFolder, part: str, base: Path, dtype: torch.dtype | 
 
 
 def _base_class(export: ExportFolder) -> Any:
-    """The class of the model that adapters of PEFT belong to: as PEFT names it, or of the task that PEFT names."""
+    """The model class that PEFT adapters belong to: the one that PEFT names, or that of the task that PEFT names."""
     import transformers
 
     config = read_json(export.folder / "adapter_config.json")
@@ -259,7 +259,7 @@ def _patch(export: ExportFolder, part: str, model: torch.nn.Module) -> None:
 
 
 def _finished(export: ExportFolder, part: str, model: torch.nn.Module, folders: list[Path]) -> torch.nn.Module:
-    """Check that a model was patched as the metadata says, and settle it."""
+    """Check that a model was patched as the metadata says, and `settle` it."""
     export.metadata[part].check_patched(require_handle(model).specs)
     rename(model, export.folder / part, export.name)
     settle(folders, model)
@@ -267,7 +267,7 @@ def _finished(export: ExportFolder, part: str, model: torch.nn.Module, folders: 
 
 
 def _hosted(host: str, folders: list[Path], load: Any) -> Any:
-    """Whatever goes wrong inside a host library names the folder. One thread at a time: loading changes globals of torch."""
+    """Call a host library so that its errors name the folder. One thread at a time: loading changes globals of torch."""
     try:
         with building(folders):
             return load()
@@ -281,7 +281,7 @@ def _hosted(host: str, folders: list[Path], load: Any) -> Any:
 
 
 def _check_names(folder: Path, model: torch.nn.Module) -> None:
-    """Raise a ValueError unless the weights have the names of the model's."""
+    """Raise a ValueError unless the weights have the names of the model's weights."""
     names: set[str] = set()
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that goes when its process does, and that says whose it is."""
+"""One process at a time in a folder: a lock that ends with its process and says who holds it."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _RETRIES = 100
 
-# Locks are those of POSIX: the system takes them from a dead process, and forked children do not inherit them. But they do
-# not keep out the process that holds them, and it loses them when it closes the file anywhere: so it has to know its own.
+# These are POSIX locks: the system releases them when a process ends, and forked children do not inherit them. But they do not
+# keep out the process that holds them, and closing the file anywhere in it releases them. So a process tracks its own locks.
 _held: dict[str, int] = {}
 _guard = threading.Lock()
 
 
 @contextlib.contextmanager
 def locked(folder: Path, setting: str) -> Iterator[None]:
-    """Inside, the folder is this process's alone. It is made if it is not there, and goes again if nothing was written to it.
+    """Lock a folder for this process. It is created if needed, and removed again if nothing was written to it.
 
     Args:
-        folder: that is to be written to.
-        setting: what names it, for messages.
+        folder: the folder to write to.
+        setting: the setting that names it, for messages.
 
     Raises:
-        ValueError: another process holds it, or nothing can be written there.
+        ValueError: another process holds the lock, or the folder cannot be written.
     """
     folder, key, process = folder.absolute(), os.path.realpath(folder), os.getpid()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -46,7 +46,7 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
         try:
             yield
         finally:
-            # A forked child that comes by here has to leave the lock of its parent alone.
+            # A forked child must not release its parent's lock.
             if os.getpid() == process:
                 with contextlib.suppress(FileNotFoundError):
                     (folder / LOCK).unlink()
@@ -61,7 +61,7 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 
 
 def refuse_if_locked(folder: Path, setting: str) -> None:
-    """Raise a ValueError if a process holds this folder now. Only reads."""
+    """Raise a ValueError if a process holds this folder now. This only reads."""
     with _guard:
         _refuse_own(folder, os.path.realpath(folder), setting)
         file = folder / LOCK
@@ -80,13 +80,13 @@ def refuse_if_locked(folder: Path, setting: str) -> None:
 
 
 def _acquire(folder: Path, setting: str) -> int:
-    """A descriptor of the file that is locked."""
+    """The descriptor of the locked file."""
     file = folder / LOCK
     for _ in range(_RETRIES):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
-                descriptor = None  # for the last owner may just have removed the folder
+                descriptor = None  # the last owner may just have removed the folder
                 descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ValueError(f"{setting}: nothing can be written to {folder} ({error}); choose another folder") from error
@@ -102,7 +102,7 @@ def _acquire(folder: Path, setting: str) -> int:
                 os.close(descriptor)
                 raise ValueError(f"{setting}: {file} cannot be locked ({error}); choose another folder") from error
             warnings.warn(f"{setting}: the file system of {folder} has no locks; see that nothing else uses it", stacklevel=4)
-        # What was locked may be what an owner that has just ended removed.
+        # The file that we locked may already be deleted by an owner that has just ended.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
                 os.ftruncate(descriptor, 0)
@@ -113,7 +113,7 @@ def _acquire(folder: Path, setting: str) -> int:
 
 
 def _refuse_own(folder: Path, key: str, setting: str) -> None:
-    # A child that was forked knows of its parent's, and finds out as others do.
+    # A forked child sees its parent's entry here; it must find out as other processes do.
     if _held.get(key) == os.getpid():
         raise _in_use(folder, setting, _this_process())
 
@@ -123,12 +123,12 @@ def _this_process() -> dict[str, Any]:
 
 
 def _owner(file: Path) -> dict[str, Any]:
-    """What the process that holds the lock wrote about itself."""
+    """What the lock's owner wrote about itself."""
     for _ in range(_RETRIES):
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            time.sleep(0.002)  # it has just been locked
+            time.sleep(0.002)  # it was locked a moment ago, and nothing is written yet
     return {"host": "an unknown machine", "pid": "?"}
 
 

@@ -1,6 +1,6 @@
-"""The folder of an export: what its manifest says is checked against every file before a host library opens one.
+"""The folder of an export. Its manifest is checked against every file before a host library opens one.
 
-Nothing is ever unpickled and no code of a folder is ever run: whatever could lead there is refused.
+Nothing is ever unpickled and no code of a folder is ever run: files that could do so are refused.
 """
 
 from __future__ import annotations
@@ -46,18 +46,17 @@ class ExportFolder:
     kind: str
     """`model`, `pipeline` or `adapters`."""
     metadata: dict[str, AttentionMetadata]
-    """By subfolder: one under "" for a model or adapters, one a transformer for a pipeline."""
+    """By subfolder: one under "" for a model or adapters, one for each transformer of a pipeline."""
     base_model: str | None
-    """Of adapters: what they belong to."""
+    """For adapters: the model that they belong to."""
     server: str | None = None
-    """What the export is for, if not for this package: no config holds the metadata then, and the manifest does."""
+    """The server that the export is for, if any. Then the manifest holds the metadata, and no config does."""
     linear: LinearRecord | None = None
-    """Its linear layers, if they are quantized too: packed in an export of a model, and those of the base model beside
-    adapters."""
+    """The linear layers, if they are quantized too: packed in the export of a model; for adapters those of the base model."""
     references: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """By subfolder, where one was recorded: device, dtype and torch version that computed the reference output."""
+    """By subfolder, if recorded: the device, dtype and torch version that computed the reference output."""
     name: str = ""
-    """Of an export that is being loaded: how the user calls it; `folder` is a private copy then."""
+    """While an export is loaded: the name that the user gave. `folder` is a private copy then."""
 
     @property
     def is_beside(self) -> bool:
@@ -82,7 +81,7 @@ class ExportFolder:
 
 
 def write_manifest(export: ExportFolder) -> None:
-    """Complete a folder: nothing but the model card may change in it any more."""
+    """Complete a folder. After this only the model card may change."""
     adapters = export.kind == "adapters"
     check_written(export)
     manifest = {
@@ -106,11 +105,11 @@ def write_manifest(export: ExportFolder) -> None:
 
 
 def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
-    """Check an export, all of it but the values of its weights, while it is taken over into a private folder.
+    """Check an export, except the values of its weights, while it is copied to a private folder.
 
     Args:
-        copy: its files, open.
-        name: how the user calls it.
+        copy: its open files.
+        name: the name that the user gave.
 
     Raises:
         ValueError: the folder is no export, of another format version, incomplete, changed or damaged; its parts do not
@@ -126,7 +125,7 @@ def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
             f"load_checkpoint: {copy.source} was saved by save_pretrained and is no export; load it with its own library and "
             "call patch_model, which finds what was patched"
         )
-    # The version comes first: another one may seal in another way.
+    # The version comes first: another one may compute the hash in another way.
     check_format_version(where, manifest)
     try:
         manifest = integrity.unsealed(manifest)
@@ -163,10 +162,10 @@ def read_folder(copy: PrivateCopy, name: str) -> ExportFolder:
 
 
 def leave_out_unknown_keys(folder: Path, linear: LinearRecord | None = None) -> None:
-    """Rewrite those configs of a folder that hold what loading would refuse, and no library knows.
+    """Rewrite the configs of a folder without the keys that no library knows, which loading would refuse.
 
     Raises:
-        ValueError: one holds what could run code.
+        ValueError: a config could run code.
     """
     for file in sorted(folder.rglob("*.json")):
         if file.name in allowed_keys.CONFIGS:
@@ -179,7 +178,7 @@ def leave_out_unknown_keys(folder: Path, linear: LinearRecord | None = None) -> 
 
 
 def check_written(export: ExportFolder) -> None:
-    """Raise a ValueError unless an export that was just written can be loaded, as far as names and configs say."""
+    """Raise a ValueError if loading would refuse the names or configs of an export that was just written."""
     names = [file.relative_to(export.folder).as_posix() for file in export.folder.rglob("*") if not file.is_dir()]
     recorded = [name for name in names if name not in (MANIFEST, README)]
     parts = [folder.name for folder in export.folder.iterdir() if folder.is_dir()]
@@ -188,7 +187,7 @@ def check_written(export: ExportFolder) -> None:
 
 
 def _what_changed(recorded: dict[str, Any], taken: dict[str, tuple[int, str]]) -> str | None:
-    """What is wrong with the files that were taken over, or None if they are those that the manifest lists."""
+    """What is wrong with the copied files, or None if they are those that the manifest lists."""
     for name, record in recorded.items():
         if name not in taken:
             return f"is incomplete: {name} is missing"
@@ -201,7 +200,7 @@ def _what_changed(recorded: dict[str, Any], taken: dict[str, tuple[int, str]]) -
 
 
 def _check_parts(folder: Path, manifest: dict[str, Any]) -> dict[str, AttentionMetadata]:
-    """The metadata of the models in a folder, after a look at the headers of all weights and at the sizes in the configs."""
+    """The metadata of the models in a folder, after checking the headers of all weights and the sizes in the configs."""
     stored = _stored_metadata(folder, manifest)
     metadata = {part: _read_metadata(folder / part, values) for part, values in stored.items()}
     components = [each.name for each in folder.iterdir() if each.is_dir() and weight_files(each)]
@@ -228,7 +227,7 @@ def _check_configs(folder: Path, kind: str, server: str | None, linear: LinearRe
                     "compressed-tensors spells it; the files come from different exports, or one was edited"
                 )
             if server is None:
-                # The metadata have checks of their own.
+                # The metadata is checked elsewhere.
                 config = without_entries(_host(config), config)
         allowed_keys.check_config(str(file), file.name, config)
 
@@ -271,7 +270,7 @@ def _check_manifest(where: str, manifest: dict[str, Any]) -> None:
 
 
 def _stored_metadata(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The metadata as they stand in the configs, by subfolder."""
+    """The metadata in the configs, by subfolder."""
     if manifest["kind"] == "adapters":
         return {"": manifest["attention"]}
     if manifest["server"] is not None or manifest["linear"] is not None:

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to run it, how it was trained, what was measured."""
+"""The model card of an export: what it is, how to run it, how it was trained, and what was measured."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model_card(
         library_name="peft" if is_adapter and library == "transformers" else library,
         pipeline_tag=_task(model, library),
         license=_license(base),
-        # A folder of this machine is no name on the Hub.
+        # A local folder is not a name on the Hub.
         base_model=None if base is None or Path(base).exists() else base,
         base_model_relation=relation if base else None,
         datasets=_datasets(metadata.training or {}) or None,
@@ -82,14 +82,14 @@ def _of_linears(linear: LinearRecord, is_adapter: bool) -> str:
 
 
 def _source(model: Any) -> str | None:
-    """The name on the Hub that a model was loaded from, if it was."""
+    """The name on the Hub that a model was loaded from, or None."""
     config = getattr(model, "config", None)
     name = config.get("_name_or_path") if isinstance(config, Mapping) else getattr(config, "_name_or_path", None)
     return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def _license(base: str | None) -> str | None:
-    """What the model card of the base model says."""
+    """The license in the model card of the base model."""
     from huggingface_hub import ModelCard
 
     card = None if base is None else Path(base, "README.md")
@@ -100,14 +100,14 @@ def _license(base: str | None) -> str | None:
 
 
 def _datasets(training: dict[str, Any]) -> list[str]:
-    """Names on the Hub among the settings of the data."""
+    """Dataset names on the Hub in the settings of the data."""
     data = training.get("data") or training.get("text")
     found = data.get("dataset") or data.get("name") if isinstance(data, dict) else None
     return [found] if isinstance(found, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", found) else []
 
 
 def _task(model: Any, library: str) -> str | None:
-    """The Hub's name of what a model does, as its library lists it."""
+    """The Hub's name for the model's task, as its library lists it."""
     name = type(model).__name__.removeprefix("FSDP")
     if library == "transformers":
         from transformers.models.auto import modeling_auto
@@ -135,7 +135,7 @@ def _task(model: Any, library: str) -> str | None:
         "image-to-video": lists.AUTO_IMAGE2VIDEO_PIPELINES_MAPPING,
     }
     for task, mapping in by_task.items():
-        # A pipeline itself, or one that says in its arguments that it takes this transformer.
+        # The pipeline itself, or one whose arguments take this transformer.
         if any(
             name == kind.__name__ or name in str(kind.__init__.__annotations__.get("transformer")) for kind in mapping.values()
         ):

@@ -1,6 +1,6 @@
-"""Our entry among transformers' quantizers: `from_pretrained` on an export gives a patched model, `save_pretrained` keeps it.
+"""Our quantizer in transformers: `from_pretrained` of an export gives a patched model, and `save_pretrained` keeps the patch.
 
-Importing this module imports transformers; `register_when_imported` is how the package brings it in.
+Importing this module imports transformers; the package loads it with `register_when_imported`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ class Saving(NamedTuple):
     """A call of `save_pretrained`."""
 
     state_dict: Any
-    """What it was told to save, or None."""
+    """The state_dict that it was given, or None."""
     write_beside: Callable[[], None]
-    """Writes what stands beside the weights."""
+    """Writes our files beside the weights."""
 
 
 @register_quantization_config(METHOD)
 class QATPatchConfig(QuantizationConfigMixin):
-    """The attention metadata as transformers carries it; read once, before any weight is."""
+    """The attention metadata as transformers carries it. It is read once, before any weight."""
 
     def __init__(self, **values: Any) -> None:
         self.metadata = AttentionMetadata.from_dict({"quant_method": METHOD} | values)
         self.quant_method = METHOD
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """The entry of config.json."""
         return self.metadata.to_dict()
 
 
 @register_quantizer(METHOD)
 class QATPatchQuantizer(HfQuantizer):
-    """Patches the model once its weights, which are ordinary ones, are loaded."""
+    """Patches the model after its weights, which are ordinary ones, are loaded."""
 
     requires_calibration = False
     is_trainable = True
@@ -67,7 +67,7 @@ class QATPatchQuantizer(HfQuantizer):
             metadata, shifts = metadata.renamed(rename), {rename(name): x for name, x in shifts.items()}
             self.quantization_config.metadata = metadata
         metadata.check_patched(patch_model(model, metadata.config, k_shift=shifts).specs)
-        model.is_quantized = False  # the weights are not: .half() and .float() are fine
+        model.is_quantized = False  # the weights are not quantized: .half() and .float() are fine
         return model
 
     def is_serializable(self) -> bool:
@@ -82,7 +82,7 @@ class QATPatchQuantizer(HfQuantizer):
 def _check_shapes(model: Any, expected: dict[str, torch.Size]) -> None:
     """Raise a ValueError if a parameter has another shape than before it was loaded.
 
-    Transformers 5.17 leaves that to quantizers. Of one that is split over processes each holds a part.
+    Transformers 5.17 leaves this check to quantizers. A parameter that is split over processes is only partly here.
     """
     for name, x in model.named_parameters() if model._tp_size is None else ():
         if x.shape != expected.get(name, x.shape):
@@ -93,7 +93,7 @@ def _check_shapes(model: Any, expected: dict[str, torch.Size]) -> None:
 
 
 def _new_names(model: Any, metadata: AttentionMetadata) -> Callable[[str], str] | None:
-    """How to rename modules where a model is loaded without its head, or with another (`AutoModel` of a language model)."""
+    """How to rename modules if a model is loaded without its head or with another one (`AutoModel` of a language model)."""
     names = {name for name, _ in model.named_modules()}
     if metadata.specs.keys() <= names:
         return None
@@ -107,7 +107,7 @@ def _new_names(model: Any, metadata: AttentionMetadata) -> Callable[[str], str] 
 
 
 def _beside_the_weights(model: Any, name: str) -> Path:
-    """A file of the folder, or of the repository on the Hub, that a model was loaded from."""
+    """A file from the folder or Hub repository that a model was loaded from."""
     config = model.config
     found = cached_file(
         config._name_or_path, name, revision=getattr(config, "_commit_hash", None), _raise_exceptions_for_missing_entries=False

@@ -1,7 +1,7 @@
-"""What `save_pretrained` of a host library writes about a patched model: the attention in force, whoever patched it, and when.
+"""The record that `save_pretrained` of a host library writes about a patched model: the attention in force.
 
-A Transformers config holds it as `quantization_config`, a Diffusers config under a key of its own, and K shifts stand in a file
-beside the weights. Where `quantization_config` belongs to another quantizer, or only adapters are saved, it is `qat_patch.json`.
+A Transformers config holds it as `quantization_config`, a Diffusers config under our own key, and K shifts are in a file beside
+the weights. If `quantization_config` belongs to another quantizer, or only adapters are saved, the record is `qat_patch.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def attention_in_force(model: torch.nn.Module) -> tuple[AttentionMetadata, dict[str, torch.Tensor]] | None:
-    """What a patched model runs, and its K shifts, by the names that modules have in `model`; None if nothing is patched."""
+    """The attention that a patched model runs, and its K shifts, by module names in `model`; None if nothing is patched."""
     handle = get_handle(model)
     if handle is None:
         return None
@@ -47,14 +47,14 @@ def attention_in_force(model: torch.nn.Module) -> tuple[AttentionMetadata, dict[
     prefix = next(name for name, module in model.named_modules() if module is plan.model)
     if not prefix and len(kept) == len(plan.patched):
         return metadata, shifts
-    # Another model than the one that was patched, or a part of what was patched.
+    # `model` is a part of the patched model, or contains it.
     names = {name: f"{prefix}.{name}".removeprefix(".") for name in kept}
     shifts = {names[name]: x for name, x in shifts.items()}
     return dataclasses.replace(metadata.renamed(lambda name: names[name]), k_shift=digest(shifts)), shifts
 
 
 def record_in_transformers(module: Any) -> None:
-    """Let `PreTrainedModel` save what is in force, and say so when it loads a model whose record it does not read itself."""
+    """Let `PreTrainedModel` save the attention in force, and log it when a loaded model has a record that it does not read."""
     model_class = module.PreTrainedModel
     save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
 
@@ -77,7 +77,7 @@ def record_in_transformers(module: Any) -> None:
     @functools.wraps(load)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         name = pretrained_model_name_or_path
-        # Auto classes have put the argument into the config.
+        # Auto classes put the argument into the config.
         asked = kwargs.get("attn_implementation") or getattr(kwargs.get("config"), "_attn_implementation", None)
         if (original := named_original(asked)) is not None:
             kwargs["attn_implementation"] = original
@@ -102,7 +102,7 @@ def record_in_transformers(module: Any) -> None:
 
 
 def record_in_peft(module: Any) -> None:
-    """The same for `PeftModel`, which saves adapters alone."""
+    """The same for `PeftModel`, which saves only adapters."""
     model_class = module.PeftModel
     save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
 
@@ -123,8 +123,8 @@ def record_in_peft(module: Any) -> None:
 
 
 def record_in_diffusers(module: Any) -> None:
-    """Let `ModelMixin` save what is in force. Diffusers patches nothing itself: `patch_model` finds the record."""
-    # Meant for those who have no such package.
+    """Let `ModelMixin` save the attention in force. Diffusers does not patch when it loads: `patch_model` finds the record."""
+    # The notice is for users without this package.
     logging.getLogger("diffusers.configuration_utils").addFilter(_is_more_than_our_notice)
     model_class = module.ModelMixin
     save, load = model_class.save_pretrained, model_class.from_pretrained.__func__
@@ -159,12 +159,12 @@ def record_in_diffusers(module: Any) -> None:
 
 
 def _is_more_than_our_notice(record: logging.LogRecord) -> bool:
-    """False of the line in which Diffusers says that it does not know our notice, and nothing else."""
+    """False for the log line in which Diffusers says only that it does not know our notice."""
     return not record.getMessage().startswith(f"The config attributes { {NOTICE_KEY: NOTICE} } were passed to ")
 
 
 def _in_any_order(metadata: AttentionMetadata) -> AttentionMetadata:
-    """The same with patterns whose order does not matter: host libraries sort what is in a config."""
+    """The same with sorted patterns, if their order does not matter: host libraries sort the entries of a config."""
     overrides = list(metadata.config.overrides)
     return metadata if overrides == sorted(overrides) else metadata.renamed(lambda name: name)
 
@@ -177,12 +177,12 @@ def _call(save: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
 
 
 def _destination(call: dict[str, Any]) -> Path | None:
-    """The folder that a call saves into; None of a process that writes nothing."""
+    """The folder that a call saves to; None in a process that writes nothing."""
     return Path(call["save_directory"]) if call["is_main_process"] else None
 
 
 def _remove_what_stands_there(folder: Path | None) -> None:
-    """What this package wrote about the weights that are saved over now."""
+    """Remove our files about weights that are now overwritten."""
     if folder is not None:
         for name in (K_SHIFT, MANIFEST, REFERENCE, REFERENCE_FOR_SERVERS, SERVING, AUTO_CONFIG):
             (folder / name).unlink(missing_ok=True)
@@ -195,7 +195,7 @@ def _write_shifts(folder: Path | None, shifts: dict[str, torch.Tensor]) -> None:
 
 
 def _write_beside(folder: Path | None, found: tuple[AttentionMetadata, dict[str, torch.Tensor]] | None) -> None:
-    """The record where the config has no place for it."""
+    """Write the record to its own file, if the config has no place for it."""
     _remove_what_stands_there(folder)
     if folder is None or found is None:
         return
@@ -206,7 +206,7 @@ def _write_beside(folder: Path | None, found: tuple[AttentionMetadata, dict[str,
 
 
 def _is_free(model: Any) -> bool:
-    """Whether the config is saved, and its `quantization_config` belongs to nobody else."""
+    """Whether the config is saved, and its `quantization_config` belongs to no other quantizer."""
     quantizer = getattr(model, "hf_quantizer", None)
     ours = quantizer is None or quantizer.quantization_config.quant_method == METHOD
     return ours and not getattr(model, "_hf_peft_config_loaded", False)
@@ -216,7 +216,7 @@ def _is_free(model: Any) -> bool:
 def _as_quantizer(
     model: Any, metadata: AttentionMetadata, shifts: dict[str, torch.Tensor], folder: Path | None, state_dict: Any
 ) -> Iterator[None]:
-    """Inside, the model saves these metadata as those of its quantizer."""
+    """Inside, the model saves this metadata as that of its quantizer."""
     from .quantizer import QATPatchConfig, QATPatchQuantizer, Saving
 
     def write_beside() -> None:
@@ -240,7 +240,7 @@ def _as_quantizer(
 
 
 def _folder_with_manifest(name: Any, kwargs: dict[str, Any]) -> Path | None:
-    """Where what stands beside a model's weights is: the folder, or for a name on the Hub its place in the cache."""
+    """The folder with our files beside a model's weights; for a name on the Hub, its folder in the cache."""
     from transformers.utils.hub import cached_file
 
     if Path(name).is_dir():
@@ -252,7 +252,7 @@ def _folder_with_manifest(name: Any, kwargs: dict[str, Any]) -> Path | None:
 
 
 def _remember(model: Any, folder: Path | None, part: str) -> None:
-    """Keep for `patch_model` what an export for a server expects, which no config of it says."""
+    """Keep for `patch_model` the attention that an export for a server expects: its configs do not name it."""
     if folder is None or not (file := folder / MANIFEST).is_file():
         return
     try:
@@ -262,12 +262,12 @@ def _remember(model: Any, folder: Path | None, part: str) -> None:
         values = attention.get(part) if isinstance(attention, dict) else None
         if AttentionMetadata.is_ours(values):
             setattr(model, RECORD, AttentionMetadata.from_dict(values))
-    except ValueError as error:  # the weights are what was asked for, and they are loaded
-        _log.warning("%s cannot be read (%s): patch_model will not know what attention this model was trained for", file, error)
+    except ValueError as error:  # only a warning: the user asked for the weights, and these are loaded
+        _log.warning("%s cannot be read (%s): patch_model will not know which attention this model was trained for", file, error)
 
 
 def _announce(model: Any, source: Any, revision: Any) -> None:
-    """Tell that a model runs original attention although it was saved with another, and keep the record for `patch_model`."""
+    """Log that a model runs original attention although it was saved with 4-bit; keep the record for `patch_model`."""
     from transformers.utils.hub import cached_file
 
     options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}

@@ -1,4 +1,4 @@
-"""Brings our quantizer and records into the host libraries without importing them: now if they are loaded, else when they are."""
+"""Registers our quantizer and records in the host libraries without importing them: at once, or when they are imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .record import record_in_diffusers, record_in_peft, record_in_transformers
 
 
 def register_when_imported() -> None:
-    """Enter each module of a host library as soon as it exists."""
+    """Register in each module of a host library as soon as it is imported."""
     missing = {}
     for name, enter in _ENTRIES.items():
         if name in sys.modules:
@@ -38,7 +38,7 @@ _ENTRIES: dict[str, Callable[[Any], None]] = {
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: it adds `enter` to what runs when one of these modules is imported."""
+    """Finds no module itself: it makes the import of one of these modules call `enter` too."""
 
     def __init__(self, entries: dict[str, Callable[[Any], None]]) -> None:
         self.entries = entries

@@ -1,4 +1,4 @@
-"""Check an export from end to end: hashes, metadata, weights, and what the loaded model makes of the reference input."""
+"""Check an export from end to end: hashes, metadata, weights, and the loaded model's output for the reference input."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .weights import FLOATS
 
 
 def verify_checkpoint(folder: str | Path, *, revision: str | None = None) -> list[str]:
-    """Check an export as far as that can be done without knowing what it was exported from.
+    """Check an export as far as possible without the original model.
 
-    Every file has the hash that was recorded; config, headers, index and K shifts belong together; every weight is finite,
-    and has in the loaded model the shape and the type that it has in the file; the model makes of the reference input what
-    it made when it was exported. All on the CPU. `python -m qat_patch verify FOLDER` does this in a process of its own.
+    Every file must have its recorded hash; config, headers, index and K shifts must belong together; every weight must be finite,
+    and have the same shape and type in the loaded model as in the file; and the model must give the recorded output for the
+    reference input. All on the CPU. `python -m qat_patch verify FOLDER` does this in its own process.
 
     Args:
         folder: what `export_checkpoint` wrote, or its name on the Hub.
         revision: branch, tag or commit on the Hub; default: main.
 
     Returns:
-        What was found, a line each.
+        The results, one line each.
 
     Raises:
-        ValueError: what is wrong.
+        ValueError: something is wrong; the message says what.
     """
     with opened(folder, revision) as export, said_plainly(export.name, export.folder):
         return [printable(line) for line in _verified(export)]
@@ -74,7 +74,7 @@ def _check_finite(file: Path) -> int:
         names = list(weights.keys())
         for name in names:
             x = weights.get_tensor(name)
-            if x.dtype == torch.float8_e4m3fn:  # scales of packed weights
+            if x.dtype == torch.float8_e4m3fn:  # float8 scales of packed weights
                 x = x.float()
             if not x.isfinite().all():
                 count = int((~x.isfinite()).sum())
@@ -83,7 +83,7 @@ def _check_finite(file: Path) -> int:
 
 
 def _check_shapes(export: ExportFolder, part: str, model: torch.nn.Module) -> None:
-    # Names that transformers translates while it loads are its own to check.
+    # Names that transformers translates while it loads are checked by transformers.
     state = model.state_dict()
     for file in weight_files(export.folder / part):
         with safe_open(file, framework="pt") as weights:

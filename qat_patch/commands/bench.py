@@ -1,6 +1,6 @@
-"""qat-patch bench figure-5: the paper's figure 5 on this GPU. Numbers are checked first; what is wrong is not timed.
+"""qat-patch bench figure-5: the paper's figure 5 on this GPU. Results are checked first; nothing wrong is timed.
 
-Ours stand beside PyTorch's attention, and beside FlashAttention, SageAttention3 and FlashInfer where these are installed.
+It compares our kernels with PyTorch's attention, and with FlashAttention, SageAttention3 and FlashInfer if installed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from qat_patch.bench.harness import write
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check, time, print, write, draw.
+    """Check and time the kernels, print and write the results, and draw the picture.
 
     Raises:
-        ValueError: it cannot run here, ours are wrong, or the picture cannot be drawn; the last before anything is timed.
+        ValueError: it cannot run here, our results are wrong, or the picture cannot be drawn (checked before timing).
     """
     options = _parse(arguments)
     if not options.no_png and importlib.util.find_spec("matplotlib") is None:
@@ -52,7 +52,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, nargs="+", default=dims[::-1], metavar="D", help="(default: 128 64)")
     parser.add_argument("--batch", type=int, default=SHAPES[0].batch, metavar="N", help="(default: 16)")
     parser.add_argument("--heads", type=int, default=SHAPES[0].heads, metavar="N", help="(default: 16)")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="how often each is timed (default: 20)")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="how often each shape is timed (default: 20)")
     parser.add_argument("--json", type=Path, default=Path("figure-5.json"), metavar="FILE", help="(default: figure-5.json)")
     parser.add_argument("--png", type=Path, default=Path("figure-5.png"), metavar="FILE", help="(default: figure-5.png)")
     parser.add_argument("--no-png", action="store_true", help="draw nothing")

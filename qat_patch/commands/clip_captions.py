@@ -1,4 +1,4 @@
-"""Videos and images with captions in a folder: which there are, from pairs of files or from a table. For prepare-wan-data."""
+"""List the videos and images of a folder with their captions, from pairs of files or from a table. For prepare-wan-data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qat_patch.checkpoint import integrity
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm"}
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 FILE_COLUMNS = ("file_name", "video", "image", "video_path", "image_path")
-"""Those of Datasets and finetrainers, of DiffSynth-Studio, and of musubi-tuner."""
+"""The names in tables of Datasets and finetrainers, of DiffSynth-Studio, and of musubi-tuner."""
 CAPTION_COLUMNS = ("caption", "text", "prompt", "captions")
-"""The last one is ours: a list of texts, of which each sample is given one."""
+"""`captions` is ours: a list of texts; each sample gets one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Clip:
     """The file, relative to the input folder, with forward slashes."""
     caption: str
     video_sha256: str
-    """Of the file. With the captions it tells whether the clip has changed since it was encoded."""
+    """The SHA-256 of the file. With the captions it shows whether the clip has changed since it was encoded."""
     variants: tuple[str, ...] = ()
     """Other captions."""
 
@@ -50,10 +50,10 @@ def is_image(name: str) -> bool:
 
 
 def list_clips(folder: Path) -> tuple[list[Clip], dict[str, str]]:
-    """The clips of a folder, by name, and the reasons for leaving out others.
+    """The clips of a folder by name, and why others were left out.
 
     Raises:
-        ValueError: there are none, or metadata that cannot be read.
+        ValueError: there are no clips, or the table cannot be read.
     """
     if not folder.is_dir():
         raise ValueError(f"--input: there is no folder {folder}")
@@ -73,7 +73,7 @@ def list_clips(folder: Path) -> tuple[list[Clip], dict[str, str]]:
             skipped[source] = "it has no caption"
         else:
             good.append(source)
-    # Hashing lets other threads run.
+    # Hashing releases the GIL.
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(lambda source: integrity.sha256(folder / source), good))
     clips = [
@@ -93,17 +93,17 @@ def _video_beside(image: Path) -> Path | None:
 
 
 def _from_pairs(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Captions by file, from clip.txt beside clip.mp4; empty where there is none."""
+    """Captions by file, from clip.txt beside clip.mp4; empty if there is no text."""
     captions: dict[str, tuple[str, ...]] = {}
     for picture in _pictures(folder):
         text = picture.with_suffix(".txt")
-        if text.is_file() or not is_image(picture.name):  # images without texts are covers and the like
+        if text.is_file() or not is_image(picture.name):  # images without a text are covers and the like
             captions[picture.relative_to(folder).as_posix()] = (_read_text(text).strip() if text.is_file() else "",)
     return captions
 
 
 def _texts_alone(folder: Path) -> dict[str, str]:
-    """Texts that are captions of nothing, and why."""
+    """Texts without a video or image, and why they are left out."""
     suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
     known = {path.with_suffix("") for path in _pictures(folder)}
     texts = (text for text in folder.rglob("*.txt") if text.with_suffix("") not in known)
@@ -111,13 +111,13 @@ def _texts_alone(folder: Path) -> dict[str, str]:
 
 
 def _from_metadata(file: Path, folder: Path) -> dict[str, tuple[str, ...]]:
-    """Captions by file, from a table; empty where there is none."""
+    """Captions by file, from a table; empty if there is no caption."""
     captions: dict[str, tuple[str, ...]] = {}
     unused = set()
     for number, row in _csv_rows(file) if file.suffix == ".csv" else _json_rows(file):
         where = f"--input: {file}, row {number}"
         names, texts = ([name for name in known if name in row] for known in (FILE_COLUMNS, CAPTION_COLUMNS))
-        # A table of images and videos has a column for each.
+        # A table of images and videos has one column for each kind.
         names = [name for name in names if row[name]] or names[:1]
         if len(names) != 1 or len(texts) != 1:
             raise ValueError(

@@ -14,7 +14,7 @@ from qat_patch.checkpoint import integrity
 FORMAT_VERSION = 2
 INDEX = "index.json"
 EMPTY_CAPTION = "empty_caption.safetensors"
-"""prompt_embeds of no caption at all, for those that are dropped in training."""
+"""The file with the prompt_embeds of an empty caption, for captions that training drops."""
 ASIDE = ".incomplete"
 
 
@@ -29,11 +29,11 @@ def write_index(
     """Write the index of a folder's clips, once their files are complete.
 
     Args:
-        folder: holds the files, and gets the index.
-        settings: what all clips share: the encoders, text_length, dtype.
-        clips: of each its file relative to the folder, what it was made of, and the shapes in it.
-        skipped: sources that were left out, with the reason.
-        empty_caption: whether the folder holds the embeddings of one.
+        folder: holds the files; the index is written here.
+        settings: settings that all clips share: the encoders, text_length, dtype.
+        clips: for each clip its file relative to the folder, its source, and the shapes in it.
+        skipped: the sources that were left out, with the reason.
+        empty_caption: whether the folder holds the embeddings of an empty caption.
     """
     with ThreadPoolExecutor() as pool:
         names = [clip["file"] for clip in clips]
@@ -53,7 +53,7 @@ def write_index(
 
 @contextlib.contextmanager
 def written_aside(file: Path) -> Iterator[Path]:
-    """A path to write to that becomes `file` when that succeeds, and goes when it fails."""
+    """A temporary path to write to. It is renamed to `file` on success, and removed after an error."""
     aside = file.with_name(f"{file.name}{ASIDE}")
     try:
         yield aside

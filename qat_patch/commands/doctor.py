@@ -1,4 +1,4 @@
-"""qat-patch doctor: the machine, the versions, and what runs how. With --check FP4 units are proved and timed.
+"""qat-patch doctor: the machine, the versions, and what runs how. --check tests and times the kernels for FP4 units.
 
 qat-patch doctor
 qat-patch doctor --check --report report.json
@@ -15,7 +15,7 @@ from qat_patch.measure.doctor import report, self_check
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the report; with `--check` run the self-check first.
+    """Print the report. With `--check` run the self-check first.
 
     Raises:
         ValueError: there is nothing to check here, or the report cannot be written.
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--check", action="store_true", help="run the kernel for FP4 units on random tensors, for minutes, and keep the verdicts"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="of --check: write all of it there, for a bug report")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="with --check: write the whole report here, for a bug report")
     options = parser.parse_args(arguments)
     if options.report is not None and not options.check:
         raise ValueError("--report: has no effect without --check; add it, or leave it out")

@@ -1,4 +1,4 @@
-"""The files of encoded clips: which are there, whether they are of these clips and settings, and what is missing."""
+"""The files of encoded clips: which exist, whether they belong to these clips and settings, and which are missing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .clip_captions import Clip
 from .wan_clips import Windows, length_of, nearest_resolution, spread
 
 _MAY_GROW = ("num_frames", "resolutions")
-"""Settings that do not change what a clip was encoded to, but which of the clips are encoded so."""
+"""Settings that change which clips are encoded to which size, but not the encoding itself."""
 
 
 def file_of(output: Path, clip: Clip, start: int) -> Path:
@@ -21,7 +21,7 @@ def file_of(output: Path, clip: Clip, start: int) -> Path:
 
 
 def record_of(clip: Clip, windows: Windows, number: int, fps: float) -> dict[str, Any]:
-    """What the header of a window's file, and the index, say about it."""
+    """The record of a window, for the header of its file and for the index."""
     length, height, width, _ = windows.frames[number].shape
     start = {"start": windows.starts[number]} if windows.starts[number] else {}
     return {
@@ -37,7 +37,7 @@ def record_of(clip: Clip, windows: Windows, number: int, fps: float) -> dict[str
 
 
 def finished(output: Path, clip: Clip, settings: dict[str, Any], windows: int) -> list[dict[str, Any]] | None:
-    """The index entries of all windows of a clip; None if some are missing, or if only the video could tell.
+    """The index entries of all windows of a clip; None if some are missing, or if the video has to be read to know.
 
     Raises:
         ValueError: it was done with other settings.
@@ -55,10 +55,10 @@ def finished(output: Path, clip: Clip, settings: dict[str, Any], windows: int) -
 
 
 def entry(output: Path, clip: Clip, start: int, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The index entry of a window that is done, of the clip as it is now, from the header of its file; else None.
+    """The index entry of a finished window of the clip as it is now, from the header of its file; else None.
 
     Raises:
-        ValueError: it was done with other settings. More lengths and resolutions on offer are none.
+        ValueError: it was encoded with other settings. Added lengths and resolutions are allowed.
     """
     file = file_of(output, clip, start)
     try:
@@ -86,7 +86,7 @@ def _has_grown(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:
 def _place(
     first: dict[str, Any], clip: Clip, settings: dict[str, Any], windows: int
 ) -> tuple[int, tuple[int, int], list[int]] | None:
-    """Length, size and starts that the windows of a clip have with these settings; None if that is not known."""
+    """The length, size and starts of a clip's windows with these settings; None if they are not known."""
     then = first["offered"]
     if windows == 1 and all(then[name] == settings[name] for name in _MAY_GROW):
         return first["frames"], (first["height"], first["width"]), [0]
@@ -100,6 +100,6 @@ def _place(
     if total is not None:
         length = length_of(total, settings["num_frames"], settings["fps"])
         return length, size, spread(total, length, windows)
-    # It is at least as long as what was looked at.
+    # The video is at least as long as the part that was read.
     longest = max(settings["num_frames"])
     return (longest, size, [0]) if windows == 1 and longest <= max(then["num_frames"]) else None

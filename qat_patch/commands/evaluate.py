@@ -4,8 +4,8 @@ qat-patch evaluate Qwen/Qwen3-0.6B --attention original,nvfp4,kv_nvfp4 --text he
 qat-patch evaluate outputs/run/export --tasks hellaswag,arc_easy --limit 100
 qat-patch evaluate Wan-AI/Wan2.1-T2V-1.3B-Diffusers --attention original,sage3 --prompt "A red boat" --dtype bfloat16
 
-Attentions are `original`, the presets of QuantSpec (`qat-patch servers` lists them, and who serves them), and for an export
-`exported`, its own. The original attention is the reference: loss and KL are nats per token, PSNR and SSIM are to its samples.
+Attentions are `original`, the presets of QuantSpec (`qat-patch servers` lists them and their servers), and for an export
+`exported`, its own. The reference is the original attention: KL, PSNR and SSIM compare with it. Loss and KL are nats per token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, write.
 
     Raises:
-        ValueError: an attention that the model cannot run, inputs that do not fit it, or a setting without effect.
+        ValueError: the model cannot run an attention, inputs do not fit it, or a setting has no effect.
     """
     options = _parse(arguments)
     for wanted, names in (("tasks", _OF_TASKS), ("prompt", _OF_SAMPLES)):
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None and options.json.exists():
         raise ValueError(f"--json: {options.json} exists; choose another file")
     if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ValueError(f"--json: {options.json.absolute().parent} is no folder; make it first")
+        raise ValueError(f"--json: {options.json.absolute().parent} is not a folder; create it first")
     for name in ("limit", "batch_size", "seeds"):
         if (number := getattr(options, name)) is not None and number < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
@@ -77,7 +77,7 @@ def _samples(options: argparse.Namespace) -> Any:
         pipe = make_pipeline(folder, options.pipeline, dtype, component=options.component).to(options.device)
         pipe.set_progress_bar_config(disable=True)
     elif options.pipeline is not None or options.component is not None:
-        raise ValueError(f"--pipeline and --component: are for an export of a transformer alone, and {options.model} is none")
+        raise ValueError(f"--pipeline and --component: only for an export of a transformer alone, and {options.model} is not one")
     else:
         pipe = load_model(options)
     if isinstance(pipe, torch.nn.Module):
@@ -131,20 +131,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--attention", metavar="NAME,NAME", help="default: original and, of an export, exported; else nvfp4 and kv_nvfp4 or sage3"
     )
-    parser.add_argument("--config", type=Path, help="JSON of an AttnQATConfig that says which modules (default: all)")
+    parser.add_argument("--config", type=Path, help="JSON of an AttnQATConfig that selects the modules (default: all)")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="modules that keep their original attention")
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--text", type=Path, metavar="FILE", help="text file, for a language model with its tokenizer")
     inputs.add_argument("--tasks", metavar="TASK,TASK", help="tasks of lm-evaluation-harness (pip install lm-eval)")
-    inputs.add_argument("--prompt", nargs="+", help="for a pipeline: what it makes")
+    inputs.add_argument("--prompt", nargs="+", help="for a pipeline: the prompts to generate from")
     add_text_arguments(parser)
     tasks = parser.add_argument_group("tasks")
-    tasks.add_argument("--include-path", metavar="FOLDER", help="a folder with tasks of your own")
-    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: as the task says)")
-    tasks.add_argument("--limit", type=int, metavar="N", help="only the first so many documents of a task")
-    tasks.add_argument("--batch-size", type=int, metavar="N", help="sequences in a forward pass (default: 1)")
+    tasks.add_argument("--include-path", metavar="FOLDER", help="a folder with your own tasks")
+    tasks.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the task's)")
+    tasks.add_argument("--limit", type=int, metavar="N", help="use only the first N documents of a task")
+    tasks.add_argument("--batch-size", type=int, metavar="N", help="sequences per forward pass (default: 1)")
     samples = parser.add_argument_group("samples")
-    samples.add_argument("--seeds", type=int, metavar="N", help="samples of each prompt (default: 1)")
+    samples.add_argument("--seeds", type=int, metavar="N", help="samples for each prompt (default: 1)")
     samples.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
     samples.add_argument("--component", help="which transformer of that pipeline the export is, if it does not say so")
     samples.add_argument("--pipe", type=json.loads, metavar="JSON", help="more arguments of the pipeline: '{\"height\": 480}'")

@@ -1,4 +1,4 @@
-"""Generate with an export: text with a language model, video with a Wan transformer or pipeline. Says which attention ran.
+"""Generate text or video with an export: a language model, a Wan transformer or a pipeline. It prints which attention ran.
 
 qat-patch generate outputs/run/export --prompt "To be, or not to be"
 qat-patch generate outputs/wan/export --pipeline Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A red boat" --output boat.mp4
@@ -33,7 +33,7 @@ from qat_patch.patch import require_handle
 from qat_patch.self_check.store import FOLDER
 
 _CHECKED: set[tuple[torch.device, Case]] = set()
-"""What this process has checked, whether or not the verdict could be kept: once is enough."""
+"""What this process has checked already, even if the verdict could not be saved."""
 _TEXT_ONLY = ("max_new_tokens", "min_new_tokens")
 _VIDEO_ONLY = (
     "output",
@@ -54,7 +54,7 @@ _VIDEO_ONLY = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Generate as the command line says; prints text, or writes a video."""
+    """Generate as the command line says: print text, or write a video."""
     options = _parse(arguments)
     options.folder = export_folder(options.folder, options.revision)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in _TEXT_ONLY if is_video else _VIDEO_ONLY:
         if getattr(options, name) is not None:
             kind = "video" if is_video else "text"
-            raise ValueError(f"--{name.replace('_', '-')}: has no effect, for {options.folder} generates {kind}; leave it out")
+            raise ValueError(f"--{name.replace('_', '-')}: has no effect: {options.folder} generates {kind}; leave it out")
     handle, run = (_video if is_video else _text)(options, device)
     print(f"\n{run}")
     modules = f"{len(handle.patched)} of {len(handle.patched) + len(handle.skipped)} attention modules"
@@ -72,16 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @dataclasses.dataclass
 class Run:
-    """What generating took, and what it really ran."""
+    """The time and memory that generation took, and what really ran."""
 
     calls: Counter[str]
-    """Calls of 4-bit attention by what ran them."""
+    """The number of 4-bit attention calls by implementation."""
     seconds: float
     made: int
-    """How many tokens or frames."""
+    """The number of tokens or frames."""
     unit: str
     peak: int
-    """Bytes, of the GPU or of this process."""
+    """Bytes of GPU memory, or of this process."""
 
     def __str__(self) -> str:
         calls = ", ".join(f"{count} {name}" for name, count in self.calls.items()) or "none"
@@ -91,7 +91,7 @@ class Run:
 
 @contextlib.contextmanager
 def measured(device: str, unit: str) -> Iterator[Run]:
-    """Inside, calls are counted and time is taken; whoever opens it says how much was made."""
+    """Count calls and measure time inside. The caller sets how much was generated."""
     on_gpu = torch.device(device).type == "cuda"
     run = Run(calls=Counter(), seconds=0.0, made=0, unit=unit, peak=0)
     if on_gpu:
@@ -112,7 +112,7 @@ def _peak_of_process() -> int:
 
 
 def checked(handle: PatchHandle, device: str) -> None:
-    """The self-check, of what would run on FP4 units and is not known yet; before a model takes the memory."""
+    """Run the self-check for calls that may use FP4 units and are not checked yet, before a model takes the memory."""
     where = torch.device(device)
     if where.type == "cuda":
         where = torch.device("cuda", torch.cuda.current_device() if where.index is None else where.index)
@@ -125,8 +125,8 @@ def checked(handle: PatchHandle, device: str) -> None:
     print(report)
     if not all(each.is_kept for each in report.checked):
         print(
-            "not all of this could be kept: `auto` takes triton there, and the next start checks again. Where verdicts cannot be "
-            f"written, set {FOLDER} to a folder that can be written to"
+            "not all results could be saved: for the others `auto` takes triton, and the next start checks again. "
+            f"Set {FOLDER} to a folder that can be written to"
         )
     print()
 
@@ -140,7 +140,7 @@ def _text(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
     model = model.to(device)
     inputs = tokenizer(options.prompt, return_tensors="pt").to(device)
     if not inputs["input_ids"].numel():
-        raise ValueError("--prompt: expected at least one token; the tokenizer makes none of it")
+        raise ValueError("--prompt: expected at least one token, got none from the tokenizer; write a longer prompt")
     limits = {name: getattr(options, name) for name in _TEXT_ONLY if getattr(options, name) is not None}
     handle = require_handle(model)
     has_cache = any(x.spec.preset in KVCache.presets for x in handle.patched.values())
@@ -187,17 +187,17 @@ def _video(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
 def make_pipeline(
     folder: Path, pipeline: str | None, dtype: torch.dtype, *, component: str | None = None, needs_text: bool = True
 ) -> Any:
-    """A pipeline with patched transformer: of an export of one, or of a transformer alone within the pipeline that is named.
+    """A pipeline with a patched transformer: from the export of a pipeline, or from that of a transformer and `pipeline`.
 
     Args:
         folder: what `export_checkpoint` wrote.
-        pipeline: of an export of a transformer alone: folder or Hub name of the pipeline around it.
-        dtype: of the weights.
-        component: which transformer of the pipeline it takes the place of, if the export does not say so.
-        needs_text: whether prompts are to be encoded.
+        pipeline: for an export of a transformer alone: folder or Hub name of the pipeline around it.
+        dtype: dtype of the weights.
+        component: which transformer of the pipeline it replaces, if the export does not say so.
+        needs_text: whether the pipeline must encode prompts.
 
     Raises:
-        ValueError: `pipeline` is missing, or has no effect, or it is not clear which transformer of the pipeline was exported.
+        ValueError: `pipeline` is missing or has no effect, or it is unclear which transformer of the pipeline was exported.
     """
     import diffusers
 
@@ -205,7 +205,7 @@ def make_pipeline(
     if not isinstance(model, torch.nn.Module):
         for option, value in (("pipeline", pipeline), ("component", component)):
             if value is not None:
-                raise ValueError(f"--{option}: has no effect, for {folder} is a whole pipeline; leave it out")
+                raise ValueError(f"--{option}: has no effect: {folder} is a whole pipeline; leave it out")
         return model
     if pipeline is None:
         raise ValueError(
@@ -213,14 +213,14 @@ def make_pipeline(
             "text encoder and scheduler"
         )
     text_encoder = {} if needs_text else {"text_encoder": None, "tokenizer": None}
-    # By its own class: DiffusionPipeline.from_pretrained drops a transformer that it is given, and loads the stored one.
+    # With its own class: DiffusionPipeline.from_pretrained ignores the transformer that we pass, and loads the stored one.
     config = diffusers.DiffusionPipeline.load_config(pipeline)
     component = _slot(folder, component, pipeline, config)
     return getattr(diffusers, config["_class_name"]).from_pretrained(pipeline, **{component: model}, dtype=dtype, **text_encoder)
 
 
 def _slot(folder: Path, component: str | None, pipeline: str, config: dict[str, Any]) -> str:
-    """The component of a pipeline that an exported transformer takes the place of."""
+    """The component of a pipeline that an exported transformer replaces."""
     stored = component_of(folder)
     if component is not None and stored not in (None, component):
         raise ValueError(f"--component: {folder} is an export of {stored}, got {component}; leave it out")
@@ -237,7 +237,7 @@ def _slot(folder: Path, component: str | None, pipeline: str, config: dict[str, 
 
 
 def _embeds(file: Path, device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """`prompt_embeds` [tokens, D] of a file of prepared data, and `negative_prompt_embeds` if there are any."""
+    """`prompt_embeds` [tokens, D] from a file of prepared data, and `negative_prompt_embeds` if it has them."""
     from safetensors.torch import load_file
 
     tensors = {name: x for name, x in load_file(file).items() if name in ("prompt_embeds", "negative_prompt_embeds")}
@@ -259,22 +259,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path, help="what export_checkpoint wrote, or its name on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
-    parser.add_argument("--prompt", help="text to continue, or what the video shows")
+    parser.add_argument("--prompt", help="text to continue, or a description of the video")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     text = parser.add_argument_group("text")
-    text.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after so many (default: 64)")
-    text.add_argument("--min-new-tokens", type=int, metavar="N", help="do not stop before so many (default: 0)")
+    text.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: 64)")
+    text.add_argument("--min-new-tokens", type=int, metavar="N", help="do not stop before N tokens (default: 0)")
     video = parser.add_argument_group("video")
-    video.add_argument("--output", type=Path, metavar="FILE.mp4", help="where to")
+    video.add_argument("--output", type=Path, metavar="FILE.mp4", help="the file to write")
     video.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
     video.add_argument("--component", help="which transformer of that pipeline the export is, if it does not say so")
     video.add_argument("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: a clip of prepare-wan-data")
-    video.add_argument("--negative-prompt", help="what the video does not show")
+    video.add_argument("--negative-prompt", help="what the video should not show")
     for name, what in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4n + 1"), ("steps", "denoising steps")):
         video.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the pipeline's)")
     video.add_argument("--guidance-scale", type=float, help="(default: the pipeline's)")
-    video.add_argument("--seed", type=int, help="of the noise (default: 0)")
-    video.add_argument("--fps", type=int, help="of the file (default: 16, Wan 2.1's)")
+    video.add_argument("--seed", type=int, help="seed of the noise (default: 0)")
+    video.add_argument("--fps", type=int, help="frames per second of the file (default: 16, as Wan 2.1)")
     video.add_argument("--original-first", type=int, metavar="N", help="run the first N denoising steps in original attention")
     video.add_argument("--original-last", type=int, metavar="N", help="run the last N denoising steps in original attention")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Models that commands measure: any model, pipeline or export, and the text that they read."""
+"""Load what commands measure: any model, pipeline or export, and its text."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from qat_patch.config import AttnQATConfig
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it runs."""
+    """Add the options that name the model and its device."""
     parser.add_argument("model", help="a model, a pipeline or an export: a folder, or a name on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored; of diffusers float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as stored; for diffusers float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much of a text."""
-    parser.add_argument("--batches", type=int, default=4, metavar="N", help="of --text: how many rows (default: 4)")
-    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="of --text: tokens of a row (default: 1024)")
+    """Add the options that say how much of a text to read."""
+    parser.add_argument("--batches", type=int, default=4, metavar="N", help="with --text: how many rows (default: 4)")
+    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="with --text: tokens in a row (default: 1024)")
 
 
 def is_export(options: argparse.Namespace) -> bool:
     """Whether the model is an export of this package: a folder that `export_checkpoint` wrote, or one on the Hub."""
     if not holds_export(options.model, options.revision):
         return False
-    # save_pretrained of a patched model writes a file of that name too, which is no export.
+    # save_pretrained of a patched model writes a file of that name too, but no export.
     return not is_folder(options.model, options.revision) or "kind" in read_json(Path(options.model, MANIFEST))
 
 
 def load_model(options: argparse.Namespace) -> Any:
-    """The model, on its device, in evaluation mode; an export is patched, anything else is not.
+    """The model on its device, in evaluation mode. An export is patched, anything else is not.
 
     Raises:
         ValueError: there is none.

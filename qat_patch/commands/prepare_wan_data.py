@@ -2,22 +2,22 @@
 
 qat-patch prepare-wan-data --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --input clips --output latents
 
---input holds metadata.jsonl or metadata.csv, or pairs of clip.mp4 and clip.txt. Tables may be those of DiffSynth-Studio (video or
-image, prompt), musubi-tuner (video_path or image_path, caption) and finetrainers (file_name, caption); text is taken for caption
-too, and captions of metadata.jsonl is a list of texts, of which each step draws one. Of each video --windows are taken, spread
-evenly, or else the start, at --fps: the largest of --num-frames that it fills, resized and centre-cropped to the one of
---resolutions with the nearest aspect ratio. An image is a clip of one frame (not for image to video). Clips that cannot be used
-are reported and left out.
+--input holds metadata.jsonl or metadata.csv, or pairs of clip.mp4 and clip.txt. Tables of DiffSynth-Studio (video or image,
+prompt), musubi-tuner (video_path or image_path, caption) and finetrainers (file_name, caption) work as they are; a column text
+counts as caption. In metadata.jsonl, captions is a list of texts; each step draws one. A video gives --windows clips, spread
+evenly (default: one, from the start), at --fps. Each has the largest of --num-frames that the video fills, resized and
+centre-cropped to the --resolutions with the nearest aspect ratio. An image is a clip of one frame (not for image to video).
+Unusable clips are reported and left out.
 
 --output gets index.json, empty_caption.safetensors, and one safetensors file a window:
-    latents        [C, F, h, w]      mean of the VAE's posterior, normalized as the pipeline normalizes
+    latents        [C, F, h, w]      mean of the VAE's posterior, normalized as in the pipeline
     prompt_embeds  [tokens, D]       of the caption; the zeros that fill it up to 512 tokens are left out. Of further captions
                                      prompt_embeds.1 and so on
     condition      [4 + C, F, h, w]  image to video only: mask and latents of the first frame
     image_embeds   [257, D]          image to video only, and not in Wan 2.2: the first frame, by the image encoder
 
-Run it again to go on after an interruption, or after adding clips, captions, windows, resolutions or lengths: what is done, with
-these captions and from a video of this content, is not done again. Files made with other encoders or settings are refused.
+Run it again to continue after an interruption, or after adding clips, captions, windows, resolutions or lengths: clips whose
+captions and video have not changed are not encoded again. Files made with other encoders or settings are refused.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from .encoded_clips import entry, file_of, finished, record_of
 from .wan_clips import Frames, Windows
 
 TEXT_LENGTH = 512
-"""Tokens that the pipelines fill prompts up to."""
+"""The number of tokens that the pipelines pad prompts to."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Encode what the command line names, and write the index.
+    """Encode the clips that the command line names, and write the index.
 
     Raises:
-        ValueError: input that cannot be understood, no Wan pipeline, sizes that do not fit it, an output folder made with
-            other settings or in use by another process, or no usable clip.
+        ValueError: the input cannot be read, the model is not a Wan pipeline, sizes do not fit it, the output folder was made
+            with other settings or is in use by another process, or no clip is usable.
     """
     args = _parse(arguments)
     if args.fps <= 0:
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--windows: expected at least 1, got {args.windows}")
     clips, skipped = list_clips(args.input)
     _encode_all(args, clips, skipped)
-    # The pipeline is out of scope: a program that goes on from here has its memory back.
+    # The pipeline is out of scope here, so its memory is free again.
     free_memory()
 
 
@@ -70,7 +70,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | 
     """A Wan pipeline without its transformers: the VAE and the image encoder in float32, the text encoder in `dtype`.
 
     Raises:
-        ValueError: there is no such pipeline, or it is none of Wan's.
+        ValueError: the pipeline does not exist, or is not one of Wan's.
     """
     try:
         config = DiffusionPipeline.load_config(model)
@@ -82,7 +82,7 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | 
         raise ValueError(f"--model: expected one of {', '.join(kinds)}, got {model}, a {config['_class_name']}")
     if kind is WanImageToVideoPipeline and config.get("expand_timesteps"):
         raise ValueError(f"--model: {model} puts the first frame into the latents (expand_timesteps); that is not supported")
-    # Only the pipeline's own class knows that it can do without transformers; DiffusionPipeline would load them.
+    # Only the pipeline's own class can leave out the transformers; DiffusionPipeline would load them.
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
     return kind.from_pretrained(model, transformer=None, transformer_2=None, dtype=types).to(device)
 
@@ -98,10 +98,10 @@ def encode(
     """The tensors of one clip, as at the top of this file, in `dtype` on the CPU.
 
     Args:
-        pipe: as `load_pipeline` returns it.
+        pipe: the result of `load_pipeline`.
         frames: uint8 [frames, height, width, 3], of a size that the pipeline can make.
-        caption: what they show.
-        dtype: of what is returned; latents are computed in float32.
+        caption: a description of the frames.
+        dtype: dtype of the result; latents are computed in float32.
         variants: other captions.
     """
     vae, device = pipe.vae, pipe.vae.device
@@ -113,7 +113,7 @@ def encode(
     tensors = {"latents": latents[0], "prompt_embeds": encode_text(pipe, caption)}
     tensors |= {f"prompt_embeds.{number}": encode_text(pipe, text) for number, text in enumerate(variants, 1)}
     if isinstance(pipe, WanImageToVideoPipeline):
-        # Given latents, it draws no noise.
+        # With latents given, it draws no noise.
         _, condition = pipe.prepare_latents(
             video[:, :, 0], 1, latents.shape[1], *video.shape[3:], len(frames), torch.float32, device, latents=latents
         )
@@ -125,14 +125,14 @@ def encode(
 
 @torch.no_grad()
 def encode_text(pipe: WanPipeline | WanImageToVideoPipeline, text: str) -> torch.Tensor:
-    """The embeddings of a caption, [tokens, D], without the zeros that fill it up."""
+    """The embeddings of a caption, [tokens, D], without the padding zeros."""
     prompt_embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH)
     rows = prompt_embeds[0].any(-1).nonzero()
     return prompt_embeds[0, : int(rows.max()) + 1 if len(rows) else 0]
 
 
 def fingerprint(module: torch.nn.Module, *constants: Any) -> str:
-    """A digest of names, shapes and first values of all weights: quick, and different for what was trained differently."""
+    """A digest of the names, shapes and first values of all weights: quick, and different for differently trained weights."""
     digest = hashlib.sha256(json.dumps(constants).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -141,7 +141,7 @@ def fingerprint(module: torch.nn.Module, *constants: Any) -> str:
 
 
 def _encode_all(args: argparse.Namespace, clips: list[Clip], skipped: dict[str, str]) -> None:
-    """Encode what is not done yet, then write the index of all that is, and report."""
+    """Encode the missing clips, then write the index of all clips, and report."""
     pipe = load_pipeline(args.model, getattr(torch, args.dtype), args.device)
     settings = _settings(args, pipe)
     with lock.locked(args.output, "--output"):
@@ -155,7 +155,7 @@ def _encode_into(
     clips: list[Clip],
     skipped: dict[str, str],
 ) -> None:
-    """The same for a folder that belongs to this process."""
+    """`_encode_all` inside the lock of the output folder."""
     for leftover in args.output.rglob(f"*{ASIDE}"):
         leftover.unlink()
     if isinstance(pipe, WanImageToVideoPipeline):
@@ -180,7 +180,7 @@ def _encode_into(
     entries = [{name: value for name, value in one.items() if name != "offered"} for one in found]
     if not entries:
         raise ValueError(f"--input: none of the {len(skipped)} clips in {args.input} can be used; the reasons are above")
-    # Again, for what is there may be of another text encoder.
+    # Always encoded again: the file that is there may come from another text encoder.
     _write(args.output / EMPTY_CAPTION, {"prompt_embeds": encode_text(pipe, "").to("cpu", getattr(torch, args.dtype))}, None)
     write_index(args.output, settings, entries, skipped, empty_caption=True)
     _summarize(args.output, entries, len(skipped))
@@ -193,7 +193,7 @@ def _encode_windows(
     clip: Clip,
     windows: Windows,
 ) -> list[dict[str, Any]]:
-    """Encode those windows of a clip that are not done; returns the entries of all."""
+    """Encode the missing windows of a clip; returns the entries of all its windows."""
     entries = []
     for number, start in enumerate(windows.starts):
         record, there = record_of(clip, windows, number, args.fps), entry(args.output, clip, start, settings)
@@ -207,14 +207,14 @@ def _encode_windows(
 
 
 def _write(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None) -> None:
-    """Write a file whole or not at all; the header has one entry, for safetensors writes several in any order."""
+    """Write a file completely or not at all. The header has one entry, because safetensors writes several in any order."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(file) as aside:
         save_file({name: x.contiguous() for name, x in tensors.items()}, aside, metadata)
 
 
 def _settings(args: argparse.Namespace, pipe: WanPipeline | WanImageToVideoPipeline) -> dict[str, Any]:
-    """What all clips of a folder share. Raises a ValueError where it does not fit the pipeline."""
+    """The settings that all clips of a folder share. Raises a ValueError if they do not fit the pipeline."""
     temporal = pipe.vae_scale_factor_temporal
     for number in args.num_frames:
         if number < 1 or number % temporal != 1:
@@ -257,7 +257,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="qat-patch prepare-wan-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    # Its name is what argparse calls a wrong value.
+    # argparse prints this function's name when a value is wrong.
     def resolution(text: str) -> tuple[int, int]:
         height, width = text.split("x")
         return int(height), int(width)
@@ -268,12 +268,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--model", "folder or Hub name of a Wan pipeline in Diffusers' format", required=True)
     option("--input", "folder of videos and images with captions", required=True, type=Path)
     option("--output", "folder for the index and the tensors", required=True, type=Path)
-    option("--num-frames", "lengths on offer, each a multiple of 4 plus 1", nargs="+", type=int, default=[81])
+    option("--num-frames", "allowed lengths, each a multiple of 4 plus 1", nargs="+", type=int, default=[81])
     sizes = {"nargs": "+", "type": resolution, "default": [(480, 832), (832, 480)], "metavar": "HEIGHTxWIDTH"}
-    option("--resolutions", "sizes on offer, such as 480x832", **sizes)
+    option("--resolutions", "allowed sizes, such as 480x832", **sizes)
     option("--fps", "frames a second that videos are resampled to; Wan was trained at 16", type=float, default=16.0)
-    option("--windows", "parts of each video, spread evenly from its start to its end; 1: the start", type=int, default=1)
-    option("--dtype", "of what is stored, and of the text encoder", choices=["bfloat16", "float32"], default="bfloat16")
-    option("--device", "of the encoders", default="cuda" if torch.cuda.is_available() else "cpu")
-    option("--workers", "processes that decode videos ahead; 0: decode when needed", type=int, default=2)
+    option("--windows", "clips from each video, spread evenly from its start to its end; 1: the start", type=int, default=1)
+    option("--dtype", "dtype of the stored tensors and of the text encoder", choices=["bfloat16", "float32"], default="bfloat16")
+    option("--device", "device of the encoders", default="cuda" if torch.cuda.is_available() else "cpu")
+    option("--workers", "processes that decode videos in advance; 0: decode when needed", type=int, default=2)
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""qat-patch sensitivity MODEL: inputs from a text, a prompt or files, then which layers suffer most from 4-bit attention."""
+"""qat-patch sensitivity MODEL: measures which layers lose most in 4-bit attention, on a text, a prompt or files."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_arguments(parser)
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--text", type=Path, help="text file, for a language model with its tokenizer")
-    inputs.add_argument("--prompt", help="for a pipeline, which then makes this")
-    inputs.add_argument("--inputs", type=Path, nargs="+", help="safetensors files, each with the keyword arguments of a call")
+    inputs.add_argument("--prompt", help="for a pipeline: the prompt to generate from")
+    inputs.add_argument("--inputs", type=Path, nargs="+", help="safetensors files, each with the keyword arguments of one call")
     add_text_arguments(parser)
     parser.add_argument(
         "--pipe", type=json.loads, default={}, help="JSON of more arguments for --prompt, such as '{\"height\": 480}'"
     )
     attention = parser.add_mutually_exclusive_group()
     attention.add_argument(
-        "--config", type=Path, help="JSON of an AttnQATConfig; default: what the export or the model was patched with, else NVFP4"
+        "--config", type=Path, help="JSON of an AttnQATConfig; default: that of the export or model, else NVFP4"
     )
-    attention.add_argument("--preset", choices=get_args(Preset), help="of QuantSpec, in all modules")
+    attention.add_argument("--preset", choices=get_args(Preset), help="preset of QuantSpec for all modules")
     parser.add_argument("--calibrate", action="store_true", help="measure k_shift on the same inputs first, and use it")
     parser.add_argument(
         "--calibration-exclude",
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="of --calibrate: modules that get no shift, such as '*.attn2' of Wan's image to video",
+        help="with --calibrate: modules that get no shift, such as '*.attn2' of Wan's image to video",
     )
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw it there (needs matplotlib)")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the result to this file (needs matplotlib)")
     return parser.parse_args(arguments)
 
 
@@ -82,7 +82,7 @@ def _patched(options: argparse.Namespace) -> Any:
     if options.preset is not None:
         config = AttnQATConfig(spec=QuantSpec(preset=options.preset))
     model = load_model(options)
-    # What save_pretrained wrote of a patched model is patched already.
+    # A model that save_pretrained wrote while it was patched is patched already.
     if config is not None or get_handle(model) is None:
         patch_model(model, config)
     return model

@@ -9,7 +9,7 @@ from qat_patch.checkpoint.verify import verify_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print what was found, a line each.
+    """Print the results, one line each.
 
     Raises:
         ValueError: what is wrong with the export.

@@ -1,4 +1,4 @@
-"""Frames of videos at a given rate and size, as players show them, and images as one frame. For prepare-wan-data."""
+"""Read frames of videos at a given rate and size, as players show them, and images as one frame. For prepare-wan-data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TRANSPOSES = {
     (0, -1, 1, 0): (Image.Transpose.ROTATE_90,),
     (0, -1, -1, 0): (Image.Transpose.TRANSVERSE,),
 }
-"""What turns and mirrors a picture as a display matrix does. Pillow turns counterclockwise."""
+"""The Pillow operation for each display matrix. Pillow turns counterclockwise."""
 
 
 class UnusableClip(Exception):
@@ -48,22 +48,22 @@ class UnusableClip(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Parts of one video, of one length and size."""
+    """Clips from one video, all of the same length and size."""
 
     frames: list[torch.Tensor]
-    """Of each window, uint8 [frames, height, width, 3]."""
+    """For each window uint8 [frames, height, width, 3]."""
     starts: list[int]
-    """The number of its first frame, at the rate that was asked for."""
+    """For each window the number of its first frame, at the requested rate."""
     source_frames: int | None
-    """How many frames there are at this rate; None: more than were looked at."""
+    """How many frames the video has at this rate; None: more than were read."""
     source_size: tuple[int, int]
-    """Height and width as players show it."""
+    """Height and width as players show the video."""
 
 
 class Frames(Dataset):
     """For each clip its `Windows` and an empty text, or None and the reason why the clip cannot be used.
 
-    So that worker processes can decode while the encoders work.
+    A dataset, so that worker processes can decode while the encoders work.
     """
 
     def __init__(self, folder: Path, clips: list[Clip], **how: Any) -> None:
@@ -91,13 +91,13 @@ def read_windows(
 
     Args:
         path: the video or the image.
-        num_frames: lengths on offer; the largest that the video fills is taken.
-        resolutions: (height, width) on offer, for `nearest_resolution`.
-        fps: frames a second.
-        windows: how many, spread evenly from the start to the end; one is the start. Short videos have fewer.
+        num_frames: allowed lengths; the largest that the video fills is taken.
+        resolutions: allowed (height, width), for `nearest_resolution`.
+        fps: frames per second.
+        windows: how many windows, spread evenly from start to end; one means the start. Short videos have fewer.
 
     Raises:
-        UnusableClip: it is damaged, too short or no video, or is shown turned by something else than quarter turns.
+        UnusableClip: the file is damaged, too short or not a video, or players turn it by other than quarter turns.
     """
     if is_image(path.name):
         image = _read_image(path)
@@ -105,7 +105,7 @@ def read_windows(
         return Windows([_resized(image, nearest_resolution(size, resolutions))[None]], [0], 1, size)
     wanted, longest = [0], max(num_frames)
     try:
-        # Of several windows the places follow from the length, which containers get wrong.
+        # The places of several windows depend on the length, and containers often state it wrongly.
         total = sum(1 for _ in _decode(path, fps)) if windows > 1 else None
         if total is not None:
             longest = length_of(total, num_frames, fps)
@@ -116,7 +116,7 @@ def read_windows(
                 shown = shape.shown(frame)
                 size = (shown.height, shown.width)
             if any(start <= number < start + longest for start in wanted):
-                # At once, for frames of full size take much memory.
+                # Resize at once: frames of full size take much memory.
                 images[number] = _resized(shape.shown(frame), nearest_resolution(size, resolutions))
     except av.FFmpegError as error:
         raise UnusableClip(f"it cannot be decoded: {error.strerror}") from error
@@ -127,13 +127,13 @@ def read_windows(
 
 
 def nearest_resolution(size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (height, width) on offer with the nearest aspect ratio, of equals the first."""
+    """The allowed (height, width) with the nearest aspect ratio; the first of equals."""
     height, width = size
     return min(resolutions, key=lambda one: abs(math.log(one[0] / one[1] * width / height)))
 
 
 def length_of(total: int, num_frames: Sequence[int], fps: float) -> int:
-    """The largest length on offer that so many frames fill.
+    """The largest allowed length that `total` frames fill.
 
     Raises:
         UnusableClip: there is none.
@@ -145,7 +145,7 @@ def length_of(total: int, num_frames: Sequence[int], fps: float) -> int:
 
 
 def spread(total: int, length: int, windows: int) -> list[int]:
-    """Where windows of a length start that are spread evenly over a video; as many as have different starts."""
+    """The starts of windows of one length, spread evenly over a video; only different starts."""
     last = total - length
     count = min(windows, last + 1)
     return [0] if count == 1 else [round(number * last / (count - 1)) for number in range(count)]
@@ -172,15 +172,15 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _decode(path: Path, fps: float) -> Iterator[tuple[_Shape, Any]]:
-    """Frames as they are decoded, each with how it is to be shown."""
+    """The decoded frames, each with its `_Shape`."""
     with av.open(str(path)) as container:
         stream = _main_video(container)
         shape = _Shape.of(stream)
         graph = av.filter.Graph()
-        # Rounding up, a frame is the last one that is not later than its new time, and the first remains the first.
+        # With rounding up, each new time shows the last frame that is not later, and the first frame stays the first.
         filters = [graph.add("fps", f"fps={fps}:round=up")]
         if stream.time_base == _MILLISECOND:
-            # Matroska rounds times to milliseconds: half of one later is not later.
+            # Matroska rounds times to milliseconds, so half a millisecond does not count as later.
             filters = [graph.add("settb", "1/1000000"), graph.add("setpts", "PTS-500"), *filters]
         graph.link_nodes(graph.add_buffer(template=stream), *filters, graph.add("buffersink")).configure()
         for decoded in chain(container.decode(stream), [None]):
@@ -193,13 +193,13 @@ def _decode(path: Path, fps: float) -> Iterator[tuple[_Shape, Any]]:
 
 
 def _main_video(container: Any) -> Any:
-    """The video that players show: no cover, and of several the one that is marked, or else the first."""
+    """The video stream that players show: not a cover, and of several the marked one, else the first."""
     videos = [stream for stream in container.streams.video if not stream.disposition & _STILL]
     if not videos:
         raise UnusableClip("there is no video in it")
 
     def rank(stream: Any) -> tuple[bool, bool, bool]:
-        # Not all covers are marked as such. Where 0 frames are said, it is not known how many there are.
+        # Not all covers are marked. 0 frames mean that the number is unknown.
         name, is_default = stream.codec_context.name, bool(stream.disposition & Disposition.default)
         return stream.frames != 1, name not in _PICTURE_CODECS, is_default
 
@@ -208,16 +208,16 @@ def _main_video(container: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """How decoded frames are to be shown: which shape a pixel has, and how the frame is turned and mirrored."""
+    """How players show decoded frames: the shape of a pixel, and how the frame is turned and mirrored."""
 
     pixel: float
     """Width of a pixel over its height."""
     tagged: tuple[int, int, int, int]
-    """Where x and y of a frame go, (x to x, x to y, y to x, y to y), where the frame itself does not say so."""
+    """Where x and y of a frame go (x to x, x to y, y to x, y to y), unless the frame itself says so."""
 
     @classmethod
     def of(cls, stream: Any) -> _Shape:
-        # Old programs wrote a tag, in degrees clockwise, where new ones write a matrix.
+        # Old programs write a tag in degrees clockwise; new ones write a matrix.
         tag = next((value for name, value in stream.metadata.items() if name.lower() == "rotate"), "0")
         degrees = int(float(tag)) if re.fullmatch(r"-?\d{1,4}(\.0*)?", tag) else None
         if degrees is None or degrees % 90:
@@ -240,7 +240,7 @@ class _Shape:
 
 
 def _directions(matrix: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Where a display matrix sends x and y. How much it scales is in the shape of the pixels already."""
+    """Where a display matrix sends x and y. The shape of the pixels already holds its scale."""
     a, b, c, d = turn = tuple((x > 0) - (x < 0) for x in (matrix[0], matrix[1], matrix[3], matrix[4]))
     if (a, b, c, d) not in _TRANSPOSES:
         raise UnusableClip(

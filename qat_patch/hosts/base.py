@@ -1,4 +1,4 @@
-"""What this package needs to know of a host library: the contract of an adapter, one for each library."""
+"""What this package needs to know about a host library: the interface of an adapter. Each library has one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qat_patch.metadata import AttentionMetadata
 
 
 class HostAdapter(Protocol):
-    """A module with these functions. None of them imports the host library before a model of it is there."""
+    """A module with these functions. None of them imports the host library unless there is a model of it."""
 
     MECHANISM: str
-    """What attention has to go through to be patched, in words."""
+    """What attention must go through to be patched, in words."""
     REPLACED_BY: str
-    """The method of a model, or of its attention modules, that puts other attention in the place of what runs there."""
+    """The methods of a model or its attention modules that replace the attention that runs."""
     CAUSAL: bool
-    """Whether attention in its models is causal, as far as one can say before a call."""
+    """Whether attention in its models is causal, as far as known before a call."""
 
     def owns(self, model: object) -> bool:
         """Whether this is a model of the host library."""
@@ -29,50 +29,50 @@ class HostAdapter(Protocol):
         """The models to patch in a pipeline of the host library, by component name; empty for anything else."""
 
     def other_models(self, pipeline: object) -> dict[str, torch.nn.Module]:
-        """The models in a pipeline that could be patched too, and are not unless they are asked for, by component name."""
+        """Models in a pipeline that are patched only on request, by component name."""
 
     def stored_metadata(self, model: Any) -> AttentionMetadata | None:
         """The metadata that an export left in the model's config."""
 
     def attention_modules(self, model: Any) -> dict[str, torch.nn.Module]:
-        """What can be patched, by name."""
+        """The modules that can be patched, by name."""
 
     def original(self, model: Any, module: Any) -> Any:
-        """What runs there now, in the form that `restore` needs.
+        """The attention that runs in a module now, in the form that `restore` needs.
 
         Raises:
-            ValueError: 4-bit attention runs there already.
+            ValueError: it is 4-bit attention already.
         """
 
     def reason_to_skip(self, module: Any) -> str | None:
-        """Why a module keeps its original attention although that is no mistake of the user's."""
+        """Why a module keeps its original attention, in cases that are not a mistake of the user."""
 
     def problem(self, module: Any, spec: QuantSpec) -> str | None:
-        """Why 4-bit attention cannot compute what this module asks for."""
+        """Why 4-bit attention cannot compute what this module needs."""
 
     def prepare(self, original: Any) -> object:
-        """Make this process know 4-bit attention in place of what ran before: for a patched model that is unpickled."""
+        """Register 4-bit attention in this process, for a patched model that is unpickled."""
 
     def key_shape(self, module: Any) -> tuple[int, int] | None:
-        """Key heads and head dim, as far as the module tells."""
+        """Key heads and head dim, as far as the module says."""
 
     def apply(self, model: Any, layers: list[AttentionLayer]) -> None:
-        """Point the model at 4-bit attention."""
+        """Switch the model to 4-bit attention."""
 
     def switch(self, model: Any, layers: list[AttentionLayer]) -> None:
-        """Make the model run what its layers ask for now: 4-bit attention, or the original."""
+        """Make the model run the attention that its layers ask for now: 4-bit or original."""
 
     def restore(self, model: Any, layers: list[AttentionLayer]) -> None:
-        """Undo `apply`, also a half-finished one."""
+        """Undo `apply`, even an unfinished one."""
 
     def replaced(self, module: Any, layer: AttentionLayer) -> str | None:
-        """What somebody put in the place of a module's 4-bit attention since the patch, or None."""
+        """What has replaced a module's 4-bit attention since the patch, or None."""
 
     def skipping_hook(self, module: Any) -> str | None:
-        """The name of a hook of the host library on this module that may skip what is in it on purpose, or None."""
+        """The name of a hook of the host library that may skip this module's attention on purpose, or None."""
 
     def why_not_reached(self, module: Any) -> str:
-        """Why a call of a patched module may end without 4-bit attention, in words."""
+        """Why a call of a patched module may not reach 4-bit attention, in words."""
 
     def new_cache(self, model: Any, layers: list[AttentionLayer]) -> Any:
         """An empty cache for generation that keeps K and V of the patched layers in NVFP4.
@@ -82,7 +82,7 @@ class HostAdapter(Protocol):
         """
 
     def generating(self, model: Any, layers: list[AttentionLayer]) -> contextlib.AbstractContextManager[None]:
-        """Inside, whoever lets the model generate and passes no cache gets a new one from `new_cache`.
+        """Inside, calls of the model's `generate` without a cache get a new one from `new_cache`.
 
         Raises:
             ValueError: there can be none for this model, or it generates so already.

@@ -1,4 +1,4 @@
-"""NVFP4 as compressed-tensors computes and stores it. All of it is in float32, whatever the dtype of the input."""
+"""NVFP4 as compressed-tensors computes and stores it. All computations are in float32, whatever the input's dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import GlobalScale
 
 GROUP_SIZE = 16
 _LARGEST = 448.0 * 6.0
-"""What the largest scale of E4M3 and the largest code stand for."""
+"""The largest value: the largest E4M3 scale times the largest code."""
 
 
 def check_installed(caller: str) -> None:
@@ -25,16 +25,16 @@ def check_installed(caller: str) -> None:
 
 @functools.cache
 def _scheme() -> Any:
-    """Its description of NVFP4. That of weights and that of inputs differ only in where scales come from."""
+    """compressed-tensors' description of NVFP4. Weights and inputs differ only in the source of their scales."""
     from compressed_tensors.quantization import preset_name_to_scheme
 
     return preset_name_to_scheme("NVFP4A16", ["Linear"])
 
 
 def global_scale(amax: float, rule: GlobalScale, *, room: float = 1.0) -> float:
-    """The global scale of a tensor whose largest magnitude is `amax`; 1 of zeros.
+    """The global scale of a tensor whose largest magnitude is `amax`; 1 for zeros.
 
-    Of the powers of two it is the largest with room * amax * scale <= 448 * 6.
+    For `power_of_two` it is the largest power of two with room * amax * scale <= 448 * 6.
     """
     if amax == 0:
         return 1.0
@@ -52,7 +52,7 @@ def fake_quantize(x: torch.Tensor, scale: float) -> torch.Tensor:
     """`x` [..., features] rounded to NVFP4 along its last axis and back, in its dtype; the gradient goes straight through.
 
     Args:
-        x: floating-point; features are a multiple of 16.
+        x: floating-point; the number of features is a multiple of 16.
         scale: the global scale.
     """
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize as round_trip
@@ -72,9 +72,9 @@ fake_quantize.register_autograd(lambda ctx, gradient: (gradient, None))
 
 
 def pack(weight: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
-    """What is stored of a weight [out, in], by the last part of its name: exactly what `fake_quantize` makes of it.
+    """The stored tensors of a weight [out, in], by the last part of their names. They hold exactly `fake_quantize`'s result.
 
-    `weight_packed` uint8 [out, in / 2], the even one of two codes in the low bits; `weight_scale` float8_e4m3fn [out, in / 16];
+    `weight_packed` uint8 [out, in / 2], with the even code in the low bits; `weight_scale` float8_e4m3fn [out, in / 16];
     `weight_global_scale` float32 [1]. A value is code * weight_scale / weight_global_scale.
     """
     from compressed_tensors.compressors import NVFP4PackedCompressor

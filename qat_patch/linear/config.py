@@ -17,19 +17,19 @@ GlobalScale = Literal["power_of_two", "compressed_tensors"]
 class LinearQATConfig:
     """Which linear layers compute in NVFP4, and how. docs/NUMERICS.md, section 10.
 
-    Linear layers in numbered blocks are meant, such as `model.layers.7.mlp.up_proj`. What is outside of the blocks (embeddings,
-    the output head, what conditions a diffusion model) stays as it is.
+    Only linear layers in numbered blocks are quantized, such as `model.layers.7.mlp.up_proj`. Layers outside the blocks
+    (embeddings, the output head, the conditioning of a diffusion model) stay as they are.
 
     Raises:
         ValueError: a field has a wrong value.
     """
 
     format: Format = "nvfp4"
-    """`nvfp4`: weights and inputs in 4 bits (w4a4). `nvfp4a16`: weights alone (w4a16)."""
+    """`nvfp4`: weights and inputs in 4 bits (w4a4). `nvfp4a16`: only weights (w4a16)."""
     exclude: tuple[str, ...] = ()
-    """Patterns of linear layers in blocks that stay as they are, such as ["*.down_proj"]."""
+    """Patterns of linear layers in blocks that are not quantized, such as ["*.down_proj"]."""
     global_scale: GlobalScale = "power_of_two"
-    """The factor that puts the scales of a tensor into the range of E4M3. `power_of_two`: what is quantized is exact in bfloat16,
+    """The factor that brings a tensor's scales into the range of E4M3. `power_of_two`: quantized values are exact in bfloat16,
     and weights may double before they saturate. `compressed_tensors`: 448 * 6 / amax, as compressed-tensors computes it."""
 
     def __post_init__(self) -> None:
@@ -46,11 +46,11 @@ class LinearQATConfig:
         return self.format == "nvfp4"
 
     def excluded_by(self, name: str) -> str | None:
-        """The pattern that leaves a layer out, or None."""
+        """The pattern that excludes a layer, or None."""
         return next((pattern for pattern in self.exclude if fnmatchcase(name, pattern)), None)
 
     def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise a ValueError if a pattern fits none of these layers: a setting without effect is a mistake."""
+        """Raise a ValueError if a pattern matches none of these layers: a setting without effect is a mistake."""
         names = list(names)
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in names):

@@ -1,4 +1,4 @@
-"""quantize_linears: linear layers compute in NVFP4, in place; the receipt, and the way back."""
+"""quantize_linears: switch linear layers to NVFP4, in place; the receipt, and unquantize_linears."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class GlobalScales(NamedTuple):
 
     weight: float
     input: float | None
-    """None where inputs are not rounded."""
+    """None if inputs are not rounded."""
 
 
 class LinearHandle:
-    """Quantized linear layers in force: what was done, a way to switch them off for a while, and the way back.
+    """The quantized linear layers of a model: what was done, and how to switch it off.
 
-    `print(handle)` is the receipt. It is independent of the handle of 4-bit attention: each switches its own off.
+    `print(handle)` is the receipt. It is independent of the handle of 4-bit attention: each switches off only its own.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class LinearHandle:
         self.layers = layers
         """The quantized layers by name."""
         self.skipped = skipped
-        """The linear layers, and experts, that stay as they are, and why."""
+        """The linear layers and experts that are not quantized, and why."""
 
     @property
     def modules(self) -> dict[str, QuantizedLinear]:
-        """The modules of the quantized layers that are still there, by name."""
+        """The modules of the quantized layers that still exist, by name."""
         known = set(self.layers.values())
         found = (x for x in self.model.modules() if isinstance(x, QuantizedLinear) and x.quantization in known)
         return {module.quantization.name: module for module in found}
 
     @property
     def merged(self) -> dict[str, torch.nn.Module]:
-        """PEFT's layers whose adapters are rounded together with the weight, by name. Other adapters stay beside it,
+        """PEFT layers whose adapters are rounded together with the weight, by name. Other adapters stay beside it,
         unrounded."""
         wrappers = _peft_layers(self.model)
         if not wrappers:
@@ -71,7 +71,7 @@ class LinearHandle:
 
     @property
     def scales(self) -> dict[str, GlobalScales]:
-        """The global scales in force: `quantize_linears(model, handle.config, scales=handle.scales)` brings all of it back.
+        """The active global scales. `quantize_linears(model, handle.config, scales=handle.scales)` restores the quantization.
 
         Raises:
             ValueError: inputs are rounded, and their range has not been measured.
@@ -86,10 +86,10 @@ class LinearHandle:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, every layer computes as it did before, with its own weight and an unrounded input.
+        """Inside, every layer computes as before, with its own weight and an unrounded input.
 
-        Weights of a packed export stay on the 4-bit grid: nothing else is left of them. It counts, like `PatchHandle.disabled`:
-        several may be open at once and end in any order. With gradient checkpointing run the backward pass inside too.
+        Weights of a packed export stay on the 4-bit grid: the originals are not stored. As with `PatchHandle.disabled`, several
+        contexts may be open at once and end in any order. With gradient checkpointing run the backward pass inside too.
         """
         self._hold(1)
         try:
@@ -99,13 +99,13 @@ class LinearHandle:
 
     @contextlib.contextmanager
     def calibration(self) -> Iterator[None]:
-        """Inside, layers compute unquantized, and the largest input of each is measured; it sets `input_global_scale` at the end.
+        """Inside, layers compute unquantized and their largest input is measured; at the end it sets `input_global_scale`.
 
-        Run a few batches of real data inside, without gradients. With several processes (torch.distributed) all take part, and
-        get the largest of all.
+        Run a few batches of real data inside, without gradients. With several processes (torch.distributed) all must take part;
+        they get the maximum over all.
 
         Raises:
-            ValueError: inputs are not rounded, a layer was never called, or an input was not finite. The scales are as they were.
+            ValueError: inputs are not rounded, a layer was never called, or an input was not finite. The scales do not change.
         """
         if not self.config.rounds_inputs:
             raise ValueError("calibration: expected format='nvfp4', got 'nvfp4a16', which rounds no inputs: leave it out")
@@ -138,7 +138,7 @@ class LinearHandle:
         return largest.tolist()
 
     def check_in_force(self, action: str) -> None:
-        """Raise a ValueError unless every layer is quantized now; `action` was asked for."""
+        """Raise a ValueError unless every layer is quantized now; `action` names the request."""
         modules = self.modules
         for name, layer in self.layers.items():
             if name not in modules:
@@ -151,7 +151,7 @@ class LinearHandle:
 
     @property
     def experts(self) -> list[str]:
-        """The parameters that hold the weights of several experts, which are left out."""
+        """The parameters that hold the weights of several experts; they are not quantized."""
         return [f"{name}.{key}" for name, module in self.model.named_modules() for key in _experts(module)]
 
     def _hold(self, by: int) -> None:
@@ -167,7 +167,7 @@ class LinearHandle:
             f"compressed-tensors; global scales: {self.config.global_scale}"
         ]
         if vars(self.model).get(_HANDLE) is not self:
-            lines.insert(0, "in force no longer: this is an earlier receipt")
+            lines.insert(0, "no longer in force: this is an earlier receipt")
         modules, merged = self.modules, self.merged
         for name, layer in self.layers.items():
             state = "" if name in modules else " - LOST: another module was put in its place"
@@ -185,29 +185,29 @@ def quantize_linears(
     scales: Mapping[str, GlobalScales] | None = None,
     merge_adapters: bool = True,
 ) -> LinearHandle:
-    """Let the linear layers of a model round their weights, and inputs, to NVFP4, in place, for training and evaluation.
+    """Make the linear layers of a model round their weights and inputs to NVFP4, in place, for training and evaluation.
 
-    Weights stay what they are, under their names: what computes is their rounded copy, with straight-through gradients. So a
-    model is trained for servers whose linear layers are in NVFP4. `export_checkpoint` packs the weights for these. It goes
-    together with 4-bit attention (`patch_model`), in either order, and with LoRA.
+    Weights and names do not change: layers compute with a rounded copy, with straight-through gradients. This trains a model for
+    servers whose linear layers are in NVFP4; `export_checkpoint` packs the weights for them. It works together with 4-bit
+    attention (`patch_model`), in either order, and with LoRA.
 
-    Global scales are chosen here and then stay. Layers of one module (`q_proj`, `k_proj` and `v_proj` of an attention) share that
-    of their weights, since servers merge them and keep one.
+    Global scales are chosen here and then stay. Layers of one module (`q_proj`, `k_proj` and `v_proj` of an attention) share the
+    one of their weights, because servers merge these layers and keep one scale.
 
     Args:
         model: a model of Transformers or Diffusers, or a module around one.
-        config: which layers, and how. Default: `LinearQATConfig()`, weights and inputs.
+        config: which layers to quantize, and how. Default: `LinearQATConfig()`, weights and inputs.
         scales: global scales by name, from `handle.scales`; default: measured. Those of inputs need `handle.calibration()`.
-        merge_adapters: if the model has LoRA adapters: round the sum of a weight and its adapters, for an export of merged
+        merge_adapters: if the model has LoRA adapters, round the sum of a weight and its adapters, for an export of merged
             weights. False: adapters stay beside the quantized weight, unrounded, for an export of adapters alone. Adapters
-            that are added later do so too.
+            that are added later also stay beside it.
 
     Returns:
-        The handle; the model keeps it too (`get_linear_handle`).
+        The handle; the model also keeps it (`get_linear_handle`).
 
     Raises:
-        ValueError: compressed-tensors is not installed; this is no single model; its linear layers are quantized already, by
-            whomever; no layer is left; or a layer cannot be quantized. Nothing has been changed then.
+        ValueError: compressed-tensors is not installed; this is not one single model; its linear layers are quantized already; no
+            layer is left; or a layer cannot be quantized. Then nothing was changed.
     """
     config = LinearQATConfig() if config is None else config
     if not isinstance(config, LinearQATConfig):
@@ -251,7 +251,7 @@ def quantize_linears(
 
 
 def unquantize_linears(model: torch.nn.Module) -> None:
-    """Let linear layers compute as before `quantize_linears`, to the bit. Those of a packed export keep their rounded weights.
+    """Make linear layers compute as before `quantize_linears`, bit for bit. Those of a packed export keep their rounded weights.
 
     Raises:
         ValueError: they are not quantized.
@@ -298,8 +298,8 @@ def _host_model(model: Any) -> torch.nn.Module:
 
 
 def _choose(model: torch.nn.Module, config: LinearQATConfig) -> tuple[dict[str, torch.nn.Linear], dict[str, str]]:
-    """The layers to quantize, and what is left out, with reasons."""
-    # What PEFT puts beside a layer is no layer of the model; the layer itself has another name then.
+    """The layers to quantize, and those left out, with reasons."""
+    # PEFT's own layers beside a layer do not count, and the layer itself has another name then.
     wrappers = _peft_layers(model)
     bases = {inner for wrapper in wrappers for inner in wrapper.get_base_layer().modules()}
     of_adapters = {inner for wrapper in wrappers for inner in wrapper.modules()} - bases
@@ -338,12 +338,12 @@ def _choose(model: torch.nn.Module, config: LinearQATConfig) -> tuple[dict[str, 
 
 
 def _peft_layers(model: torch.nn.Module) -> list[Any]:
-    """What PEFT has put around the layers of a model."""
+    """PEFT's wrappers around the layers of a model."""
     return [x for x in model.modules() if hasattr(x, "get_base_layer")]
 
 
 def _to_merge(model: torch.nn.Module, chosen: dict[str, torch.nn.Linear]) -> list[Any]:
-    """PEFT's layers around the layers to quantize."""
+    """PEFT's wrappers around the layers to quantize."""
     names = {module: name for name, module in chosen.items()}
     found = [x for x in _peft_layers(model) if x.get_base_layer() in names]
     if not found:
@@ -368,7 +368,7 @@ def _experts(module: torch.nn.Module) -> dict[str, list[int]]:
 
 
 def _measured(chosen: dict[str, torch.nn.Linear], config: LinearQATConfig) -> dict[str, GlobalScales]:
-    """Global scales of weights: one for the layers of a module."""
+    """Global scales of weights: one for all layers of a module."""
     largest: dict[str, float] = {}
     for name, module in chosen.items():
         if module.weight.is_meta:

@@ -1,4 +1,4 @@
-"""LoRA whose sum with the weight is rounded, as an export of merged weights rounds it. Imported only once peft is."""
+"""LoRA whose sum with the weight is rounded, as in an export of merged weights. Imported only if peft is."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .module import QuantizedLinear
 
 
 class MergedLora(lora.Linear):
-    """The class of a layer of PEFT around a quantized layer: F(x) F(W + s B A)^T + b.
+    """The class of a PEFT layer around a quantized layer: F(x) F(W + s B A)^T + b.
 
-    Gradients go straight through both roundings, and from there to A and B. Where the quantized layer or the adapters are
-    switched off, it is PEFT's own layer.
+    Gradients go straight through both roundings, and on to A and B. If the quantized layer or the adapters are switched off, it
+    is PEFT's own layer.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -30,7 +30,7 @@ class MergedLora(lora.Linear):
                 f"rounded, got {', '.join(kwargs) or 'more arguments'}; call quantize_linears(model, merge_adapters=False)"
             )
         weight = base.weight
-        # In float32, as an export adds them up.
+        # In float32, like the sum in an export.
         with torch.autocast(x.device.type, enabled=False):
             for name in names:
                 weight = weight.float() + self.get_delta_weight(name).float()
@@ -38,7 +38,7 @@ class MergedLora(lora.Linear):
 
 
 def problem(wrapper: Any) -> str | None:
-    """Why the sum of a layer's weight and its adapters cannot be rounded, or None. What is not plain LoRA is refused."""
+    """Why the sum of a layer's weight and its adapters cannot be rounded, or None. Only plain LoRA is allowed."""
     if type(wrapper) is not lora.Linear or getattr(wrapper, "lora_variant", None):
         return f"a {type(wrapper).__name__}{' with a variant' if getattr(wrapper, 'lora_variant', None) else ''}"
     if any(not isinstance(dropout, torch.nn.Identity) for dropout in wrapper.lora_dropout.values()):
@@ -49,12 +49,12 @@ def problem(wrapper: Any) -> str | None:
 
 
 def merge(wrappers: Iterable[Any]) -> None:
-    """Let layers round the sum of their weight and their adapters."""
+    """Make layers round the sum of their weight and adapters."""
     for wrapper in wrappers:
         wrapper.__class__ = MergedLora
 
 
 def undo(wrappers: Iterable[Any]) -> None:
-    """Let them be PEFT's own again."""
+    """Make them PEFT's own layers again."""
     for wrapper in wrappers:
         wrapper.__class__ = lora.Linear

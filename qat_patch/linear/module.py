@@ -1,4 +1,4 @@
-"""A linear layer that rounds its weight and its input to NVFP4: what a quantized layer runs."""
+"""A quantized linear layer: it rounds its weight and its input to NVFP4."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .compressed import fake_quantize
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class LinearLayer:
-    """What a quantized layer looks up at every call."""
+    """The settings that a quantized layer reads at every call."""
 
     name: str
-    """In the model, without what PEFT adds to it."""
+    """Its name in the model, without PEFT's additions."""
     weight_scale: float
     """The global scale of the weight."""
     input_scale: float | None = None
-    """The global scale of the input; None until it was measured, and where inputs are not rounded."""
+    """The global scale of the input; None before it is measured, and if inputs are not rounded."""
     rounds_inputs: bool
     """Whether inputs are rounded."""
     is_packed: bool = False
-    """The weight comes from a packed export: it is on the grid already, and is not rounded again."""
+    """The weight comes from a packed export: it is already on the grid, and is not rounded again."""
     off: int = 0
-    """How many want the unquantized layer now."""
+    """How many open contexts need the unquantized layer."""
     is_measured: bool = False
-    """The largest input is being measured."""
+    """Whether the largest input is being measured."""
     largest: torch.Tensor | None = None
     """The largest magnitude of an input so far."""
 
     def measure(self, x: torch.Tensor) -> None:
-        """Take an input in."""
+        """Update the largest magnitude with an input."""
         if x.numel():
             largest = x.detach().abs().amax().float()
             self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
@@ -64,7 +64,7 @@ class QuantizedLinear(torch.nn.Linear):
         return super().forward(input) if layer.off else self.quantized(input, self.weight)
 
     def quantized(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The same with another weight, such as one with adapters added; rounded either way."""
+        """The same with another weight, such as one with adapters added. It is always rounded."""
         layer = self.quantization
         if not layer.is_packed:
             weight = fake_quantize(weight, layer.weight_scale)

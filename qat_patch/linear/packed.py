@@ -29,14 +29,14 @@ _MOST_PATTERNS, _LONGEST_TEXT = 4096, 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearRecord:
-    """What `qat_patch.json` of an export says about its quantized linear layers."""
+    """The entry of an export's `qat_patch.json` about its quantized linear layers."""
 
     config: LinearQATConfig
-    """As it was applied."""
+    """The applied config."""
     scales: dict[str, GlobalScales]
     """The global scales of the quantized layers, by name."""
     left_out: tuple[str, ...]
-    """The other linear layers."""
+    """The linear layers that are not quantized."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` is the inverse."""
@@ -76,7 +76,7 @@ class LinearRecord:
 
     @property
     def quantization_config(self) -> dict[str, Any]:
-        """What stands in config.json, as compressed-tensors writes it."""
+        """The entry of config.json, as compressed-tensors writes it."""
         inputs = _NVFP4 | {"dynamic": "local", "observer": "static_minmax"}
         group = {
             "targets": ["Linear"],
@@ -100,20 +100,20 @@ def record_of(handle: LinearHandle) -> LinearRecord:
     """The record of a model.
 
     Raises:
-        ValueError: the range of inputs has not been measured.
+        ValueError: the range of inputs was not measured.
     """
     linears = [name for name in handle.skipped if name not in handle.experts]
     return LinearRecord(config=handle.config, scales=handle.scales, left_out=tuple(linears))
 
 
 def packed_state(state: dict[str, torch.Tensor], handle: LinearHandle) -> dict[str, torch.Tensor]:
-    """A state_dict with the weights of quantized layers packed, exactly as they compute: they must not have been cast before.
+    """A state_dict with packed weights of quantized layers, exactly as they compute. They must not have been cast before.
 
-    `NAME.weight` becomes `NAME.weight_packed`, `NAME.weight_scale` and `NAME.weight_global_scale`, as `pack` describes them, and
-    where inputs are rounded `NAME.input_global_scale`, float32 [1].
+    `NAME.weight` becomes `NAME.weight_packed`, `NAME.weight_scale` and `NAME.weight_global_scale` (see `pack`), and if inputs
+    are rounded `NAME.input_global_scale`, float32 [1].
 
     Raises:
-        ValueError: a weight comes from a packed export and was changed since.
+        ValueError: a weight comes from a packed export and has been changed since.
     """
     packed = dict(state)
     for name, scales in handle.scales.items():
@@ -134,7 +134,7 @@ def unpacked_state(state: dict[str, torch.Tensor], record: LinearRecord) -> dict
     """The inverse of `packed_state`, with weights in float32.
 
     Raises:
-        ValueError: the tensors are not those of the record.
+        ValueError: the tensors do not fit the record.
     """
     state = dict(state)
     for name, scales in record.scales.items():
@@ -167,7 +167,7 @@ def unpacked_state(state: dict[str, torch.Tensor], record: LinearRecord) -> dict
 
 
 def restore_packed(model: torch.nn.Module, record: LinearRecord) -> LinearHandle:
-    """Quantize the linear layers of a model whose weights were packed: they are on the grid, and are not trained."""
+    """Quantize the linear layers of a model with unpacked weights: these are on the grid, and are not trained."""
     handle = quantize_linears(model, record.config, scales=record.scales)
     for name, module in handle.modules.items():
         handle.layers[name].is_packed = True

@@ -1,4 +1,4 @@
-"""Measure on real inputs: the mean keys that `k_shift` takes out, and what NVFP4 flushes to zero or saturates."""
+"""Measure on real inputs: the mean keys for `k_shift`, and the values that NVFP4 flushes to zero or saturates."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from qat_patch.layer import AttentionCall, AttentionLayer
 from qat_patch.patch import get_handle
 
 FLUSHED_AT = {"divide": 2.0**-11, "reciprocal": E2M1_MAX * 2.0**-10}
-"""By the rule of the scale: groups whose largest magnitude is at most this are rounded to zero (docs/NUMERICS.md, sections 1
-and 9). Without a smallest scale, half of the smallest E4M3 value rounds to a scale of zero."""
+"""For each rule of the scale: a group whose largest magnitude is at most this is rounded to zero (docs/NUMERICS.md, sections 1
+and 9). Without a smallest scale, half of the smallest E4M3 value gives a scale of zero."""
 SATURATED_ABOVE = E2M1_MAX * E4M3_MAX
 """Larger magnitudes saturate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Which shares of a tensor's values NVFP4 cannot hold; both are 0 in a healthy layer."""
+    """The shares of a tensor's values that NVFP4 cannot hold; both are 0 in a healthy layer."""
 
     flushed: float
-    """Values that are not zero, in groups that are rounded to zero."""
+    """The share of nonzero values in groups that are rounded to zero."""
     saturated: float
-    """Values beyond the largest that NVFP4 holds."""
+    """The share of values beyond the largest that NVFP4 holds."""
 
 
 def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()) -> dict[str, dict[str, Limits]]:
-    """Measure `k_shift`, the mean key of each key head as attention sees it, and put it into force.
+    """Measure `k_shift`, the mean key of each key head as attention sees it, and apply it.
 
-    The mean is over all keys that may be seen, of all batches, in float32; of a model that rotates positions, after it did.
-    Padding does not count. The model runs its original attention, without gradients and in evaluation mode, and is left
-    as it was but for `get_handle(model).k_shift`, which holds the result. With several processes (torch.distributed) each
-    passes its own batches, equally many, and all get the same shifts.
+    The mean is over all visible keys of all batches, in float32; with rotary positions it is taken after the rotation. Padding
+    does not count. The model runs its original attention, without gradients and in evaluation mode. Only
+    `get_handle(model).k_shift` changes: it holds the result. With several processes (torch.distributed) each passes its own
+    batches, the same number of them, and all get the same shifts.
 
     Args:
         model: a patched model, a wrapper around one, or a patched Diffusers pipeline.
-        batches: what to call the model with: mappings of keyword arguments, sequences of positional ones, or tensors. A few
-            batches of real data do: the mean hardly depends on how many.
-        exclude: patterns of patched modules that get no shift and lose none, such as `("*.attn2",)` of Wan's image to video: they
-            attend to the keys of the text and to those of the image, whose means differ, and a module has one shift.
+        batches: arguments of model calls: mappings of keyword arguments, sequences of positional ones, or tensors. A few
+            batches of real data are enough: the mean hardly depends on their number.
+        exclude: patterns of patched modules whose shift stays as it is, such as `("*.attn2",)` of Wan's image to video: they
+            attend to the keys of the text and of the image, whose means differ, but a module has one shift.
 
     Returns:
-        By the names of the patched modules that were measured, by `query`, `key` and `value`: how much NVFP4 cannot hold (keys
-        as they were quantized before, without the new shift).
+        For each measured module, and for `query`, `key` and `value`: how much NVFP4 cannot hold (keys without the new shift, as
+        they were quantized before).
 
     Raises:
-        ValueError: the model is not patched or lost its patch, there are no batches, a patched module was never called, one
-            attends to several sets of keys in one call, or a pattern fits none. The shifts are as they were then.
+        ValueError: the model is not patched or lost its patch, there are no batches, a patched module was never called, a module
+            attends to several sets of keys in one call, or a pattern matches nothing. The shifts do not change then.
     """
     means: dict[str, _Mean] = {}
     counts: dict[str, dict[str, LimitCounts]] = {}
@@ -96,7 +96,7 @@ def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()
 
 
 def _check_one_set_of_keys(name: str, first: torch.Tensor, key: torch.Tensor) -> None:
-    """Raise a ValueError if a module attends to other keys than before in the same call; the first ones of all are the same."""
+    """Raise a ValueError if a module attends to different keys within one call."""
     length = min(first.shape[2], key.shape[2])
     if first is not key and not torch.equal(first[:, :, :length], key[:, :, :length]):
         raise ValueError(
@@ -178,7 +178,7 @@ class _Mean:
     """The running mean of keys, by key head."""
 
     def __init__(self) -> None:
-        self.total: Any = 0.0  # float64 [key heads, head_dim] from the first call on
+        self.total: Any = 0.0  # float64 [key heads, head_dim] after the first call
         self.count: Any = 0.0
 
     def add(self, call: AttentionCall) -> None:
@@ -205,7 +205,7 @@ class LimitCounts:
     values: torch.Tensor | int = 0
 
     def add(self, groups: torch.Tensor, values: torch.Tensor | int, how: NVFP4Format) -> None:
-        """Groups of values [..., 16]; `values` of them count, the others are zero."""
+        """Add groups of values [..., 16]; `values` of them count, the others are zero."""
         magnitude = groups.abs()
         flushed = magnitude.amax(-1, keepdim=True) <= FLUSHED_AT[how.scale]
         self.flushed = self.flushed + (flushed & (magnitude > 0)).sum()
@@ -218,7 +218,7 @@ class LimitCounts:
 
 
 def count_limits(counts: dict[str, LimitCounts] | None, layer: AttentionLayer, call: AttentionCall) -> dict[str, LimitCounts]:
-    """The counts by tensor with one more call, Q, K and V as the quantization meets them (docs/NUMERICS.md, section 6)."""
+    """Add one call to the counts of each tensor, with Q, K and V as the quantization gets them (docs/NUMERICS.md, section 6)."""
     counts = counts or {"query": LimitCounts(), "key": LimitCounts(), "value": LimitCounts()}
     query, key, value, mask, formats = call.query, call.key, call.value.float(), call.key_mask, layer.spec.formats
     if formats.smooth is not None:

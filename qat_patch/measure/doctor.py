@@ -21,11 +21,11 @@ CASES = (
     *(Case(head_dim, causal, NVFP4.to_json(), torch.bfloat16) for head_dim in (128, 64) for causal in (False, True)),
     *(Case(head_dim, False, SAGE3.to_json(), torch.bfloat16) for head_dim in (128, 64)),
 )
-"""What most models call, and with `sage3` where SageAttention3 is installed; `handle.check()` checks what others call."""
+"""The calls of most models, and with `sage3` if SageAttention3 is installed; `handle.check()` checks a model's own calls."""
 
 
 def report() -> str:
-    """The report, a few lines for each device."""
+    """The report, with a few lines for each device."""
     lines = [f"{'machine':12} {platform.system()} {platform.machine()}, Python {platform.python_version()}"]
     lines.append(f"{'qat-patch':12} {__version__}")
     lines += [f"{name:12} {_version(name)}" for name in (*SUPPORTED, "triton")]
@@ -48,21 +48,21 @@ def report() -> str:
 
 
 def self_check() -> CheckReport:
-    """Check what most models call on every GPU, and keep the verdicts.
+    """Check the calls of most models on every GPU, and save the verdicts.
 
     Raises:
-        ValueError: there is no GPU that could run the kernels.
+        ValueError: no GPU can run the kernels.
     """
     return check(gpus(), CASES)
 
 
 def _version(name: str) -> str:
-    """What the package says when it is imported, which pip's metadata need not know (`2.13.0+cpu`)."""
+    """The version of the imported package: pip's metadata may lack a part (`2.13.0+cpu`)."""
     if importlib.util.find_spec(name) is None:
         return "not installed"
     try:
         found = str(_imported(name).__version__)
-    except Exception as error:  # a report that stops at the first broken package helps nobody
+    except Exception as error:  # the report must not stop at a broken package
         return f"BROKEN: the import fails with {type(error).__name__}: {error}"
     return found if is_supported(name, found) else f"{found}  NOT SUPPORTED: expected {','.join(SUPPORTED[name])}"
 

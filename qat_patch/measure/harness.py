@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 Attention = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Puts an attention into force, such as `handle.disabled`."""
+"""Switches to an attention, such as `handle.disabled`."""
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
@@ -23,23 +23,23 @@ def run_tasks(
     batch_size: int = 1,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Run tasks on a language model, once in each attention.
+    """Run tasks on a language model, once with each attention.
 
     Args:
         load: gives the model, its tokenizer, and by name what puts an attention into force; called when it is known that the
             tasks exist.
         tasks: their names.
-        include_path: a folder with tasks of the user's own.
-        num_fewshot: examples in the prompt; None: as the task says.
-        limit: only the first so many documents of a task.
-        batch_size: sequences in a forward pass.
-        seed: of all that is drawn.
+        include_path: a folder with the user's own tasks.
+        num_fewshot: examples in the prompt; None: the task's number.
+        limit: use only this many documents of a task, from the first.
+        batch_size: sequences per forward pass.
+        seed: seed of all random numbers.
 
     Returns:
-        By attention and task, the numbers that the harness gives.
+        The harness's numbers, by attention and task.
 
     Raises:
-        ValueError: lm-eval is not installed, or does not know a task.
+        ValueError: lm-eval is not installed or does not know a task.
     """
     try:
         from lm_eval import simple_evaluate

@@ -1,4 +1,4 @@
-"""What a model would lose under each attention, before any training: the same text or the same noise in all of them."""
+"""What a model loses with each attention, before any training: measured with the same text or the same noise in all."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .videos import check_installed, motion, psnr, ssim
 
 ORIGINAL, EXPORTED = "original", "exported"
 _TOKENS_AT_ONCE = 1024
-"""Whose log-probabilities are held at a time."""
+"""The number of tokens whose log-probabilities are in memory at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityReport:
-    """What was measured. `print(report)` is a table."""
+    """The measured quality of each attention. `print(report)` is a table."""
 
     measured_on: str
     """Such as `8 x 1024 tokens`."""
     attentions: dict[str, dict[str, float]]
-    """By attention, by what was measured. What ends in `_se` is the standard error of what it is named after."""
+    """By attention, then by measure. NAME_se is the standard error of NAME."""
 
     def __str__(self) -> str:
         columns = list(dict.fromkeys(name for row in self.attentions.values() for name in row if not name.endswith("_se")))
@@ -46,16 +46,16 @@ class QualityReport:
 
 
 class Attentions:
-    """A model in several attentions, one after the other. Takes over its patch, if it has one, and gives it back on exit.
+    """A model that runs several attentions in turn. It takes over the model's patch, if it has one, and restores it on exit.
 
     Args:
         model: a model or a pipeline. If it is patched, as an export is, that patch is the attention `exported`, and other
             presets are put into the modules that it patches.
         names: `original`, `exported`, and presets of QuantSpec. The original attention is always the reference, and comes first.
-        config: of a model that is not patched: which modules. Its spec has no effect.
+        config: which modules, for a model that is not patched. Its spec has no effect.
 
     Raises:
-        ValueError: there is no attention of a name, or the model cannot be run in it. The model is as it was then.
+        ValueError: an attention does not exist, or the model cannot run it. The model does not change then.
     """
 
     def __init__(self, model: Any, names: Sequence[str], config: AttnQATConfig | None = None) -> None:
@@ -104,7 +104,7 @@ class Attentions:
                 unpatch_model(model)
 
     def close(self) -> None:
-        """Give the model its patch back."""
+        """Restore the model's patch."""
         for model, config, shifts in self.exported:
             if get_handle(model) is None:
                 patch_model(model, config, k_shift=shifts)
@@ -125,16 +125,16 @@ def _preset(name: str) -> QuantSpec:
 
 @torch.no_grad()
 def text_quality(model: torch.nn.Module, rows: Iterable[torch.Tensor], attentions: Attentions) -> QualityReport:
-    """Loss, and distance to the model's own original attention, on text.
+    """Loss on text, and distance to the model's original attention.
 
     Args:
         model: a causal language model, in evaluation mode.
-        rows: token ids, int64 [1, tokens], on the device of the model; each row is a text of its own.
-        attentions: of this model.
+        rows: token ids, int64 [1, tokens], on the device of the model; each row is a separate text.
+        attentions: those of this model.
 
     Returns:
-        By attention, means over rows: `loss`, nats per token; `loss_change` to original attention; `kl`, KL(original || this) in
-        nats per token, with standard errors; `same_token`, the share of tokens after which the likeliest next one is the same.
+        By attention, means over rows: `loss` in nats per token; `loss_change` from original attention; `kl`, KL(original || this)
+        in nats per token, with standard errors; `same_token`, the share of positions with the same most likely next token.
     """
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in attentions.names}
     for row in (rows := list(rows)):
@@ -158,7 +158,7 @@ def text_quality(model: torch.nn.Module, rows: Iterable[torch.Tensor], attention
 
 
 def _compared(logits: torch.Tensor, reference: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
-    """Of logits [tokens, vocabulary], in float32 and summed in float64."""
+    """Compare logits [tokens, vocabulary], in float32 with sums in float64."""
     loss, kl, same = 0.0, 0.0, 0
     for start in range(0, len(ids), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
@@ -178,14 +178,14 @@ def sample_quality(
 
     Args:
         pipe: a diffusers pipeline that makes videos or images from a prompt.
-        prompts: what they show.
-        attentions: of this pipeline.
-        seeds: samples of each prompt, from noise of the seeds 0, 1, ...
-        arguments: of the call, besides.
+        prompts: the prompts.
+        attentions: those of this pipeline.
+        seeds: the number of samples for each prompt, from noise of the seeds 0, 1, ...
+        arguments: more arguments of the pipeline's call.
 
     Returns:
-        By attention, means over samples: `psnr` in dB and `ssim` (Wang et al., 2004) to the sample in original attention, with
-        standard errors; of videos `motion`, how much changes from frame to frame, as a share of the original's.
+        By attention, means over samples: `psnr` in dB and `ssim` (Wang et al., 2004), compared with the sample in original
+        attention, with standard errors; for videos `motion`, the change between frames as a share of the original's.
     """
     check_installed()
     found: dict[str, dict[str, list[float]]] = {name: {} for name in attentions.names}
@@ -216,7 +216,7 @@ def sample_quality(
 
 
 def _frames(output: Any) -> Any:
-    """What a pipeline made, float [frames, height, width, 3] in [0, 1]; an image is one frame."""
+    """A pipeline's output, float [frames, height, width, 3] in [0, 1]; an image is one frame."""
     if (frames := getattr(output, "frames", None)) is not None:
         return frames[0]
     if (images := getattr(output, "images", None)) is not None:
@@ -225,7 +225,7 @@ def _frames(output: Any) -> Any:
 
 
 def _mean(name: str, values: Sequence[float], *, with_error: bool = True) -> dict[str, float]:
-    """The mean, and its standard error where there is more than one value."""
+    """The mean, and its standard error if there are several values."""
     mean = sum(values) / len(values)
     if not with_error or len(values) < 2:
         return {name: mean}

@@ -1,4 +1,4 @@
-"""Which layers suffer most from 4-bit attention: measured on real inputs, as a table and as a picture."""
+"""Measures on real inputs which layers lose most in 4-bit attention, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TENSORS = ("query", "key", "value")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """How 4-bit attention does in one module."""
+    """The error of 4-bit attention in one module."""
 
     name: str
     error: float
@@ -27,12 +27,12 @@ class LayerSensitivity:
     query: Limits
     key: Limits
     value: Limits
-    """What NVFP4 cannot hold of them; zeros for what is not quantized."""
+    """The shares that NVFP4 cannot hold; zeros for tensors that are not quantized."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SensitivityReport:
-    """What `sensitivity` measured. `print(report)` is a table, `report.plot(file)` a picture."""
+    """The result of `sensitivity`. `print(report)` is a table, `report.plot(file)` draws a picture."""
 
     layers: tuple[LayerSensitivity, ...]
     """In the order of the model."""
@@ -52,7 +52,7 @@ class SensitivityReport:
         return dataclasses.asdict(self)
 
     def plot(self, file: str | Path) -> None:
-        """Write a picture: error, and flushed and saturated shares, by layer. Needs matplotlib."""
+        """Draw the error and the flushed and saturated shares of each layer to a file. Needs matplotlib."""
         from matplotlib.figure import Figure
 
         names = [layer.name for layer in self.layers]
@@ -79,8 +79,8 @@ class SensitivityReport:
 def sensitivity(model: Any, batches: Iterable[Any]) -> SensitivityReport:
     """Compare 4-bit with original attention, module by module, on real inputs.
 
-    The model runs its original attention, so that errors of one module do not reach the next. Each patched module quantizes
-    as its QuantSpec and `k_shift` say. Queries of padding do not count.
+    The model runs its original attention, so the error of one module does not reach the next. Each patched module is measured
+    with its own QuantSpec and `k_shift`. Queries of padding do not count.
 
     Args:
         model: a patched model, a wrapper around one, or a patched Diffusers pipeline.
@@ -111,7 +111,7 @@ def sensitivity(model: Any, batches: Iterable[Any]) -> SensitivityReport:
 
 
 def _squares(layer: AttentionLayer, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared norms of the error and of the original output, over the queries that are no padding."""
+    """Squared norms of the error and of the original output, over the queries that are not padding."""
     ours = attention(
         call.query,
         call.key,

@@ -1,4 +1,4 @@
-"""Which presets this machine can train, evaluate and serve: what `qat-patch servers` prints."""
+"""The presets that this machine can train, evaluate and serve: the output of `qat-patch servers`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PACKAGES = (
     *("transformers", "diffusers", "vllm", "sglang", "flashinfer-python", "kernels", "sageattn3", "sageattention"),
     *("nvidia-modelopt", "compressed-tensors", "lm-eval", "scikit-image"),
 )
-"""Of servers, and of what `qat-patch evaluate` needs."""
+"""Packages of servers, and those that `qat-patch evaluate` needs."""
 SAGE = "SageAttention3"
-"""Which is found as a package or in the Hub's cache."""
+"""Found as a package or in the Hub's cache."""
 
 
 def report() -> str:
-    """What is installed, and for each device a line for each preset. No package of a server is imported."""
+    """The installed packages, and a line for each device and preset. No server package is imported."""
     versions = {name: installed(name) for name in PACKAGES} | {SAGE: _sage_attention()}
     lines = ["installed"]
     lines += [f"  {name:20} {version or 'not installed'}" for name, version in versions.items()]
@@ -51,7 +51,7 @@ def report() -> str:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, by what pip knows: nothing is imported."""
+    """The version of a package from pip's metadata, without an import."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -59,13 +59,13 @@ def installed(package: str) -> str | None:
 
 
 def _sage_attention() -> str | None:
-    """SageAttention3 as a patched model finds it."""
+    """The SageAttention3 that a patched model would find."""
     found = sageattn3.installed()
     return None if found is None else found.name
 
 
 def implementation(preset: Preset, device: torch.device) -> str:
-    """What trains and evaluates a preset on a device, in 16 bits."""
+    """The implementation that trains and evaluates a preset on a device, in 16 bits."""
     spec = QuantSpec(preset=preset)
     for name in spec.rules.impls:
         if why_not(name, device, torch.bfloat16, spec, True) is None:
@@ -74,7 +74,7 @@ def implementation(preset: Preset, device: torch.device) -> str:
 
 
 def served_by(preset: str, major: int | None, versions: dict[str, str | None]) -> str:
-    """What serves a preset on a GPU of this compute capability, and what has to be installed for it."""
+    """The servers of a preset on a GPU of this compute capability, and what must be installed for them."""
     found = []
     if preset in ("nvfp4", "nvfp4_qk"):
         found.append("this package")

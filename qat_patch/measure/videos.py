@@ -1,4 +1,4 @@
-"""How near videos are to others, and how much moves in them."""
+"""Measures of how similar videos are, and how much moves in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 BLOCK = 8
-"""Pixels; `motion` is blind to anything smaller."""
+"""In pixels; `motion` does not see smaller changes."""
 
 
 def psnr(video: Any, reference: Any) -> float:
@@ -18,7 +18,7 @@ def psnr(video: Any, reference: Any) -> float:
 
 
 def ssim(video: Any, reference: Any) -> float:
-    """Structural similarity, 1 where they are equal: scikit-image's, mean over frames of [frames, height, width, 3] in [0, 1]."""
+    """Structural similarity by scikit-image, mean over the frames [frames, height, width, 3] in [0, 1]; 1 if equal."""
     structural_similarity = _structural_similarity()
     pairs = zip(video, reference, strict=True)
     values = [structural_similarity(a, b, channel_axis=-1, data_range=1.0) for a, b in pairs]
@@ -26,7 +26,7 @@ def ssim(video: Any, reference: Any) -> float:
 
 
 def check_installed() -> None:
-    """Raise a ValueError unless there is what `ssim` needs."""
+    """Raise a ValueError unless the package for `ssim` is installed."""
     _structural_similarity()
 
 

@@ -1,4 +1,4 @@
-"""The self-check as the rest of the package knows it: check cases on GPUs, and read what earlier checks found."""
+"""The interface of the self-check: check cases on GPUs, and read the verdicts of earlier checks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ NOT_CHECKED = "FP4 units not checked: run qat-patch doctor --check"
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What the self-check came to for one case on one GPU."""
+    """The result of the self-check for one case on one GPU."""
 
     device: torch.device
     case: Case
     result: dict[str, Any]
-    """As the child told it."""
+    """The child's result."""
     is_kept: bool
     """Whether a verdict was written."""
 
@@ -38,14 +38,14 @@ class Checked:
 
     @property
     def taken(self) -> str:
-        """What `auto` takes now."""
+        """The implementation that `auto` takes now."""
         wins_from = self.result.get("wins_from") if self.is_kept else None
         return Verdict(self.device, self.case, None if wins_from is None else tuple(wins_from), self.words).taken
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckReport:
-    """Every case of a self-check. `print(report)` is a table."""
+    """The results of a self-check. `print(report)` is a table."""
 
     checked: tuple[Checked, ...]
 
@@ -56,7 +56,7 @@ class CheckReport:
         return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """All that the child told, and whether it was kept: for JSON."""
+        """All results of the child, and whether they were saved, for JSON."""
         return [each.result | {"device": str(each.device), "kept": each.is_kept} for each in self.checked]
 
 
@@ -66,7 +66,7 @@ def gpus() -> list[torch.device]:
 
 
 def check(devices: Iterable[torch.device], cases: Iterable[Case]) -> CheckReport:
-    """Check cases on GPUs in child processes, and keep the verdicts. Cases that cannot run on a GPU are left out there.
+    """Check cases on GPUs in child processes, and save the verdicts. Cases that cannot run on a GPU are skipped there.
 
     Raises:
         ValueError: none of them can run on any of these GPUs, or this process is one of several; says why. Nothing has been
@@ -91,7 +91,7 @@ def check(devices: Iterable[torch.device], cases: Iterable[Case]) -> CheckReport
     for device in devices:
         here = [case for case in cases if problems[device, case] is None]
         for case, result in zip(here, results(str(device), [case.to_dict() for case in here]), strict=True):
-            # What has no identity has not run as far as a verdict could be told apart from others'.
+            # A result without an identity comes from a child that ended early; the verdict needs one as its key.
             may_keep = result["state"] != "none"
             if may_keep and "identity" not in result:
                 result |= {"identity": _identity(device) | _identity_of_kernel(case)}
@@ -101,9 +101,9 @@ def check(devices: Iterable[torch.device], cases: Iterable[Case]) -> CheckReport
 
 
 def known_verdicts() -> Verdicts | None:
-    """What was found out about the GPUs of this process, here or on rank 0; None if nothing was.
+    """The verdicts about the GPUs of this process, from here or from rank 0; None if there are none.
 
-    Without any file, no GPU is touched.
+    If there is no file, no GPU is touched.
     """
     records = read_by_rank_0(kept)
     if not records:
@@ -117,14 +117,14 @@ def known_verdicts() -> Verdicts | None:
             OSError,
             RuntimeError,
             ValueError,
-        ):  # a GPU that cannot be used, a forked process, no triton: not ours to say
+        ):  # a GPU that cannot be used, a forked process, no triton: others report these
             continue
         found += [verdict for record in records if (verdict := _verdict(device, identity, record))]
     return Verdicts(tuple(found)) if found else None
 
 
 def unchecked(verdicts: Verdicts | None, device: torch.device, cases: Iterable[Case]) -> list[Case]:
-    """The cases that would multiply on FP4 units of a device, and that nobody has checked there."""
+    """The cases that could run on FP4 units of a device, but are not checked there yet."""
     return [
         case
         for case in dict.fromkeys(cases)
@@ -145,7 +145,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def _gains(result: dict[str, Any]) -> tuple[float, float, int] | None:
-    """How much faster than triton and than SDPA, at the most tokens that were timed."""
+    """The speedup over triton and over SDPA at the largest timed number of tokens, and that number."""
     times: Sequence[dict[str, Any]] = result.get("times") or ()
     if not times:
         return None
@@ -168,7 +168,7 @@ def _problem(device: torch.device, case: Case) -> str | None:
 
 
 def _verdict(device: torch.device, identity: dict[str, str], record: dict[str, Any]) -> Verdict | None:
-    """What a record says of a device, if it is about what is there now."""
+    """A record's verdict on a device, if it is about the current GPU, software and kernel."""
     wins_from = record.get("wins_from")
     try:
         case = Case.from_dict(record["case"])

@@ -1,4 +1,4 @@
-"""Runs the self-check in a child process, which a wrong kernel may take down, and makes of its end what it means."""
+"""Runs the self-check in a child process, because a wrong kernel may crash it, and turns the child's end into a verdict."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import qat_kernels
 
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "qat_kernels.self_check")
 SECONDS = 600.0
-"""What one case may take on average, compilers included; a kernel that hangs is killed after it."""
+"""The time limit for one case on average, including compilers. A kernel that hangs is killed after it."""
 _RANK = frozenset(f"{of}{what}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE", "NAME"))
 _MASTER = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
-"""Variables that tell a process of others, by name and by how they begin: the child is alone."""
+"""Environment variables of distributed runs, by name and by prefix. The child must not see them: it runs alone."""
 
 
 def results(device: str, cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What the child says of each case, in order; of one that took it down, how. The others get another child.
+    """The child's result for each case, in order. If a case crashes the child, its result says how, and a new child continues.
 
     Args:
         device: such as `cuda:0`.
-        cases: as `Case.to_dict` has them.
+        cases: dicts of `Case.to_dict`.
 
     Yields:
         For each case a dict with `case`, `state` (`passed`, `failed`, or `none` for no verdict) and `reason`.
@@ -36,7 +36,7 @@ def results(device: str, cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]
         request = json.dumps({"device": device, "cases": left})
         status: int | None
         try:
-            # Where the package is: Python looks for modules in the working directory first, which may be anybody's.
+            # Run in the package's folder: Python looks for modules in the working directory first, which may be untrusted.
             done = subprocess.run(
                 [*COMMAND, request],
                 capture_output=True,
@@ -52,12 +52,12 @@ def results(device: str, cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]
         yield from said
         left = left[len(said) :]
         if left and not (said and said[-1]["state"] != "passed" and status and status > 0):
-            # Nobody said anything of this one, and no sentence before it explains the end.
+            # The child said nothing about this case, and no earlier result explains its end.
             yield {"case": left.pop(0)} | _end(status, err)
 
 
 def _said(out: bytes, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of the child, which are about these cases in this order; others' output is passed over."""
+    """The child's lines about these cases, in this order. Other output is ignored."""
     found: list[dict[str, Any]] = []
     for line in out.decode("utf-8", errors="replace").splitlines():
         try:
@@ -70,7 +70,7 @@ def _said(out: bytes, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _end(status: int | None, err: bytes) -> dict[str, Any]:
-    """The verdict on a case whose child ended without a word about it."""
+    """The verdict on a case whose child ended without a result for it."""
     last = ([line for line in err.decode("utf-8", errors="replace").splitlines() if line.strip()] or [""])[-1][:300]
     if status is None:
         return {"state": "failed", "reason": f"it hung: killed after {SECONDS:g} s a case"}

@@ -1,4 +1,4 @@
-"""In a distributed run every process goes by what rank 0 has read, so that all run the same kernels."""
+"""In a distributed run every process uses the verdicts that rank 0 has read, so that all run the same kernels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def in_a_distributed_run() -> bool:
 
 
 def read_by_rank_0(read: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `read` returns; if there are ranks, what it returned on rank 0 the first time, as long as the process group lasts.
+    """The result of `read`. With several ranks, its first result on rank 0, as long as the process group lasts.
 
-    Only the first time, because ranks read when they patch: a later reading would be another one on some of them. It goes through
-    the store of the process group and is no collective: where rank 0 alone loads a model, it waits for nobody.
+    Only the first: ranks read when they patch, and a later reading could differ between them. This uses the store of the process
+    group and is not a collective, so rank 0 waits for nobody if it loads a model alone.
     """
     if not in_a_distributed_run():
         return read()

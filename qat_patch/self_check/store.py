@@ -1,4 +1,4 @@
-"""Where verdicts of the self-check are kept: one small file for each case and kind of GPU, in the user's cache."""
+"""Stores the verdicts of the self-check in the user's cache: one small file for each case and kind of GPU."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def folder() -> Path:
 
 
 def key_of(identity: dict[str, str]) -> dict[str, str]:
-    """What a verdict depends on: what the kernels know of it, and this package."""
+    """Everything that a verdict depends on: the kernels' identity, and the version of this package."""
     return identity | {"qat_patch": __version__}
 
 
 def keep(result: dict[str, Any]) -> bool:
-    """Write a result of the self-check: aside, then renamed, so that nobody reads half of it. Whoever comes last counts.
+    """Save a result of the self-check: written aside, then renamed, so that no one reads half a file. The last result counts.
 
     Returns:
-        False, with a warning, if it cannot be written: there is no verdict then.
+        False, with a warning, if it cannot be written. Then there is no verdict.
     """
     record = {"format": _FORMAT, "key": key_of(result["identity"])} | {k: x for k, x in result.items() if k != "identity"}
     name = hashlib.sha256(json.dumps([record["key"], record["case"]], sort_keys=True).encode()).hexdigest()[:32]
@@ -64,7 +64,7 @@ def keep(result: dict[str, Any]) -> bool:
 
 
 def kept() -> list[dict[str, Any]]:
-    """Every record that is whole and ours; anything else is as if it were not there."""
+    """Every complete record of this format; other files are ignored."""
     records = []
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         for file in sorted(folder().glob("*.json")):

@@ -27,14 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval().to(device)
     text = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, : options.tokens].to(device)
 
-    # The grid of the server: keys and values as vLLM's cache holds them. A trained export would be loaded by load_checkpoint.
+    # The grid of the server: keys and values as in vLLM's cache. Load a trained export with load_checkpoint instead.
     handle = patch_model(model, AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4")))
     served = model(input_ids=text, labels=text, use_cache=False).loss.item()
     with handle.disabled():
         original = model(input_ids=text, labels=text, use_cache=False).loss.item()
     print(f"loss {original:.4f} in original attention, {served:.4f} as served: {served - original:+.4f}")
 
-    # What the server would write: generated here from a cache that holds keys and values in 4 bits.
+    # The text that the server would generate: this cache holds keys and values in 4 bits, too.
     prompt = text[:, :32]
     with handle.cached():
         answer = model.generate(prompt, max_new_tokens=options.new_tokens, do_sample=False)
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="name on the Hub, or a folder")
     parser.add_argument("--text", type=Path, required=True, help="text file to measure on")
     parser.add_argument("--output", type=Path, required=True, help="folder for the export")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the text to use (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=64, help="default: %(default)s")
     return parser.parse_args(arguments)
 

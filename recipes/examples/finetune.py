@@ -1,4 +1,4 @@
-"""Fine-tune a language model through 4-bit attention with a training loop of your own; needs qat-patch[qwen].
+"""Fine-tune a language model through 4-bit attention with your own training loop; needs qat-patch[qwen].
 
 python recipes/examples/finetune.py --model Qwen/Qwen3-0.6B --train train.txt --held-out held_out.txt --output outputs/finetuned
 """
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def blocks(tokenizer: Any, file: Path, length: int) -> torch.Tensor:
-    """A text as int64 [blocks, length] of tokens; what is left over at its end is dropped."""
+    """A text as tokens, int64 [blocks, length]. The rest at the end is dropped."""
     ids = tokenizer(file.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
     if len(ids) < length:
         raise ValueError(f"{file}: expected at least {length} tokens, got {len(ids)}; take a longer text or a smaller --length")
@@ -75,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, help="text file")
     parser.add_argument("--held-out", type=Path, required=True, help="text file that is not trained on")
     parser.add_argument("--output", type=Path, required=True, help="folder for the export")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a block (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per block (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=4, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="default: %(default)s")

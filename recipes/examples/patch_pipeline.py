@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe = DiffusionPipeline.from_pretrained(options.model, dtype=dtype).to(device)
 
-    # `overrides`, `exclude` and `exclude_first_blocks` of AttnQATConfig choose modules; unpatch_model(pipe) takes the patch off.
+    # `overrides`, `exclude` and `exclude_first_blocks` of AttnQATConfig choose modules; unpatch_model(pipe) removes the patch.
     handle = patch_model(pipe, AttnQATConfig(spec=QuantSpec(rotate=True, four_over_six=True)))
 
     def frames() -> np.ndarray:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with handle.disabled():
         original = frames()
     four_bit = frames()
-    print(handle)  # after the first call it also says what the calls did
+    print(handle)  # after the first call it also shows what the calls did
     error = float(np.square(original.astype(np.float64) - four_bit).mean())
     print(f"PSNR of 4-bit to original attention: {-10 * math.log10(error) if error else math.inf:.1f} dB")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Export a model with 4-bit attention, put it on the Hub, and load it from there; needs qat-patch[qwen] and `hf auth login`.
+"""Export a model with 4-bit attention, upload it to the Hub, and load it again; needs qat-patch[qwen] and `hf auth login`.
 
 python recipes/examples/share.py --model Qwen/Qwen3-0.6B --repo my-name/qwen3-fp4 --output outputs/shared
 """
@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="name on the Hub, or a folder")
     parser.add_argument("--repo", required=True, help="name of the new repository on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="folder for the export")
-    parser.add_argument("--public", action="store_true", help="everybody may see the repository (default: only you)")
+    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     return parser.parse_args(arguments)
 
 

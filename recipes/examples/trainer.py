@@ -27,7 +27,7 @@ from qat_recipes.callback import QATCallback
 
 @dataclasses.dataclass
 class Arguments:
-    """What is trained on what."""
+    """The model and its data."""
 
     model: str = dataclasses.field(metadata={"help": "Name on the Hub, or a folder."})
     data: str = dataclasses.field(metadata={"help": "Name on the Hub, or a folder: rows of `text`, in train and test."})
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     model = AutoModelForCausalLM.from_pretrained(chosen.model)
     print(patch_model(model, AttnQATConfig(spec=QuantSpec(rotate=True, four_over_six=True))))
-    # Texts one behind the other, without padding, none of which sees another. Without a cache, since they are packed.
+    # Texts are packed one after another, without padding; none sees another. Packed texts need use_cache=False.
     model.config.use_cache = False
     trainer = Trainer(
         model,

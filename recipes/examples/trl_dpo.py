@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says."""
     script, training, chosen = TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config(arguments)
     data = load_dataset(script.dataset_name, name=script.dataset_config)
-    # The reference model is loaded here, from the name in the config of the model: so nothing is patched yet.
+    # The trainer loads the reference model by the name in the model's config, so the model must not be patched yet.
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(chosen.model_name_or_path, dtype=chosen.dtype),
         args=training,
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = AttnQATConfig(spec=QuantSpec(rotate=True, four_over_six=True))
     print(patch_model(trainer.model, config))
     if trainer.ref_model is not None:
-        # The same policy before the training, so that rewards begin at zero. With LoRA it is the model itself, without adapters.
+        # Both start as the same policy, so rewards begin at zero. With LoRA the reference is the model itself without adapters.
         patch_model(trainer.ref_model, config)
     trainer.add_callback(QATCallback(trainer, export_dir=f"{training.output_dir}/export"))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

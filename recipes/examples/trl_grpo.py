@@ -3,8 +3,8 @@
 accelerate launch recipes/examples/trl_grpo.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name questions \
     --max_completion_length 512 --bf16 true --output_dir outputs/grpo
 
-Every option is TRL's own (`--help`). `dataset_name` is a folder with train.jsonl, or a dataset on the Hub: rows of `prompt` and
-of `answer`, which a right completion ends with.
+Every option is TRL's own (`--help`). `dataset_name` is a folder with train.jsonl, or a dataset on the Hub, with rows of `prompt`
+and `answer`; a right completion ends with the answer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if trainer.ref_model is not None:  # with beta, and without LoRA
         patch_model(trainer.ref_model, config)
     trainer.add_callback(QATCallback(trainer, export_dir=f"{training.output_dir}/export"))
-    # What the rollouts were sampled with is what the trainer computes: it sees the same quantized keys and values.
+    # Rollouts are sampled with the same attention that the trainer computes: it sees the same quantized keys and values.
     with handle.cached():
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
 

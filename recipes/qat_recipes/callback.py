@@ -1,10 +1,10 @@
-"""QATCallback: what a recipe does besides training, for Transformers' Trainer and the trainers of TRL.
+"""QATCallback: measuring, calibrating and exporting, as in the recipes, for Transformers' Trainer and the trainers of TRL.
 
     from qat_recipes.callback import QATCallback
 
     trainer.add_callback(QATCallback(trainer, calibration_batches=8, export_dir="qwen3-fp4"))
 
-Importing this module imports transformers, and nothing of TRL.
+Importing this module imports transformers, but not TRL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qat_patch.servers import check_servable
 _STATE = "qat_patch"
 """The key of `TrainerState.stateful_callbacks`, which every checkpoint of the Trainer holds."""
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What collators pass with packed samples, and models hand on to attention without naming it."""
+"""Arguments that collators pass with packed samples; models pass them on to attention without naming them."""
 _NO_MEASUREMENTS = ("_runtime", "_per_second", "_model_preparation_time")
 _EXPORT_OPTIONS = inspect.signature(export_checkpoint).parameters.keys() - {"model", "folder"}
 
@@ -37,33 +37,33 @@ _EXPORT_OPTIONS = inspect.signature(export_checkpoint).parameters.keys() - {"mod
 class QATCallback(TrainerCallback):
     """Measures in both attentions, calibrates, keeps K shifts in checkpoints, and exports.
 
-    - **Before the first step** it checks that the model is patched, and calibrates if `calibration_batches` says so; with linear
-      layers that round their inputs (`quantize_linears`) these too, whose ranges have to be measured here or before.
-    - **Each evaluation** is done once more in the original attention, on the same batches. What the trainer logs as `eval_loss`
-      is 4-bit attention; `eval_original_loss` is added to the log, and so is every other number that the trainer measures
-      (`eval_original_reward` and the like), without quantized linear layers. `metric_for_best_model` may be one of them. Random
-      numbers of the training are left alone. GRPOTrainer samples anew in each attention.
-    - **Checkpoints** hold the attention, the K shifts and the scales of linear layers. A run that goes on
-      (`resume_from_checkpoint`) gets these back, and is refused if the model is patched or quantized in another way.
+    - **Before the first step** it checks that the model is patched, and calibrates if `calibration_batches` is set. This includes
+      linear layers that round their inputs (`quantize_linears`): their ranges must be measured here or before.
+    - **Each evaluation** is repeated in the original attention, on the same batches. The trainer's `eval_loss` is 4-bit
+      attention; the callback adds `eval_original_loss` and every other number that the trainer measures (such as
+      `eval_original_reward`), without quantized linear layers. `metric_for_best_model` may be one of them. The random numbers of
+      the training do not change. GRPOTrainer samples again in each attention.
+    - **Checkpoints** hold the attention, the K shifts and the scales of linear layers. A resumed run (`resume_from_checkpoint`)
+      gets these back, and is refused if the model is patched or quantized in another way.
     - **After the last step**, and after `load_best_model_at_end`, the model is exported.
 
     Args:
-        trainer: the trainer, whose model is patched by the time that it trains. One with a reference model is to be made before
-            the patch; see recipes/examples.
-        calibration_batches: measure the mean keys (`k_shift`, as `qat_patch.calibrate`, with presets that have them) and the
-            ranges of the inputs of quantized linear layers on so many of the first training batches of each process; 0: nothing
-            is measured, and what is there stays as it is. The batches must hold token ids, which those of
-            GRPOTrainer do not: call `calibrate` before the training there.
+        trainer: the trainer. Its model must be patched before it trains. Make a trainer with a reference model before the
+            patch; see recipes/examples.
+        calibration_batches: how many of the first training batches of each process to measure the mean keys on (`k_shift`, as
+            `qat_patch.calibrate`, with presets that have them), and the input ranges of quantized linear layers. 0: measure
+            nothing, keep the present values. The batches must hold token ids. Those of GRPOTrainer do not: call `calibrate`
+            before its training.
         calibration_exclude: patterns of patched modules that get no shift.
-        export_dir: the folder to export to, which must not exist; None: nothing is exported.
+        export_dir: the folder to export to, which must not exist; None: no export.
         export_options: passed on to `qat_patch.export_checkpoint`, such as dtype="bfloat16", server="vllm" or
-            merge_adapters=False. The tokenizer is the trainer's unless one is given.
+            merge_adapters=False. The default tokenizer is the trainer's.
 
     Raises:
-        ValueError: this is no trainer, an argument does not fit, or the model is sharded (FSDP, DeepSpeed), which cannot be
-            exported from here. When the training begins: the model is not patched, the checkpoint to go on from was trained
-            with other attention or linear layers, inputs of these have not been measured, the batches cannot be calibrated on, or
-            the server cannot run the model.
+        ValueError: this is not a trainer, an argument does not fit, or the model is sharded (FSDP, DeepSpeed), so it cannot be
+            exported from here. When the training begins: the model is not patched, the checkpoint was trained with other
+            attention or linear layers, the input ranges of these were not measured, the batches cannot be used for calibration,
+            or the server cannot run the model.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class QATCallback(TrainerCallback):
         return require_handle(self.trainer.model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the patch; go on with the K shifts of a checkpoint, or calibrate."""
+        """Check the patch. Use the K shifts of a checkpoint, or calibrate."""
         handle = self.handle
         handle.check_in_force("QATCallback")
         if state.global_step:
@@ -120,7 +120,7 @@ class QATCallback(TrainerCallback):
             "linears": None if linears is None else _scales(linears),
         }
         if server := self.export_options.get("server"):
-            # Now, not at the end of the training.
+            # Check it now, not at the end of the training.
             alone = not self.export_options.get("merge_adapters", True) and adapter_owner(self.trainer.model)
             adapters = next(iter(alone.peft_config.values())) if alone else None
             auto_enable = self.export_options.get("auto_enable", False)
@@ -135,9 +135,9 @@ class QATCallback(TrainerCallback):
         eval_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Measure the same in original attention, log it, and add it to what `evaluate` returns."""
+        """Measure the same in original attention, log it, and add it to the result of `evaluate`."""
         trainer, metrics = self.trainer, {} if metrics is None else metrics
-        # "eval", and behind it the name of the dataset if there are several.
+        # "eval", followed by the name of the dataset if there are several.
         prefix = next((key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")), "eval")
         devices = [args.device] if args.device.type == "cuda" else []
         linears = get_linear_handle(trainer.model)
@@ -149,7 +149,7 @@ class QATCallback(TrainerCallback):
                 prediction_loss_only=True if trainer.compute_metrics is None else None,
                 metric_key_prefix=prefix,
             )
-            # The trainers of TRL add here what they have gathered, and begin anew.
+            # The trainers of TRL add their gathered numbers here, and reset them.
             trainer.log(output.metrics)
         found = {
             f"{start}_original_{key.removeprefix(start + '_')}": value
@@ -173,11 +173,11 @@ class QATCallback(TrainerCallback):
             with _without_autocast(trainer) as model:
                 known = {"tokenizer": trainer.processing_class, "training": training, "metrics": self.measured}
                 export_checkpoint(model, self.export_dir, **known | self.export_options)
-        # A process that ends while another still exports takes that one down.
+        # If a process ended while another still exports, it would take that one down.
         trainer.accelerator.wait_for_everyone()
 
     def _go_on(self, handle: PatchHandle, state: TrainerState) -> None:
-        """With what a checkpoint holds."""
+        """Restore the K shifts and scales of a checkpoint, after checking that it fits."""
         kept = state.stateful_callbacks.get(_STATE)
         if kept is None:
             raise ValueError(
@@ -208,7 +208,7 @@ class QATCallback(TrainerCallback):
     def _calibrate(self, handle: PatchHandle) -> None:
         trainer, parameters = self.trainer, inspect.signature(type(handle.models[0]).forward).parameters
         names = (parameters.keys() | {*_PACKING}) - {"labels"}
-        # Packed samples need it. Without a cache nothing else changes.
+        # Packed samples need use_cache=False. It changes nothing else.
         options = {"use_cache": False} if "use_cache" in parameters else {}
         devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
@@ -222,7 +222,7 @@ class QATCallback(TrainerCallback):
                     )
                 batches.append({name: x for name, x in batch.items() if name in names} | options)
             if callable(end := getattr(loader, "end", None)):
-                end()  # Accelerate counts it as the loader that is read, until it has been read to its end
+                end()  # Accelerate treats it as the active loader until it is read to its end
             linears = get_linear_handle(trainer.model)
             if linears is not None and linears.config.rounds_inputs:
                 was_training = trainer.model_wrapped.training
@@ -255,7 +255,7 @@ def _in_force(handle: PatchHandle) -> tuple[AttentionMetadata, dict[str, torch.T
 
 @contextlib.contextmanager
 def _nobody_listening(trainer: Trainer) -> Iterator[list[dict[str, Any]]]:
-    """Inside, what the trainer logs goes to a list of its own, and to no callback."""
+    """Inside, the trainer logs to a separate list, and to no callback."""
     handler, state = trainer.callback_handler, trainer.state
     callbacks, log_history = handler.callbacks, state.log_history
     handler.callbacks, state.log_history = [], []
@@ -267,7 +267,7 @@ def _nobody_listening(trainer: Trainer) -> Iterator[list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def _without_autocast(trainer: Trainer) -> Iterator[torch.nn.Module]:
-    """The trainer's model, computing in its own dtype inside: an export's reference could not be computed again otherwise."""
+    """Inside, the trainer's model computes in its own dtype, so that an export's reference can be computed again."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     wrapped = {name: x for name, x in vars(model).items() if name in ("forward", "_original_forward")}
     try:

@@ -27,7 +27,7 @@ _OURS = [Path(__file__).parent, *(Path(module.__path__[0]) for module in (qat_ke
 
 
 def read_settings(cls: type[Settings], arguments: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line: `--config FILE.yaml` and then `key=value`, which wins.
+    """Read settings from the command line: `--config FILE.yaml`, then `key=value`, which overrides the file.
 
     Keys of nested settings have dots (`data.sequence_length=256`), values are YAML (`betas=[0.9,0.95]`).
 
@@ -44,7 +44,7 @@ def read_settings(cls: type[Settings], arguments: Sequence[str] | None = None) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, help="YAML file of settings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over those of the file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override those of the file")
     parsed = parser.parse_intermixed_args(arguments)
     values = _read_yaml(parsed.config) if parsed.config else {}
     for override in parsed.overrides:
@@ -53,9 +53,9 @@ def read_settings(cls: type[Settings], arguments: Sequence[str] | None = None) -
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a program as a process does: what it refuses (a ValueError of ours) is its message alone, and exit status 1.
+    """Run a program. For a ValueError of ours only its message is printed, and the exit status is 1.
 
-    Other errors keep their traceback, a ValueError from within another library among them.
+    Other errors keep their traceback, also a ValueError from another library.
     """
     try:
         main()
@@ -86,13 +86,13 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Argument(str):
-    """A value as it was typed, and what it is as YAML. Only its setting tells which of the two is meant."""
+    """A value as typed, and as YAML. The setting decides which of the two is used."""
 
     parsed: Any
 
 
 def _read_argument(value: Any, hint: Any) -> Any:
-    """What an argument means to a setting with this annotation: YAML, unless text is expected. Other values stay as they are."""
+    """The value of an argument for a setting with this annotation: YAML, unless text is expected. Other values do not change."""
     if not isinstance(value, _Argument):
         return value
     args = typing.get_args(hint)
@@ -103,7 +103,7 @@ def _read_argument(value: Any, hint: Any) -> Any:
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # PyYAML lets the last one win: a setting without effect.
+        # PyYAML would silently take the last one.
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
@@ -151,7 +151,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _describe(cls: type, prefix: str = "") -> list[str]:
-    """One paragraph a setting for --help: name, type, default, and the docstring under the field."""
+    """One paragraph for each setting in --help: name, type, default, and the docstring under the field."""
     documentation = _documentation(cls)
     lines, hints = [], typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -167,7 +167,7 @@ def _describe(cls: type, prefix: str = "") -> list[str]:
 
 
 def _documentation(cls: type) -> dict[str, str]:
-    """The docstrings under the fields of a dataclass and of those it builds on."""
+    """The docstrings under the fields of a dataclass and its bases."""
     found = {}
     for base in reversed(cls.__mro__[:-1]):
         (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body

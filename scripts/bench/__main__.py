@@ -1,4 +1,4 @@
-"""Time 4-bit attention against PyTorch's own, interleaved in one run, after checking that it is right.
+"""Check 4-bit attention, then time it against PyTorch's attention, interleaved in one run.
 
 python -m scripts.bench attention --json attention.json
 python -m scripts.bench attention --shape 1,12,12,32760,32760,128 --shape 2,40,8,4096,4096,128,causal
@@ -42,7 +42,7 @@ from scripts.bench.report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Check, time, print; returns what was measured."""
+    """Check, time and print. Returns the measurements."""
     parser = new_parser("scripts.bench", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         command = commands.add_parser(name, help=text)
         command.add_argument("--shape", action="append", type=Shape.parse, help="default: those of the published models")
         command.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-        command.add_argument("--rounds", type=int, default=20, help="how often each is timed (default: 20)")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+        command.add_argument("--rounds", type=int, default=20, help="how often each attention is timed (default: 20)")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
         if name == "attention":
-            command.add_argument("--preset", action="append", default=[], choices=get_args(Preset), help="time this one too")
-            command.add_argument("--figure-5", action="store_true", help="the grid of the paper's figure 5 instead")
+            command.add_argument("--preset", action="append", default=[], choices=get_args(Preset), help="time this preset too")
+            command.add_argument("--figure-5", action="store_true", help="time the grid of the paper's figure 5 instead")
     command = commands.add_parser("report", help="a table and a picture of earlier results")
     command.add_argument("file", type=Path)
     command.add_argument("--png", type=Path, metavar="FILE")

@@ -1,4 +1,4 @@
-"""Decoding from the FP4 cache against PyTorch's own attention over BF16 keys and values, on a GPU, after a check.
+"""Check decoding from the FP4 cache, then time it against PyTorch's attention over BF16 keys and values, on a GPU.
 
 python -m scripts.bench.decode --json decode.json               # a step of attention: 4k, 32k, 128k tokens, batch 1, 8, 32
 python -m scripts.bench.decode --generate --json generate.json  # `generate`: prompts of 4k and 32k tokens, batch 1 and 8
@@ -39,21 +39,21 @@ HEADS, KEY_HEADS, HEAD_DIM = 40, 8, 128
 CACHES = {"fp4 cache": QuantSpec(), "kv_nvfp4 cache": QuantSpec(preset="kv_nvfp4")}
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 L2_BYTES = 256 << 20
-"""More than any L2 cache holds."""
+"""Larger than any L2 cache."""
 NEW_TOKENS = 64
-"""That --generate asks for."""
+"""The number of tokens that --generate makes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Check, time, print; returns what was measured."""
+    """Check, time and print. Returns the measurements."""
     parser = new_parser("scripts.bench.decode", __doc__)
     parser.add_argument("--length", action="append", type=int, help="tokens in the cache, or in the prompt (see above)")
     parser.add_argument("--batch", action="append", type=int, help="sequences (see above)")
     parser.add_argument("--rounds", type=int, default=50, help="how often a step is timed (default: 50)")
     parser.add_argument("--generate", action="store_true", help="time `generate` instead of single steps of attention")
-    parser.add_argument("--layers", type=int, default=8, help="of the model of --generate (default: 8; Qwen3-14B has 40)")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model for --generate (default: 8; Qwen3-14B has 40)")
     parser.add_argument("--tiny", action="store_true", help="a small model for --generate, which also runs on a CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.tiny:
@@ -102,7 +102,7 @@ def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
         check(cache, q, *new)
 
         def ours(cache: KVCache = cache, spec: QuantSpec = spec) -> None:
-            # Of a copy: what the graph reads stays alive in the cache itself.
+            # A copy, because the cache itself must keep alive what the graph reads.
             copy.copy(cache).attention(q, *new, spec=spec)
 
         candidates[name] = ours
@@ -128,7 +128,7 @@ def step(batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def check(cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """End the program unless the step's last sequence is what eager float32 makes of the same bytes."""
+    """Stop unless the output for the last sequence is that of eager float32 with the same bytes."""
     expected, actual = copy.copy(cache), copy.copy(cache)
     assert cache.spec is not None, "it was filled"
     expected.select(torch.tensor([q.shape[0] - 1]))
@@ -141,7 +141,7 @@ def check(cache: KVCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
 
 
 def captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The GPU's work of a call."""
+    """A call as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -155,7 +155,7 @@ def captured(call: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def measure(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every round, the candidates taking turns; the first five rounds warm up and do not count."""
+    """The milliseconds of every round. The candidates take turns; the first five rounds warm up and do not count."""
     flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
     milliseconds: dict[str, list[float]] = {name: [] for name in graphs}
     for round_number in range(rounds + 5):
@@ -172,7 +172,7 @@ def measure(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, l
 
 
 def language_model(layers: int, tiny: bool, device: str) -> torch.nn.Module:
-    """Of Qwen3-14B's shape but for the number of layers, with random weights, in bfloat16."""
+    """A model of Qwen3-14B's shape with another number of layers, with random bfloat16 weights."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     sizes = {"hidden_size": 5120, "intermediate_size": 17408, "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
@@ -187,7 +187,7 @@ def language_model(layers: int, tiny: bool, device: str) -> torch.nn.Module:
 
 
 class Clock:
-    """A streamer: when `generate` has handed over the prompt, and then each new token: it waits for the device to have them."""
+    """A streamer that notes the time of the prompt and of each new token, after waiting for the device."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -200,9 +200,9 @@ class Clock:
 
 
 def generation(model: torch.nn.Module, batch: int, length: int) -> list[dict[str, Any]]:
-    """Seconds to the first of NEW_TOKENS, tokens per second (quartiles) after it and in all, and bytes of the cache.
+    """The seconds to the first of NEW_TOKENS, tokens per second (quartiles) after it and overall, and the bytes of the cache.
 
-    Each is run twice, and the first time does not count: it compiles.
+    Each runs twice; the first run compiles and does not count.
     """
     from transformers import DynamicCache
 

@@ -44,12 +44,12 @@ from scripts.demo_tools import read_metrics
 from scripts.paths import OUTPUTS, RECIPES, ROOT
 
 STEPS, CHECKPOINT, CUT = 10, 5, 2
-"""Steps of a run, the checkpoint behind which one is killed, and layers of the model that is trained on one GPU too."""
+"""The steps of a run, the checkpoint after which a run is killed, and the layers of the model that one GPU trains too."""
 WARM_UP = 2
-"""Steps that are not timed: the first makes the states of the optimizer, and counts operations."""
+"""Untimed steps: the first one makes the optimizer's states and counts operations."""
 SAMPLES = 16
 HELD_OUT = {"wan": 1, "qwen3": 8}
-"""Samples; a clip is measured at eight timesteps."""
+"""The number of samples; a clip is measured at eight timesteps."""
 _POLL = 0.05
 CONFIGS = {"wan": "wan2_1_14b.yaml", "qwen3": "qwen3_14b.yaml"}
 PROGRAMS = {"wan": "finetune_wan.py", "qwen3": "finetune_qwen3.py"}
@@ -68,7 +68,7 @@ class Run:
     attention: str = "fp4"
     """fp4 or original."""
     stage: str = "timed"
-    """timed; cut: few layers, to be compared with one GPU; killed and resumed: the life of a run."""
+    """timed; cut: few layers, for comparison with one GPU; killed and resumed: the life of a run."""
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Run:
 
 
 def plan(model: str) -> list[Run]:
-    """All runs of a model, in their order."""
+    """All runs of a model, in order."""
     runs = []
     for how in ("fsdp2", "ulysses") if model == "wan" else ("fsdp2",):
         runs.append(Run(model=model, how=how))
@@ -88,7 +88,7 @@ def plan(model: str) -> list[Run]:
 
 
 def settings(run: Run, size: Size, gpus: int, work: Path) -> dict[str, Any]:
-    """The settings of a run: the shipped config of the recipe, and what is different here."""
+    """The settings of a run: the recipe's shipped config with the changes for this benchmark."""
     is_cut = run.stage == "cut"
     values = yaml.safe_load((RECIPES / "configs" / CONFIGS[run.model]).read_text(encoding="utf-8"))
     values["model"]["path"] = str(work / run.model / ("cut" if is_cut else "model"))
@@ -103,7 +103,7 @@ def settings(run: Run, size: Size, gpus: int, work: Path) -> dict[str, Any]:
         )
     for name in ("samples", "keep_checkpoints", "report_to"):
         values.pop(name, None)
-    # Runs with Ulysses have no mean keys, so none has.
+    # Runs with Ulysses have no mean keys, so the others have none either.
     values |= {"calibration_batches": 0, "warmup_steps": 0, "layers_every": 0, "eval_every": STEPS if is_cut else 0}
     values |= {"steps": STEPS, "accumulation_steps": 1, "fused_optimizer": True, "attention": run.attention}
     values |= {"distillation": 1.0 if run.objective == "distillation" else 0.0}
@@ -122,12 +122,12 @@ def settings(run: Run, size: Size, gpus: int, work: Path) -> dict[str, Any]:
 
 
 def output_dir(run: Run, work: Path) -> Path:
-    """A resumed run goes on in the folder of the one that was killed."""
+    """The folder of a run. A resumed run uses that of the killed one."""
     return work / run.model / "runs" / run.name.replace("resumed", "killed")
 
 
 def launcher(run: Run, gpus: int) -> list[str]:
-    """What starts a recipe in as many processes as it takes."""
+    """The command that starts a recipe in the needed number of processes."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
     if run.how == "one":
         return [*launch, "--num_processes=1", "--num_machines=1", "--mixed_precision=bf16", "--dynamo_backend=no"]
@@ -143,16 +143,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Plan, measure or report."""
     parser = new_parser("scripts.bench.full_size", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure", help="run all that FILE does not have yet")
+    measuring = commands.add_parser("measure", help="run everything that FILE does not have yet")
     measuring.add_argument("file", type=Path, metavar="FILE")
-    planning = commands.add_parser("plan", help="print the commands, and what they need")
+    planning = commands.add_parser("plan", help="print the commands and the memory and disk space they need")
     for each in (measuring, planning):
         each.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
-        each.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="how many (default: all)")
-        each.add_argument("--layers", type=int, help="cut the models to so many layers, to fit fewer GPUs")
+        each.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="number of GPUs (default: all)")
+        each.add_argument("--layers", type=int, help="cut the models to this number of layers, to fit fewer GPUs")
         each.add_argument("--work", type=Path, default=OUTPUTS / "full_size", help="folder for weights, samples and checkpoints")
         each.add_argument("--tiny", action="store_true", help="small models")
-    reporting = commands.add_parser("report", help=f"print tables, and write them into {FILE.name}")
+    reporting = commands.add_parser("report", help=f"print tables, and write them to {FILE.name}")
     reporting.add_argument("file", type=Path, metavar="FILE")
     loading = commands.add_parser("load", help="load an export on one GPU and compute its reference output")
     loading.add_argument("folder", type=Path, metavar="EXPORT")
@@ -181,10 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(file: Path, sizes: dict[str, Size], gpus: int, layers: int | None, work: Path) -> None:
-    """Run what a file does not have yet, and add it.
+    """Run everything that a file does not have yet, and add it.
 
     Raises:
-        ValueError: it comes from another machine, other versions, or other sizes.
+        ValueError: the file comes from another machine, other versions, or other sizes.
     """
     about: dict[str, Any] = machine() | {"gpus": gpus, "layers": layers, "models": {n: size.name for n, size in sizes.items()}}
     results: dict[str, Any] = {"about": about, "weights": {}, "runs": {}, "exports": {}}
@@ -198,7 +198,7 @@ def measure(file: Path, sizes: dict[str, Size], gpus: int, layers: int | None, w
             continue
         results["weights"][model] = _prepare(size, layers, work / model)
         for run in runs:
-            # What a killed run has left is needed by the one that goes on, and its export by what follows.
+            # The resumed run needs the files of the killed one, and the later steps need its export.
             if run.name in results["runs"] and (run.stage in ("timed", "cut") or model in results["exports"]):
                 continue
             results["runs"][run.name] = _measured(run, settings(run, size, gpus, work), command(run, gpus, work))
@@ -208,7 +208,7 @@ def measure(file: Path, sizes: dict[str, Size], gpus: int, layers: int | None, w
         if model not in results["exports"]:
             results["exports"][model] = _check_export(output_dir(runs[-1], work) / "export")
             _write(file, results)
-        # One model at a time fits the disk.
+        # Only one model at a time fits on the disk.
         shutil.rmtree(work / model)
     print(tables(results))
 
@@ -219,7 +219,7 @@ def _write(file: Path, results: dict[str, Any]) -> None:
 
 
 def _prepare(size: Size, layers: int | None, folder: Path) -> int:
-    """Write models and samples anew; returns the number of weights."""
+    """Write new models and samples. Returns the number of weights."""
     shutil.rmtree(folder, ignore_errors=True)
     weights = write_model(size, folder / "model", layers)
     write_model(size, folder / "cut", min(CUT, layers or size.layers), seed=1)
@@ -229,7 +229,7 @@ def _prepare(size: Size, layers: int | None, folder: Path) -> int:
 
 
 def _measured(run: Run, values: dict[str, Any], launched: list[str]) -> dict[str, Any]:
-    """Run it; what its log says, and what time and host memory its stages took.
+    """Run it. Returns its log's values, and the time and host memory of its stages.
 
     Raises:
         SystemExit: it failed.
@@ -243,7 +243,7 @@ def _measured(run: Run, values: dict[str, Any], launched: list[str]) -> dict[str
     log = folder.with_name(f"{run.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        # With a session of its own, to kill all of it at once.
+        # In its own session, so that all of it can be killed at once.
         process = subprocess.Popen(launched, cwd=ROOT, env=_environment(), stdout=out, stderr=out, start_new_session=True)
     try:
         stages = _watch(run, process, folder, first)
@@ -266,7 +266,7 @@ def _environment() -> dict[str, str]:
 
 
 def _watch(run: Run, process: subprocess.Popen[bytes], folder: Path, first: int) -> dict[str, dict[str, float]]:
-    """Until a run has ended, or is to be killed: seconds and peak host memory in bytes of each of its stages."""
+    """Watch a run until it ends or must be killed. Returns seconds and peak host memory in bytes of each stage."""
     stages: dict[str, dict[str, float]] = {}
     before, checkpoint = time.perf_counter(), folder / f"checkpoint-{CHECKPOINT}"
     started = time.time()
@@ -283,13 +283,13 @@ def _watch(run: Run, process: subprocess.Popen[bytes], folder: Path, first: int)
         if run.stage == "killed" and checkpoint.exists():
             break
         if run.stage == "resumed" and done > CHECKPOINT and checkpoint.exists():
-            # Makes room for the export.
+            # This makes room for the export.
             shutil.rmtree(checkpoint)
     return stages
 
 
 def _logged(folder: Path, since: float) -> int:
-    """The last step that a run has logged since it was started."""
+    """The last step that a run has logged since its start."""
     file = folder / "metrics.jsonl"
     try:
         return json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["step"] if file.stat().st_mtime > since else 0
@@ -298,7 +298,7 @@ def _logged(folder: Path, since: float) -> int:
 
 
 def _is_newer(path: Path, since: float) -> bool:
-    """Whether it was made since: a killed run may have left what it was writing."""
+    """Whether the file was made since then: a killed run may have left an older one."""
     try:
         return path.stat().st_mtime > since
     except OSError:  # it has just been renamed
@@ -306,7 +306,7 @@ def _is_newer(path: Path, since: float) -> bool:
 
 
 def host_memory(pid: int) -> int:
-    """Bytes of a process and its children, without the files that they have mapped."""
+    """The bytes of a process and its children, without mapped files."""
     total = 0
     for process in _family(pid):
         try:
@@ -348,7 +348,7 @@ def _of_log(records: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _check_export(folder: Path) -> dict[str, Any]:
-    """Verify an export in a process of its own, and load it in another: seconds and peak host memory."""
+    """Verify an export in one process and load it in another. Returns seconds and peak host memory."""
     commands = {
         "verify": [sys.executable, "-m", "qat_patch", "verify", str(folder)],
         "load": [sys.executable, "-m", "scripts.bench.full_size", "load", str(folder)],
@@ -372,13 +372,13 @@ def _check_export(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Load an export on one GPU and compute its reference output there.
+    """Load an export on one GPU and compute its reference output.
 
     Returns:
-        Distances to what was recorded (relative L2), and the peak of GPU memory.
+        The distances (relative L2) to the recorded output, and the peak of GPU memory.
 
     Raises:
-        ValueError: they are too far.
+        ValueError: a distance is too large.
     """
     model = load_checkpoint(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     distances = check_reference(model, folder / REFERENCE)

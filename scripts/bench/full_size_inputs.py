@@ -1,6 +1,6 @@
-"""What scripts.bench.full_size trains: models of published sizes with random weights, and synthetic clips and text.
+"""The inputs of scripts.bench.full_size: models of published sizes with random weights, and synthetic clips and text.
 
-All lies in the formats that the recipes read, and is written piece by piece: no more than one file of weights is in memory.
+They have the formats that the recipes read. They are written piece by piece: at most one file of weights is in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scripts.bench.model_configs import CONFIGS, TINY_CONFIGS
 
 _SHARD_SIZE = "5GB"
 _WORDS = 4096
-"""Of the synthetic language."""
+"""The number of words of the synthetic language."""
 
 
 class Size(NamedTuple):
@@ -33,11 +33,11 @@ class Size(NamedTuple):
     name: str
     """In scripts.bench.model_configs."""
     latents: tuple[int, ...]
-    """Shape of a clip [C, F, h, w]; () for text."""
+    """The shape of a clip [C, F, h, w]; () for text."""
     tokens: int
     """Of a sample."""
     layers: int
-    """Of the published model."""
+    """The number of layers of the published model."""
 
     def config(self, layers: int | None = None) -> dict[str, Any]:
         """The published config, cut to its first layers."""
@@ -68,7 +68,7 @@ TINY_SIZES = {
 
 
 def write_model(size: Size, folder: Path, layers: int | None = None, *, seed: int = 0) -> int:
-    """Write a model with random weights in bfloat16; returns how many weights it has.
+    """Write a model with random bfloat16 weights. Returns the number of weights.
 
     Matrices are normal with a variance of one over the inputs, norms are 1 and biases 0, so that numbers keep their size from
     layer to layer.
@@ -103,12 +103,12 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
     if len(shape) == 1:
         return torch.full(shape, float("norm" in name and name.endswith("weight")), dtype=torch.bfloat16)
     values = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
-    # Of one output: all dimensions but the first.
+    # The inputs of one output: all dimensions but the first.
     return (values / shape[1:].numel() ** 0.5).cpu()
 
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Words w0, w1, ... of a synthetic language, and an end of text."""
+    """Write a tokenizer for the words w0, w1, ... of a synthetic language, and an end of text."""
     end = "<|endoftext|>"
     words = {end: 0} | {f"w{number}": number + 1 for number in range(min(_WORDS, vocabulary - 1))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=end))
@@ -117,7 +117,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def write_data(size: Size, folder: Path, samples: int, *, seed: int) -> Path:
-    """Write clips, or documents as long as a sample; returns what data.train names."""
+    """Write clips, or documents as long as a sample. Returns the value for data.train."""
     generator = torch.Generator().manual_seed(seed)
     if size.kind == "wan":
         _write_clips(size, folder, samples, generator)
@@ -127,7 +127,7 @@ def write_data(size: Size, folder: Path, samples: int, *, seed: int) -> Path:
     file = folder / "text.jsonl"
     with file.open("w", encoding="utf-8") as out:
         for _ in range(samples):
-            # A walk over the words, which can be learned. The recipe adds the end of text.
+            # A walk over the words, which a model can learn. The recipe adds the end of text.
             steps = torch.randint(1, 4, (size.tokens - 1,), generator=generator)
             walk = (steps.cumsum(0) + torch.randint(vocabulary, (), generator=generator)) % vocabulary
             out.write(json.dumps({"text": " ".join(f"w{word}" for word in walk.tolist())}) + "\n")

@@ -1,4 +1,4 @@
-"""What scripts.bench.full_size needs, by arithmetic, and what it measured, as tables: the last section of docs/SIZING.md."""
+"""The needs of scripts.bench.full_size, calculated, and its measurements, as tables: the last section of docs/SIZING.md."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from scripts.paths import DOCS
 MARK = "## Several GPUs\n"
 RESULTS = DOCS / "benchmarks" / "full_size.json"
 GPUS = 8
-"""In the tables, as long as nothing was measured."""
+"""The entry in the tables before anything is measured."""
 GIB = 2**30
 ROOM = 0.9
-"""Of what there is: the rest is for CUDA contexts, fragmentation, and files that the system keeps in memory."""
+"""The usable share of memory: the rest is for CUDA contexts, fragmentation, and files that the system keeps in memory."""
 MIB_A_TOKEN = {"wan": 0.693, "qwen3": 2.149}
-"""What a token takes on a GPU with gradient checkpointing, as measured with LoRA (section 3 of docs/SIZING.md)."""
+"""GPU memory per token with gradient checkpointing, as measured with LoRA (section 3 of docs/SIZING.md)."""
 GATHERED = 4 * GIB
-"""Weights of a few layers, of embeddings and of the head in bfloat16, while a GPU computes with them."""
+"""bfloat16 weights of a few layers, embeddings and the head, while a GPU computes with them."""
 HOST_A_PROCESS = 4 * GIB
 """Python, PyTorch and a CUDA context."""
 BESIDE = 6 * GIB
@@ -71,7 +71,7 @@ peak memory of the host.
 
 
 class Need(NamedTuple):
-    """What a stage needs, in bytes."""
+    """The needs of a stage, in bytes."""
 
     stage: str
     host: float
@@ -80,7 +80,7 @@ class Need(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What all stages of a model need."""
+    """The needs of all stages of a model."""
 
     name: str
     weights: int
@@ -94,7 +94,7 @@ class Needs(NamedTuple):
 
 
 def needs(size: Size, gpus: int, layers: int | None = None) -> Needs:
-    """By arithmetic, from 16 bytes a weight: float32 weights, gradients and two moments."""
+    """Calculated from 16 bytes per weight: float32 weights, gradients and two moments."""
     weights = sum(parameter.numel() for parameter in size.empty(layers).parameters())
     processes, tokens = gpus * HOST_A_PROCESS, size.tokens * MIB_A_TOKEN[size.kind] * 2**20
     fixed = 16 * weights / gpus + GATHERED
@@ -112,7 +112,7 @@ def needs(size: Size, gpus: int, layers: int | None = None) -> Needs:
     stages += [
         Need("checkpoint: weights and moments in float32", 12 * weights + processes, 14 * weights, fixed),
         Need("resume", 12 * weights + processes, 14 * weights, fixed),
-        # Gathered, in a model of its own, cast, and read back.
+        # The weights are gathered, put into another model, cast, and read back.
         Need("export, bfloat16", (4 + 4 + 2 + 2) * weights + processes, 4 * weights, fixed),
         Need("verify, load", 4 * weights, 4 * weights, 2 * weights + GATHERED),
     ]
@@ -132,7 +132,7 @@ def _gib(number: float) -> str:
 
 
 def host_limit() -> int:
-    """Bytes of memory that this machine, or the container, has."""
+    """The bytes of memory of this machine or container."""
     limits = [psutil.virtual_memory().total]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(file).is_file() and (text := Path(file).read_text(encoding="utf-8").strip()).isdecimal():
@@ -150,15 +150,15 @@ def check_machine(
     host_bytes: int | None = None,
     disk_bytes: int | None = None,
 ) -> None:
-    """Refuse a machine that is too small. What there is: by default that of this machine; without a GPU only host and disk count.
+    """Refuse a machine that is too small. The default is this machine; without a GPU only host memory and disk count.
 
     Raises:
-        ValueError: what is needed, what there is, and how many layers would fit.
+        ValueError: it is too small; the message says what is needed, what there is, and how many layers would fit.
     """
     if gpu_bytes is None and torch.cuda.is_available():
         gpu_bytes = min(torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count()))
     place = next(path for path in (work, *work.resolve().parents) if path.exists())
-    # A run that goes on writes its weights anew.
+    # A resumed run writes its weights again.
     used = sum(file.stat().st_size for file in work.rglob("*") if file.is_file()) if work.exists() else 0
     there = {
         "host": (ROOM * (host_limit() if host_bytes is None else host_bytes), "host memory"),
@@ -186,7 +186,7 @@ def check_machine(
 
 
 def section(results: dict[str, Any] | None = None) -> str:
-    """The last section of docs/SIZING.md. `results`: as `measure` wrote them; None: those of RESULTS, if it exists."""
+    """The last section of docs/SIZING.md. `results`: from `measure`; None: those of RESULTS, if it exists."""
     if results is None and RESULTS.exists():
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
     gpus, layers = (GPUS, None) if results is None else (results["about"]["gpus"], results["about"]["layers"])
@@ -202,7 +202,7 @@ def section(results: dict[str, Any] | None = None) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """What was measured, to be printed."""
+    """The measurements as tables for printing."""
     return "\n\n".join((_about(results), _steps(results), _same(results), _life(results)))
 
 

@@ -1,4 +1,4 @@
-"""The published configs of the models that are measured, and small ones: sizes alone, so that no Hub is needed."""
+"""The published configs of the measured models, and small ones. Only sizes, so that no Hub is needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ def qwen3(hidden: int, layers: int, heads: int, feed_forward: int, vocabulary: i
     """A config of Qwen3."""
     config = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8}
     config |= {"head_dim": 128, "intermediate_size": feed_forward, "vocab_size": vocabulary, "tie_word_embeddings": tied}
+    return config
+
+
+def llama(hidden: int, layers: int, heads: int, key_heads: int, feed_forward: int, vocabulary: int) -> dict[str, int]:
+    """A config of Llama with head dim 64 and tied embeddings."""
+    config = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    config |= {"head_dim": 64, "intermediate_size": feed_forward, "vocab_size": vocabulary, "tie_word_embeddings": True}
     return config
 
 
@@ -31,8 +38,10 @@ CONFIGS = {
     "Qwen3 8B": qwen3(4096, 36, 32, 12_288, tied=False),
     "Qwen3 14B": qwen3(5120, 40, 40, 17_408, tied=False),
 }
+SMOLLM2_135M = llama(576, 30, 9, 3, 1536, 49_152)
 TINY_CONFIGS = {
     "Wan 2.1 tiny": {**wan(2, 2, 64), "attention_head_dim": 16, "text_dim": 32},
     "Wan 2.2 tiny": {**wan(2, 2, 64), "attention_head_dim": 16, "text_dim": 32},
     "Qwen3 tiny": qwen3(64, 2, 8, 64, 128, tied=True) | {"head_dim": 16},
 }
+SMOLLM2_TINY = llama(64, 2, 4, 2, 64, 128) | {"head_dim": 16}

@@ -1,4 +1,4 @@
-"""Time the kernels that quantize, against a copy of as many bytes."""
+"""Time the quantization kernels against a copy of the same number of bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qat_patch.bench.harness import interleave
 from qat_patch.bench.shapes import Shape, inputs
 
 REPEATS = 10
-"""Of a quantization, which is so short that its events would be measured."""
+"""Calls per measurement: one call is so short that the time of events would dominate."""
 
 
 def quantize(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:
-    """The kernels that quantize Q and V of a shape, against a copy of as many bytes."""
+    """Time the kernels that quantize Q and V of a shape against a copy of the same number of bytes."""
     if device == "cpu":
         raise SystemExit("bench: quantize: the kernels need a GPU")
     import triton

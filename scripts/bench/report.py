@@ -1,4 +1,4 @@
-"""Tables in Markdown and pictures of what `python -m scripts.bench` and scripts.bench.decode wrote as JSON."""
+"""Markdown tables and pictures from the JSON of `python -m scripts.bench` and scripts.bench.decode."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ IN_WORDS = {
     "sdpa": "BF16, what PyTorch chooses",
     "varlen_attn": "BF16, FlashAttention-2, packed",
 }
-"""What is timed, as pictures call it."""
+"""The names of the timed attentions in pictures."""
 
 
 def report(results: list[Result], png: Path | None) -> str:
-    """The table; the picture goes to `png`."""
+    """The table. The picture is written to `png`."""
     about = results[0]
     tabulate = attention_table
     if "ms" in about:
@@ -36,14 +36,14 @@ def report(results: list[Result], png: Path | None) -> str:
 
 
 Table = tuple[list[str], dict[str, dict[str, float]], str]
-"""Lines of Markdown; the lengths of bars by group and name; what they mean."""
+"""Lines of Markdown; the lengths of bars by group and name; their meaning."""
 
 
 def attention_table(results: list[Result]) -> Table:
-    """Milliseconds, and those of ours relative to FlashAttention-2; bars are TFLOP/s."""
+    """Milliseconds, and ours relative to FlashAttention-2; bars are TFLOP/s."""
     by_row: dict[tuple[Shape, str], dict[str, Result]] = {}
     for each in results:
-        shape = Shape(**{field: each[field] for field in Shape._fields if field in each})  # older results lack some
+        shape = Shape(**{field: each[field] for field in Shape._fields if field in each})  # older results lack some fields
         by_row.setdefault((shape, each["what"]), {})[each["name"]] = each
     names = list(dict.fromkeys(each["name"] for each in results))
     ours = [name for name in names if name in (*TRAINING, *INFERENCE, *get_args(Preset))]
@@ -61,7 +61,7 @@ def attention_table(results: list[Result]) -> Table:
 
 
 def decode_table(results: list[Result]) -> Table:
-    """A step of attention from the FP4 caches, against the fastest from BF16; bars are how often BF16's time is ours."""
+    """A step of attention from the FP4 caches against the fastest from BF16; bars are the speedup over BF16."""
     caches = [name for name in ("fp4 cache", "kv_nvfp4 cache") if any(each["name"] == name for each in results)]
     short = [name.removesuffix(" cache") for name in caches]
     faster = ["times faster", *(f"{name} times faster" for name in short[1:])]
@@ -114,7 +114,7 @@ def line(cells: list[Any]) -> str:
 
 
 def draw(groups: dict[str, dict[str, float]], axis: str, png: Path, title: str) -> None:
-    """A bar for each name, ours first, in the groups that have one of ours; `title`: the GPU that ran."""
+    """A bar for each name, ours first, in the groups that have one of ours; `title`: the GPU."""
     import matplotlib
 
     matplotlib.use("Agg")

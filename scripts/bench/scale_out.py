@@ -1,4 +1,4 @@
-"""Do several GPUs train what one does? The same synthetic run on one GPU, with DDP, FSDP2, Ulysses or ring, and a comparison.
+"""Compare training on several GPUs with one: the same synthetic run on one GPU, and with DDP, FSDP2, Ulysses or ring.
 
 torchrun --nproc_per_node 1 -m scripts.bench.scale_out run wan one --seed 0 --json one-0.json       # and seeds 1 and 2
 torchrun --nproc_per_node 2 -m scripts.bench.scale_out run wan ulysses --seed 0 --json ulysses-0.json
@@ -89,7 +89,7 @@ RUNS = {"wan": WanRun, "qwen3": Qwen3Run}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run or compare; the exit status is 1 if a comparison fails."""
+    """Run or compare. The exit status is 1 if a comparison fails."""
     parser = new_parser("scripts.bench.scale_out", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="under torchrun")
@@ -142,7 +142,7 @@ def train(model: str, how: str, seed: int, steps: int, learning_rate: float, tin
         with torch.autocast(device.type, torch.bfloat16, enabled=how != "fsdp2"):
             loss = run.loss(trained, *batch)
         loss.backward()
-        if splits_tokens:  # each rank has what its tokens contribute
+        if splits_tokens:  # each rank has the part of its tokens
             for parameter in run.model.parameters():
                 dist.all_reduce(parameter.grad)
         optimizer.step()
@@ -152,7 +152,7 @@ def train(model: str, how: str, seed: int, steps: int, learning_rate: float, tin
             dist.all_reduce(loss)
             loss /= ranks
         losses.append(loss.item())
-    # Nobody leaves while another still computes, and what uses the group goes before it: else a process may wait forever.
+    # No process may end while another computes, and the group must be freed last: otherwise a process may wait forever.
     dist.barrier()
     del trained, optimizer, run
     dist.destroy_process_group()

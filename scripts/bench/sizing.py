@@ -36,12 +36,12 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from qat_recipes.memory.empty_weights import without_weights
 from qat_recipes.tasks.experts import Experts
+from qat_recipes.tasks.fine_tuning import FineTuning, FineTuningSettings, ModelSettings
 from qat_recipes.tasks.flow_matching import FlowMatching, TimestepSettings, noise_levels
 from qat_recipes.tasks.language_modeling import LanguageModeling, NextToken
 from qat_recipes.tasks.video_diffusion import EXPERTS, VideoDiffusion
 from qat_recipes.training.adapters import LoraSettings
 from qat_recipes.training.loop import train
-from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
 from scripts.arguments import new_parser
 from scripts.bench.model_configs import CONFIGS, TINY_CONFIGS
 from scripts.bench.sizing_report import FILE, report

@@ -4,12 +4,12 @@ python -m scripts.bench.training wan2.1-1.3b --json wan.json
 python -m scripts.bench.training qwen3-14b-lora --json qwen3.json
 python -m scripts.bench.training smollm2-135m --json smollm2.json
 
-A step is forward, backward and AdamW, in bfloat16, on random weights and inputs of the real sizes: Wan 2.1 T2V 1.3B, all weights,
-81 frames of 480x832; Qwen3-14B and Qwen3-0.6B with LoRA of rank 16, 4096 tokens; SmolLM2-135M, all weights, 8 x 1024 tokens.
-All but the last with gradient checkpointing. Prints the median and the spread (quartiles) of the seconds of a step, the peak of
-memory, and both as multiples of SDPA's. Then the time on the host of one call of attention with the model's heads and 256 tokens,
-for inference (without a gradient) and for training (forward and backward): what a small model pays in every layer. Nothing is
-timed unless the two losses agree and all gradients are finite. `--tiny` runs small models, to see that all of it works.
+A step is forward, backward and AdamW in bfloat16, with random weights and inputs of the real sizes: Wan 2.1 T2V 1.3B, all
+weights, 81 frames of 480x832; Qwen3-14B and Qwen3-0.6B with LoRA of rank 16, 4096 tokens; SmolLM2-135M, all weights, 8 x 1024
+tokens. All but the last use gradient checkpointing. It prints the median and quartiles of a step's seconds, the peak memory,
+and both as multiples of SDPA's. Then it prints the host time of one call of attention with the model's heads and 256 tokens,
+for inference (without a gradient) and for training (forward and backward); a small model pays this in every layer. Nothing is
+timed unless the two losses agree and all gradients are finite. `--tiny` runs small models, as a test.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ import qat_kernels
 import qat_patch
 from qat_patch.bench.harness import machine, write
 from scripts.arguments import new_parser
+from scripts.bench.model_configs import CONFIGS, SMOLLM2_135M, SMOLLM2_TINY, TINY_CONFIGS
 
 LOSSES_AGREE = 0.1
-"""How far the losses may lie apart, relative to SDPA's."""
+"""The largest difference of the losses, relative to SDPA's."""
 
 
 class Problem(NamedTuple):
@@ -41,7 +42,7 @@ class Problem(NamedTuple):
     loss: Callable[[], torch.Tensor]
     what: str
     heads: tuple[int, int, int]
-    """Of queries, of keys, and the head dim."""
+    """The heads of queries and of keys, and the head dim."""
     causal: bool
 
 
@@ -49,11 +50,8 @@ def wan(device: str, tiny: bool) -> Problem:
     """Flow matching on a video latent: 21 x 60 x 104, in patches of 1 x 2 x 2 that is 32,760 tokens."""
     from diffusers import WanTransformer3DModel
 
-    sizes = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 30, "ffn_dim": 8960, "text_dim": 4096}
-    latent = (1, 16, 21, 60, 104)
-    if tiny:
-        sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64, "text_dim": 32}
-        latent = (1, 16, 3, 8, 8)
+    sizes = TINY_CONFIGS["Wan 2.1 tiny"] if tiny else CONFIGS["Wan 2.1 1.3B"]
+    latent = (1, 16, 3, 8, 8) if tiny else (1, 16, 21, 60, 104)
     torch.manual_seed(0)
     with torch.device(device):
         model = WanTransformer3DModel(**sizes, freq_dim=256, in_channels=16, out_channels=16).to(torch.bfloat16).train()
@@ -71,33 +69,18 @@ def wan(device: str, tiny: bool) -> Problem:
     return Problem(model, loss, what, (heads, heads, sizes["attention_head_dim"]), causal=False)
 
 
-def qwen3_14b_lora(device: str, tiny: bool) -> Problem:
-    """Next tokens of one sequence."""
-    sizes = {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 17408}
-    return _qwen3_lora(device, tiny, sizes)
-
-
-def qwen3_small_lora(device: str, tiny: bool) -> Problem:
-    """The same of the smallest Qwen3."""
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 3072}
-    return _qwen3_lora(device, tiny, sizes | {"tie_word_embeddings": True})
-
-
-def _qwen3_lora(device: str, tiny: bool, sizes: dict[str, Any]) -> Problem:
+def qwen3_lora(name: str, device: str, tiny: bool) -> Problem:
+    """Next tokens of one sequence. `name`: in scripts.bench.model_configs."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    sizes = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rope_theta": 1e6} | sizes
-    tokens = 4096
-    if tiny:
-        sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        sizes |= {"head_dim": 16, "intermediate_size": 64, "vocab_size": 128}
-        tokens = 64
+    sizes = TINY_CONFIGS["Qwen3 tiny"] if tiny else CONFIGS[name]
+    config, tokens = Qwen3Config(**sizes, rope_theta=1e6), 64 if tiny else 4096
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(Qwen3Config(**sizes), dtype=torch.bfloat16, attn_implementation="sdpa").train()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
         ids = torch.randint(sizes["vocab_size"], (1, tokens))
-    # Older releases of transformers know it by another name.
+    # Older releases of transformers have another name for it.
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     model.enable_input_require_grads()
     weights = sum(p.numel() for p in model.parameters())
@@ -110,40 +93,35 @@ def smollm2(device: str, tiny: bool) -> Problem:
     """Next tokens of eight sequences; small enough to keep all activations."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes: dict[str, Any] = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-    sizes |= {"head_dim": 64, "intermediate_size": 1536, "vocab_size": 49152, "rope_theta": 1e5, "tie_word_embeddings": True}
-    shape = (8, 1024)
-    if tiny:
-        sizes |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-        sizes |= {"head_dim": 16, "intermediate_size": 64, "vocab_size": 128}
-        shape = (2, 64)
+    sizes = SMOLLM2_TINY if tiny else SMOLLM2_135M
+    config, shape = LlamaConfig(**sizes, rope_theta=1e5), (2, 64) if tiny else (8, 1024)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16, attn_implementation="sdpa").train()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").train()
         ids = torch.randint(sizes["vocab_size"], shape)
     what = f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M weights, {shape[0]} rows of {shape[1]} tokens"
     return Problem(model, lambda: model(ids, labels=ids, use_cache=False).loss, what, _heads(sizes), causal=True)
 
 
-def _heads(sizes: dict[str, Any]) -> tuple[int, int, int]:
+def _heads(sizes: dict[str, int]) -> tuple[int, int, int]:
     return sizes["num_attention_heads"], sizes["num_key_value_heads"], sizes["head_dim"]
 
 
-PROBLEMS = {
+PROBLEMS: dict[str, Callable[[str, bool], Problem]] = {
     "wan2.1-1.3b": wan,
-    "qwen3-14b-lora": qwen3_14b_lora,
-    "qwen3-0.6b-lora": qwen3_small_lora,
+    "qwen3-14b-lora": partial(qwen3_lora, "Qwen3 14B"),
+    "qwen3-0.6b-lora": partial(qwen3_lora, "Qwen3 0.6B"),
     "smollm2-135m": smollm2,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Check, time, print; returns what was measured."""
+    """Check, time and print. Returns the measurements."""
     parser = new_parser("scripts.bench.training", __doc__)
     parser.add_argument("problem", choices=PROBLEMS)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is timed (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each attention is timed (default: 5)")
     parser.add_argument("--tiny", action="store_true", help="small models")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds: expected at least 2, got {options.rounds}")
@@ -175,7 +153,7 @@ Attentions = dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]
 
 
 def check(problem: Problem, attentions: Attentions) -> None:
-    """End the program unless the losses agree, without being the same, and all gradients are finite."""
+    """Stop unless the losses are close but not equal, and all gradients are finite."""
     losses = {}
     for name, attention in attentions.items():
         problem.model.zero_grad()
@@ -193,7 +171,7 @@ def check(problem: Problem, attentions: Attentions) -> None:
 
 
 def measure(problem: Problem, attentions: Attentions, device: str, rounds: int) -> dict[str, tuple[list[float], int]]:
-    """Seconds of every round and the peak of memory in bytes, the two taking turns; the first round warms up."""
+    """The seconds of every round and the peak memory in bytes. The two take turns; the first round warms up."""
     parameters = [p for p in problem.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -218,7 +196,7 @@ def measure(problem: Problem, attentions: Attentions, device: str, rounds: int) 
 
 
 def host_time(problem: Problem, device: str, calls: int) -> dict[str, list[float]]:
-    """Seconds until a call of attention returns, with nothing queued before it."""
+    """The seconds until a call of attention returns, with nothing queued before it."""
     heads, key_heads, head_dim = problem.heads
     q, k, v, grad_out = (
         torch.randn(1, 256, n, head_dim, dtype=torch.bfloat16, device=device).transpose(1, 2)

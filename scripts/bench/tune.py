@@ -1,4 +1,4 @@
-"""Time every tile of a list for each Triton kernel: what the choices in qat_kernels.triton.tiles come from.
+"""Time every tile of a list for each Triton kernel. The choices in qat_kernels.triton.tiles come from this.
 
 python -m scripts.bench.tune --shape 1,12,12,32760,32760,128 --shape 2,40,8,4096,4096,128,causal
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser = new_parser("scripts.bench.tune", __doc__)
     parser.add_argument("--shape", action="append", type=Shape.parse, required=True)
     parser.add_argument("--kernel", choices=CANDIDATES, action="append", help="default: all")
-    parser.add_argument("--no-gradient", action="store_true", help="the forward alone, without O'")
+    parser.add_argument("--no-gradient", action="store_true", help="only the forward, without O'")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
@@ -69,8 +69,8 @@ def main() -> None:
 def tune(
     shape: Shape, candidates: dict[str, list[tuple]], with_gradient: bool, rounds: int
 ) -> dict[str, dict[tuple[int, ...], float]]:
-    """Median seconds by kernel and tile; what does not fit the GPU is left out."""
-    # A short problem that Triton compiles the same code for, because its sizes are divisible by the same powers of two.
+    """The median seconds by kernel and tile. Tiles that do not fit on the GPU are left out."""
+    # Triton compiles the same code for this short problem, because its sizes are divisible by the same powers of two.
     small = shape._replace(queries=112 + shape.queries % 16, keys=112 + shape.keys % 16)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = {
@@ -93,7 +93,7 @@ def tune(
 
 
 def run(shape: Shape, tried: dict[str, tuple[int, ...]], with_gradient: bool, rounds: int) -> dict[str, float]:
-    """Median seconds of each kernel that is tried; empty if one of them needs more than the GPU has."""
+    """The median seconds of each kernel; empty if one of them needs more than the GPU has."""
     import triton
 
     from qat_kernels.triton import launch
@@ -124,7 +124,7 @@ def run(shape: Shape, tried: dict[str, tuple[int, ...]], with_gradient: bool, ro
 
 @contextmanager
 def timed(events: dict[str, list]) -> Iterator[None]:
-    """Launches of the attention kernels leave a pair of events behind."""
+    """Inside, each launch of an attention kernel records a pair of events."""
     launch = PrecompiledKernel.__call__
 
     def timed_launch(self: PrecompiledKernel, grid: Grid, *arguments: Any) -> Any:

@@ -102,7 +102,7 @@ def test_first_steps_in_original_attention(exports, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["text"], "--prompt: needed"),
-        (["text", "--prompt=a", "--steps=3"], "--steps: has no effect, for .*text generates text"),
+        (["text", "--prompt=a", "--steps=3"], "--steps: has no effect: .*text generates text"),
         (["pipeline", "--prompt=a", "--output=x.mp4", "--max-new-tokens=3"], "--max-new-tokens: has no effect"),
         (["pipeline", "--prompt=a"], "needs --output"),
         (["pipeline", "--output=x.mp4"], "one of --prompt and --prompt-embeds"),

@@ -74,7 +74,7 @@ def test_overrides():
     specs = [config.spec_of(name) for name in ("blocks.0.attn2", "blocks.0.attn1", "blocks.1.attn1")]
     assert specs == [rotate, bf16, QuantSpec()]
     config.check_overrides(["blocks.0.attn2", "blocks.0.attn1"])
-    with pytest.raises(ValueError, match=r"'blocks.0.\*' decides for no module that is patched"):
+    with pytest.raises(ValueError, match=r"'blocks.0.\*' applies to no patched module"):
         config.check_overrides(["blocks.0.attn2", "blocks.1.attn1"])
     with pytest.raises(ValueError, match="overrides: the pattern 'blocks.0.*' matches no attention module"):
         config.check_patterns(["blocks.1.attn2"])

@@ -111,7 +111,7 @@ def test_nobody_takes_the_calls_of_a_measurement_away(tried):
     seen = []
     with tried.handle.observed(lambda layer, call: seen.append(layer)):
         for measure in (calibrate, sensitivity):
-            with pytest.raises(ValueError, match="observed: expected a model that nobody observes, got one that is observed"):
+            with pytest.raises(ValueError, match="observed: expected a model that is not observed yet, got one that is"):
                 measure(tried.model, [token_ids()])
         tried.run()
     assert len(seen) == len(tried.handle.patched) and tried.handle.k_shift == {}

@@ -151,7 +151,7 @@ def test_command_on_a_transformer_alone(tmp_path, capsys):
     assert found[0]["exported"] == pytest.approx(found[1]["sage3"], rel=1e-3)
     capsys.readouterr()
     assert run(tmp_path, "pipe", *around, "--prompt", "a") == 1
-    assert "--pipeline and --component: are for an export" in capsys.readouterr().err
+    assert "--pipeline and --component: only for an export" in capsys.readouterr().err
 
 
 def test_without_scikit_image(monkeypatch):

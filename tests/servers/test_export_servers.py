@@ -309,7 +309,7 @@ def test_a_record_that_is_no_json_is_told_and_the_weights_are_loaded(tmp_path, c
     (folder / "qat_patch.json").write_text("{")
     with caplog.at_level(logging.WARNING):
         model = AutoModelForCausalLM.from_pretrained(folder)
-    assert "patch_model will not know what attention this model was trained for" in caplog.text
+    assert "patch_model will not know which attention this model was trained for" in caplog.text
     assert patch_model(model).config == AttnQATConfig()
 
 

@@ -1,4 +1,4 @@
-"""Which keys the config of adapters may have: the fields of PEFT's class, with values that name no code and are soon matched."""
+"""The allowed keys of an adapter config: the fields of PEFT's class, without values that name code or are slow to match."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# Fields that hold texts. PEFT keeps some of them as regular expressions; the others are words.
+# Fields that hold text. PEFT uses some as regular expressions; the others are words.
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters")
 _WORDS = ("task_type", "peft_type", "bias", "peft_version", "init_lora_weights", "modules_to_save", "revision", "init_weights")
 _FOR_PEOPLE = ("base_model_name_or_path",)
-"""Never loaded from: the manifest names the base model."""
+"""Fields that we never load from: the manifest names the base model."""
 _LONGEST_PATTERN = 200
 _MOST_BRANCHES = 4
 _LARGEST_NUMBER = 1 << 20
 
 
 def refused_in_adapters(where: str, config: dict[str, Any]) -> Iterator[str]:
-    """The keys of an adapter config that may not be there.
+    """The keys of an adapter config that are not allowed.
 
     Raises:
         ValueError: PEFT does not know this type of adapters.
@@ -41,7 +41,7 @@ def refused_in_adapters(where: str, config: dict[str, Any]) -> Iterator[str]:
 
 def _is_allowed(key: str, value: Any) -> bool:
     if key == "auto_mapping":
-        # PEFT notes the class of the base model there.
+        # PEFT stores the class of the base model here.
         return isinstance(value, dict) and value.keys() <= {"base_model_class", "parent_library"} and _is_installed(value)
     if key in _FOR_PEOPLE:
         return isinstance(value, str) and value.isprintable()
@@ -55,7 +55,7 @@ def _is_allowed(key: str, value: Any) -> bool:
 
 
 def is_soon_matched(pattern: str) -> bool:
-    """Whether a regular expression of a stranger is matched in time that is bounded by a low power of a name's length.
+    """Whether an untrusted regular expression matches in a time bounded by a low power of a name's length.
 
     Each quantifier and each group multiplies the ways to match; a quantifier after a group would multiply them without end.
     """

@@ -1,6 +1,6 @@
-"""Which keys each config may have: those that its class in the installed host library knows, with plain values.
+"""The allowed keys of each config: those that its class in the installed host library knows, with plain values.
 
-What no class knows may be a number, for numbers name no code. Everything else is refused before a host library sees it.
+Unknown keys may hold numbers, because numbers name no code. Everything else is refused before a host library sees it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _LARGEST_IN_A_SCHEDULER = 10**6
 _MOST_LAYERS = 4096
 _COUNTS = re.compile("layer|block|depth|expert")
 _TEXT = re.compile(r"[\w.,:+=@ -]{0,200}")
-"""Texts that name a class, a function or a type: no path, no repository, nothing that a terminal obeys."""
-# Keys that make a host library run code or fetch something. The allowlist does not have them; an export that was made from such
-# a model stops, where any other unknown key is left out.
+"""Texts that may name a class, a function or a type, but no path, repository or terminal control code."""
+# Keys that make a host library run code or download something. They are never allowed. Exporting a model with one of them
+# fails; other unknown keys are left out.
 LIVE = {
     *("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
     *("quantization_config", "compression_config", "custom_pipelines", "custom_generate", "transformers_weights"),
     *("backbone", "use_timm_backbone", "use_pretrained_backbone", "compile_config", "trust_remote_code"),
 }
-# In every config of transformers. Their texts are for people, or are read by other programs.
+# Keys in every config of transformers. Their texts are for people or for other programs.
 _OF_EVERY_CONFIG = {
     *("model_type", "torch_dtype", "rope_scaling", "rope_parameters", "tokenizer_class", "transformers.js_config"),
     *("task_specific_params", "prefix", "finetuning_task"),
@@ -58,11 +58,11 @@ CONFIGS = (
 )
 """The names of configs; other JSON files hold data."""
 _NAMES = ("_name_or_path", "name_or_path", "_model_name_or_path")
-"""Where a model came from, a GGUF file too: kept for people, and not loaded from."""
+"""Where a model or GGUF file came from: kept for people, never loaded from."""
 
 
 def check_config(where: str, name: str, config: dict[str, Any]) -> None:
-    """Raise a ValueError for the first key of a config file, by its name, that may not be there."""
+    """Raise a ValueError for the first key of a config file that is not allowed."""
     for key in refused(where, name, config):
         raise ValueError(
             f"load_checkpoint: {where} sets {key!r}, which could run code from elsewhere or is unknown, and no export does; "
@@ -71,15 +71,15 @@ def check_config(where: str, name: str, config: dict[str, Any]) -> None:
 
 
 def refused(where: str, name: str, config: dict[str, Any]) -> Iterator[str]:
-    """The keys of a config file that may not be there.
+    """The keys of a config file that are not allowed.
 
     Args:
         where: the file, for messages.
-        name: its name in the folder, which says what it is; others than configs have no such keys.
+        name: its name in the folder, which says what kind of config it is. Files that are no configs return nothing.
         config: its content.
 
     Raises:
-        ValueError: it is of a class that the installed host library does not have.
+        ValueError: the installed host library does not have its class.
     """
     if name == "config.json" and "_class_name" not in config:
         yield from _of_transformers(where, config)
@@ -99,10 +99,10 @@ def refused(where: str, name: str, config: dict[str, Any]) -> Iterator[str]:
 
 
 def plain_config(where: str, name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """A config without the keys that may not be in an export, because its class does not know them.
+    """A config without the keys that its class does not know, which an export may not have.
 
     Raises:
-        ValueError: one of them could run code.
+        ValueError: one of these keys could run code.
     """
     ours = {key for key in (*CONFIG_KEYS.values(), NOTICE_KEY) if _is_our_entry(config.get(key))}
     unknown = list(refused(where, name, {key: value for key, value in config.items() if key not in ours}))
@@ -124,10 +124,10 @@ def _without(config: dict[str, Any], keys: list[str]) -> dict[str, Any]:
 
 
 def check_sizes(where: str, name: str, config: Any, tensors: int, numbers: int) -> None:
-    """Raise a ValueError if a number in a config is larger than it can be, given the weights beside it.
+    """Raise a ValueError if a number in a config is too large for the weights beside it.
 
-    Building a model of a million layers would take for ever, and a table of a billion positions all memory, before anybody could
-    say that the weights are others.
+    Otherwise a model of a million layers, or a table of a billion positions, would take all time or memory before a check of
+    its weights could fail.
     """
     for path, value in _numbers(config):
         largest = _LARGEST_IN_A_SCHEDULER if name == "scheduler_config.json" else max(_LARGEST_NUMBER, numbers)
@@ -168,9 +168,9 @@ def _of_transformers(where: str, config: dict[str, Any], default: Any = None) ->
 
 @functools.lru_cache
 def _attributes(cls: Any) -> set[str]:
-    """What configs of a class of transformers have: its fields, other names for them, and what it derives from them."""
+    """The keys of a transformers config class: its fields, their aliases, and derived attributes."""
     derived: set[str] = set()
-    with contextlib.suppress(Exception):  # a few cannot be made without arguments
+    with contextlib.suppress(Exception):  # a few classes need arguments
         derived = {key for key in vars(cls()) if not key.startswith("_")}
     return {field.name for field in dataclasses.fields(cls)} | set(getattr(cls, "attribute_map", {})) | derived
 
@@ -180,7 +180,7 @@ def _arguments(cls: Any) -> set[str]:
 
 
 def _class_of_diffusers(name: str) -> Any:
-    """A class of diffusers by its name, also of those that stand in the folder of a pipeline; None if there is none."""
+    """A class of diffusers by its name, also one in the folder of a pipeline; None if it does not exist."""
     import diffusers
 
     if (found := getattr(diffusers, name, None)) is not None:
@@ -209,7 +209,7 @@ def _of_diffusers(where: str, name: str, config: dict[str, Any]) -> Iterator[str
         )
     known = _arguments(cls) | {"_class_name", "_diffusers_version"}
     if name == "scheduler_config.json" and not config.keys() <= known:
-        # Schedulers keep the settings of those that they were made from.
+        # Schedulers keep the settings of the scheduler that they were made from.
         known = known.union(*(_arguments(getattr(diffusers, each)) for each in dir(diffusers) if each.endswith("Scheduler")))
     for key, value in config.items():
         if name == "model_index.json" and isinstance(value, list):
@@ -231,7 +231,7 @@ def _of_tokenizers(config: dict[str, Any]) -> Iterator[str]:
     known = set(_OF_TOKENIZERS)
     if isinstance(cls, type):
         known = known.union(*map(_arguments, cls.__mro__))
-    # These name files, and are found by their names.
+    # These name files, which loading finds by their standard names.
     known -= {key for key in known if key.endswith(("_file", "_object", "args"))}
     for key, value in config.items():
         if key in ("tokenizer_class", "processor_class"):
@@ -250,7 +250,7 @@ def _of_processors(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_allowed(key: str, value: Any, known: set[str], *, free: bool = False) -> bool:
-    """Whether a config may say this. `free`: texts may hold anything."""
+    """Whether a config may have this key and value. `free`: any text is allowed."""
     if key in (CONFIG_KEYS["diffusers"], NOTICE_KEY):
         return value is None or _is_our_entry(value)
     if key in _NAMES:
@@ -263,7 +263,7 @@ def _is_allowed(key: str, value: Any, known: set[str], *, free: bool = False) ->
 
 
 def _is_our_entry(value: Any) -> bool:
-    """Whether this is what an export says of its attention; metadata have checks of their own."""
+    """Whether this is the attention metadata of an export, which is checked elsewhere."""
     return value == NOTICE or AttentionMetadata.is_ours(value)
 
 
@@ -295,7 +295,7 @@ def _is_a_method(cls: Any, key: str) -> bool:
 
 
 def is_component(value: list[Any]) -> bool:
-    """Whether an entry of model_index.json is a class of diffusers or transformers, or left out."""
+    """Whether an entry of model_index.json names a class of diffusers or transformers, or an absent component."""
     if value == [None, None]:
         return True
     if len(value) != 2 or not all(isinstance(name, str) and name.isidentifier() for name in value):

@@ -1,4 +1,4 @@
-"""While a host library builds a model of an export, and right after: bounds, one at a time, and nothing left in mapped files."""
+"""Checks while and after a host library builds a model: bounds, one thread at a time, and no weights left in mapped files."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from .headers import integer_tensors, tensor_names, weight_sizes
 
 _ONE_AT_A_TIME = threading.RLock()
-# Libraries register a parameter again when its weights come, some more than once.
+# Libraries register a parameter again when they load its weights, sometimes more than once.
 _MOST_REGISTRATIONS = 16
 _FEW, _FEW_NUMBERS = 10_000, 1 << 24
 
 
 @contextlib.contextmanager
 def building(folders: list[Path]) -> Iterator[None]:
-    """Let one thread at a time build a model, of not many more parameters than there are tensors in the folders.
+    """Let one thread at a time build a model, with not many more parameters than the folders have tensors.
 
     Raises:
-        ValueError: there are more. A config that asks for millions would keep the library busy for hours.
+        ValueError: there are more. A config that asks for millions of them would keep the library busy for hours.
     """
     sizes = [weight_sizes(folder) for folder in folders]
     most = _FEW + _MOST_REGISTRATIONS * sum(tensors for tensors, _ in sizes)
@@ -47,12 +47,12 @@ def building(folders: list[Path]) -> Iterator[None]:
 
 
 def check_complete(folder: Path, model: torch.nn.Module) -> None:
-    """Raise a ValueError unless all weights of a component of a pipeline come from its files, and all of these go there.
+    """Raise a ValueError unless the weights of a pipeline's component are exactly those of its files.
 
-    The host libraries make up what is missing, and say so in a warning only.
+    The host libraries initialize missing weights at random, with only a warning.
     """
     if getattr(model, "_weight_conversions", None):
-        return  # the names in the files are translated while they are read
+        return  # transformers renames these weights while it reads them
     names, state = tensor_names(folder), model.state_dict(keep_vars=True)
     stored = {id(x) for name, x in state.items() if name in names}
     missing = sorted(name for name, x in state.items() if name not in names and id(x) not in stored)
@@ -64,7 +64,7 @@ def check_complete(folder: Path, model: torch.nn.Module) -> None:
 
 
 def settle(folders: list[Path], model: torch.nn.Module) -> None:
-    """Check that weights are what a model takes them for, and move them out of the mapped files.
+    """Check the types of a model's weights, and move them out of the mapped files.
 
     There they start at any address, and CPU matrix products round by address; and what is written into the files would change
     the model.
@@ -83,7 +83,7 @@ def settle(folders: list[Path], model: torch.nn.Module) -> None:
 
 
 def rename(loaded: Any, private: Path, name: str) -> None:
-    """Let a model or pipeline say that it comes from where the user knows it, which was a private copy."""
+    """Make a model or pipeline name the folder that the user gave as its source, not the private copy."""
 
     def public(path: Any) -> str:
         return str(path).replace(str(private), name)

@@ -1,4 +1,4 @@
-"""Exports and base models by their names on the Hub: only what is needed of them, of one commit."""
+"""Download exports and base models from the Hub: only the files that are needed, from one commit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII
 
 
 def export_folder(name: str | Path, revision: str | None) -> Path:
-    """The folder of an export: itself, or its files from the Hub, which its manifest lists.
+    """The folder of an export: a local one, or the files from the Hub that its manifest lists.
 
     Raises:
-        ValueError: there is no such folder, nor such a repository; or a revision of a folder.
+        ValueError: neither a folder nor a repository of this name exists, or a revision is given for a folder.
     """
     if is_folder(name, revision):
         return Path(name)
@@ -26,24 +26,24 @@ def export_folder(name: str | Path, revision: str | None) -> Path:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"load_checkpoint: {name}: there is no export in this repository: {MANIFEST}: {error}") from error
     for file in listed:
-        check_plain(f"{name}: {MANIFEST}", file)  # and so it is no pattern
-    # Of the same commit, whatever is pushed in the meantime.
+        check_plain(f"{name}: {MANIFEST}", file)  # so it cannot be a pattern
+    # From the same commit, even if another is pushed meanwhile.
     return _snapshot(str(name), snapshot.name, [MANIFEST, *listed])
 
 
 def holds_export(name: str | Path, revision: str | None) -> bool:
-    """Whether an export is there, in a folder or on the Hub."""
+    """Whether a folder or Hub repository holds an export."""
     folder = Path(name) if is_folder(name, revision) else _snapshot(str(name), revision, [MANIFEST])
     return (folder / MANIFEST).is_file()
 
 
 def base_folder(name: str, host: str) -> Path:
-    """The folder of a base model that adapters name: itself, or config and safetensors weights from the Hub."""
+    """The folder of the base model that adapters name: a local one, or config and safetensors weights from the Hub."""
     return Path(name) if is_folder(name, None) else _snapshot(name, None, weights_of_a_base_model(host))
 
 
 def is_folder(name: str | Path, revision: str | None) -> bool:
-    """Whether this is a folder here, or cannot be a name on the Hub."""
+    """Whether this is a local folder, or cannot be a name on the Hub."""
     found = Path(name).exists() or not _REPOSITORY.fullmatch(str(name))
     if found and revision is not None:
         raise ValueError(
@@ -60,5 +60,6 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(name, **arguments))
     except Exception as error:
         raise ValueError(
-            f"load_checkpoint: {name} is no folder here, and cannot be had from the Hub (revision {revision or 'main'}): {error}"
+            f"load_checkpoint: {name} is not a local folder and cannot be downloaded from the Hub "
+            f"(revision {revision or 'main'}): {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Which files a folder may hold: the allowlist of an export, and what is taken of a base model that adapters name."""
+"""The files that a folder may hold: the allowlist of an export, and the files that we take from a base model of adapters."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterable
 from qat_patch.metadata import LOADING_ADAPTERS
 
 MANIFEST = "qat_patch.json"
-"""Written last: what kind of export this is, and size and SHA-256 of every file that loading may read."""
+"""Written last: the kind of export, and size and SHA-256 of every file that loading may read."""
 README = "README.md"
 MAY_COME_LATER = frozenset({README, "chat_template.jinja"})
-"""Known files that may be put into an export after it was written."""
+"""Known files that may be added to an export later."""
 K_SHIFT = "qat_patch_k_shift.safetensors"
 """Beside the weights of a model: a float32 tensor [key heads, head dim] for each patched module, by its name."""
 REFERENCE = "qat_patch_reference.safetensors"
-"""Beside the weights of a model: an input, and what the exported model makes of it; see golden_output.py."""
+"""Beside the weights of a model: an input and the exported model's output for it; see golden_output.py."""
 REFERENCE_FOR_SERVERS = "qat_patch_reference.st"
-"""The same in an export for a server: vLLM and SGLang take every *.safetensors of a folder for weights."""
+"""The same in an export for a server: vLLM and SGLang load every *.safetensors of a folder as weights."""
 
 _SHARD = r"(?:-\d{5}-of-\d{5})?\.safetensors"
 _WEIGHTS = rf"(?:model|diffusion_pytorch_model)(?:{_SHARD}|\.safetensors\.index\.json)"
@@ -28,31 +28,31 @@ _TOKENIZER = (
     r"|(?:tokenizer|spiece|sentencepiece|sentencepiece\.bpe|spm|vocab|tiktoken)\.model"
     r"|vocab\.txt|merges\.txt|chat_template\.jinja"
 )
-# Read by a server, and by no host library.
+# Files that a server reads, but no host library.
 _FOR_SERVERS = ("hf_quant_config.json",)
 _LOADED = re.compile(
     "|".join((_WEIGHTS, _ADAPTERS, _CONFIGS, _TOKENIZER, *map(re.escape, (K_SHIFT, REFERENCE, REFERENCE_FOR_SERVERS)))), re.ASCII
 )
 _CHAT_TEMPLATE = re.compile(r"[\w-]{1,64}\.jinja", re.ASCII)
-# For people. No host library gets to see them: pictures of a model card, licences, and what the Hub puts beside files.
+# For people; host libraries never see them: pictures of a model card, licences, and files that the Hub adds.
 _FOR_PEOPLE = re.compile(
     r"LICEN[CS]E|NOTICE|COPYING|CITATION\.cff|\.gitattributes|[\w][\w .-]*\.(?:md|txt|png|jpe?g|gif|webp|svg|mp4|webm)",
     re.ASCII | re.IGNORECASE,
 )
 CHAT_TEMPLATES = "additional_chat_templates"
 LEFT_BY_DOWNLOADS = (".git", ".cache")
-"""Folders at the top that git and `hf download` leave; nobody looks into them."""
+"""Folders at the top that git and `hf download` leave; we ignore them."""
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_][\w.+-]*/)*[A-Za-z0-9_][\w.+-]*", re.ASCII)
 _LONGEST_NAME = 255
 
 
 def holds_tokenizer(names: Iterable[str]) -> bool:
-    """Whether a folder with these files has a tokenizer. Transformers makes an empty one of the model's config if it has not."""
+    """Whether a folder with these files has a tokenizer. Without one Transformers builds an empty one from the model's config."""
     return any(re.fullmatch(_TOKENIZER, name) and not name.startswith("chat_template.") for name in names)
 
 
 def check_plain(where: str, name: object) -> None:
-    """Raise a ValueError unless a file name from inside a file stays in the folder, plainly."""
+    """Raise a ValueError unless a file name that a file gives is plain and stays in the folder."""
     if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _PLAIN.fullmatch(name):
         raise ValueError(
             f"load_checkpoint: {where}: expected names of files in the folder, without .. and the like, got {name!r}; the export "
@@ -61,14 +61,14 @@ def check_plain(where: str, name: object) -> None:
 
 
 def check_names(where: str, found: Collection[str], recorded: Collection[str], kind: str, components: Collection[str]) -> None:
-    """Raise a ValueError unless a folder holds what an export of this kind may hold, and only what was exported.
+    """Raise a ValueError unless a folder holds only files that this kind of export may hold, and that were exported.
 
     Args:
         where: the folder, for messages.
         found: all regular files in it, as `part/name`.
-        recorded: those that the manifest lists.
+        recorded: the files that the manifest lists.
         kind: `model`, `pipeline` or `adapters`.
-        components: of a pipeline: its folders.
+        components: the folders of a pipeline.
     """
     for name in sorted(found):
         *folders, file = name.split("/")
@@ -100,19 +100,19 @@ def is_loaded(name: str) -> bool:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds tensors: it is read where it lies, and not copied."""
+    """Whether a file holds tensors. Such a file is read in place, not copied."""
     return name.endswith(".safetensors")
 
 
 def weights_of_a_base_model(host: str) -> list[str]:
-    """What to download of a base model on the Hub, as patterns: none that would match other parts of a pipeline."""
+    """Patterns of the files to download of a base model. They match no other parts of a pipeline."""
     stem = "model" if host == "transformers" else "diffusion_pytorch_model"
     names = ["config.json", "generation_config.json", K_SHIFT, f"{stem}*.safetensors", f"{stem}.safetensors.index.json"]
     return names if host == "transformers" else [*names, *(f"{part}/{name}" for part in LOADING_ADAPTERS for name in names)]
 
 
 def of_a_base_model(name: str) -> bool:
-    """Whether a file of a base model is taken: its config and its weights, of a pipeline those of its transformer."""
+    """Whether we take this file of a base model: its config and weights, for a pipeline those of its transformer."""
     folder, _, file = name.rpartition("/")
     return folder in ("", *LOADING_ADAPTERS) and (
         file in ("config.json", "generation_config.json", K_SHIFT) or re.fullmatch(_WEIGHTS, file) is not None

@@ -1,4 +1,4 @@
-"""The weights of a folder: which files they are, and what their headers and their index say, checked."""
+"""The weight files of a folder, with checked headers and index."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .plain_json import parse_json, read_json
 
 _BESIDE = {K_SHIFT, REFERENCE}
 _ADAPTER_METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps the config of adapters: in the header of their weights."""
+"""The header key of adapter weights in which diffusers keeps their config."""
 _PREFIX = "transformer."
-"""Of the keys in it, where the file is one that a pipeline reads."""
+"""The prefix of the config's keys, if the file is one that a pipeline reads."""
 _FLOATS, _INTEGERS = ("F64", "F32", "F16", "BF16"), ("I64", "I32", "I16", "I8", "U8", "BOOL")
 _TENSOR_NAME = re.compile(r"[\w.:-]{1,512}", re.ASCII)
 
@@ -36,8 +36,8 @@ def check_weights(folder: Path, metadata: dict[str, Any] | None) -> None:
     """Check the headers of the weights in a folder, and their index.
 
     Raises:
-        ValueError: there are none; a name or type is none that a model has; the headers do not hold these metadata, if there
-            should be any; or the index, if there is one, does not tell the truth.
+        ValueError: there are no weights; a model cannot have such a name or type; the headers do not hold the expected
+            metadata; or the index is wrong.
     """
     weights = weight_files(folder)
     if not weights:
@@ -78,8 +78,8 @@ def check_tensors(file: Path) -> tuple[Any, list[str]]:
     """The attention metadata in the header of a safetensors file, and the names of its tensors.
 
     Raises:
-        ValueError: it is no such file; a name or type is none that a model has; or the header holds a config of adapters
-            that could run code.
+        ValueError: it is not a safetensors file; a model cannot have such a name or type; or the header holds an adapter
+            config that could run code.
     """
     header, types = readable(file, functools.partial(_read_header, file))
     for name, dtype in types.items():
@@ -102,7 +102,7 @@ def check_tensors(file: Path) -> tuple[Any, list[str]]:
 
 
 def weight_sizes(folder: Path) -> tuple[int, int]:
-    """How many tensors the weights in a folder and below it are, and of how many numbers."""
+    """The number of tensors, and of numbers in them, in the weights of a folder and its subfolders."""
     tensors = numbers = 0
     for file in folder.rglob("*.safetensors"):
         if file.name not in _BESIDE:
@@ -118,7 +118,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def integer_tensors(folder: Path) -> list[str]:
-    """The names of those tensors in the weights of a folder that are no floating-point numbers."""
+    """The names of the tensors in the weights of a folder that are not floating-point."""
     types = [_read_header(file)[1] for file in weight_files(folder)]
     return [name for each in types for name, dtype in each.items() if dtype in _INTEGERS]
 

@@ -1,4 +1,4 @@
-"""Exports are opened here, and only here: checked, in a private copy, with errors that are ValueErrors and safe to print."""
+"""Exports are opened only here: checked, in a private copy, with ValueErrors that are safe to print."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .private_copy import PrivateCopy, private_copy
 
 @contextlib.contextmanager
 def opened(folder: str | Path, revision: str | None = None) -> Iterator[ExportFolder]:
-    """An export while it is open: all of it but the values of its weights is checked, and lies in a private copy.
+    """Open an export: everything but the values of its weights is checked, and a private copy is used.
 
     Args:
         folder: what `export_checkpoint` wrote, or its name on the Hub.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: the folder is no export, of another format version, incomplete, changed or damaged; its parts do not
-            belong together; it holds something that could run code; or it was written to while it was open.
+        ValueError: the folder is not an export, has another format version, is incomplete, changed or damaged; its parts do
+            not belong together; it could run code; or it changed while it was open.
     """
     with contextlib.ExitStack() as stack:
         with said_plainly(str(folder)):
@@ -40,7 +40,7 @@ def opened(folder: str | Path, revision: str | None = None) -> Iterator[ExportFo
 
 @contextlib.contextmanager
 def said_plainly(name: str, private: Path | None = None) -> Iterator[None]:
-    """Whatever goes wrong with an export is a ValueError, names the folder as the user does, and is safe to print."""
+    """Turn every error about an export into a ValueError that names the user's folder and is safe to print."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -54,10 +54,10 @@ def said_plainly(name: str, private: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def base_model(export: ExportFolder) -> Iterator[Path]:
-    """A private copy of what is needed of the base model that adapters name: safetensors, and a config that runs no code.
+    """A private copy of the base model that adapters name: its safetensors, and a config that runs no code.
 
     Raises:
-        ValueError: there is no such model, or its config could run code.
+        ValueError: the model does not exist, or its config could run code.
     """
     assert export.base_model is not None  # the manifest of adapters names it
     name = export.base_model
@@ -93,12 +93,12 @@ def _take_base(copy: PrivateCopy) -> None:
 
 
 def printable(text: str) -> str:
-    """A text in which nothing is left that a terminal obeys, for what came from a file."""
+    """Text from a file, with terminal control codes escaped."""
     return "".join(x if x.isprintable() or x in "\n\t" else ascii(x)[1:-1] for x in text)
 
 
 def _cause(error: BaseException) -> BaseException | None:
-    """What to show as the cause: the error of a host library, unless one behind it holds what a terminal obeys."""
+    """The error of a host library, to show as the cause; None if one in its chain holds terminal control codes."""
     first = cause = error.__cause__ if isinstance(error, ValueError) else error
     while cause is not None:
         if printable(str(cause)) != str(cause):

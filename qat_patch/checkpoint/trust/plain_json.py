@@ -1,4 +1,4 @@
-"""JSON of strangers: objects, of bounded size, in which every key occurs once."""
+"""Untrusted JSON: objects of bounded size, in which every key occurs once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object of an export.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: the file does not exist or holds something else.
     """
     if not file.is_file():
         raise ValueError(f"load_checkpoint: {file} does not exist; the export is incomplete")

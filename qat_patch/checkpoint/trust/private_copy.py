@@ -1,8 +1,8 @@
-"""What is loaded is what was checked: every file of an export is opened once, hashed, and read from there.
+"""We load what we checked: every file of an export is opened once, hashed, and read through that descriptor.
 
-The host libraries get a private folder. Small files lie in it as copies of the bytes that were hashed. Weights are too large to
-copy: where the system has /proc, they are links to descriptors that stay open, so that no other file can take their place; that
-nobody wrote into them is checked when the loading is done. Elsewhere weights are copied too.
+The host libraries get a private folder. Small files in it are copies of the hashed bytes. Weights are too large to copy: on
+systems with /proc they are links to descriptors that stay open, so no other file can take their place, and after loading we
+check that nobody wrote into them. On other systems weights are copied too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OpenFile:
     """Within the folder."""
     descriptor: int
     state: tuple[int, ...]
-    """What changes when somebody writes into it."""
+    """File attributes that change when somebody writes to the file."""
 
     @property
     def size(self) -> int:
@@ -51,7 +51,7 @@ class OpenFile:
 
 
 class PrivateCopy:
-    """The files of a folder, open, and a folder of their own for those that were taken over."""
+    """The open files of a folder, and a private folder for those that were taken over."""
 
     def __init__(self, source: Path, folder: Path, files: dict[str, OpenFile]) -> None:
         self.source, self.folder, self.files = source, folder, files
@@ -71,20 +71,20 @@ class PrivateCopy:
         return b"".join(file.chunks())
 
     def take(self, names: list[str]) -> dict[str, tuple[int, str]]:
-        """Take files over into the folder; size and SHA-256 of each, of the bytes that will be read there."""
+        """Take files over into the private folder. Returns size and SHA-256 of the bytes that will be read there."""
         for name in names:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        # Hashing lets other threads run, and large models are many large files.
+        # Hashing releases the GIL, and large models have many large files.
         with ThreadPoolExecutor() as pool:
             return dict(zip(names, pool.map(self._take, names), strict=True))
 
     def put(self, name: str, content: bytes) -> None:
-        """Write a file of our own in the place of one that was there."""
+        """Replace a file with one of our own."""
         (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_bytes(content)
 
     def check_unchanged(self) -> None:
-        """Raise a ValueError if somebody wrote into a file since it was opened."""
+        """Raise a ValueError if a file has changed since it was opened."""
         for file in self.files.values() if _BY_DESCRIPTOR else ():
             if is_weights(file.name) and _state(file.descriptor) != file.state:
                 raise ValueError(
@@ -111,16 +111,16 @@ class PrivateCopy:
 
 @contextlib.contextmanager
 def private_copy(source: Path, *, wanted: Callable[[str], bool] | None = None) -> Iterator[PrivateCopy]:
-    """Open the files of a folder, which must be regular ones, none of them behind a link.
+    """Open the files of a folder. All must be regular files, none of them a link.
 
-    In a snapshot of the Hub's cache files are links to its blobs; these, and no others, are followed.
+    In a snapshot of the Hub's cache, files are links to its blobs; only these links are followed.
 
     Args:
         source: the folder.
-        wanted: which files to open, by name; others may be anything. Default: all.
+        wanted: whether to open a file, by its name; the others are not checked. Default: all.
 
     Raises:
-        ValueError: something else lies in it.
+        ValueError: the folder holds anything else.
     """
     with contextlib.ExitStack() as stack:
         files: dict[str, OpenFile] = {}
@@ -166,7 +166,7 @@ def _open_all(
             )
 
     def open_(name: str, flags: int, directory: int | None) -> int:
-        # Without waiting for the other end of what became a pipe in the meantime.
+        # O_NONBLOCK: do not wait if the file has become a pipe meanwhile.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=directory)
         stack.callback(os.close, descriptor)
         return descriptor
@@ -179,7 +179,7 @@ def _open_all(
             raise ValueError(f"load_checkpoint: {source} holds more than {_MOST_FILES} files, and no export does")
 
     if not source.is_dir():
-        return  # no files: what is missing is for the caller to say
+        return  # no files: the caller reports what is missing
     top = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stack.callback(os.close, top)
     walk(top, "", 0)

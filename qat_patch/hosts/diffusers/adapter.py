@@ -1,11 +1,11 @@
-"""Diffusers: 4-bit attention behind the attention dispatcher, chosen module by module.
+"""Diffusers: 4-bit attention behind the attention dispatcher, for each module separately.
 
 A processor ends in `dispatch_attention_fn(..., backend=self._attention_backend)`. Each patched module gets a copy of its stock
-processor whose `_attention_backend` is the module's `AttentionLayer`; the stock object comes back on restore. The dispatcher that
-the code of that processor knows is wrapped once: what comes with a layer runs 4-bit attention, all else goes on as before. So no
-processor code is repeated, other models of the process keep their attention, and no state is kept. The layer travels as an
-argument, since torch.compile takes no side effects inside a checkpointed block, and blocks that differ only in the values of a
-layer share one compiled graph. It is the `_parallel_config` of the copy too, for processors that pass `backend=None`.
+processor whose `_attention_backend` is the module's `AttentionLayer`; restore puts the stock object back. The dispatcher that the
+processor's code calls is wrapped once: a call with a layer runs 4-bit attention, any other call runs as before. So no processor
+code is repeated, other models in the process keep their attention, and there is no state. The layer is passed as an argument,
+because torch.compile allows no side effects inside a checkpointed block, and because blocks that differ only in a layer's values
+then share one compiled graph. The layer is also the `_parallel_config` of the copy, for processors that pass `backend=None`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BACKEND_METHODS = ("set_attention_backend", "reset_attention_backend")
 
 
 def owns(model: object) -> bool:
-    """Whether this is a model of diffusers; does not import it."""
+    """Whether this is a model of diffusers. This does not import diffusers."""
     return _is_a(model, "ModelMixin")
 
 
@@ -48,7 +48,7 @@ def pipeline_models(pipeline: object) -> dict[str, torch.nn.Module]:
 
 
 def other_models(pipeline: object) -> dict[str, torch.nn.Module]:
-    """What else of a pipeline could be patched, such as a ControlNet, by component name."""
+    """Other models of a pipeline that could be patched, such as a ControlNet, by component name."""
     others = {name: model for name, model in _components(pipeline).items() if "transformer" not in name and owns(model)}
     return {
         name: model
@@ -58,14 +58,14 @@ def other_models(pipeline: object) -> dict[str, torch.nn.Module]:
 
 
 def _components(pipeline: Any) -> dict[str, torch.nn.Module]:
-    """The modules of a pipeline, also of a modular one, by name."""
+    """The modules of a pipeline (ordinary or modular), by name."""
     if not (_is_a(pipeline, "DiffusionPipeline") or _is_a(pipeline, "ModularPipeline")):
         return {}
     return {name: part for name, part in vars(pipeline).items() if isinstance(part, torch.nn.Module)}
 
 
 def stored_metadata(model: Any) -> AttentionMetadata | None:
-    """The metadata that an export of this package left in the model's config, or beside it."""
+    """The metadata of an export of this package, in the model's config or beside it."""
     if isinstance(record := getattr(model, RECORD, None), AttentionMetadata):
         return record
     metadata = in_config("diffusers", model.config)
@@ -92,21 +92,21 @@ def original(model: Any, module: Any) -> Any:
 
 
 def reason_to_skip(module: Any) -> str | None:
-    """Why a module cannot have 4-bit attention although that is no mistake of the user's."""
+    """Why a module keeps its original attention, in cases that are not a mistake of the user."""
     return processor_code.reason_to_skip(type(module.processor), MECHANISM)
 
 
 def problem(module: Any, spec: QuantSpec) -> str | None:
-    """Why 4-bit attention cannot compute what this module asks for."""
+    """Why 4-bit attention cannot compute what this module needs."""
     return spec_problem(spec, _head_dim(module), causal=False, grouped=False)
 
 
 def prepare(original: Any) -> None:
-    """Nothing to do: a patched processor that is unpickled wraps the dispatcher that it calls."""
+    """Nothing to do: unpickling a patched processor wraps its dispatcher."""
 
 
 def key_shape(module: Any) -> tuple[int, int] | None:
-    """Key heads and head dim, as far as the module tells."""
+    """Key heads and head dim, as far as the module says."""
     head_dim, out_features = _head_dim(module), getattr(getattr(module, "to_k", None), "out_features", None)
     if head_dim is None or not isinstance(out_features, int):
         return None
@@ -114,7 +114,7 @@ def key_shape(module: Any) -> tuple[int, int] | None:
 
 
 def apply(model: Any, layers: list[AttentionLayer]) -> None:
-    """Point the model at 4-bit attention."""
+    """Switch the model to 4-bit attention."""
     switch(model, layers)
     name = next(layer.name for layer in layers if layer.is_patched)
     for method in _BACKEND_METHODS:
@@ -122,7 +122,7 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
 
 
 def switch(model: Any, layers: list[AttentionLayer]) -> None:
-    """Give each module the processor that its layer asks for now; what somebody else put there stays."""
+    """Give each module the processor that its layer asks for now. A processor that somebody else set stays."""
     for layer in layers:
         module = model.get_submodule(layer.name)
         if replaced(module, layer) is None:
@@ -131,7 +131,7 @@ def switch(model: Any, layers: list[AttentionLayer]) -> None:
 
 
 def new_cache(model: Any, layers: list[AttentionLayer]) -> Any:
-    """Denoising keeps no keys and values from step to step."""
+    """Always raises: denoising keeps no keys and values between steps."""
     raise ValueError("cache: a diffusers model generates without a cache of keys and values; this is for language models")
 
 
@@ -141,38 +141,38 @@ def generating(model: Any, layers: list[AttentionLayer]) -> Any:
 
 
 def restore(model: Any, layers: list[AttentionLayer]) -> None:
-    """Undo `apply`, also a half-finished one."""
+    """Undo `apply`, even an unfinished one."""
     for method in _BACKEND_METHODS:
         if isinstance(vars(model).get(method), Refusal):
             delattr(model, method)
     for layer in layers:
         model.get_submodule(layer.name).processor = layer.original
-    # What is saved from now on is an ordinary model.
+    # From now on the model is saved as an ordinary one.
     model.__dict__.pop(RECORD, None)
     model._internal_dict = type(model.config)(without_entries("diffusers", model.config))
 
 
 def replaced(module: Any, layer: AttentionLayer) -> str | None:
-    """What somebody put in the place of the processor that `switch` chose, or None."""
+    """What has replaced the processor that `switch` set, or None."""
     processor = getattr(module, "processor", None)
     ours = isinstance(processor, Patched) and processor._attention_backend is layer
     return None if ours or processor is layer.original else type(processor).__name__
 
 
 def skipping_hook(module: Any) -> str | None:
-    """The hook of diffusers on this module that may answer in its place (layer skip, caches), or None."""
+    """The diffusers hook on this module that may skip its attention (layer skip, caches), or None."""
     registry = getattr(module, "_diffusers_hook", None)
     hooks = [] if registry is None else registry.hooks.values()
     return next((type(hook).__name__ for hook in hooks if hasattr(hook, "new_forward")), None)
 
 
 def why_not_reached(module: Any) -> str:
-    """A processor went its own way."""
+    """Always the same reason: the processor did not use its backend."""
     return f"its {type(module.processor).__name__.removeprefix(PREFIX)} computed attention without its backend"
 
 
 def _rebuild(stock: type, state: dict[str, Any]) -> Any:
-    """A patched processor that was pickled or copied."""
+    """Build a patched processor again after pickling or copying."""
     processor: Any = object.__new__(stock)
     _install(processor)
     processor.__class__ = patched_class(stock, _rebuild)
@@ -181,7 +181,7 @@ def _rebuild(stock: type, state: dict[str, Any]) -> Any:
 
 
 def _patched(processor: Any, layer: AttentionLayer) -> Any:
-    """A copy of a stock processor that asks for this layer's attention."""
+    """A copy of a stock processor that calls this layer's attention."""
     _install(processor)
     stock: Any = type(processor)
     processor = copy.copy(processor)
@@ -191,7 +191,7 @@ def _patched(processor: Any, layer: AttentionLayer) -> Any:
 
 
 def _install(processor: Any) -> None:
-    """Let the dispatcher that this kind of processor calls know layers."""
+    """Wrap the dispatcher that this kind of processor calls, so that it accepts layers."""
     for namespace, name in processor_code.dispatchers(type(processor)):
         if not hasattr(namespace[name], "_knows_layers"):
             namespace[name] = _knowing_layers(namespace[name])
@@ -277,7 +277,7 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 
 def _head_dim(module: Any) -> int | None:
-    """As far as the module tells; if it does not, the first call does."""
+    """The head dim, as far as the module says. Otherwise the first call shows it."""
     if isinstance(head_dim := getattr(module, "head_dim", None), int):
         return head_dim
     heads, inner_dim = getattr(module, "heads", None), getattr(module, "inner_dim", None)

@@ -1,9 +1,9 @@
-"""Context parallelism of Diffusers for 4-bit attention: every rank holds some tokens of a sequence, and all heads.
+"""Context parallelism of Diffusers for 4-bit attention: every rank holds a part of the tokens, and all heads.
 
 Ulysses exchanges tokens for heads, so that each rank has all tokens of some heads; ring gathers the keys and values of all ranks.
-Either way attention sees whole sequences: groups of V, and with them every number, are those of one process however tokens are
-split. Both are differentiable exchanges around the same attention as everywhere. Merging partial outputs, as ring attention
-usually does, would not do for training: the backward needs the high-precision twin O' of the whole row (docs/NUMERICS.md, section
+Both ways attention sees whole sequences, so the groups of V, and all results, are those of one process, however tokens are split.
+Both are differentiable exchanges around the usual attention. Merging partial outputs, as ring attention usually does, is not
+enough for training: the backward needs the high-precision twin O' of the whole row (docs/NUMERICS.md, section
 5), and an output with its log-sum-exp does not carry it. Diffusers gathers all keys before its ring too, so that this costs no
 memory.
 """
@@ -28,16 +28,16 @@ def attend(
     """Attention over the tokens of all ranks.
 
     Args:
-        attention: takes query, key, value [B, H, L, D] and k_shift.
-        query, key, value: of this rank, [B, L / ranks, H, D], self-attention.
-        k_shift: of all heads, [H, D].
+        attention: a function of query, key, value [B, H, L, D] and k_shift.
+        query, key, value: those of this rank, [B, L / ranks, H, D], self-attention.
+        k_shift: for all heads, [H, D].
         config: diffusers' ContextParallelConfig.
 
     Returns:
         The output of this rank's tokens, like `query`.
 
     Raises:
-        ValueError: tokens or heads cannot be split like this.
+        ValueError: tokens or heads cannot be split this way.
     """
     from diffusers.models.attention_dispatch import SeqAllToAllDim
 
@@ -65,7 +65,7 @@ def attend(
 
 
 class _Gather(torch.autograd.Function):
-    """The tokens of all ranks, in their order; the backward adds up what all ranks found for the tokens of this one."""
+    """The tokens of all ranks, in order. The backward sums the gradients of all ranks for this rank's tokens."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -77,7 +77,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         parts = [part.contiguous() for part in grad.chunk(dist.get_world_size(ctx.group), 1)]
-        # An exchange and a sum in float32, in the order of the ranks: bit-equal from run to run.
+        # An exchange, then a float32 sum in the order of the ranks: bit-equal from run to run.
         received = [torch.empty_like(parts[0]) for _ in parts]
         dist.all_to_all(received, parts, group=ctx.group)
         return torch.stack(received).sum(0, dtype=torch.float32).to(grad.dtype), None

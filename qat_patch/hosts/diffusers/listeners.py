@@ -1,8 +1,8 @@
-"""Perturbed attention and its like: what listens for `scaled_dot_product_attention` hears of 4-bit attention by that name.
+"""Perturbed attention and similar code: whatever intercepts `scaled_dot_product_attention` intercepts 4-bit attention too.
 
-Hooks of diffusers (`layer_skip`), and code like them, put a TorchFunctionMode around an attention module and answer for
-`torch.nn.functional.scaled_dot_product_attention`, or let it pass. In a patched module the call bears that name too, with queries
-that bring along what is to run in its place.
+Hooks of diffusers (`layer_skip`) and similar code put a TorchFunctionMode around an attention module, and replace the result of
+`torch.nn.functional.scaled_dot_product_attention` or let the call pass. A patched module makes a call of that name too; its
+queries carry the attention that really runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._device import DeviceContext
 
 
 def listener() -> str | None:
-    """The name of the innermost mode that hears of calls now; what moves new tensors to a default device is none."""
+    """The name of the innermost active mode; the mode that moves new tensors to a default device does not count."""
     if not torch._C._len_torch_function_stack():
         return None
     modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
@@ -33,10 +33,10 @@ def heard(
     causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    """`attend(query, key, value)`, unless a mode answers in its place. Layouts as `scaled_dot_product_attention` has them.
+    """`attend(query, key, value)`, unless a mode replaces its result. Layouts are those of `scaled_dot_product_attention`.
 
     Raises:
-        ValueError: a mode lets the call pass with another mask or scale than it came with.
+        ValueError: a mode changes the mask or scale of the call.
     """
     options: dict[str, Any] = {
         "attn_mask": mask,
@@ -51,7 +51,7 @@ def heard(
 
 
 class _HeardQuery(torch.Tensor):
-    """Queries that know what attends to them."""
+    """Queries that carry the attention to run."""
 
     attend: Callable[..., torch.Tensor]
     options: dict[str, Any]

@@ -1,7 +1,7 @@
-"""The masks that diffusers hands to its dispatcher, as 4-bit attention takes them; what it does not take is refused.
+"""Translates the masks that diffusers passes to its dispatcher for 4-bit attention, and refuses those that it does not support.
 
-What a mask says has to be read from its values, and on a GPU that waits for all work queued before. It is read once for each mask
-object: a forward pass hands one object to all its blocks. What was read is forgotten with the mask.
+The meaning of a mask must be read from its values, and on a GPU this waits for all work queued before. So each mask object is
+read once: a forward pass gives one object to all its blocks. The result is dropped together with the mask.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from qat_patch.layer import AttentionLayer
 
 EXCLUDED = -9000.0
-"""What an additive mask must at most hold where it excludes a key; the usual values are -10000 (-9984 in bfloat16) and -inf."""
+"""An additive mask excludes a key with at most this value; the usual values are -10000 (-9984 in bfloat16) and -inf."""
 
 
 class Seen(NamedTuple):
-    """Which keys the queries of a call see, as `qat_kernels.attention` takes it."""
+    """Which keys the queries of a call see, in the form of `qat_kernels.attention`."""
 
     key_mask: torch.Tensor | None = None
     """bool [batch, keys], True where a key may be seen; None: all of them."""
     query_mask: torch.Tensor | None = None
-    """bool [batch, queries], False where a query sees nothing at all, so that its output is zero; None: all see something."""
+    """bool [batch, queries], False where a query sees no key, so that its output is zero; None: all see some key."""
     causal: bool = False
-    """The last query sees all keys of `key_mask`, and each one before it a key less."""
+    """Causal: the last query sees all keys of `key_mask`, and each earlier one sees one key less."""
     bounds: tuple[torch.Tensor, torch.Tensor] | None = None
-    """int32 [batch or 1, queries]: of the keys of `key_mask`, each query sees those from the first bound to the second."""
+    """int32 [batch or 1, queries]: each query sees the keys of `key_mask` from the first bound to the second."""
 
 
 _SEEN: Any = WeakTensorKeyDictionary()
-"""By mask object: its version when it was read, and what it says."""
+"""For each mask object: its version when it was read, and the result."""
 
 
 def read(layer: AttentionLayer, mask: torch.Tensor | None, batch: int, queries: int, keys: int) -> Seen:
-    """What a mask says, if it is one that 4-bit attention computes.
+    """The meaning of a mask, if 4-bit attention supports it.
 
-    It may be boolean, or additive with 0 where a key may be seen and -10000 or less where not, and the same for all heads.
+    It may be boolean, or additive with 0 where a key may be seen and -10000 or less elsewhere. All heads must have the same.
 
-    - A key mask: the same for all queries. Or the outer product of what is no padding: padding sees nothing then.
+    - A key mask: the same for all queries. Or the outer product of the tokens that are not padding: then padding sees nothing.
     - Causal, by single keys or by blocks (frames of a video), or a window: each query sees the keys from one bound to another,
-      and neither bound ever decreases along the queries. The bounds are compared with the mask exactly. Inside torch.compile,
-      which cannot ask for values, such a mask is refused.
+      and neither bound ever decreases along the queries. The bounds are compared with the mask exactly. Inside torch.compile
+      such a mask is refused, because values cannot be read there.
 
     Raises:
         ValueError: it is another mask.
@@ -68,17 +68,17 @@ def read(layer: AttentionLayer, mask: torch.Tensor | None, batch: int, queries: 
     if rows.ndim != 4 or rows.shape[0] not in (1, batch) or rows.shape[2] not in (1, queries) or rows.shape[3] != keys:
         refuse(f"{mask.dtype} {tuple(mask.shape)}")
     if rows.dtype == torch.bool and rows.shape[2] == 1 and (rows.shape[1] == 1 or not rows.stride(1)):
-        return Seen(rows[:, 0, 0].expand(batch, keys))  # nothing depends on its values
+        return Seen(rows[:, 0, 0].expand(batch, keys))  # nothing depends on the values of the mask
     seen = _in_a_graph(rows) if torch.compiler.is_compiling() else _read_once(mask, rows, refuse)
     key_mask, query_mask = (None if x is None else x.expand(batch, -1) for x in (seen.key_mask, seen.query_mask))
     return seen._replace(key_mask=key_mask, query_mask=query_mask)
 
 
 def _read_once(mask: torch.Tensor, rows: torch.Tensor, refuse: Callable[[str], None]) -> Seen:
-    """What the values say, from the last time unless they have been written to since.
+    """The meaning of the values: cached, unless the mask has been written to since.
 
-    Nothing here may be a view of the mask, which would keep it alive. Nobody knows whether a tensor of inference mode has been
-    written to: it is read again at each call.
+    Nothing in the cache may be a view of the mask, which would keep it alive. Inference tensors do not record writes, so they
+    are read again at each call.
     """
     version = None if mask.is_inference() else mask._version
     known = _SEEN.get(mask)
@@ -117,7 +117,7 @@ def _by_values(rows: torch.Tensor, refuse: Callable[[str], None]) -> Seen:
 
 
 def _in_a_graph(rows: torch.Tensor) -> Seen:
-    """Inside torch.compile: conditions on values become errors of PyTorch's own when the graph runs."""
+    """Inside torch.compile: conditions on values become PyTorch errors when the graph runs."""
 
     def require(holds: torch.Tensor, got: str) -> None:
         torch._assert_async(holds, f"4-bit attention: attn_mask: expected a key mask, got {got}")
@@ -149,5 +149,5 @@ def _outer(key_mask: torch.Tensor, query_mask: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_call(layer: AttentionLayer, what: str, expected: str, got: object, remedy: str) -> None:
-    """Raise the ValueError of a call that 4-bit attention does not compute."""
+    """Raise the ValueError for a call that 4-bit attention does not support."""
     raise ValueError(f"4-bit attention ({layer.name}): {what}: expected {expected}, got {got}; {remedy}")

@@ -1,4 +1,4 @@
-"""The class of the processors of patched modules: that of the stock one, with an `AttentionLayer` for a backend."""
+"""The class of processors in patched modules: a subclass of the stock class, with an `AttentionLayer` as its backend."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from qat_patch.layer import AttentionLayer
 
 PREFIX = "Patched"
-"""What the names of these classes begin with."""
+"""The prefix of the names of these classes."""
 
 
 @dataclasses.dataclass
 class Refusal:
-    """In place of the methods of a patched model that set the backend of all processors, and the default of the process."""
+    """Replaces the methods of a patched model that set the backend of all processors and the default of the process."""
 
     name: str
 
@@ -33,7 +33,7 @@ def _refuse_backend(name: str, backend: Any) -> None:
 
 
 class Patched:
-    """What the classes of patched processors have in common."""
+    """The common base of all patched processor classes."""
 
     _attention_backend: Any
     _parallel_config: Any
@@ -41,9 +41,9 @@ class Patched:
 
 @functools.cache
 def patched_class(stock: Any, rebuild: Any) -> Any:
-    """The class of a stock processor with a layer for a backend; `rebuild(stock, state)` makes one that was copied or pickled.
+    """A subclass of a stock processor with a layer as backend. `rebuild(stock, state)` restores a copied or pickled one.
 
-    Code that looks processors up by their class, such as the layer skip of diffusers, finds what it knows of the stock one.
+    Code that looks processors up by their class, such as the layer skip of diffusers, must find the entry of the stock class.
     """
 
     class LikeStock(type(stock)):  # type: ignore[misc]
@@ -93,7 +93,7 @@ def patched_class(stock: Any, rebuild: Any) -> Any:
 
 
 def _refuse_fused(name: str, attn: torch.nn.Module) -> None:
-    """Fused projections are copies: training would move them, and leave the projections that are saved beside them behind."""
+    """Refuse to train fused projections: they are copies, and the original projections, which are saved, would not change."""
     if any(parameter.requires_grad for parameter in attn.parameters()):
         raise ValueError(
             f"4-bit attention ({name}): expected separate projections for training, got those of fuse_qkv_projections, which "

@@ -1,4 +1,4 @@
-"""What the code of a processor shows before it runs: whether it leaves attention to the dispatcher, and to which backend."""
+"""Reads a processor's code before it runs: whether it calls the dispatcher, and with which backend."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def reason_to_skip(kind: Any, mechanism: str) -> str | None:
 
 
 def dispatchers(kind: Any) -> list[tuple[dict[str, Any], str]]:
-    """Where the code of these processors finds the dispatcher: namespaces, and the name in each."""
+    """Where the code of these processors finds the dispatcher: namespaces and the name in each."""
     places = []
     for function in _Code(kind).all:
         namespace = function.__globals__
         for name in _names(function):
             if name in namespace and (name == DISPATCH or is_dispatcher(namespace[name])):
                 places.append((namespace, name))
-    if not places:  # imported inside a function, or called as an attribute of its module
+    if not places:  # it is imported inside a function, or called as an attribute of its module
         from diffusers.models import attention_dispatch
 
         places.append((vars(attention_dispatch), DISPATCH))
@@ -49,7 +49,7 @@ def dispatchers(kind: Any) -> list[tuple[dict[str, Any], str]]:
 
 
 def is_dispatcher(value: Any) -> bool:
-    """Whether this is the dispatcher of diffusers, as it is or wrapped."""
+    """Whether this is the dispatcher of diffusers, wrapped or not."""
     return getattr(value, "__name__", None) == DISPATCH and getattr(value, "__module__", None) == _HOME
 
 
@@ -59,7 +59,7 @@ class _Code:
     def __init__(self, kind: Any) -> None:
         self.all = list(dict.fromkeys(_methods(kind)))
         methods = set(self.all)
-        for function in self.all:  # grows while it is read
+        for function in self.all:  # the list grows during the loop
             for name in _names(function):
                 value = function.__globals__.get(name)
                 if isinstance(value, FunctionType) and not is_dispatcher(value):
@@ -71,7 +71,7 @@ class _Code:
 
 
 def _methods(kind: Any) -> Iterator[FunctionType]:
-    """The methods of a class, and those of its bases that are in use: not overridden, or called by way of `super` or the base."""
+    """The methods of a class, and those of its bases that are used: not overridden, or called through `super` or the base."""
     bases = [base for base in kind.__mro__ if base not in (object, torch.nn.Module)]
     names = {base.__name__ for base in bases} | {"super"}
     for name in dict.fromkeys(name for base in bases for name in vars(base)):

@@ -1,4 +1,4 @@
-"""Transformers: what can be patched in a model, and how the model is pointed at 4-bit attention (attention.py) and back."""
+"""Transformers: which modules of a model can be patched, and how the model is switched to 4-bit attention and back."""
 
 from __future__ import annotations
 
@@ -25,28 +25,27 @@ MECHANISM = "transformers' AttentionInterface"
 REPLACED_BY = "set_attn_implementation"
 CAUSAL = True
 NAME = "qat_fp4"
-"""The name of 4-bit attention among transformers' attention implementations. What follows it says what ran there before."""
+"""The prefix of 4-bit attention among transformers' attention implementations. The original implementation's name follows it."""
 _CONFIG = "_qat_config"
-"""The attribute of a module that is not patched, and has a config of its own for that time, that holds the one of its model."""
+"""The attribute of an unpatched module that holds its model's config, while the module has a copy of its own."""
 _ARGUMENTS = frozenset(
     {
-        # Those of every attention function, and those that ask for nothing where they are None: a look at the module, or each
-        # call, tells.
+        # Arguments of every attention function, and some that do nothing if they are None, which the module or the call shows.
         "module", "query", "key", "value", "attention_mask", "dropout", "softcap", "s_aux", "sliding_window", "output_attentions",
     }
 ) | COMPUTED | WITHOUT_EFFECT  # fmt: skip
-"""What a module may pass to attention by name."""
+"""The arguments that a module may pass to attention by name."""
 _FEATURES = {"window": "a sliding window", "softcap": "a soft cap of the scores", "sinks": "attention sinks"}
-"""For people: what modules ask for, by the names that `qat_kernels.attention` has for it."""
+"""Descriptions of what modules ask for, by argument name of `qat_kernels.attention`."""
 
 
 def owns(model: object) -> bool:
-    """Whether this is a model of transformers; does not import it."""
+    """Whether this is a model of transformers. This does not import transformers."""
     return any(cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 
 
 def pipeline_models(pipeline: object) -> dict[str, torch.nn.Module]:
-    """None: pipelines of transformers keep one model, which is passed itself."""
+    """Always empty: pipelines of transformers have one model, so pass that."""
     return {}
 
 
@@ -61,12 +60,12 @@ def stored_metadata(model: Any) -> AttentionMetadata | None:
     if isinstance(stored, AttentionMetadata):
         return stored
     if isinstance(metadata := getattr(stored, "metadata", None), AttentionMetadata):
-        return metadata  # transformers has made our quantizer's config of it
+        return metadata  # transformers has turned it into our quantizer's config
     return AttentionMetadata.from_dict(stored) if AttentionMetadata.is_ours(stored) else None
 
 
 def attention_modules(model: Any) -> dict[str, torch.nn.Module]:
-    """The modules whose attention goes through AttentionInterface, by name; those of encoders among them."""
+    """The modules whose attention goes through AttentionInterface, by name, also those of encoders."""
     if not model._can_set_attn_implementation():
         return {}
     return {
@@ -79,10 +78,10 @@ def attention_modules(model: Any) -> dict[str, torch.nn.Module]:
 
 
 def original(model: Any, module: Any) -> str:
-    """The name of the attention implementation in force.
+    """The name of the active attention implementation.
 
     Raises:
-        ValueError: 4-bit attention is in force already (a submodel of a patched model, or a shared config).
+        ValueError: it is 4-bit attention already (a submodel of a patched model, or a shared config).
     """
     name = module.config._attn_implementation
     if _is_ours(name):
@@ -94,7 +93,7 @@ def original(model: Any, module: Any) -> str:
 
 
 def reason_to_skip(module: Any) -> str | None:
-    """Why a module cannot have 4-bit attention although that is no mistake of the user's."""
+    """Why a module keeps its original attention, in cases that are not a mistake of the user."""
     if attention_code(module) is None:
         return f"its {type(module).__name__} never calls {MECHANISM}"
     if not module.is_causal or not hasattr(module, "layer_idx"):
@@ -106,7 +105,7 @@ def reason_to_skip(module: Any) -> str | None:
 
 
 def problem(module: Any, spec: QuantSpec) -> str | None:
-    """Why 4-bit attention cannot compute what this module asks for."""
+    """Why 4-bit attention cannot compute what this module needs."""
     dropout = getattr(module, "attention_dropout", 0.0)
     head_dim = _head_dim(module)
     found = {
@@ -140,23 +139,23 @@ def problem(module: Any, spec: QuantSpec) -> str | None:
 
 
 def _head_dim(module: Any) -> int | None:
-    """Of queries and keys, as far as the module tells."""
+    """The head dim of queries and keys, as far as the module says."""
     return getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
 
 
 def prepare(original: Any) -> str:
-    """Register 4-bit attention and its masks beside what ran before; transformers looks both up by the name that comes back."""
+    """Register 4-bit attention and its masks for this original implementation; transformers finds both by the returned name."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     before = original or "eager"
-    name = f"{NAME}_{re.sub('flash|[^a-z0-9_]', '', before)}"  # nothing that transformers takes for what it knows
+    name = f"{NAME}_{re.sub('flash|[^a-z0-9_]', '', before)}"  # transformers must not take it for an implementation that it knows
     AttentionInterface.register(name, partial(attention_forward, original=before))
     AttentionMaskInterface.register(name, partial(masks.make_mask, original=before))
     return name
 
 
 def key_shape(module: Any) -> tuple[int, int] | None:
-    """Key heads and head dim, as far as the module tells: some models have another number of heads in each layer."""
+    """Key heads and head dim, as far as the module says. The number of heads may differ between layers."""
     head_dim, out_features = getattr(module, "head_dim", None), getattr(getattr(module, "k_proj", None), "out_features", None)
     config, heads = module.config, None
     if isinstance(head_dim, int) and isinstance(out_features, int):
@@ -167,7 +166,7 @@ def key_shape(module: Any) -> tuple[int, int] | None:
 
 
 def apply(model: Any, layers: list[AttentionLayer]) -> None:
-    """Point the model at 4-bit attention."""
+    """Switch the model to 4-bit attention."""
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
     ours = [config for config in _configs(model, layers) if not _is_ours(config._attn_implementation)]
     checked = packed_samples.Checked()
@@ -183,18 +182,18 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
             if (window := windows.window_of(module)) is not None:
                 setattr(around, windows.WINDOWS, getattr(around, windows.WINDOWS, frozenset()) | {window})
         elif any(module.config is config for config in ours):
-            # It runs the host's code as it is: under the name that it had, and with the masks for it.
+            # It runs the host's code unchanged: under its original name, with the masks for that name.
             setattr(module, _CONFIG, module.config)
             module.config = copy.copy(module.config)
             module.register_forward_pre_hook(_give_original_masks, with_kwargs=True)
     for each in {id(x): x for layer in layers if layer.is_patched for x in _models_that_turn(model, layer)}.values():
-        # Before `_begin_pass`, which is to see what comes of it.
+        # Before `_begin_pass`, which needs its result.
         each.register_forward_pre_hook(_count_positions, with_kwargs=True, prepend=True)
     switch(model, layers)
 
 
 def switch(model: Any, layers: list[AttentionLayer]) -> None:
-    """Give configs the name of 4-bit attention, or, while all modules run what they ran before, the one that they had."""
+    """Set the name of 4-bit attention in the configs; the original name while all modules run original attention."""
     from transformers import AttentionInterface
 
     ours = any(layer.quantizes or layer.observer is not None for layer in layers)
@@ -207,7 +206,7 @@ def switch(model: Any, layers: list[AttentionLayer]) -> None:
 
 
 def replaced(module: Any, layer: AttentionLayer) -> str | None:
-    """The attention implementation, or the module, that somebody set after the patch, or None."""
+    """The attention implementation or module that was set after the patch, or None."""
     if getattr(module, LAYER, None) is not layer:
         return type(module).__name__
     name = module.config._attn_implementation
@@ -216,17 +215,17 @@ def replaced(module: Any, layer: AttentionLayer) -> str | None:
 
 
 def skipping_hook(module: Any) -> str | None:
-    """None: transformers has no hooks that skip attention."""
+    """Always None: transformers has no hooks that skip attention."""
     return None
 
 
 def why_not_reached(module: Any) -> str:
-    """The code of the module's class has a way around the interface."""
+    """Always the same reason: the code of the module's class has a path without the interface."""
     return f"its {type(module).__name__} did not call {MECHANISM}"
 
 
 def restore(model: Any, layers: list[AttentionLayer]) -> None:
-    """Undo `apply`, also a half-finished one."""
+    """Undo `apply`, even an unfinished one."""
     from transformers import AttentionInterface
 
     configs = _configs(model, layers)
@@ -245,14 +244,14 @@ def restore(model: Any, layers: list[AttentionLayer]) -> None:
     model.__dict__.pop(RECORD, None)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
-        quantizer.remove_quantization_config(model)  # what is saved from now on is an ordinary model
+        quantizer.remove_quantization_config(model)  # from now on the model is saved as an ordinary one
 
 
 def new_cache(model: Any, layers: list[AttentionLayer]) -> Any:
-    """A transformers cache that keeps K and V of patched layers in NVFP4, wherever that works.
+    """A transformers cache that keeps K and V of patched layers in NVFP4, where that works.
 
     Raises:
-        ValueError: it works for none of them.
+        ValueError: it works for no layer.
     """
     from . import cache
 
@@ -262,10 +261,10 @@ def new_cache(model: Any, layers: list[AttentionLayer]) -> Any:
 
 @contextlib.contextmanager
 def generating(model: Any, layers: list[AttentionLayer]) -> Iterator[None]:
-    """Inside, `generate` of the model takes an FP4 cache where it is passed none, whoever calls it.
+    """Inside, every call of the model's `generate` without a cache gets an FP4 cache.
 
     Raises:
-        ValueError: there can be none, the model has no `generate`, or it does so already.
+        ValueError: no FP4 cache works, the model has no `generate`, or it is inside `generating` already.
     """
     from . import cache
 
@@ -282,7 +281,7 @@ def generating(model: Any, layers: list[AttentionLayer]) -> Iterator[None]:
 
 
 def named_original(name: Any) -> str | None:
-    """What ran before in a model whose config names its attention so, if that is 4-bit attention; else None."""
+    """The original implementation, if this attention name in a config is one of 4-bit attention; else None."""
     from transformers import AttentionInterface
 
     known = AttentionInterface()
@@ -294,7 +293,7 @@ def _is_ours(name: str | None) -> bool:
 
 
 def _configs(model: Any, layers: list[AttentionLayer]) -> list[Any]:
-    """The configs that name the attention of patched modules, and those from which their models make masks; each once."""
+    """The configs that name the attention of patched modules, and those that their models make masks from; each once."""
     patched = [layer for layer in layers if layer.is_patched]
     modules = [x for layer in patched for x in (*_models_around(model, layer), model.get_submodule(layer.name))]
     return list({id(module.config): module.config for module in modules}.values())
@@ -307,10 +306,10 @@ def _models_around(model: Any, layer: AttentionLayer) -> list[Any]:
 
 
 def _count_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A hook of models with rotary embeddings: positions count from the first token that is no padding, as in `generate`.
+    """A hook for models with rotary embeddings: positions count from the first token that is not padding, as in `generate`.
 
-    The host counts padding too where nobody passes position_ids. To ordinary attention, which knows distances only, that is the
-    same. But Q and K are rotated before they are quantized, so padding in front would change their codes (docs/NUMERICS.md,
+    Without position_ids the host counts padding too. Ordinary attention depends only on distances, so it does not change. But
+    Q and K are rotated before they are quantized, so padding in front would change their codes (docs/NUMERICS.md,
     section 3).
     """
     mask, given = kwargs.get("attention_mask"), [*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
@@ -325,18 +324,18 @@ def _count_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _models_that_turn(model: Any, layer: AttentionLayer) -> list[Any]:
-    """The models around a module that make its positions or masks, if positions are for rotary embeddings alone."""
+    """The models around a module that make its positions or masks, if positions serve only rotary embeddings."""
     around = _models_around(model, layer)
-    # Where places in pictures count, the host makes positions itself, and does not count padding.
+    # With positions in pictures, the host makes positions itself, and does not count padding.
     if not hasattr(around[-1], "rotary_emb") or any(hasattr(each, "get_rope_index") for each in around):
         return []
     if getattr(around[0].config, "is_encoder_decoder", False):
-        around = around[-1:]  # what the others are given is for the encoder
+        around = around[-1:]  # the inputs of the other models are for the encoder
     return [each for each in around if reads_padding(each)]
 
 
 def _begin_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A hook of the models right around patched modules."""
+    """A hook on the models directly around patched modules."""
     if torch.compiler.is_compiling():
         return None
     getattr(module, CHECKED).begin(kwargs)
@@ -346,9 +345,9 @@ def _begin_pass(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
 
 def _give_original_masks(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A hook of modules that are not patched, which may stand beside patched ones and get the masks of these."""
+    """A hook on unpatched modules, which may get the compact masks of patched modules beside them."""
     values = (*args, *kwargs.values())
-    # The first tensor of numbers is what the module computes with.
+    # The module computes with the first floating-point tensor.
     numbers = (x for x in values if isinstance(x, torch.Tensor) and x.is_floating_point() and not masks.is_compact(x))
     dtype = next((x.dtype for x in numbers), torch.float32)
     name = module.config._attn_implementation or "eager"
@@ -364,10 +363,10 @@ def _give_original_masks(module: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _keys(cache: Any, layer_idx: int, queries: int) -> int:
-    """How many keys a layer will see, with the empty slots of a static cache."""
+    """How many keys a layer will see, including the empty slots of a static cache."""
     is_dummy = getattr(cache, "is_dummy", ())
     if layer_idx < len(is_dummy) and is_dummy[layer_idx]:
-        # It sees the keys of a layer before it, which are in the cache by now: those that the first with full attention has.
+        # It sees the keys of an earlier layer, which are in the cache already: those of the first layer with full attention.
         kinds = zip(cache.is_sliding, cache.is_linear, is_dummy, strict=True)
         layer_idx, queries = next((index for index, kind in enumerate(kinds) if not any(kind)), 0), 0
     return cache.get_mask_sizes(queries, layer_idx)[0]

@@ -1,4 +1,4 @@
-"""4-bit attention as transformers calls it. Registered once, it holds no state; what a module does is in its `AttentionLayer`.
+"""4-bit attention as transformers calls it. It is registered once and has no state; `AttentionLayer` has a module's settings.
 
 Only modules that are patched come here, and what shares their config object without being known to the patch: that runs the
 original attention.
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 LAYER = "_qat_layer"
 """The attribute of an attention module that holds its `AttentionLayer`."""
 CHECKED = "_qat_checked"
-"""The attribute of patched modules, and of the models around them, that holds the `packed_samples.Checked` that they share."""
+"""The attribute of patched modules, and of the models around them, that holds their shared `packed_samples.Checked`."""
 COMPUTED = frozenset(
     {
         "scaling", "is_causal", "sliding_window", "softcap", "s_aux", "position_ids",
         "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx",
     }
 )  # fmt: skip
-"""Arguments of attention that 4-bit attention computes, or compares with what it computes."""
+"""Arguments of attention that 4-bit attention uses, or compares with what it computes."""
 WITHOUT_EFFECT = frozenset(
     {
-        # Of a whole forward pass; models hand all that they get on to their modules.
+        # Arguments of a whole forward pass: models pass all their arguments on to their modules.
         "cache_position", "deterministic", "logits_to_keep", "num_items_in_batch", "output_hidden_states", "output_router_logits",
         "position_embeddings", "return_dict", "use_cache",
     }
 )  # fmt: skip
-"""Arguments that attention receives and that change nothing about it."""
+"""Arguments that attention receives but that do not change it."""
 KNOWN = COMPUTED | WITHOUT_EFFECT
 
 
@@ -57,7 +57,7 @@ def attention_forward(
     """transformers' attention interface: query [B, H, Lq, D], key and value [B, Hk, Lk, D] -> [B, Lq, H, D].
 
     Raises:
-        ValueError: the call asks for something that 4-bit attention does not compute.
+        ValueError: the call needs something that 4-bit attention does not compute.
     """
     layer: AttentionLayer | None = getattr(module, LAYER, None)
     if layer is None or not (layer.quantizes or layer.observer is not None):
@@ -72,7 +72,7 @@ def attention_forward(
         if packing is None or masks.is_compact(attention_mask):
             from_the_first = window_of(module) is None and layer_kind(module) != "chunked_attention"
             causal = masks.read(attention_mask, query.shape[2], key.shape[2], from_the_first=from_the_first)
-        else:  # borders alone tell, and no mask
+        else:  # the borders say everything; a mask is not needed
             causal = masks.Causal(key.shape[2], window=window_of(module))
         window = _window(causal.window, kwargs.get("sliding_window"), causal.filled, module)
     except ValueError as error:
@@ -109,13 +109,13 @@ def attention_forward(
 
 
 def _window(window: int | None, asked: int | None, keys: int, module: torch.nn.Module) -> int | None:
-    """The window of a mask, if it is the one that the module asks for. One that all keys are in is none.
+    """The window of a mask, if it is the one that the module asks for. A window that holds all keys counts as none.
 
     Raises:
         ValueError: they do not agree.
     """
     if window is not None and asked is None and torch.compiler.is_compiling():
-        # Of a window its mask tells the width alone there: these may be chunks.
+        # A mask with a window gives only the width there: it may also be one of chunks.
         if layer_kind(module) == "chunked_attention":
             if keys > window:
                 raise ValueError(f"torch.compile cannot see chunks of {window} tokens; compile the blocks instead of the model")
@@ -129,18 +129,18 @@ def _window(window: int | None, asked: int | None, keys: int, module: torch.nn.M
 def original_attention(
     implementation: str, module: torch.nn.Module, query: torch.Tensor, key: Any, value: Any, mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What this module computes without the patch, from the masks of ours."""
+    """The original attention of this module, from our compact masks."""
     mask = masks.restore(mask, implementation, key.shape[2], query.dtype)
     return host_function(module, implementation)(module, query, key, value, mask, **kwargs)
 
 
 def refuse_unknown(name: str, module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
-    """That a call asks for nothing but what 4-bit attention computes. None and False ask for nothing."""
+    """Raise a ValueError if a call asks for something that 4-bit attention does not compute. None and False ask for nothing."""
     features = {"softcap": softcap_of(module), "s_aux": getattr(module, "sinks", None)}
     for argument, asked in kwargs.items():
         if asked is None or asked is False:
             continue
-        # Not what only passes through: the original attention of other modules leaves it out.
+        # Arguments that only pass through are left out: other modules' original attention does not get them.
         if argument in KNOWN and (argument not in features or features[argument] is not None):
             continue
         raise ValueError(

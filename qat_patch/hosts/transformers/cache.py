@@ -1,4 +1,4 @@
-"""An FP4 cache for transformers' `generate`: a layer that keeps keys and values packed. `PatchHandle.cache` makes the cache.
+"""The layers of an FP4 cache for transformers' `generate`. They keep keys and values packed; `PatchHandle.cache` makes the cache.
 
 Importing this module imports transformers.
 """
@@ -24,28 +24,28 @@ from .windows import layer_kind, window_of
 
 
 class Incoming:
-    """New tokens of an FP4 cache, which a layer of it passes on in place of keys, and of values.
+    """New tokens of an FP4 cache. A layer returns them in place of keys and values.
 
-    One call of attention may have them: it quantizes and adds them, for where their groups begin is in its mask.
+    One call of attention takes them, quantizes them and adds them to the cache: only its mask says where groups begin.
     """
 
     def __init__(self, layer: FP4Layer, key: torch.Tensor, value: torch.Tensor) -> None:
         self.layer, self.key, self.value = layer, key, value
         self.shape = torch.Size((*key.shape[:2], layer.packed.length + key.shape[2], key.shape[3]))
-        """Of all keys, these among them."""
+        """The shape of all keys, including these."""
 
     def attention(
         self, query: torch.Tensor, window: int | None = None, key_mask: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
-        """Add the tokens to the cache, and attend from them to all that it holds.
+        """Add the tokens to the cache, and attend from them to all its tokens.
 
         Args:
-            window: as the mask has it; None: every key so far is in it.
+            window: the mask's window; None: all keys so far are in it.
             key_mask: bool [batch, n], True where one of the last n keys may be seen.
 
         Raises:
-            ValueError: they are not what the cache waits for, since attention was called with them before; the cache is for
-                another window; or as `KVCache.attention`. The cache is as it was then.
+            ValueError: attention was already called with these tokens; the cache is for another window; or as for
+                `KVCache.attention`. The cache does not change then.
         """
         own = self.layer.window
         if window != own and (window is not None or (own is not None and own < self.shape[2])):
@@ -54,7 +54,7 @@ class Incoming:
                 f"{self.layer.owner.name}: its FP4 cache is for {made_for}, and its mask has {window or 'none'}; generate with "
                 "the default cache"
             )
-        if key_mask is not None:  # of the last keys, which are all that a window may hold
+        if key_mask is not None:  # only the last keys can be in a window
             key_mask = F.pad(key_mask, (self.shape[2] - key_mask.shape[1], 0), value=True)
         if self.layer.incoming is not self:
             raise ValueError(f"{self.layer.owner.name}: attention was called twice with one update of an FP4 cache")
@@ -64,7 +64,7 @@ class Incoming:
 
 
 class FP4Layer(CacheLayerMixin):
-    """The `KVCache` of one patched attention module, in the interface of transformers."""
+    """The `KVCache` of one patched attention module, with the interface of transformers."""
 
     is_croppable = True
 
@@ -73,16 +73,16 @@ class FP4Layer(CacheLayerMixin):
         self.packed = KVCache()
         self.owner = owner
         self.window = window
-        """How many keys a query sees, its own among them; None: all before it."""
+        """How many keys a query sees, including its own; None: all before it."""
         self.is_sliding = window is not None
-        """Transformers makes one mask for all such layers, as long as the first one's keys are."""
+        """Transformers makes one mask for all such layers, of the length of the first one's keys."""
         self.beside = beside
         """A layer with the same mask that drops tokens before the window."""
         self.incoming: Incoming | None = None
-        """What `update` took and attention has not seen yet."""
+        """The tokens that `update` took and attention has not used yet."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the packed cache makes room as it goes."""
+        """Nothing to do: the packed cache grows as needed."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -98,7 +98,7 @@ class FP4Layer(CacheLayerMixin):
                 "handle.disabled() generate with the default cache"
             )
         self.is_initialized = True
-        # What a failed forward pass left behind is dropped.
+        # Tokens that a failed forward pass left are dropped.
         self.incoming = Incoming(self, key_states, value_states)
         return self.incoming, self.incoming
 
@@ -120,7 +120,7 @@ class FP4Layer(CacheLayerMixin):
         """Remove the last -tokens_to_remove tokens.
 
         Raises:
-            ValueError: the number is positive, or as `KVCache.crop`.
+            ValueError: the number is positive, or as for `KVCache.crop`.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop: expected how many tokens to remove as a negative number, got {tokens_to_remove}")
@@ -141,9 +141,9 @@ class FP4Layer(CacheLayerMixin):
 
 @dataclasses.dataclass(eq=False)
 class Generate:
-    """In place of `generate` of a patched model: passes an FP4 cache where the caller passes none and wants one.
+    """Replaces `generate` of a patched model: passes an FP4 cache if the caller passes no cache and does not turn it off.
 
-    While the model runs its original attention, calls are as they were.
+    While the model runs its original attention, calls do not change.
     """
 
     model: Any
@@ -166,18 +166,18 @@ class Generate:
 
 
 def cache_argument(model: Any) -> str:
-    """What a model calls the cache that it is given: `cache` from transformers 5.24 on, `past_key_values` before."""
+    """The name of a model's cache argument: `cache` from transformers 5.24 on, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def new_cache(model: Any, modules: dict[str, Any], layers: list[AttentionLayer]) -> Cache:
-    """An empty cache for a model: FP4 for its patched modules where this works, transformers' own for all others.
+    """An empty cache for a model: FP4 for the patched modules where it works, transformers' own for all others.
 
     Args:
-        modules: those that call attention causally, by name.
+        modules: the modules that call attention causally, by name.
 
     Raises:
-        ValueError: there is no patched module with which an FP4 cache works.
+        ValueError: an FP4 cache works for no patched module.
     """
     cache = DynamicCache(config=model.config)
     users = Counter(module.layer_idx for module in modules.values())
@@ -203,7 +203,7 @@ def new_cache(model: Any, modules: dict[str, Any], layers: list[AttentionLayer])
 
 
 def _reason_against(layer: AttentionLayer, module: Any, own: list[Any], users: Counter[int]) -> str | None:
-    """Why the cache of a patched module stays transformers' own."""
+    """Why a patched module keeps transformers' own cache."""
     if layer.spec.preset not in KVCache.presets:
         return f"there is no FP4 cache for preset={layer.spec.preset!r}"
     if module.layer_idx is None or module.layer_idx >= len(own):

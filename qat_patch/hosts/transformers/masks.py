@@ -1,10 +1,10 @@
-"""Masks of 4-bit attention in transformers: compact, with the positions that the host knows, and back to those of the host.
+"""Compact masks of 4-bit attention in transformers: made with the host's positions, and turned back into the host's masks.
 
-A causal mask says three things: which keys are filled, which of them are padding, and which of its rows are asked for. A compact
-mask says them in a shape like that of the host's own mask, [batch, 3, queries, filled], and holds next to nothing: its last row
-is that of the last filled key (so that hosts may keep the last rows only), and the dtype says what it holds. The 3 is there for
-code that does not know such masks: it fails, and is not silently wrong, for no attention of 3 heads stands behind one of 1. For a
-sliding window it is 3 and the width of the window.
+A causal mask says three things: which keys are filled, which of them are padding, and which rows are needed. A compact mask says
+them with a shape like that of the host's mask, [batch, 3, queries, filled], and stores almost nothing: its last row is that of
+the last filled key (so the host may keep only the last rows), and the dtype says what it holds. The 3 makes code that does not
+know such masks fail instead of being silently wrong: masks have one head or as many as attention. For a sliding window it is 3
+plus the width of the window.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ _MARK = 3
 PLAIN = torch.int8
 """The dtype of a mask without padding. It holds one element."""
 PADDED = torch.uint8
-"""The dtype of a mask with padding. It holds [batch, keys] booleans, which differ along the keys only."""
+"""The dtype of a mask with padding. It holds booleans [batch, keys], the same for all queries."""
 SAMPLES = torch.int32
-"""The dtype of a mask for packed samples. It holds [batch, keys] numbers of samples, which differ along the keys only."""
+"""The dtype of a mask for packed samples. It holds sample numbers [batch, keys], the same for all queries."""
 CHUNKS = torch.int64
-"""The dtype of a mask for chunks of tokens that see each other alone. It holds [batch, keys] numbers, as for samples."""
+"""The dtype of a mask for chunks of tokens that see only each other. It holds chunk numbers [batch, keys], as for samples."""
 BLOCKS = torch.uint64
-"""The dtype of a mask with blocks of tokens that see each other both ways (images). It holds [batch, keys]: the last key that a
-token sees, plus 1; or 0 for padding."""
+"""The dtype of a mask with blocks of tokens that see each other both ways (images). It holds [batch, keys]: the last key that
+each token sees, plus 1; 0 for padding."""
 PADDING = -1
-"""The number of no chunk."""
+"""The chunk number of padding."""
 _COMPACT = frozenset({PLAIN, PADDED, SAMPLES, CHUNKS, BLOCKS})
 BEFORE_A_WINDOW = 3 * GROUP_SIZE - 2
-"""How many keys there have to be before a window, unless the first key is there. They are the rest of the group that the window
-begins in; a whole group that no query sees; and what is left of another one. Groups count from the first token, and the first
-group of all keys stays in high precision where a query sees it: so both are as they are without a cache."""
+"""How many keys are needed before a window, unless the first key is there: the rest of the group that the window begins in, a
+whole group that no query sees, and the rest of another group. Groups count from the first token, and the first group of all
+keys stays in high precision if a query sees it; with these keys both are the same as without a cache."""
 
 
 class Causal(NamedTuple):
-    """What a compact mask says."""
+    """The content of a compact mask."""
 
     filled: int
-    """How many keys there are; those behind are empty slots. The last query is the last of them."""
+    """How many keys are filled; the keys behind them are empty slots. The last query belongs to the last filled key."""
     key_mask: torch.Tensor | None = None
     """bool [batch, filled], True where a key may be seen; None: all of them."""
     documents: torch.Tensor | None = None
-    """[batch, filled]: the number of every token's sample, or chunk; None: each row is one."""
+    """[batch, filled]: the number of each token's sample or chunk; None: each row is one."""
     window: int | None = None
-    """How many keys a query sees, its own included; None: all before it."""
+    """How many keys a query sees, including its own; None: all before it."""
     bounds: tuple[torch.Tensor, torch.Tensor] | None = None
-    """int32 [batch, queries]: the first and the last key that each query sees, where these are not causal alone."""
+    """int32 [batch, queries]: the first and the last key that each query sees, if attention is not simply causal."""
 
 
 class _Kind(NamedTuple):
-    """What a mask function says, if it says nothing else."""
+    """The content of a mask function, if it has no other parts."""
 
     window: int | None = None
     chunk: tuple[int, torch.Tensor] | None = None
-    """Tokens a chunk, and the tokens of left padding [B]."""
+    """Tokens per chunk, and the number of left padding tokens [B]."""
     samples: torch.Tensor | None = None
     """[B, L]"""
     positions: torch.Tensor | None = None
-    """[B, L]: places in each of several samples, where transformers counts by them."""
+    """[B, L]: positions in each of several samples, if transformers counts by them."""
     blocks: torch.Tensor | None = None
-    """[B, L]: the number of every token's block, -1 for tokens in none."""
+    """[B, L]: the number of each token's block, -1 for tokens outside blocks."""
 
 
 def make_mask(
@@ -79,14 +79,14 @@ def make_mask(
     original: str = "sdpa",
     **kwargs: Any,
 ) -> Any:
-    """transformers' mask interface: a compact mask if it is causal; else what `original` has, which patched modules refuse."""
+    """transformers' mask interface: a compact mask if it is causal; else the mask of `original`, which patched modules refuse."""
     kind = _kind_of(mask_function, kwargs)
     first_query = int(q_offset)
     filled = first_query + q_length - kv_offset
     if kind is None or kv_length < filled or not _has_what_is_needed(kind, first_query, filled, kv_offset, attention_mask):
         arguments = {"mask_function": mask_function, "attention_mask": attention_mask} | kwargs
         made = _host_mask(original, batch_size, q_length, kv_length, q_offset, kv_offset, **arguments)
-        # Without a mask the host means a causal one (a window that all keys are in), but not where the queries are.
+        # No mask means causal (or a window that holds all keys), but the host does not say where the queries are.
         if made is not None or q_length == 1 or kv_offset or kv_length < filled or not kwargs.get("allow_is_causal_skip", True):
             return made
         kind, attention_mask = _Kind(), None
@@ -113,9 +113,10 @@ def make_mask(
 
 
 def _has_what_is_needed(kind: _Kind, first_query: int, filled: int, kv_offset: int, attention_mask: torch.Tensor | None) -> bool:
-    """Whether the keys begin early enough for 4-bit attention, and padding is where it can be computed."""
+    """Whether the keys begin early enough for 4-bit attention, and padding is on one side."""
     if kind.chunk is not None and attention_mask is not None and not torch.compiler.is_compiling():
-        holes = attention_mask.int().diff(dim=-1).abs().sum(-1) > 2 - attention_mask[:, 0].int()  # padding on both sides is none
+        # padding on both sides, which is not supported, has a third change
+        holes = attention_mask.int().diff(dim=-1).abs().sum(-1) > 2 - attention_mask[:, 0].int()
         if holes.any():
             return False
     if kind.blocks is not None and not (kind.blocks.shape[1] >= kv_offset + filled and _are_runs(kind.blocks)):
@@ -132,7 +133,7 @@ def _has_what_is_needed(kind: _Kind, first_query: int, filled: int, kv_offset: i
 def _from_whole_groups(
     batch: int, allowed: torch.Tensor | None, kv_offset: int, filled: int, device: torch.device | None
 ) -> torch.Tensor:
-    """[batch, filled]: the keys from the first whole group on. Groups count from the first token that is no padding."""
+    """[batch, filled]: the keys from the first whole group on. Groups count from the first token that is not padding."""
     position = torch.arange(kv_offset, kv_offset + filled, device=device)
     if allowed is None:
         return (position >= -(-kv_offset // GROUP_SIZE) * GROUP_SIZE).expand(batch, -1)
@@ -141,7 +142,7 @@ def _from_whole_groups(
 
 
 def _are_runs(blocks: torch.Tensor) -> bool:
-    """Whether the tokens of every block follow one another, so that what a query sees is an interval."""
+    """Whether the tokens of every block are contiguous, so that each query sees an interval."""
     begins = torch.nn.functional.pad(blocks, (1, 0), value=-1).diff(dim=-1) != 0
     return all(
         len(numbers := row[begin & (row >= 0)]) == len(numbers.unique()) for row, begin in zip(blocks, begins, strict=True)
@@ -149,16 +150,16 @@ def _are_runs(blocks: torch.Tensor) -> bool:
 
 
 def _last_of_block(blocks: torch.Tensor) -> torch.Tensor:
-    """[B, L]: the last token of every token's block, or itself."""
+    """[B, L]: the last token of each token's block, or the token itself."""
     position = torch.arange(blocks.shape[1], device=blocks.device).expand_as(blocks)
     goes_on = torch.nn.functional.pad((blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] >= 0), (0, 1))
-    # The nearest token from here on that its block does not go on from.
+    # The next token at which its block ends.
     ends = torch.where(goes_on, blocks.shape[1], position)
     return ends.flip(-1).cummin(-1).values.flip(-1)
 
 
 def _chunks(kind: _Kind, filled: int, kv_offset: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """[batch, filled]: the number of every token's chunk, PADDING for left padding."""
+    """[batch, filled]: the number of each token's chunk, PADDING for left padding."""
     assert kind.chunk is not None
     size, leftpad = kind.chunk
     position = torch.arange(kv_offset, kv_offset + filled, device=leftpad.device) - leftpad[:, None]
@@ -173,19 +174,19 @@ def is_compact(mask: Any) -> bool:
 
 
 def documents_of(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[batch, keys]: the number of every token's sample, or chunk; None if the mask tells none apart."""
+    """[batch, keys]: the number of each token's sample or chunk; None if the mask has none."""
     return mask[:, 0, 0] if mask is not None and is_compact(mask) and mask.dtype in (SAMPLES, CHUNKS) else None
 
 
 def read(mask: torch.Tensor | None, queries: int, keys: int, *, from_the_first: bool) -> Causal:
-    """What a mask says to so many queries and keys. No mask is causal if there are as many keys, or one query.
+    """The content of a mask for these numbers of queries and keys. No mask means causal, if there are as many keys, or one query.
 
     Args:
-        from_the_first: whether the first key that a query may see is the first of its sequence, as without windows and chunks. To
-            one query any mask is one of keys then.
+        from_the_first: whether the first key that a query may see is the first of its sequence, as without windows and chunks.
+            Then any mask for one query is a key mask.
 
     Raises:
-        ValueError: it is not a causal mask, or one of other queries or keys.
+        ValueError: it is not a causal mask, or is for other queries or keys.
     """
     if mask is None:
         if queries not in (1, keys):
@@ -221,7 +222,7 @@ def read(mask: torch.Tensor | None, queries: int, keys: int, *, from_the_first: 
 
 
 def _between_bounds(numbers: torch.Tensor, queries: int, window: int | None) -> Causal:
-    """What a mask with blocks says. Rows of padding get bounds that never decrease; they see no key."""
+    """The content of a mask with blocks. Rows of padding see no key, and get bounds that never decrease."""
     upper = (numbers - 1).cummax(-1).values
     position = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
     lower = torch.zeros_like(position) if window is None else (position - window + 1).clamp(min=0)
@@ -230,10 +231,10 @@ def _between_bounds(numbers: torch.Tensor, queries: int, window: int | None) -> 
 
 
 def restore(mask: Any, original: str, keys: int | None, dtype: torch.dtype) -> Any:
-    """The mask that the host would have made for an implementation of attention; other masks stay as they are.
+    """The mask that the host would make for an attention implementation. Masks that are not compact stay as they are.
 
     Args:
-        keys: also counting the empty slots of a static cache behind those that are filled; None: there are none.
+        keys: the number of keys, including the empty slots of a static cache; None: there are no empty slots.
     """
     from transformers import masking_utils
 
@@ -264,7 +265,7 @@ def restore(mask: Any, original: str, keys: int | None, dtype: torch.dtype) -> A
 
 
 def _host_mask(original: str, batch: int, queries: int, keys: int, q_offset: Any, kv_offset: int, **kwargs: Any) -> Any:
-    """What the host makes for `original`; nothing for one without masks, as it does."""
+    """The host's mask for `original`; None for an implementation without masks."""
     from transformers import AttentionMaskInterface
 
     sizes = {"batch_size": batch, "q_length": queries, "kv_length": keys, "q_offset": q_offset, "kv_offset": kv_offset}
@@ -273,10 +274,10 @@ def _host_mask(original: str, batch: int, queries: int, keys: int, q_offset: Any
 
 
 def _kind_of(mask_function: Callable, arguments: dict[str, Any]) -> _Kind | None:
-    """What a mask function says, or None if it says more than causal attention, with a window, in chunks or inside of samples.
+    """The content of a mask function; None if it is more than causal attention, with a window, in chunks or inside samples.
 
-    Transformers does not hand these over otherwise. They are read from its function only if this is made of exactly the known
-    parts; what is unknown becomes a full mask, which 4-bit attention refuses.
+    Transformers passes this in no other way. It is read from the function only if that is built of exactly the known parts;
+    anything else becomes a full mask, which 4-bit attention refuses.
     """
     from transformers.masking_utils import causal_mask_function
 
@@ -290,8 +291,8 @@ def _kind_of(mask_function: Callable, arguments: dict[str, Any]) -> _Kind | None
     parts = _parts(mask_function, "and_masks")
     if len(parts) == 2 and set(found := _closed_over(parts[1])) == {"packed_sequence_mask"}:
         mask_function, samples = parts[0], found["packed_sequence_mask"]
-    # Multimodal models have blocks of tokens that see each other, -1 for tokens in none: in plain text all of them. A window cuts
-    # blocks too, where it is added to them.
+    # Multimodal models have blocks of tokens that see each other, and -1 for tokens outside blocks, such as all plain text. A
+    # window also cuts blocks, if it is combined with them.
     parts, window, blocks = _parts(mask_function, "and_masks"), None, None
     if len(parts) == 2 and (window := _window_of_overlay(parts[1])) is not None:
         mask_function = parts[0]
@@ -299,7 +300,7 @@ def _kind_of(mask_function: Callable, arguments: dict[str, Any]) -> _Kind | None
     if len(parts) == 2 and set(found := _closed_over(parts[1])) == {"block_sequence_ids"}:
         mask_function, blocks = parts[0], found["block_sequence_ids"]
         blocks = None if (blocks < 0).all() else blocks
-    # Transformers 5.17 has the causal function itself here, later versions one that counts positions in every sample.
+    # Transformers 5.17 has the causal function here; later versions have one that counts positions in every sample.
     if samples is not None and set(remapped := _closed_over(mask_function)) == {"mask_function", "position_ids"}:
         mask_function, positions = remapped["mask_function"], remapped["position_ids"]
     if mask_function is causal_mask_function:
@@ -313,24 +314,24 @@ def _kind_of(mask_function: Callable, arguments: dict[str, Any]) -> _Kind | None
     if not _is_made_by("chunked_overlay", parts[0]) or set(found) != {"chunk_size", "left_padding"}:
         return None
     if samples is not None and positions is None:
-        return None  # which chunk a token is in is not told
+        return None  # the function does not say which chunk a token is in
     return _Kind(chunk=(found["chunk_size"], found["left_padding"]), samples=samples, positions=positions)
 
 
 def _window_of_overlay(mask_function: Callable) -> int | None:
-    """The width of the window that a mask function says, if it says nothing else."""
+    """The width of a mask function's window, if the function has no other part."""
     found = _closed_over(mask_function)
     is_one = _is_made_by("sliding_window_overlay", mask_function) and set(found) == {"sliding_window"}
     return found["sliding_window"] if is_one else None
 
 
 def _is_made_by(name: str, mask_function: Callable) -> bool:
-    """Whether one of transformers' functions, which make mask functions, made this one."""
+    """Whether this mask function was made by the transformers function of this name."""
     return getattr(mask_function, "__qualname__", "").startswith(f"{name}.")
 
 
 def _parts(mask_function: Callable, combination: str) -> tuple[Callable, ...]:
-    """The functions that one of transformers' combinations of mask functions is made of."""
+    """The functions in one of transformers' combinations of mask functions."""
     if not _is_made_by(combination, mask_function):
         return ()
     return _closed_over(mask_function).get("mask_functions", ())

@@ -1,4 +1,4 @@
-"""Packed samples of Transformers: several in a row, told apart by position_ids that restart; and chunks of tokens.
+"""Packed samples of Transformers: several in one row, separated by position_ids that restart; and chunks of tokens.
 
 Transformers finds samples itself and asks for a mask that adds their borders to causality. Kept compact (masks.py), that mask is
 the number of every token's sample; 4-bit attention takes it as a packed sequence of B * L tokens. Chunks (Llama 4) are the same.
@@ -22,9 +22,9 @@ _HINT = "position_ids that restart with every sample, no attention_mask, and use
 
 
 class Checked:
-    """What was checked in this forward pass. The layers of a model share one, so that inputs are read once, not in every layer.
+    """The inputs that were checked in this forward pass. A model's layers share it, so that inputs are read only once.
 
-    It also knows the model's position_ids: not all models hand them on to their layers.
+    It also holds the model's position_ids: not all models pass them on to their layers.
     """
 
     def __init__(self) -> None:
@@ -35,16 +35,16 @@ class Checked:
         return Checked, ()
 
     def begin(self, kwargs: dict[str, Any]) -> None:
-        """A forward pass begins, with these arguments."""
+        """Start a forward pass with these arguments."""
         self._positions, self._last = _reference(kwargs.get("position_ids")), ()
 
     def check(self, query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
-        """That masks, position_ids, cu_seq_lens and seq_idx tell the same samples; not again in later layers that get the same
+        """Check that masks, position_ids, cu_seq_lens and seq_idx describe the same samples; once for all layers with the same
         tensors.
 
         Raises:
-            ValueError: they do not, or transformers has made no mask of positions that restart, as it does with a cache, and
-                each sample would attend to those before it.
+            ValueError: they do not; or transformers has made no mask from positions that restart, as it does with a cache, so
+                each sample would attend to earlier ones.
         """
         if torch.compiler.is_compiling() or query.shape[2] == 1:
             return
@@ -71,12 +71,12 @@ def _nothing() -> None:
 
 def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, seq_idx: Any, *cu_seq_lens: Any) -> None:
     if mask is not None and mask.dtype == CHUNKS:
-        return  # layers with full attention tell
+        return  # layers with full attention check it
     samples = torch.zeros_like(query[:, 0, :, 0], dtype=torch.int32)
     found = documents_of(mask)
     if found is not None and found.shape == samples.shape:
         samples = samples + found
-    # Beside padding positions may be anything; those in several axes tell places in pictures.
+    # Positions of padding may be anything; positions with several axes are places in pictures.
     by_position = mask is None or (is_compact(mask) and mask.dtype in (PLAIN, SAMPLES))
     if by_position and positions is not None and positions.shape[1:] == samples.shape[1:]:
         restarts = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
@@ -100,14 +100,14 @@ def _refuse(name: str, samples: torch.Tensor, got: object) -> NoReturn:
 
 
 def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The keywords of `qat_kernels.attention` for packed samples, or chunks; None if every row is one.
+    """The keyword arguments of `qat_kernels.attention` for packed samples or chunks; None if every row is one.
 
-    cu_seq_lens and max_length are taken as they are given, as for FlashAttention; without them the mask is read, which waits for
-    the GPU in every layer. `torch.compile` cannot do that: there transformers always asks for a mask of borders, and they
-    tell whether there are any.
+    Given cu_seq_lens and max_length are used directly, as for FlashAttention; without them the mask is read, which waits for the
+    GPU in every layer. `torch.compile` cannot do that: there transformers always asks for a mask of borders, and cu_seq_lens say
+    whether there are any.
 
     Raises:
-        ValueError: cu_seq_lens are given for samples that transformers has not told apart.
+        ValueError: cu_seq_lens are given for samples that transformers has not separated.
     """
     given = [kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")]
     told = given[0] is not None or given[1] is not None
@@ -139,7 +139,7 @@ def packing(query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, An
 
 
 def split(call: AttentionCall, packing: dict[str, Any], mask: torch.Tensor | None) -> Iterator[AttentionCall]:
-    """A call of its own for every packed sample, or chunk, with queries; not for padding."""
+    """One call for every packed sample or chunk that has queries; none for padding."""
     numbers = documents_of(mask)
     bounds = (itertools.pairwise(packing[f"cu_seqlens_{side}"].tolist()) for side in "qk")
     for queries, keys in zip(*bounds, strict=True):
@@ -155,19 +155,19 @@ def split(call: AttentionCall, packing: dict[str, Any], mask: torch.Tensor | Non
 
 
 def flatten(x: torch.Tensor) -> torch.Tensor:
-    """[B, H, L, D] -> [B * L, H, D]; a view where the rows lie one after the other in memory, as a projection leaves them."""
+    """[B, H, L, D] -> [B * L, H, D]; a view if the rows are contiguous in memory, as after a projection."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
 def _boundaries(samples: torch.Tensor) -> torch.Tensor:
-    """[B, L] -> int32 [samples + 1]: where each begins in the rows one after the other, and the end."""
+    """[B, L] -> int32 [samples + 1]: where each sample begins in the flattened rows, and the end."""
     starts = torch.ones_like(samples, dtype=torch.bool)
     starts[:, 1:] = samples.diff(dim=1) != 0
     return torch.nn.functional.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=samples.numel()).int()
 
 
 def _of_last_queries(documents: torch.Tensor, queries: int) -> dict[str, Any]:
-    """The keywords of `qat_kernels.attention` for the documents of [B, L] keys, and the last queries of every row."""
+    """The keyword arguments of `qat_kernels.attention` for the documents of [B, L] keys and the last queries of every row."""
     boundaries = _boundaries(documents)
     borders = torch.zeros(documents.numel() + 1, dtype=torch.int32, device=documents.device)
     borders[boundaries[:-1].long()] = 1

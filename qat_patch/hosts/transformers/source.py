@@ -1,6 +1,6 @@
-"""What the code of attention modules says: how they call attention, and what they do with keys and values from a cache.
+"""Reads the code of attention modules: how they call attention, and what they do with keys and values from a cache.
 
-It is read once a class. Of code that is not at hand (typed at a prompt, compiled) nothing is known, and callers decide.
+Each class is read once. If the source is not available (typed at a prompt, compiled), nothing is known, and callers decide.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ class AttentionCode(NamedTuple):
     """The method of a class that calls attention."""
 
     file: str
-    """The module of Python that it stands in. Some change functions of the interface for themselves."""
+    """Its Python module. Some modules replace functions of the interface."""
     default: str
-    """What it calls for "eager", a function of its file."""
+    """The function in its file that it calls for "eager"."""
     keywords: frozenset[str] | None
-    """The arguments that it passes to attention by name; None: its source is not at hand."""
+    """The arguments that it passes to attention by name; None: its source is not available."""
     uses_mask: str | None
-    """What it does with its mask other than to hand it to attention, or a part of it."""
+    """What it does with its mask, other than passing it or a part of it to attention."""
     touches_cached: str | None
-    """What it does with keys and values from a cache other than to hand them to attention."""
+    """What it does with keys and values from a cache, other than passing them to attention."""
 
 
 def attention_code(module: object) -> AttentionCode | None:
-    """Of the class of a module; None if no method mentions the interface: some accept any name and go their own way."""
+    """The code of a module's class; None if no method mentions the interface: some classes accept any name and ignore it."""
     kind: Any = type(module)
     return _attention_code(kind)
 
 
 def host_function(module: object, implementation: str) -> Callable[..., Any]:
-    """What the code of a module calls under the name of an implementation."""
+    """The function that a module's code calls for the name of an implementation."""
     file, default = _names_of_host(type(module))
     namespace = sys.modules[file]
     return getattr(namespace, _INTERFACE).get_interface(implementation, getattr(namespace, default, None))
@@ -70,7 +70,7 @@ def _attention_code(kind: Any) -> AttentionCode | None:
 
 
 def reads_padding(model: object) -> bool:
-    """Whether the forward of a model takes position_ids, and makes these or masks itself: what is around it hands both on."""
+    """Whether a model's forward takes position_ids and makes positions or masks itself; models around it only pass both on."""
     kind: Any = type(model)
     return _reads_padding(kind)
 
@@ -86,7 +86,7 @@ def _reads_padding(kind: Any) -> bool:
 
 
 def opens_caches(model: object) -> str | None:
-    """What the file of a model does with caches besides handing them to attention, which expects those of transformers."""
+    """What a model's file does with caches, other than passing them to attention; such code expects transformers' caches."""
     kind: Any = type(model)
     return _opens_caches(kind)
 
@@ -109,14 +109,14 @@ def _opens_caches(kind: Any) -> str | None:
 
 
 def _is_of_torch(node: ast.expr) -> bool:
-    """Whether this is what a function of torch returns that has a field `values`."""
+    """Whether this is the result of a torch function with a field `values`."""
     return (
         isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("max", "min", "sort", "topk")
     )
 
 
 def _functions(kind: type) -> Iterator[FunctionType]:
-    """The methods of a class, and those of its bases that are in use: not overridden, or called through `super`."""
+    """The methods of a class, and those of its bases that are used: not overridden, or called through `super`."""
     for name, _ in inspect.getmembers(kind, inspect.isfunction):
         for base in kind.__mro__:
             if inspect.isfunction(method := vars(base).get(name)):
@@ -133,7 +133,7 @@ def _parse(function: FunctionType) -> ast.AST | None:
 
 
 class _UnderOurName(ast.NodeTransformer):
-    """Takes out branches that only run under the name of another implementation of attention, such as "eager"."""
+    """Removes branches that run only for another attention implementation, such as "eager"."""
 
     def __init__(self) -> None:
         self.untrue: set[str] = set()
@@ -168,7 +168,7 @@ def _default(tree: ast.AST) -> str:
 
 
 def _attention_calls(tree: ast.AST) -> list[ast.Call]:
-    """Calls of what came from the interface: of every name that was assigned from an expression that mentions it."""
+    """Calls of functions from the interface: of every name that was assigned from an expression that mentions it."""
     names = {
         target.id
         for node in ast.walk(tree)
@@ -188,7 +188,7 @@ def _keywords(tree: ast.AST) -> frozenset[str]:
 
 
 def _touches_cached(tree: ast.AST) -> str | None:
-    """Keys and values are what `cache.update` returned. After it only one call of attention may name them."""
+    """Keys and values come from `cache.update`. After it only one call of attention may name them."""
     update = next(filter(_is_update, ast.walk(tree)), None)
     if not isinstance(update, ast.Assign) or not isinstance(update.value, ast.Call):
         return "it does not take its keys and values from the update of a cache"
@@ -205,7 +205,7 @@ def _touches_cached(tree: ast.AST) -> str | None:
 
 
 def _uses_mask(tree: ast.AST) -> str | None:
-    """The mask may be cut, and compared with None."""
+    """The mask may only be sliced and compared with None."""
     known = _arguments(_attention_calls(tree))
     for node in ast.walk(tree):
         match node:
@@ -223,7 +223,7 @@ def _arguments(calls: list[ast.Call]) -> list[ast.AST]:
 
 
 def _statement(tree: ast.AST, node: ast.Name) -> str:
-    """The innermost statement around a name, its first line."""
+    """The first line of the innermost statement around a name."""
     around = [x for x in ast.walk(tree) if isinstance(x, ast.stmt) and x.lineno <= node.lineno <= (x.end_lineno or x.lineno)]
     return ast.unparse(max(around, key=lambda x: x.lineno)).splitlines()[0]
 

@@ -1,7 +1,7 @@
-"""Sliding windows in transformers: which modules have one, and caches that keep enough before it for 4-bit attention.
+"""Sliding windows in transformers: which modules have one, and caches that keep enough keys before it for 4-bit attention.
 
-A cache with a window drops what no query will see. 4-bit attention needs a little more, because one scale of V belongs to 16
-tokens: the group that the window begins in, and groups count from the first token (`masks.BEFORE_A_WINDOW`).
+A cache with a window drops keys that no query will see. 4-bit attention needs a few more, because a scale of V is shared by 16
+tokens: it needs the whole group in which the window begins, and groups count from the first token (`masks.BEFORE_A_WINDOW`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from .masks import BEFORE_A_WINDOW
 
 WINDOWS = "_qat_windows"
-"""The attribute of a model right around patched modules that holds their windows."""
+"""The attribute of a model directly around patched modules that holds their windows."""
 _KEEPS_MORE = "_qat_keeps_more"
 """The attribute of a layer of a cache that says so."""
 
 
 def window_of(module: Any) -> int | None:
-    """How many keys a query of this module sees, its own included, as far as module and config tell."""
+    """How many keys a query of this module sees, including its own, as far as module and config say."""
     config, own = module.config, getattr(module, "sliding_window", None)
     if own is not None:
         return own
     kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # read from the config in every layer (Mistral)
+    if kinds is None:  # every layer reads it from the config (Mistral)
         return None if getattr(config, "use_sliding_window", True) is False else getattr(config, "sliding_window", None)
     return getattr(config, "sliding_window", None) if layer_kind(module) == "sliding_attention" else None
 
@@ -36,16 +36,16 @@ def softcap_of(module: Any) -> float | None:
 
 
 def layer_kind(module: Any) -> str | None:
-    """What the config calls the attention of this layer."""
+    """The config's name for the attention of this layer."""
     kinds, number = getattr(module.config, "layer_types", None) or [], module.layer_idx
     return kinds[number] if number is not None and number < len(kinds) else None
 
 
 def prepare_cache(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model right around patched modules, with a cache that keeps enough before a window.
+    """The arguments of a model directly around patched modules, with a cache that keeps enough keys before a window.
 
     Raises:
-        ValueError: the cache has dropped tokens before.
+        ValueError: the cache has already dropped tokens.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -60,7 +60,7 @@ def prepare_cache(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         name = "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
         kwargs = kwargs | {name: cache}
     windows = getattr(module, WINDOWS)
-    # All layers with such a window: transformers makes one mask for them, as long as the first one's keys are.
+    # All layers with such a window: transformers makes one mask for them, of the length of the first one's keys.
     for layer in getattr(cache, "layers", ()):
         if type(layer) is not DynamicSlidingWindowLayer or layer.sliding_window not in windows or hasattr(layer, _KEEPS_MORE):
             continue

@@ -1,4 +1,4 @@
-"""Conversations as blocks of tokens for supervised fine-tuning: only what the assistant says last counts in the loss."""
+"""Conversations as blocks of tokens for supervised fine-tuning: only the assistant's last message counts in the loss."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""What transformers and torch call a label that counts for nothing."""
+"""The label that transformers and torch leave out of the loss."""
 
 
 def load_chat(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> datasets.Dataset:
     """Blocks of whole conversations: rows of `input_ids`, `position_ids` and `labels`, all int64 [sequence_length].
 
     A row of the source is a list of messages, each with `role` and `content`, in the column `text_column` (default `messages`);
-    the last one is the assistant's. The tokenizer's chat template writes them out. Labels are the tokens of the last message and
-    IGNORED elsewhere, so that the prompt and the earlier turns are read and not learned. Conversations are packed in their
-    order, do not see each other, and are never cut: those longer than a block are left out, and the end of a block that the
-    next one does not fit into is filled up with end-of-text tokens.
+    the last one is the assistant's. The tokenizer's chat template turns them into text. Labels are the tokens of the last message
+    and IGNORED elsewhere, so that the prompt and earlier turns are read but not learned. Conversations are packed in order, do
+    not see each other, and are never cut: those longer than a block are left out, and if the next one does not fit, the rest of
+    the block is filled with end-of-text tokens.
 
     Raises:
-        ValueError: rows that are no conversations or have no answer, no chat template or one that rewrites the prompt once
-            there is an answer, or no conversation that fits.
+        ValueError: a row is not a conversation or has no answer, there is no chat template or it changes the prompt when an
+            answer follows, or no conversation fits.
     """
     if tokenizer.chat_template is None:
         raise ValueError("data.chat: the tokenizer has no chat template; take a model that was made for chats, or set one")
@@ -77,7 +77,7 @@ def _encode(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> tu
     if messages[-1]["role"] != "assistant":
         raise ValueError(f"{where}: expected the last message to be the assistant's, got one of {messages[-1]['role']!r}")
     for number, message in enumerate(messages, 1):
-        # Templates write null as the word None, and of an empty answer the end of the turn would be learned.
+        # Templates write null as the word None, and an empty answer would teach only the end of the turn.
         is_answer, calls = message is messages[-1], message.get("tool_calls")
         if not calls and (message["content"] is None or (is_answer and not _says_something(message["content"]))):
             raise ValueError(
@@ -97,7 +97,7 @@ def _encode(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> tu
 def _says_something(content: Any) -> bool:
     if isinstance(content, str):
         return bool(content.strip())
-    # Parts, such as {"type": "text", "text": ...}: those that are no text say something by being there.
+    # Parts, such as {"type": "text", "text": ...}. Parts other than text always say something.
     parts = content if isinstance(content, list) else []
     return any(not isinstance(part, dict) or "text" not in part or _says_something(part["text"]) for part in parts)
 

@@ -1,4 +1,4 @@
-"""Texts, from the Hub or from local files. A row without one is refused, or left out and counted: never dropped unsaid."""
+"""Texts from the Hub or from local files. A row without text is refused, or left out with a message, never dropped silently."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class TextSource:
     text_column: str | None = None
     """The column of a Hub dataset or the key of a .jsonl file that holds the text; default `text`."""
     documents: int | None = None
-    """Take at most the first so many documents; of a Hub dataset only these are downloaded."""
+    """Take only this many documents, from the first; of a Hub dataset only these are downloaded."""
     blocks: int | None = None
-    """Of what the documents are cut into, take at most the first so many blocks."""
+    """Take only this many blocks of the cut documents, from the first."""
 
     def __post_init__(self) -> None:
         for name in ("documents", "blocks"):
@@ -50,12 +50,12 @@ class TextSource:
             raise ValueError(f"path: expected a .txt or .jsonl file, a folder or a Hub dataset, got {self.path}")
 
     def same_text_as(self, other: TextSource) -> bool:
-        """Whether the texts overlap: both sources take the first ones of the same place."""
+        """Whether the texts overlap: both sources read the same text from the start."""
         return (self.path, self.config, self.split or "train") == (other.path, other.config, other.split or "train")
 
     @property
     def is_local(self) -> bool:
-        """Whether `path` is a file or folder. What looks like a path is never looked up on the Hub."""
+        """Whether `path` is a file or folder. Anything that looks like a path is never looked up on the Hub."""
         return Path(self.path).exists() or self.path.endswith((".txt", ".jsonl")) or self.path.startswith((".", "/", "~"))
 
 
@@ -63,7 +63,7 @@ def load_documents(source: TextSource) -> datasets.Dataset:
     """The documents of a source: rows of `text`. Those whose text is null or blank are left out, and counted.
 
     Raises:
-        ValueError: a file that cannot be read, no such column, or a column that is not text.
+        ValueError: a file cannot be read, the column does not exist, or it is not text.
     """
     column = source.text_column or "text"
     if not source.is_local:
@@ -88,7 +88,7 @@ def _not_blank(text: str | None) -> bool:
 def _load_json_lines(file: Path, column: str, limit: int | None) -> datasets.Dataset:
     if not file.stat().st_size:
         raise ValueError(f"{file}: expected JSON lines, got: nothing")
-    # The cache of datasets goes by these values: by what is in the file, for its time may stand still.
+    # The key of the datasets cache. It has the file's hash, because the file's time may not change with its content.
     arguments = {"file": str(file), "column": column, "limit": limit, "sha256": integrity.sha256(file)}
     features = datasets.Features({"text": datasets.Value("large_string")})
     try:

@@ -1,7 +1,7 @@
-"""Text that the starting model writes itself, for runs without data: sampled in batches before the first step, and kept.
+"""Text that the starting model writes itself, for runs without data: sampled in batches before the first step, and stored.
 
-Each batch is sampled from a seed of its own and written to a file of its own, so that a run that was killed goes on with the next
-one, and any number of processes write the same text. (LLM-QAT, arXiv 2305.17888, trains on such text.)
+Each batch has its own seed and its own file, so that a killed run continues with the next batch, and any number of processes
+write the same text. (LLM-QAT, arXiv 2305.17888, trains on such text.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ORIGIN = "origin.json"
-"""What the text depends on, sealed: written before the first batch."""
+"""Everything that the text depends on, with a hash; written before the first batch."""
 _FORMAT_VERSION = 1
 
 
@@ -40,24 +40,24 @@ class GenerateSettings:
     """How the starting model writes its own training text, before the first step, into output_dir/generated."""
 
     sequences: int
-    """How many sequences it writes."""
+    """The number of sequences to write."""
     length: int | None = None
-    """Tokens of a sequence at most, its prompt among them; it may end before. null: data.sequence_length."""
+    """Maximum tokens of a sequence, including its prompt. null: data.sequence_length."""
     attention: Literal["original", "fp4"] = "original"
-    """Attention that it writes with: its own, or 4-bit attention (`qat`, before any training) and the FP4 cache."""
+    """The attention to write with: the model's own, or 4-bit attention (`qat`, before any training) with the FP4 cache."""
     temperature: float = 1.0
-    """What the logits are divided by before a token is sampled."""
+    """The logits are divided by this before a token is sampled."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that have this probability together; 1: among all."""
+    """Sample among the most likely tokens that together have this probability; 1: among all."""
     seed: int = 0
-    """Seeds the sampling. The order in which the text is trained on follows from the run's own seed."""
+    """Seed of the sampling. The order of the text in training follows from the run's own seed."""
     batch_size: int = 32
-    """Sequences that one process writes at a time."""
+    """Sequences that one process writes at once."""
     prompts: TextSource | None = None
-    """Documents whose beginnings are the prompts, in their order and again from the first; null: each sequence begins with the
-    token that begins a text (or that ends one, if the tokenizer has no other), and the model writes what it likes."""
+    """Documents whose beginnings are the prompts, in order, then again from the first. null: each sequence begins with the
+    beginning-of-text token (or the end-of-text token, if the tokenizer has no other), and the model writes freely."""
     prompt_length: int = 32
-    """Tokens of a document that are its prompt."""
+    """Tokens of each document that form the prompt."""
 
     def __post_init__(self) -> None:
         for name in ("sequences", "batch_size", "prompt_length"):
@@ -96,28 +96,28 @@ def generated_text(
     digest: Callable[[torch.nn.Module], str],
     accelerator: Accelerator,
 ) -> datasets.Dataset:
-    """The sequences, rows of `tokens` that `pack` makes blocks of; what of them is not in the folder yet is written now.
+    """The sequences, as rows of `tokens` for `pack_sequences`. Those that are not in the folder yet are written now.
 
-    All processes call this; each writes some of the batches. Random numbers of the training are left alone.
+    All processes call this; each writes some of the batches. The random numbers of the training do not change.
 
     Args:
-        length: tokens of a sequence at most.
-        folder: for this text alone.
-        origin: plain values that say what the text depends on, besides the settings and the weights.
+        length: maximum tokens of a sequence.
+        folder: the folder for this text only.
+        origin: plain values that the text depends on, besides the settings and the weights.
         load: gives the model in evaluation mode, patched if it is to write with 4-bit attention; called if there is anything to
             write.
-        digest: of the weights of a model.
+        digest: computes the digest of a model's weights.
 
     Raises:
-        ValueError: the folder holds text of another model or other settings, or files of it have changed; the tokenizer has no
-            token to begin with; or the prompts cannot be read.
+        ValueError: the folder holds text of another model or with other settings, or its files have changed; the tokenizer has
+            no token to begin with; or the prompts cannot be read.
     """
     files = [folder / f"batch-{number:06d}.json" for number in range(math.ceil(settings.sequences / settings.batch_size))]
     prompts = _prompts(settings, tokenizer)
     prompts_digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     chosen = dataclasses.asdict(settings) | {"length": length, "prompts": prompts_digest}
     origin = {"format_version": _FORMAT_VERSION} | origin | {f"data.generate.{name}": value for name, value in chosen.items()}
-    # Before any process writes: all decide alike.
+    # Before any process writes, so that all decide alike.
     is_whole = all(file.is_file() for file in files)
     accelerator.wait_for_everyone()
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
@@ -148,7 +148,7 @@ def generated_text(
             "processes share"
         )
     names = [str(file) for file in files]
-    # The cache of datasets goes by what is in the files.
+    # The key of the datasets cache is the content of the files.
     arguments = {"files": names, "sha256": [integrity.sha256(file) for file in files]}
     features = datasets.Features({"tokens": datasets.List(datasets.Value("int32"))})
     try:
@@ -172,7 +172,7 @@ class _Writer:
         ends = model.generation_config.eos_token_id
         self.ends = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
         self.length, self.pad = length, self.ends[0]
-        # The model's own would add what the settings do not name, such as top_k.
+        # The model's own config would add options that the settings do not name, such as top_k.
         model.generation_config = GenerationConfig(
             do_sample=True,
             temperature=settings.temperature,
@@ -183,7 +183,7 @@ class _Writer:
         )
 
     def write(self, number: int, file: Path) -> None:
-        """Sample a batch, and leave it in its file."""
+        """Sample a batch and write it to its file."""
         settings, size = self.settings, self.settings.batch_size
         which = range(number * size, min((number + 1) * size, settings.sequences))
         prompts = [self.prompts[index % len(self.prompts)] for index in which]
@@ -210,7 +210,7 @@ class _Writer:
 
 
 def _prompts(settings: GenerateSettings, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """What sequences begin with, one after the other and again from the first."""
+    """The prompts of the sequences, used in turn."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token), at which a sequence ends; set one")
     if settings.prompts is None:
@@ -221,7 +221,7 @@ def _prompts(settings: GenerateSettings, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _load_whole(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """The model in each process, though it is to be sharded for the training."""
+    """Load the whole model in each process, even if the training shards it."""
     shards = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "False").lower() == "true"
     if not shards:
         return load()
@@ -233,18 +233,18 @@ def _load_whole(load: Callable[[], torch.nn.Module]) -> torch.nn.Module:
 
 
 def _check_origin(folder: Path, origin: dict[str, Any]) -> None:
-    """Raise a ValueError if the folder holds another text than the one that is asked for."""
+    """Raise a ValueError if the folder holds another text than the requested one."""
     kept = _read(folder / _ORIGIN)
     changed = [f"{name} was {kept.get(name)!r} and is {value!r}" for name, value in origin.items() if kept.get(name) != value]
     if changed:
         raise ValueError(
-            f"data.generate: {folder} holds text that was written otherwise: {'; '.join(changed)}. Leave these as they were, "
+            f"data.generate: {folder} holds text that was written differently: {'; '.join(changed)}. Set these as they were, "
             "remove the folder, or choose another output_dir"
         )
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file completely or not at all."""
     aside = file.with_name(f"{file.name}.incomplete")
     aside.write_text(json.dumps(integrity.sealed(content), ensure_ascii=False), encoding="utf-8")
     integrity.sync(aside, recursive=False)
@@ -256,7 +256,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return integrity.unsealed(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ValueError(f"data.generate: {file} cannot be used ({error}); remove it, and it is written again") from error
+        raise ValueError(f"data.generate: {file} cannot be used ({error}); remove it, and the run writes it again") from error
 
 
 def _rows(files: list[str], sha256: list[str]) -> Iterator[dict[str, list[int]]]:

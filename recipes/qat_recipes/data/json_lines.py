@@ -1,4 +1,4 @@
-"""JSON lines, read one by one: what is wrong is said with the number of the line."""
+"""JSON lines, read one by one; errors name the line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def read_json_lines(path: Path, columns: dict[str, type], *, may_be_null: bool =
     Args:
         path: the file.
         columns: their names and types.
-        may_be_null: null may stand for a value.
+        may_be_null: a value may be null.
 
     Raises:
-        ValueError: a line that is no JSON object, holds half a character, or has one of the columns not at all or with
-            another type in it. The rows before it have been given by then.
+        ValueError: a line is not a JSON object, holds half a character, or lacks a column or has another type in it. The rows
+            before it were already returned.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -49,7 +49,7 @@ def read_json_lines(path: Path, columns: dict[str, type], *, may_be_null: bool =
 
 
 def check_characters(where: str, value: Any) -> None:
-    """Raise a ValueError if text anywhere in a value holds half a character (a surrogate), which no tokenizer takes."""
+    """Raise a ValueError if text anywhere in a value holds half a character (a surrogate), which no tokenizer accepts."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""Text that is never held as a whole: read as it comes, packed into blocks, and resumed at the exact block.
+"""Text that is streamed: read as it comes, packed into blocks, and resumed at the exact block.
 
-Blocks are shuffled within windows. What has to be remembered to go on is the place in the text where a window starts.
+Blocks are shuffled within windows. To resume, only the place in the text where a window starts must be known.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _REMEMBERED = 3
-"""Accelerate reads one batch ahead, which may be of the next window."""
+"""Windows to keep: Accelerate reads one batch ahead, which may belong to the next window."""
 
 
 class StreamedBlocks(Dataset):
-    """Packed blocks of a stream by number, to be asked for window by window: `input_ids` and `position_ids`, int64 [length].
+    """Packed blocks of a stream by number, to be read window by window: `input_ids` and `position_ids`, int64 [length].
 
-    The stream starts again when it is over. Documents are packed as `load_source` packs them, and what is left at the end of
-    the text goes on into the next round. Besides a few windows one document is held, as tokens; a checkpoint holds places only.
+    The stream starts again at its end. Documents are packed as in `load_source`, and the rest at the end of the text is carried
+    into the next round. Only a few windows and the tokens of one document are in memory; a checkpoint holds only places.
 
     Args:
         source: a .jsonl file or a dataset on the Hub.
         tokenizer: with an end-of-text token.
-        sequence_length: tokens in a block.
-        window: blocks that are held at a time.
+        sequence_length: tokens per block.
+        window: blocks per window.
 
     Raises:
-        ValueError: a source that cannot be streamed, or text that cannot be read. What was read before is not lost: the run's
-            checkpoints go on from where they are.
+        ValueError: a source cannot be streamed, or text cannot be read. Nothing is lost then: the run can resume from its
+            checkpoints.
     """
 
     def __init__(self, source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_length: int, window: int) -> None:
@@ -52,8 +52,8 @@ class StreamedBlocks(Dataset):
             raise ValueError("the tokenizer has no end-of-text token (eos_token), which goes between documents; set one")
         self.source, self.tokenizer, self.sequence_length, self.window = source, tokenizer, sequence_length, window
         self.place: dict[str, Any] = {"window": 0, "round": 0, "rows": 0, "used": 0, "hub": None, "read": "", "whole": None}
-        """Where the next window starts: in which round, behind how many rows (of the Hub: `hub`, as the library says it), and how
-        many tokens of the row after them are used up. `read` is a digest of these rows, `whole` of all of an earlier round."""
+        """Where the next window starts: the round, the rows before it (for the Hub `hub`, in the library's form), and how many
+        tokens of the next row are used. `read` is a digest of these rows, `whole` that of all rows of an earlier round."""
         self.places = {0: copy.deepcopy(self.place)}
         self.blocks: dict[int, list[dict[str, torch.Tensor]]] = {}
         self.rows: Iterator[tuple[str, Any]] | None = None
@@ -75,15 +75,15 @@ class StreamedBlocks(Dataset):
         return self.blocks[number][within]
 
     def state_dict(self, next_block: int) -> dict[str, Any]:
-        """Plain values from which `load_state_dict` goes on such that block `next_block` can be asked for."""
+        """Plain values for `load_state_dict`, to continue so that block `next_block` can be read."""
         return self.places[next_block // self.window]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at the window that `state_dict` was asked for.
+        """Continue at the window of `state_dict`.
 
         Raises:
-            ValueError: this is no such state, or the text is not what it was up to there. (Of a dataset on the Hub this is not
-                read again, and a change in it not seen.)
+            ValueError: the state is not valid, or the text before it has changed. (A dataset on the Hub is not read again, so a
+                change there is not noticed.)
         """
         if not isinstance(state, dict) or state.keys() != self.place.keys():
             raise ValueError(f"resume: expected a place in a stream ({', '.join(self.place)}), got {str(state)[:80]}")
@@ -124,12 +124,12 @@ class StreamedBlocks(Dataset):
                 self._end_row(self.row_end)
         self.place["window"] += 1
         positions = indices - torch.where(starts, indices, 0).cummax(0).values
-        # Copies: blocks outlive their window in the batches of a loader that reads ahead.
+        # Copies, because blocks in the batches of a loader that reads ahead outlive their window.
         blocks = zip(tokens.split(length), positions.split(length), strict=True)
         return [{"input_ids": ids.clone(), "position_ids": at.clone()} for ids, at in blocks]
 
     def _tokens(self, text: str) -> torch.Tensor:
-        """Of one document, in few bytes: views of it are what is left of it."""
+        """The tokens of one document as int32. The unused rest of a document is a view of them."""
         return torch.tensor([*self.tokenizer(text, verbose=False)["input_ids"], self.tokenizer.eos_token_id], dtype=torch.int32)
 
     def _note(self, text: str) -> None:
@@ -168,7 +168,7 @@ class StreamedBlocks(Dataset):
         return self._next_text()
 
     def _open(self) -> Iterator[tuple[str, Any]]:
-        """The rows: of a file from the start, of the Hub from the place on; each with where the library says that it ends."""
+        """The rows: of a file from the start, of the Hub from the place on; each with the library's place after it."""
         column, limit = self.source.text_column or "text", self.source.documents
         if self.source.is_local:
             for row in islice(read_json_lines(Path(self.source.path), {column: str}), limit):
@@ -189,7 +189,7 @@ class StreamedBlocks(Dataset):
 class WindowBatches(Sampler[list[int]]):
     """Batches of block numbers, shuffled within each window, from batch number `start` of the run to `stop`.
 
-    The order follows from the seed alone. A window holds a whole number of batches.
+    The order depends only on the seed. A window holds a whole number of batches.
     """
 
     drop_last = True

@@ -27,22 +27,22 @@ class TextSettings:
     """Training text, held-out text, and the length of the blocks they are cut into."""
 
     train: TextSource | None = None
-    """Texts to train on. Either this or `generate`."""
+    """Texts to train on. Set either this or `generate`."""
     generate: GenerateSettings | None = None
-    """Without data: the starting model writes the text to train on. With distillation=1 it learns to say in 4-bit attention what
-    it says in its own."""
+    """Without data: the starting model writes the text to train on. With distillation=1 it learns to give the same output in
+    4-bit attention as in its own."""
     eval: TextSource | None = None
-    """Held-out texts. Either this, or `eval_fraction`, or neither."""
+    """Held-out texts. Set this, `eval_fraction`, or neither."""
     eval_fraction: float | None = None
-    """Hold out this part of the training blocks, the last ones in the order of the texts."""
+    """Hold out this fraction of the training blocks: the last ones in the order of the texts."""
     sequence_length: int
-    """Tokens in a block. Documents, each with an end-of-text token, are packed one after the other and never see each other; the
-    end of a block cuts a document, and the rest of it starts anew in the next block."""
+    """Tokens per block. Documents, each with an end-of-text token, are packed one after another and never see each other. The
+    end of a block cuts a document; its rest starts the next block as a new document."""
 
     streaming: int | None = None
-    """Read the training text as it comes, and shuffle within windows of so many blocks; null: read all of it first."""
+    """Stream the training text, and shuffle within windows of this many blocks; null: read all of it first."""
     chat: bool = False
-    """Supervised fine-tuning: rows are conversations (a column `messages`), and the last answer is what is learned."""
+    """Supervised fine-tuning: rows are conversations (a column `messages`), and only the last answer is learned."""
 
     def __post_init__(self) -> None:
         if (self.train is None) == (self.generate is None):
@@ -75,10 +75,10 @@ class TextSettings:
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Batches of indices, shuffled anew in every epoch, from batch number `start` of the run to `stop`.
+    """Batches of indices, shuffled again in every epoch, from batch number `start` of the run to `stop`.
 
-    The order follows from the seed alone, so that a resumed run goes on exactly where the other one stopped. Samples
-    that do not fill a batch sit out one epoch.
+    The order depends only on the seed, so that a resumed run continues exactly where the other one stopped. Samples
+    that do not fill a batch are skipped in that epoch.
 
     Raises:
         ValueError: there are not enough samples for one batch.
@@ -104,7 +104,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
-    """Raise a ValueError if a tokenizer makes tokens that a model with a vocabulary of this size does not have."""
+    """Raise a ValueError if a tokenizer gives tokens that are not in a vocabulary of this size."""
     token, number = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     if number >= size:
         raise ValueError(
@@ -114,14 +114,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> None:
 
 
 def fingerprint_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that decides which tokens a text becomes."""
+    """A digest of everything that decides which tokens a text gives."""
     backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     content = [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint_of_blocks(blocks: datasets.Dataset) -> str:
-    """A digest of blocks: of every token, in their order."""
+    """A digest of blocks: of every token, in order."""
     digest = hashlib.sha256()
     for table in blocks.with_format("arrow").iter(batch_size=1000):
         for name in sorted(table.column_names):
@@ -137,13 +137,13 @@ def load_blocks(
     load: Callable[..., datasets.Dataset],
     train: datasets.Dataset | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Blocks to train on and held-out blocks (None if nothing is held out), as `load` makes them: `load_source` or the like.
+    """Blocks to train on and held-out blocks (None if nothing is held out), loaded with `load`, such as `load_source`.
 
     Args:
-        train: the blocks to train on, and to hold a fraction out of; default: those of `settings.train`.
+        train: the blocks to train on and to hold out a fraction of; default: those of `settings.train`.
 
     Raises:
-        ValueError: a text that cannot be read, or not enough text for one block.
+        ValueError: a text cannot be read, or is not enough for one block.
     """
     if train is None:
         train = load(settings.train, tokenizer, settings.sequence_length)
@@ -164,14 +164,13 @@ def load_blocks(
 def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> datasets.Dataset:
     """The blocks of one source: rows of `input_ids` and `position_ids`, both int64 [sequence_length].
 
-    Documents are packed one after the other, an end-of-text token after each, and the whole is cut into blocks without padding.
-    `position_ids` start at 0 with every document and with every block: that is how models and `NextToken` know which tokens
-    may attend to each other. So a document that goes on after the end of a block is cut there, and its rest is a document of its
-    own; one of several times the length becomes a first piece, whole blocks, and a last piece that others follow. What is left of
-    each 10,000 documents after their last whole block is dropped.
+    Documents are packed one after another, with an end-of-text token after each, and cut into blocks without padding.
+    `position_ids` start at 0 with every document and with every block: this tells models and `NextToken` which tokens may attend
+    to each other. So the end of a block cuts a document, and its rest is a new document; a very long one becomes a first piece,
+    whole blocks, and a last piece that others follow. The rest of each 10,000 documents after their last whole block is dropped.
 
     Raises:
-        ValueError: as `load_documents`; or the tokenizer has no end-of-text token, or the text does not fill one block.
+        ValueError: as for `load_documents`; or the tokenizer has no end-of-text token, or the text does not fill one block.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -193,7 +192,7 @@ def load_source(source: TextSource, tokenizer: PreTrainedTokenizerBase, sequence
 
 
 def pack_sequences(sequences: datasets.Dataset, sequence_length: int) -> datasets.Dataset:
-    """The same of sequences of tokens, rows of `tokens` that are documents as they are: no end-of-text token is added.
+    """The same for rows of `tokens`, each of which is one document: no end-of-text token is added.
 
     Raises:
         ValueError: they do not fill one block.
@@ -210,7 +209,7 @@ def pack_sequences(sequences: datasets.Dataset, sequence_length: int) -> dataset
 def _blocks(
     rows: datasets.Dataset, column: str, tokens_of: Callable[[Any], list[list[int]]], sequence_length: int, description: str
 ) -> datasets.Dataset:
-    """Documents packed one after the other and cut into blocks. `tokens_of` gives the tokens of a batch of rows of `column`."""
+    """Documents packed one after another and cut into blocks. `tokens_of` gives the tokens of a batch of rows of `column`."""
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         documents = tokens_of(batch)

@@ -1,4 +1,4 @@
-"""Clips as `qat-patch prepare-wan-data` encoded them: latents and text embeddings by index, and batches of one shape."""
+"""Clips from `qat-patch prepare-wan-data`: latents and text embeddings by index, and batches of one shape."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class VideoSettings:
     train: str
     """Folder that `qat-patch prepare-wan-data` wrote."""
     eval: str | None = None
-    """Another such folder, of held-out clips. Either this, or `eval_fraction`, or neither."""
+    """Another such folder with held-out clips. Set this, `eval_fraction`, or neither."""
     eval_fraction: float | None = None
-    """Hold out this part of the clips, the last ones by name."""
+    """Hold out this fraction of the clips: the last ones by name."""
     windows: Literal["all", "random"] = "all"
-    """Of videos of which several windows were encoded: every window comes in every epoch, or one that is drawn."""
+    """For videos with several encoded windows: use every window in every epoch, or one at random."""
     repeats: dict[str, int] = dataclasses.field(default_factory=dict)
-    """How often clips come in an epoch, by patterns of their names, such as {"images/*": 4}; the first match counts, others come
+    """How often clips occur in an epoch, by patterns of their names, such as {"images/*": 4}; the first match counts, others come
     once."""
     caption_dropout: float = 0.0
-    """Part of the samples that are learned without their caption, as guidance needs it."""
+    """The fraction of samples that are trained without their caption, which guidance needs."""
 
     def __post_init__(self) -> None:
         if self.eval is not None and self.eval_fraction is not None:
@@ -61,25 +61,25 @@ class VideoSettings:
 class EncodedClips(Dataset):
     """Encoded clips by index, each a dict of tensors of the stored dtype.
 
-    latents [C, F, h, w], normalized as the pipeline's; prompt_embeds [text length, D], filled up with zeros; for image to
-    video condition [4 + C, F, h, w], to concatenate to noisy latents, and image_embeds [257, D] if the model takes any.
+    latents [C, F, h, w], normalized as in the pipeline; prompt_embeds [text length, D], padded with zeros; for image to video
+    condition [4 + C, F, h, w], to concatenate to noisy latents, and image_embeds [257, D] if the model takes them.
 
-    An index may be a pair: the clip, and a number that draws its caption, if there are several or some are dropped.
+    An index may be a pair: the clip, and a number that seeds the choice of its caption, if there are several or some are dropped.
 
     Args:
-        folder: what `qat-patch prepare-wan-data` wrote.
-        part: of its clips, which are in the order of their names.
-        caption_dropout: how many of the samples with a number have no caption.
-        seed: of what the numbers draw.
+        folder: the folder that `qat-patch prepare-wan-data` wrote.
+        part: which of its clips, ordered by name.
+        caption_dropout: the fraction of samples with a number that have no caption.
+        seed: seed of these choices.
 
     Attributes:
-        clips: what the index says of each clip: caption, source, frames, height, width, fps and the shapes in its file.
-        settings: what all of them share: the encoders' fingerprints, the text length, dtype.
-        fingerprint: a digest of all that. The index knows the content of every file, which is compared when it is read.
-        buckets: for each clip the sizes that clips of one batch must have in common.
+        clips: the index entry of each clip: caption, source, frames, height, width, fps and the shapes in its file.
+        settings: the settings that all share: the encoders' fingerprints, the text length, dtype.
+        fingerprint: a digest of all this. The index has the hash of every file; it is checked when the file is read.
+        buckets: for each clip the sizes that all clips of a batch must share.
 
     Raises:
-        ValueError: the folder holds no index, one that cannot be read, or not all files that it lists.
+        ValueError: the folder has no index, the index cannot be read, or files that it lists are missing.
     """
 
     def __init__(self, folder: str | Path, part: slice = slice(None), *, caption_dropout: float = 0.0, seed: int = 0) -> None:
@@ -103,7 +103,7 @@ class EncodedClips(Dataset):
                     f"data.caption_dropout: {self.folder} has no {EMPTY_CAPTION}; run qat-patch prepare-wan-data again"
                 )
             self.digests[EMPTY_CAPTION] = index["empty_caption_sha256"] = digest
-        # Also of the rest: which clips are held out follows from all of them.
+        # A digest of all clips: the others decide which clips are held out.
         self.fingerprint = hashlib.sha256(json.dumps([index, str(part)], sort_keys=True).encode()).hexdigest()
         self.clips = self.clips[part]
         missing = [clip["file"] for clip in self.clips if not (self.folder / clip["file"]).is_file()]
@@ -126,18 +126,18 @@ class EncodedClips(Dataset):
         return tensors
 
     def _drawn(self, captions: list[torch.Tensor], number: int) -> torch.Tensor:
-        """One of the captions, or the empty one; it follows from the seed and the number alone."""
+        """One of the captions, or the empty one. It depends only on the seed and the number."""
         draw = random.Random(f"captions {self.seed} {number}")
         if draw.random() < self.caption_dropout:
             return self._read(EMPTY_CAPTION)["prompt_embeds"]
         return draw.choice(captions)
 
     def _filled_up(self, embeds: torch.Tensor) -> torch.Tensor:
-        """With the zeros that the pipeline puts behind them."""
+        """The embeddings, padded with zeros as in the pipeline."""
         return torch.nn.functional.pad(embeds, (0, 0, 0, self.settings["text_length"] - len(embeds)))
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
-        """A file of the folder, if it is what was prepared."""
+        """The tensors of a file, after checking its hash."""
         file = self.folder / name
         try:
             content = file.read_bytes()
@@ -149,7 +149,7 @@ class EncodedClips(Dataset):
 
 
 class Draw(int):
-    """The index of a clip that also knows which sample of the run it is: what is drawn with the clip follows from that."""
+    """The index of a clip, with the number of the sample in the run, which seeds all that is drawn for it."""
 
     number: int
 
@@ -160,12 +160,12 @@ class Draw(int):
 
 
 class BucketBatches(Sampler[list[int]]):
-    """Batches of indices from one bucket each, shuffled anew in every epoch, from batch number `start` of the run to `stop`.
+    """Batches of indices from one bucket each, shuffled again in every epoch, from batch number `start` of the run to `stop`.
 
-    The order follows from the seed alone, so that a resumed run goes on exactly where the other one stopped. Every clip
-    comes in every epoch, and all batches are full: the last one of a bucket is filled up with clips from its front.
+    The order depends only on the seed, so that a resumed run continues exactly where the other one stopped. Every clip comes in
+    every epoch, and all batches are full: the last one of a bucket is filled with clips from its start.
 
-    `stop - start` should be a multiple of the number of processes, which take batches in turn: Accelerate drops a rest.
+    `stop - start` should be a multiple of the number of processes, which take batches in turn: Accelerate drops the rest.
     """
 
     drop_last = True
@@ -194,17 +194,17 @@ class BucketBatches(Sampler[list[int]]):
         for clips in clips_of.values():
             for first in range(0, len(clips), self.batch_size):
                 batches.append([clips[(first + offset) % len(clips)] for offset in range(self.batch_size)])
-        # Or small buckets would always come last.
+        # Without this shuffle small buckets would always come last.
         return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 class DrawnBatches(Sampler[list[Draw]]):
-    """The same of clips that come several times, or in one of several windows; each sample with its number in the run.
+    """The same for clips that come several times, or in one of several windows; each sample has its number in the run.
 
     Args:
-        places: for each place in an epoch the indices of which one takes it, all of one bucket.
-        buckets: of the places.
-        batch_size, seed, start, stop: as for `BucketBatches`, whose order this is.
+        places: for each place in an epoch the indices that may take it, all of one bucket.
+        buckets: the buckets of the places.
+        batch_size, seed, start, stop: as for `BucketBatches`, which gives the order.
     """
 
     drop_last = True
@@ -236,7 +236,7 @@ class DrawnBatches(Sampler[list[Draw]]):
 
 
 def places_of(clips: EncodedClips, settings: VideoSettings) -> list[list[int]]:
-    """What an epoch consists of, for `DrawnBatches`.
+    """The places of an epoch, for `DrawnBatches`.
 
     Raises:
         ValueError: a pattern of repeats matches no clip, or windows=random has no effect.
@@ -257,10 +257,10 @@ def places_of(clips: EncodedClips, settings: VideoSettings) -> list[list[int]]:
 
 
 def load_clips(settings: VideoSettings, seed: int = 0) -> tuple[EncodedClips, EncodedClips | None]:
-    """Clips to train on and held-out clips (None if nothing is held out). `seed`: of captions that are drawn.
+    """Clips to train on and held-out clips (None if nothing is held out). `seed`: seed of the choice of captions.
 
     Raises:
-        ValueError: a folder that cannot be read, folders made by different encoders, or too few clips to hold some out.
+        ValueError: a folder cannot be read, folders were made by different encoders, or there are too few clips to hold some out.
     """
     captions: dict[str, Any] = {"caption_dropout": settings.caption_dropout, "seed": seed}
     train = EncodedClips(settings.train, **captions)
@@ -274,7 +274,7 @@ def load_clips(settings: VideoSettings, seed: int = 0) -> tuple[EncodedClips, En
         return train, evaluation
     if settings.eval_fraction is None:
         return train, None
-    # Whole videos, for the windows of one look alike.
+    # Hold out whole videos, because the windows of one video look alike.
     sources = list(dict.fromkeys(clip["source"] for clip in train.clips))
     held_out = max(1, round(len(sources) * settings.eval_fraction))
     if held_out >= len(sources):

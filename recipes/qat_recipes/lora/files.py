@@ -1,4 +1,4 @@
-"""LoRA files as people pass them around, read as what they add to which weights: names of PEFT, Diffusers, ComfyUI and others."""
+"""Read common LoRA files, with the names of PEFT, Diffusers, ComfyUI and others: what they add to which weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PEFT_PREFIX, _DIFFUSERS_PREFIX, _COMFY_PREFIX, _KOHYA_PREFIX = (
     "lora_unet_",
 )
 _HEADER = "lora_adapter_metadata"
-"""Where Diffusers keeps PEFT's config."""
+"""The header key in which Diffusers keeps PEFT's config."""
 _ENDINGS = {
     "lora_A.weight": "down",
     "lora_down.weight": "down",
@@ -38,7 +38,7 @@ _ENDINGS = {
     "diff": "weight",
     "diff_b": "bias",
 }
-# Of PEFT's config: what says how strong the adapters are, and what has nothing to do with what they add.
+# Keys of PEFT's config: those that give the strength of adapters, and those that do not affect the weights.
 _STRENGTH = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 _WITHOUT_EFFECT = {"target_modules", "exclude_modules", "lora_dropout", "inference_mode", "task_type", "auto_mapping", "revision"}
 _WITHOUT_EFFECT |= {"base_model_name_or_path", "peft_version", "lora_bias", "layers_to_transform", "layers_pattern"}
@@ -46,7 +46,7 @@ _WITHOUT_EFFECT |= {"base_model_name_or_path", "peft_version", "lora_bias", "lay
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """What is added to the weight of a layer: scale * up @ down."""
+    """The change of a layer's weight: scale * up @ down."""
 
     down: torch.Tensor
     """[rank, inputs]"""
@@ -57,12 +57,12 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True)
 class LoraFile:
-    """What a LoRA file adds to a model."""
+    """The changes that a LoRA file makes to a model."""
 
     layers: dict[str, LowRank]
-    """By name of the layer in the model."""
+    """By the layer's name in the model."""
     differences: dict[str, torch.Tensor]
-    """By name of the parameter, such as a bias or the weight of a norm: what is added to it as it is. None of it is all zeros."""
+    """By the parameter's name, such as a bias or the weight of a norm: the tensor to add to it. None is all zeros."""
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -73,7 +73,7 @@ def read_lora(path: Path) -> LoraFile:
     or else 1.
 
     Raises:
-        ValueError: there is no such file, or something in it is not known to be LoRA.
+        ValueError: the file does not exist, or something in it is not known to be LoRA.
     """
     file = _find(path)
     try:
@@ -98,7 +98,7 @@ def read_lora(path: Path) -> LoraFile:
             layers[name] = LowRank(down.float(), up.float(), scale)
         for kind, values in found.items():
             if values.any():
-                # PEFT scales the bias like the matrices; there is none in files with differences.
+                # PEFT scales the bias like the matrices; files with differences have no scale.
                 differences[f"{name}.{kind}"] = values.float() * scale if config is not None else values.float()
     if not layers:
         raise ValueError(f"lora.start.path: {file}: expected the matrices of LoRA, got none")
@@ -121,14 +121,14 @@ def _find(path: Path) -> Path:
 
 
 def _by_layer(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors of each layer by what they are, under the layer's name in the model."""
+    """The tensors of each layer by kind, under the layer's name in the model."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         ending = next((ending for ending in _ENDINGS if key.endswith(f".{ending}")), None)
         layer = None if ending is None else _layer_name(key.removesuffix(f".{ending}"))
         if ending is None or layer is None:
             if tensor.is_floating_point() and not tensor.any():
-                continue  # adds nothing
+                continue  # it adds nothing
             raise ValueError(f"lora.start.path: {file}: {key} is not known to be part of a LoRA; it cannot be left out")
         kind = _ENDINGS[ending]
         if kind in parts.setdefault(layer, {}):
@@ -138,12 +138,12 @@ def _by_layer(file: Path, tensors: dict[str, torch.Tensor]) -> dict[str, dict[st
 
 
 def _layer_name(name: str) -> str | None:
-    """The layer in the model that is called so in a file."""
+    """The model's name of a layer in a file."""
     for prefix in (_PEFT_PREFIX, _DIFFUSERS_PREFIX):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     if name.startswith(_KOHYA_PREFIX):
-        # A dot became an underscore, of which names have some already.
+        # Dots became underscores, and names have other underscores too.
         match = re.fullmatch(r"blocks_(\d+)_(?:(self_attn|cross_attn)_(\w+)|(ffn)_(\d))", name.removeprefix(_KOHYA_PREFIX))
         return None if match is None else diffusers_name(".".join(["blocks", *filter(None, match.groups())]))
     native = diffusers_name(name.removeprefix(_COMFY_PREFIX))
@@ -171,13 +171,13 @@ def _config(file: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]
 
 
 def _beyond_lora(config: dict[str, Any]) -> Iterator[str]:
-    """What in a config makes of adapters something else than LoRA."""
+    """The entries of a config that make adapters anything else than plain LoRA."""
     plain = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True, "megatron_core": "megatron.core"}
     plain = LoraConfig().to_dict() | plain
     for key, value in config.items():
         if key in _STRENGTH | _WITHOUT_EFFECT or not value or value == plain.get(key, ...):
             continue
-        # How the matrices began; the others begin by changing the weights too.
+        # These only initialize the matrices; other values change the weights too.
         if key == "init_lora_weights" and value in ("gaussian", "orthogonal", "eva"):
             continue
         yield f"{key}={value}"

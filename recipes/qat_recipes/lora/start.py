@@ -1,4 +1,4 @@
-"""A run that starts from someone's LoRA: added to the weights, kept frozen beside one's own adapters, or trained on."""
+"""A run that starts from an existing LoRA: merged into the weights, frozen beside the new adapters, or trained further."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class StartSettings:
     """An existing LoRA to start from."""
 
     path: str
-    """A .safetensors file, or a folder that holds one: names as those of PEFT, Diffusers, ComfyUI (`diffusion_model.`) and
+    """A .safetensors file, or a folder with one, with the names of PEFT, Diffusers, ComfyUI (`diffusion_model.`) and
     kohya's trainers (`lora_unet_`)."""
     path_2: str | None = None
     """The same for transformer_2, with model.transformer=both."""
     use: Literal["frozen", "merged", "trained"]
-    """frozen: it stays as it is, beside the adapters that are trained. merged: it is added to the weights first. trained: it is
-    what is trained on; rank, alpha and target_modules are its own."""
+    """frozen: it stays unchanged beside the trained adapters. merged: it is added to the weights first. trained: it is trained
+    further; rank, alpha and target_modules are its own."""
     strength: float = 1.0
-    """How strongly it acts."""
+    """Its strength."""
 
     def __post_init__(self) -> None:
         for name in ("path", "path_2"):
@@ -45,7 +45,7 @@ def merge(model: torch.nn.Module, settings: StartSettings) -> None:
     """Add a LoRA to the weights of a model without adapters, computed in float32 and rounded once.
 
     Raises:
-        ValueError: the file cannot be read, or does not fit the model.
+        ValueError: the file cannot be read or does not fit the model.
     """
     lora = read_lora(Path(settings.path))
     _check_fit(model, lora, settings.path)
@@ -57,16 +57,16 @@ def merge(model: torch.nn.Module, settings: StartSettings) -> None:
 
 
 def add_adapter(model: torch.nn.Module, settings: StartSettings, name: str, dropout: float = 0.0) -> torch.nn.Module:
-    """Put a LoRA into a model as an adapter of PEFT, in float32 and trainable.
+    """Add a LoRA to a model as a PEFT adapter, in float32 and trainable.
 
     Args:
-        model: of Diffusers, or of Transformers, around which PEFT may have been wrapped already; changed in place.
-        settings: what, and how strongly it acts: that is multiplied into its second matrices.
-        name: of the adapter.
+        model: a model of Diffusers or Transformers; the latter may already be in a PEFT wrapper. It is changed in place.
+        settings: the file and its strength, which is multiplied into the second matrices.
+        name: the name of the adapter.
         dropout: before it.
 
     Returns:
-        The model of Diffusers itself; of Transformers a `peft.PeftModel` around it.
+        The Diffusers model itself; for Transformers a `peft.PeftModel` around it.
 
     Raises:
         ValueError: the file cannot be read, does not fit the model, or holds more than low-rank matrices.
@@ -104,10 +104,10 @@ def add_adapter(model: torch.nn.Module, settings: StartSettings, name: str, drop
 
 
 def keep_frozen(model: torch.nn.Module, trained: str) -> None:
-    """Let the adapter `START` act beside the one that is trained, and stay as it is."""
+    """Activate the adapter `START` beside the trained one, but keep it frozen."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            # PEFT's own way to activate adapters makes all of them trainable.
+            # PEFT's own function activates adapters but makes all of them trainable.
             module._active_adapter = [START, trained]
     for key, parameter in model.named_parameters():
         if f".{START}." in key:
@@ -117,7 +117,7 @@ def keep_frozen(model: torch.nn.Module, trained: str) -> None:
 
 
 def _config(lora: LoraFile, dropout: float) -> peft.LoraConfig:
-    """PEFT's config of what a file holds; layers that differ from most are named."""
+    """PEFT's config for a file. Layers that differ from most are named in it."""
 
     def alpha(x: LowRank) -> float:
         return x.scale * len(x.down)
@@ -135,11 +135,11 @@ def _config(lora: LoraFile, dropout: float) -> peft.LoraConfig:
 
 
 def _check_fit(model: torch.nn.Module, lora: LoraFile, path: str) -> None:
-    """Raise a ValueError unless every layer of a file is a linear layer of the model, of the same sizes."""
+    """Raise a ValueError unless every layer of a file is a linear layer of the model with the same sizes."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for name, x in lora.layers.items():
         module: Any = modules.get(name)
-        if isinstance(module, BaseTunerLayer):  # one's own adapters came first
+        if isinstance(module, BaseTunerLayer):  # our own adapters were added first
             module = module.get_base_layer()
         found = (module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else None
         expected = (len(x.up), x.down.shape[1])

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a model of Transformers or Diffusers: layers are computed again in the backward pass."""
+"""Gradient checkpointing for models of Transformers and Diffusers: layers are computed again in the backward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharded training: only the first process reads the weights. The others hold none until each is given its part."""
+"""Sharded training: only the first process reads the weights. The others have none until they get their part."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 
 
 def receives_weights() -> bool:
-    """Whether this process is given its part of the weights by the first one.
+    """Whether this process gets its part of the weights from the first one.
 
-    So it is with FSDP2 and `fsdp_cpu_ram_efficient_loading`, in all processes but the first.
+    True with FSDP2 and `fsdp_cpu_ram_efficient_loading` in all processes but the first.
     """
     if not AcceleratorState._shared_state:
         return False
@@ -23,20 +23,20 @@ def receives_weights() -> bool:
 
 
 def without_weights(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """A model as `from_pretrained` gives it, whose parameters are on the meta device; buffers are real.
+    """A model like that of `from_pretrained`, but with parameters on the meta device; buffers are real.
 
-    `from_pretrained` itself reads all weights in every process, in Transformers and in Diffusers, whatever Accelerate was told.
+    `from_pretrained` of Transformers and Diffusers reads all weights in every process, whatever Accelerate's settings are.
     """
     with init_empty_weights(include_buffers=False):
         model = make().eval()
     if hasattr(model, "tie_weights"):
-        # Weights that modules share were moved one by one.
+        # Shared weights were moved one by one, so they must be tied again.
         cast(Any, model).tie_weights()
     return model
 
 
 def find_by_name(model: torch.nn.Module) -> None:
-    """Give a model the method of Transformers' models by which Accelerate looks weights up while it shares them out."""
+    """Give a model the method of Transformers' models with which Accelerate finds weights while it distributes them."""
     if hasattr(model, "get_parameter_or_buffer"):
         return
 
@@ -48,9 +48,9 @@ def find_by_name(model: torch.nn.Module) -> None:
 
 
 def reserve_memory(model: torch.nn.Module) -> None:
-    """Give parameters on the meta device an address on the CPU: Accelerate tells parameters apart by it.
+    """Give parameters on the meta device an address on the CPU, by which Accelerate distinguishes parameters.
 
-    Nothing is ever written there, so it takes no memory. Parameters that are shared stay so.
+    Nothing is ever written there, so it takes no memory. Shared parameters stay shared.
     """
     reserved: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for module in model.modules():

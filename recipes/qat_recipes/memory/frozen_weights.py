@@ -1,4 +1,4 @@
-"""Frozen weights under adapters in 8 or 4 bits: those of the linear layers in a model's repeated blocks, most of all weights."""
+"""Frozen weights under adapters in 8 or 4 bits: those of the linear layers in repeated blocks, which are most of a model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from accelerate import PartialState
 
 
 def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks that repeat, as the host library names their class; empty if it does not say."""
+    """The repeated blocks, by the class names that the host library gives; empty if it gives none."""
     names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def hold_in_float8(model: torch.nn.Module) -> None:
-    """Hold the linear layers of the blocks in float8 (e4m3) by Diffusers' layerwise casting; adapters stay as they are.
+    """Store the linear layers of the blocks in float8 (e4m3) with Diffusers' layerwise casting; adapters do not change.
 
-    A layer has weights in the type that they were loaded in while it computes, and the backward pass keeps those that the
-    forward pass has left behind: with gradient checkpointing those of one block.
+    While a layer computes, it has its weights in their original dtype, and the backward pass keeps those of the forward pass:
+    with gradient checkpointing only those of one block.
 
     Raises:
         ValueError: Diffusers is not installed, or the host library does not say which blocks repeat.
@@ -57,7 +57,7 @@ def hold_in_nf4(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def known_to_peft(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, PEFT puts its adapters for 4-bit layers around those that `hold_in_nf4` has made."""
+    """Inside, PEFT uses its adapters for 4-bit layers on the layers of `hold_in_nf4`."""
     marked: Any = model
     marked.is_loaded_in_4bit = True
     try:
@@ -75,10 +75,10 @@ def _nf4(library: Any, layer: torch.nn.Linear, device: torch.device) -> torch.nn
         quant_type="nf4",
         device="meta",
     )
-    # The library quantizes when weights are moved.
+    # bitsandbytes quantizes when weights are moved.
     quantized.weight = library.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=quantized)
     quantized.bias = layer.bias
-    # On some CPUs it would pack weights for inference when they are evaluated, in a form that no training reads.
+    # On some CPUs it would pack weights for inference in evaluation mode, in a form that training cannot read.
     quantized.support_avx512bf16_for_cpu = False
     return quantized.to(device)
 

@@ -1,4 +1,4 @@
-"""Frozen weights under adapters that wait in the memory of the CPU: those of the linear layers in a model's repeated blocks."""
+"""Keep frozen weights under adapters in CPU memory until they are used: those of the linear layers in repeated blocks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from .frozen_weights import repeated_blocks
 
 Offload = Literal["layers", "expert"]
-"""What waits: each layer until it computes, or all layers of the models that are not in use."""
+"""What stays in CPU memory: each layer until it computes, or all layers of the models that are not in use."""
 
 
 def offload(what: Offload, models: Sequence[torch.nn.Module], device: torch.device) -> None:
-    """Move models with adapters to a device, but for what waits; hooks bring that when a forward pass needs it.
+    """Move models with adapters to a device, except the offloaded layers; hooks bring these when a forward pass needs them.
 
     Raises:
         ValueError: Diffusers is not installed, or the host library does not say which blocks repeat.
@@ -36,14 +36,14 @@ def offload(what: Offload, models: Sequence[torch.nn.Module], device: torch.devi
 
 
 def offload_layers(layers: Sequence[torch.nn.Module], device: torch.device) -> None:
-    """Group offloading of Diffusers, of each layer by itself: it comes to the device before its forward pass, and leaves after.
+    """Group offloading of Diffusers for each single layer: it moves to the device before its forward pass, and back after it.
 
-    The backward pass needs weights again, and keeps what the forward pass has left behind: without gradient checkpointing all of
-    them. With it the forward pass of a block runs once more, and what that leaves behind goes with the block.
+    The backward pass needs the weights again and keeps them alive: without gradient checkpointing all of them. With it, the
+    forward pass of a block runs again, and its weights are freed with the block.
 
-    Whole blocks would stay on the device: PyTorch ends their recomputation by an exception, as soon as it has all that it needs,
-    and then the hook that moves them away does not run. They hold the adapters too, whose gradients are on the device. Streams
-    load ahead in the order of the forward pass, and the backward pass has another.
+    Offloading whole blocks would not work: PyTorch ends their recomputation with an exception as soon as it has what it needs,
+    so the hook that moves them back would not run, and they hold the adapters, whose gradients are on the device. Streams
+    prefetch in the order of the forward pass, but the backward pass has another.
     """
     try:
         from diffusers.hooks import apply_group_offloading
@@ -54,7 +54,7 @@ def offload_layers(layers: Sequence[torch.nn.Module], device: torch.device) -> N
 
 
 class _Inactive:
-    """Layers of one model. What they hold never changes, so that nothing has to be copied back."""
+    """Layers of one model. Their weights never change, so nothing must be copied back."""
 
     def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
@@ -75,7 +75,7 @@ class _Inactive:
 
 
 class _Switch:
-    """The hook of one model: its layers come, those of the others leave first."""
+    """The hook of one model: first the layers of the others leave the device, then its own come."""
 
     def __init__(self, own: _Inactive, others: Sequence[_Inactive], device: torch.device) -> None:
         self.own, self.others, self.device = own, others, device
@@ -87,7 +87,7 @@ class _Switch:
 
 
 def _frozen_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The linear layers of a model's blocks that no adapter is made of."""
+    """The linear layers of a model's blocks, without those of adapters."""
     blocks = repeated_blocks(model)
     if not blocks:
         raise ValueError(f"lora.offload: {type(model).__name__} has no blocks that are known to repeat; leave it out")

@@ -1,4 +1,4 @@
-"""AdamW by its name in the settings: PyTorch's, or one of bitsandbytes whose states are small or can leave the GPU."""
+"""AdamW by its name in the settings: PyTorch's, or one of bitsandbytes with small states, or states that can leave the GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
 _OF_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
-# How bitsandbytes writes its states. Small parameters have moments in float32, which need no more.
+# The keys of bitsandbytes' states. Small parameters have float32 moments, without the other keys.
 _WRAPPED = "__bnb_optimizer_quant_state__"
 _MOMENTS, _BYTES = frozenset({"state1", "state2"}), frozenset({"qmap1", "qmap2", "absmax1", "absmax2"})
 
 
 def check_optimizer(name: OptimizerName, device: torch.device, *, is_sharded: bool) -> None:
-    """Raise a ValueError if an optimizer is not known to work here."""
+    """Raise a ValueError if this optimizer is not known to work here."""
     if name == "adamw":
         return
     if is_sharded:
@@ -52,7 +52,7 @@ def make_adamw(
 
 
 def check_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raise a ValueError if a state_dict is not one of these optimizers over these parameters."""
+    """Raise a ValueError if a state_dict does not belong to such an optimizer with these parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     is_torch = isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.AdamW)
     for index, values in state["state"].items():

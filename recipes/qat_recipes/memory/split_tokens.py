@@ -1,4 +1,4 @@
-"""One sample on several GPUs: its tokens are split over them, and each group of processes sees the same samples."""
+"""One sample on several GPUs: its tokens are split over a group of processes, which all see the same samples."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.utils.data import Dataset, Sampler
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelSettings:
-    """How one sample is shared by several GPUs."""
+    """How several GPUs share one sample."""
 
     ulysses: int
-    """Split the tokens of each sample over so many GPUs. They exchange tokens for heads around self-attention (Ulysses), so a
-    step takes less memory and time, and sees so many times fewer samples. A divisor of the number of GPUs and of that of the
+    """Split the tokens of each sample over this many GPUs. They exchange tokens for heads around self-attention (Ulysses), so a
+    step takes less memory and time, and sees fewer samples by this factor. A divisor of the number of GPUs and of that of the
     heads. Needs FSDP2."""
 
     def __post_init__(self) -> None:
@@ -29,7 +29,7 @@ def ulysses_mesh(processes: int, degree: int, device_type: str) -> DeviceMesh:
     """The processes as groups of `degree` neighbours. All processes call this.
 
     Raises:
-        ValueError: they cannot be grouped like this.
+        ValueError: they cannot be grouped this way.
     """
     if processes % degree:
         raise ValueError(f"parallel.ulysses: expected a divisor of the {processes} processes, got {degree}")
@@ -37,9 +37,9 @@ def ulysses_mesh(processes: int, degree: int, device_type: str) -> DeviceMesh:
 
 
 def split_tokens(model: Any, mesh: DeviceMesh) -> None:
-    """Let a transformer of Diffusers, not patched yet, split its tokens over a group. All processes call this.
+    """Make an unpatched Diffusers transformer split its tokens over a group. All processes call this.
 
-    Its gradients are then what the tokens of this process contribute: those of a group are to be added up.
+    Its gradients then come only from the tokens of this process: those of a group must be summed.
     """
     from diffusers import ContextParallelConfig
 
@@ -47,11 +47,11 @@ def split_tokens(model: Any, mesh: DeviceMesh) -> None:
 
 
 class RepeatedBatches(Sampler[Any]):
-    """Batches, each several times in a row: processes take them in turn, so that neighbours get the same.
+    """Batches, each several times in a row, so that neighbours, which take them in turn, get the same.
 
     Args:
         batches: a batch sampler with `batch_size`, whose batches are all full.
-        times: how many neighbours there are.
+        times: the number of neighbours.
     """
 
     drop_last = True
@@ -69,7 +69,7 @@ class RepeatedBatches(Sampler[Any]):
 
 
 class RepeatedSamples(Dataset[Any]):
-    """The same for samples that are read in their order, in batches of one."""
+    """The same for samples that are read in order, in batches of one."""
 
     def __init__(self, samples: Any, times: int) -> None:
         self.samples, self.times = samples, times

@@ -1,4 +1,4 @@
-"""Both transformers of Wan 2.2 in one run: one model for the loop, of which each step trains the one that its noise is for."""
+"""Both transformers of Wan 2.2 in one run: one model for the loop. Each step trains the transformer for its noise level."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qat_recipes.data.video import Draw, EncodedClips
 
 
 class Experts(torch.nn.Module):
-    """Transformers of a pipeline by their names in it; a call says which one computes."""
+    """The transformers of a pipeline by name; the argument `expert` of a call selects one."""
 
     def __init__(self, transformers: Mapping[str, torch.nn.Module]) -> None:
         super().__init__()
@@ -21,25 +21,25 @@ class Experts(torch.nn.Module):
             self.add_module(name, transformer)
         classes = {type(transformer).__name__ for transformer in transformers.values()}
         blocks = {name for x in transformers.values() for name in getattr(x, "_no_split_modules", None) or ()}
-        # What is sharded as a whole. With the transformers themselves, which pipelines call without this module.
+        # The units of sharding. The transformers themselves are units too, because pipelines call them without this module.
         self._no_split_modules = sorted(classes | blocks)
 
     def forward(self, *, expert: str, **arguments: Any) -> Any:
-        """What the transformer of this name makes of the arguments."""
+        """The output of the transformer of this name."""
         return self.get_submodule(expert)(**arguments)
 
 
 class ClipsInTurns(Dataset):
-    """Encoded clips, each with the `expert` that its step trains.
+    """Encoded clips, each with the `expert` that the step trains.
 
-    It is one for all clips of a step, in every process, drawn anew for each step; it follows from the seed and the number of the
+    All clips of a step have the same, in every process. It is drawn for each step, and depends on the seed and the number of the
     step alone.
 
     Args:
         clips: by index.
-        shares: how often each expert has its turn, by name.
-        seed: of what is drawn.
-        samples_a_step: of all processes.
+        shares: how often each expert is drawn, by name.
+        seed: the seed of the draws.
+        samples_a_step: the samples in a step, of all processes.
     """
 
     def __init__(self, clips: EncodedClips, shares: Mapping[str, float], seed: int, samples_a_step: int) -> None:

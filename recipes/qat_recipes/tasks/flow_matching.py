@@ -1,4 +1,4 @@
-"""Flow matching as the training examples of Diffusers do it: noisy latents, the velocity to predict, weighted timesteps."""
+"""Flow matching as in the training examples of Diffusers: noisy latents, the velocity to predict, weighted timesteps."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from qat_recipes.data.video import EncodedClips
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimestepSettings:
-    """Which timesteps are trained how often and how much, in the terms of Diffusers' training examples."""
+    """How often and how strongly each timestep is trained, in the terms of Diffusers' training examples."""
 
     weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
-    """How timesteps are drawn (logit_normal, mode) or losses weighted (sigma_sqrt, cosmap); none: evenly."""
+    """How timesteps are drawn (logit_normal, mode) or losses are weighted (sigma_sqrt, cosmap); none: uniformly."""
     logit_mean: float = 0.0
     """Mean of the logit of the drawn positions, for logit_normal."""
     logit_std: float = 1.0
     """Standard deviation of the logit of the drawn positions, for logit_normal."""
     mode_scale: float = 1.29
-    """How much the middle is preferred, for mode."""
+    """How strongly the middle is preferred, for mode."""
     flow_shift: float | None = None
-    """Shift of the noise levels; null: that of the pipeline's scheduler."""
+    """The shift of the noise levels; null: that of the pipeline's scheduler."""
 
     def __post_init__(self) -> None:
         schemes = {"logit_mean": "logit_normal", "logit_std": "logit_normal", "mode_scale": "mode"}
@@ -42,14 +42,14 @@ class TimestepSettings:
 
 
 def noise_levels(scheduler: dict[str, Any] | None, flow_shift: float | None) -> tuple[torch.Tensor, int]:
-    """The noise levels that a model is trained on, falling from 1, and what a level of 1 is as a timestep.
+    """The noise levels to train on, falling from 1, and the timestep of level 1.
 
     Args:
-        scheduler: the config of the scheduler that samples; None if there is none.
-        flow_shift: instead of the scheduler's.
+        scheduler: the config of the pipeline's scheduler; None if there is none.
+        flow_shift: replaces the scheduler's shift.
 
     Raises:
-        ValueError: the scheduler is not one of flow matching with a fixed shift, or there is no shift at all.
+        ValueError: the scheduler is not for flow matching with a fixed shift, or no shift is given at all.
     """
     if scheduler is None:
         if flow_shift is None:
@@ -64,7 +64,7 @@ def noise_levels(scheduler: dict[str, Any] | None, flow_shift: float | None) -> 
         got = f"{name} with {', '.join(others)}" if is_flow else f"{name} without use_flow_sigmas"
         raise ValueError(f"model.path: expected a scheduler of flow matching with a fixed shift, as Wan's are, got {got}")
     if flow_shift is None:
-        # UniPC and its relatives call it flow_shift. Both do the same with it.
+        # UniPC and similar schedulers call it flow_shift.
         flow_shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
     steps = scheduler.get("num_train_timesteps", 1000)
     levels: Any = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=flow_shift)
@@ -76,21 +76,21 @@ class FlowInputs:
     """One batch of noisy latents."""
 
     arguments: dict[str, Any]
-    """What the transformer is called with."""
+    """The arguments of the transformer."""
     sigmas: torch.Tensor
     """Noise levels, float32 [batch, 1, 1, 1, 1]."""
     velocity: torch.Tensor
-    """What it should say: noise - latents, float32 [batch, C, F, h, w]."""
+    """The target: noise - latents, float32 [batch, C, F, h, w]."""
 
 
 class FlowMatching:
-    """Predict the velocity from clips to noise; a batch is one of `EncodedClips`, outputs are float32 [batch, C, F, h, w].
+    """Predict the velocity from clips to noise. Batches are of `EncodedClips`, outputs float32 [batch, C, F, h, w].
 
     Args:
         settings: which timesteps.
         sigmas: the noise levels to train on, falling; of several experts by their names, and batches say for which one they are
             (`expert`).
-        steps: a noise level times this is its timestep.
+        steps: the timestep is the noise level times this.
     """
 
     distance_name = "velocity_error"
@@ -108,7 +108,7 @@ class FlowMatching:
                 settings.weighting_scheme, len(latents), settings.logit_mean, settings.logit_std, settings.mode_scale
             )
         levels_of = self.sigmas if isinstance(self.sigmas, torch.Tensor) else self.sigmas[batch["expert"][0]]
-        # Some schemes draw 1 itself.
+        # Some schemes can draw exactly 1.
         indices = (positions.cpu() * len(levels_of)).long().clamp(max=len(levels_of) - 1)
         sigmas = levels_of[indices].to(latents.device)
         levels = sigmas.view(-1, 1, 1, 1, 1)
@@ -139,13 +139,13 @@ class FlowMatching:
 class HeldOutClips(Dataset):
     """Each clip at several timesteps, evenly spread over the schedule, with noise that is the same in every measurement.
 
-    Of several experts each is measured by itself, on its own part of the schedule.
+    With several experts, each is measured separately, on its own part of the schedule.
 
     Args:
         clips: dicts of tensors by index, with `latents`.
-        timesteps: how many for each clip.
-        seed: of the noise.
-        expert: which one is measured, if there are several.
+        timesteps: the number of timesteps for each clip.
+        seed: the seed of the noise.
+        expert: the expert to measure, if there are several.
     """
 
     def __init__(

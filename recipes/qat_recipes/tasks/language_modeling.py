@@ -1,4 +1,4 @@
-"""The task of a causal language model of Transformers: predict the next token of texts, or the answer in conversations."""
+"""The task of a causal language model of Transformers: predict the next token of texts, or the answers of conversations."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from qat_recipes.data.text import (
     pack_sequences,
 )
 from qat_recipes.training.fingerprint import digest_of_weights
-from qat_recipes.training.task import FineTuning, FineTuningSettings, move_out_of_files
+
+from .fine_tuning import FineTuning, FineTuningSettings, move_out_of_files
 
 TOKENS_AT_ONCE = 1024
-"""Whose log-probabilities are held while a distance is computed."""
+"""The number of tokens whose log-probabilities are in memory while a distance is computed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,27 +54,26 @@ class NextToken:
     """Next-token prediction in packed documents, none of which attends to another.
 
     A batch holds `input_ids` and `position_ids`, both int64 [batch, length]; a document starts where a position is 0. With
-    `labels`, also int64 [batch, length], these are what is to be predicted. Outputs are logits [batch, length, vocabulary].
+    `labels`, also int64 [batch, length], these are the targets. Outputs are logits [batch, length, vocabulary].
     """
 
     distance_name = "kl"
 
     def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """The batch, and where its documents start in the rows one after the other, as for FlashAttention."""
+        """The batch, and the starts of its documents in the flattened rows, as for FlashAttention."""
         starts = (batch["position_ids"] == 0).flatten().nonzero().squeeze(1)
         bounds = functional.pad(starts, (0, 1), value=batch["position_ids"].numel()).int()
         longest = int(bounds.diff().max())
         return batch | {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
     def outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        # With a cache transformers would let documents attend to those before them. With labels it would compute a loss too.
+        # With a cache, documents would attend to earlier ones. With labels, transformers would also compute a loss.
         return model(**{name: x for name, x in inputs.items() if name != "labels"}, use_cache=False).logits
 
     def loss(self, outputs: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """Mean cross-entropy of the tokens that have another of their document before them.
+        """Mean cross-entropy of all tokens except the first of each document.
 
-        Of conversations only of those that have labels. Batches with fewer of them, because more documents start in them, weigh
-        as much as others.
+        For conversations only tokens with labels count. All batches have the same weight, also those with fewer such tokens.
         """
         targets = inputs.get("labels", inputs["input_ids"]).masked_fill(inputs["position_ids"] == 0, IGNORED)
         return functional.cross_entropy(outputs[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
@@ -82,7 +82,7 @@ class NextToken:
         """Mean KL(teacher || student) over tokens, computed in float32."""
         outputs, teacher_outputs = outputs.flatten(0, 1), teacher_outputs.flatten(0, 1)
         parts = zip(outputs.split(TOKENS_AT_ONCE), teacher_outputs.split(TOKENS_AT_ONCE), strict=True)
-        # Computed again in the backward pass: log-probabilities of a few tokens are all that is ever held.
+        # Computed again in the backward pass, so that only the log-probabilities of a few tokens are ever in memory.
         sums = [checkpoint(_kl_sum, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.stack(sums).sum() / len(outputs)
 
@@ -113,7 +113,7 @@ class LanguageModeling(FineTuning[Settings]):
         self.tokenizer = AutoTokenizer.from_pretrained(**self.source)
         check_vocabulary(self.tokenizer, AutoConfig.from_pretrained(**self.source).get_text_config().vocab_size)
         blocks_written = self._written(settings, accelerator)
-        # Files that have to be downloaded or cached are so once.
+        # So that files are downloaded and cached only once.
         with accelerator.main_process_first():
             self.train_data, held_out = self._data(settings.data, blocks_written)
         self.eval_data = {} if held_out is None else {"": held_out}
@@ -133,13 +133,13 @@ class LanguageModeling(FineTuning[Settings]):
         found = super().fingerprints() | {"the tokenizer of model.path": fingerprint_of_tokenizer(self.tokenizer)}
         text = "the text of data.train" if self.settings.data.generate is None else "the text that the model wrote"
         for name, blocks in ((text, self.train_data), ("the held-out text", self.eval_data.get(""))):
-            # A stream sees for itself whether it goes on from the text that it has read.
+            # A stream checks by itself that the text it has read is unchanged.
             if isinstance(blocks, datasets.Dataset):
                 found[name] = fingerprint_of_blocks(blocks)
         return found
 
     def _written(self, settings: Settings, accelerator: Accelerator) -> datasets.Dataset | None:
-        """The blocks of text that the starting model writes, if it is to write any."""
+        """The blocks of text that the starting model writes; None without `data.generate`."""
         data, generate = settings.data, settings.data.generate
         if generate is None:
             return None
@@ -149,7 +149,7 @@ class LanguageModeling(FineTuning[Settings]):
             model = AutoModelForCausalLM.from_pretrained(**self.source, dtype=dtype).eval()
             move_out_of_files(model)
             if get_handle(model) is not None:
-                # An export of ours is patched as it was exported; here the settings say how.
+                # One of our exports comes patched; here the settings decide.
                 unpatch_model(model)
             if generate.attention == "fp4":
                 patch_model(model, settings.qat)

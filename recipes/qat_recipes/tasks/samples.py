@@ -1,4 +1,4 @@
-"""Videos from the model in training, by its own pipeline: the same prompts and noise with original and with 4-bit attention."""
+"""Videos from the model in training, made by its pipeline: the same prompts and noise in original and in 4-bit attention."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from qat_recipes.data.video import EncodedClips
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """Videos to look at: of held-out clips with their prompts, their sizes and, for image to video, their first frames, or of
-    prompts of one's own."""
+    """Videos to look at: of held-out clips with their prompts, sizes and, for image to video, first frames; or of your own
+    prompts."""
 
     every: int
-    """Sample before the first step, every so many steps and after the last."""
+    """Sample before the first step, every N steps, and after the last."""
     clips: int | None = None
-    """Of the first so many held-out clips; null: of 2, or of none where there are prompts."""
+    """The number of held-out clips, from the first; null: 2, or none with prompts."""
     prompts: tuple[str, ...] = ()
-    """Instead of held-out clips: prompts of one's own."""
+    """Your own prompts, instead of held-out clips."""
     images: tuple[str, ...] = ()
-    """First frames of `prompts` for image to video: as many image files."""
+    """First frames for image to video: an image file for each of `prompts`."""
     height: int | None = None
     """Of the videos of `prompts`."""
     width: int | None = None
     """Of the videos of `prompts`."""
     num_frames: int | None = None
-    """Of the videos of `prompts`; they are written at the rate of the clips."""
+    """Frames of the videos of `prompts`; they are written at the rate of the clips."""
     inference_steps: int = 50
-    """Denoising steps; Diffusers' default for Wan."""
+    """Denoising steps; the default is Diffusers' for Wan."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance, above 1; Diffusers' default for Wan. It needs the text encoder once, at the start."""
+    """Classifier-free guidance, if above 1; the default is Diffusers' for Wan. It needs the text encoder once, at the start."""
     negative_prompt: str = ""
-    """What guidance leads away from."""
+    """The negative prompt of guidance."""
     seed: int = 0
-    """Of the first video's noise; the others' follow."""
+    """Seed of the first video's noise; each next video has the next seed."""
 
     def __post_init__(self) -> None:
         sizes = ("height", "width", "num_frames")
@@ -68,18 +68,18 @@ class SampleSettings:
 
 
 class Samples:
-    """Writes videos of the first held-out clips, or of prompts of one's own.
+    """Writes videos of the first held-out clips, or of your own prompts.
 
     Args:
-        settings: of the videos.
-        source: where the pipeline is, as arguments of from_pretrained.
-        transformers: all of the pipeline's, in training, by their names in it.
+        settings: the settings of the videos.
+        source: the pipeline, as arguments of from_pretrained.
+        transformers: all transformers of the pipeline, in training, by their names in it.
         handle: their patch.
-        clips: held-out clips; with prompts of one's own any clips of the model, for how they were encoded.
+        clips: held-out clips; with your own prompts any clips of the model, which say how they were encoded.
 
     Raises:
-        ValueError: image to video has prompts without first frames, text to video has first frames, or there is a size that
-            the pipeline cannot make.
+        ValueError: image to video has prompts without first frames, text to video has first frames, or the pipeline cannot make
+            a size.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Samples:
         clips: EncodedClips,
     ) -> None:
         kind = WanPipeline if clips.settings["pipeline"] == "WanPipeline" else WanImageToVideoPipeline
-        # The text encoder of Wan is several times as large as the rest, and needed once at most.
+        # Wan's text encoder is several times as large as the rest, and is needed at most once.
         needs_text = settings.guidance_scale > 1 or settings.prompts
         unused = {} if needs_text else {"text_encoder": None, "tokenizer": None}
         types = {"default": torch.float32, "text_encoder": torch.bfloat16}
@@ -109,11 +109,11 @@ class Samples:
     def write(self, folder: Path, accelerator: Accelerator) -> dict[str, float]:
         """Write clip-NUMBER-original.mp4 and clip-NUMBER-fp4.mp4, or prompt-NUMBER-... The model must be on its device.
 
-        Every process has to call this, for a sharded model needs all of them, and the main process writes.
+        Every process must call this, because a sharded model needs all of them; the main process writes.
 
         Returns:
-            How close the videos of 4-bit attention are to those of original attention, means over the videos: `sample_psnr` in
-            dB and `sample_ssim` (Wang et al., 2004).
+            The similarity of the videos in 4-bit and original attention, means over the videos: `sample_psnr` in dB and
+            `sample_ssim` (Wang et al., 2004).
         """
         distances: dict[str, list[float]] = {"sample_psnr": [], "sample_ssim": []}
         device, modules = accelerator.device, [x for x in self.pipe.components.values() if isinstance(x, torch.nn.Module)]
@@ -193,7 +193,7 @@ class Samples:
         return self.pipe.video_processor.resize(load_image(path), self.settings.height, self.settings.width, resize_mode="crop")
 
     def _first_frame(self, latents: torch.Tensor) -> Any:
-        """The first frame as an image. The first latent frame holds it alone."""
+        """The first frame as an image. The first latent frame holds only this frame."""
         vae = self.pipe.vae
         mean, std = (
             torch.tensor(x, device=latents.device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std)
@@ -204,7 +204,7 @@ class Samples:
 
 @contextlib.contextmanager
 def _computing_as_trained(transformers: Sequence[torch.nn.Module], accelerator: Accelerator) -> Iterator[None]:
-    """Inside, each computes under the autocast of the training, which Accelerate puts around the outermost model alone."""
+    """Inside, each transformer computes under the training's autocast, which Accelerate puts only around the outermost model."""
     before = [vars(transformer).get("forward") for transformer in transformers]
     for transformer in transformers:
         transformer.forward = accelerator.autocast()(transformer.forward)

@@ -1,4 +1,4 @@
-"""The task of a Wan transformer: predict velocities of noisy clips, which `qat-patch prepare-wan-data` encoded."""
+"""The task of a Wan transformer: predict the velocities of noisy clips, encoded by `qat-patch prepare-wan-data`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTra
 from qat_recipes.data.video import DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
 from qat_recipes.memory.split_tokens import ParallelSettings, split_tokens, ulysses_mesh
 from qat_recipes.training.adapters import LoraSettings
-from qat_recipes.training.task import FineTuning, FineTuningSettings, ModelSettings
 
 from .experts import ClipsInTurns, Experts
+from .fine_tuning import FineTuning, FineTuningSettings, ModelSettings
 from .flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
 from .samples import Samples, SampleSettings
 
@@ -32,8 +32,8 @@ class WanSettings(ModelSettings):
     """The pipeline whose transformer is trained, or a transformer without one."""
 
     transformer: Literal["transformer", "transformer_2", "both"] = "transformer"
-    """Which transformer of the pipeline; Wan 2.2 has two, for high and for low noise, and each is trained on its part. both:
-    every step trains one of them, drawn by the share of the noise levels that it is there for."""
+    """The transformer of the pipeline. Wan 2.2 has two, for high and for low noise; each is trained on its part. both: every
+    step trains one of them, drawn in proportion to its share of the noise levels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class Settings(FineTuningSettings):
     data: VideoSettings
     """Clips to train on and to measure on."""
     timesteps: TimestepSettings = dataclasses.field(default_factory=TimestepSettings)
-    """Which timesteps are trained how often and how much."""
+    """How often and how strongly each timestep is trained."""
     eval_timesteps: int = 4
-    """Measure each held-out clip at so many timesteps, evenly spread over the schedule; with model.transformer=both at so many of
+    """Measure each held-out clip at N timesteps, evenly spread over the schedule; with model.transformer=both at N timesteps of
     each transformer's part."""
     parallel: ParallelSettings | None = None
-    """Share each sample between several GPUs; null: each GPU has samples of its own."""
+    """Share each sample between several GPUs; null: each GPU has its own samples."""
     samples: SampleSettings | None = None
-    """Videos to look at while the model learns; null: none."""
+    """Videos to look at during training; null: none."""
 
     @property
     def trains_in_turns(self) -> bool:
@@ -72,7 +72,7 @@ class Settings(FineTuningSettings):
         if self.parallel is not None and self.trains_in_turns:
             raise ValueError("model.transformer: both has not been tried with parallel; train one after the other")
         if self.parallel is not None:
-            # What needs the tokens of a whole sample in one process, and what has not been tried.
+            # Settings that need all tokens of a sample in one process, or that were not tried.
             refused = {
                 "calibration_batches": 0,
                 "layers_every": 0,
@@ -97,7 +97,7 @@ class VideoDiffusion(FineTuning[Settings]):
     """A Wan transformer learns to predict velocities: the task of the loop."""
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    eval_batch_size = 1  # clips of any sizes follow each other
+    eval_batch_size = 1  # clips of different sizes follow each other
     train_data: EncodedClips | ClipsInTurns
 
     def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
@@ -116,7 +116,7 @@ class VideoDiffusion(FineTuning[Settings]):
         self.places = places_of(clips, settings.data)
         if self.pipeline is not None:
             self.components = EXPERTS if settings.trains_in_turns else (settings.model.transformer,)
-        # To split tokens all have to be there at once. What the Hub's client downloads it locks.
+        # Splitting tokens needs all processes at once. The Hub's client locks its downloads.
         with accelerator.main_process_first() if settings.parallel is None else contextlib.nullcontext():
             super().__init__(settings)
             sigmas, steps = self._noise_levels()
@@ -217,7 +217,7 @@ class VideoDiffusion(FineTuning[Settings]):
 
     @staticmethod
     def _pipeline(settings: Settings) -> dict[str, Any] | None:
-        """The config of the pipeline, or None of a transformer without one. Refuses what does not fit it."""
+        """The config of the pipeline; None for a transformer without one. Raises a ValueError if the settings do not fit it."""
         model = settings.model
         try:
             config = DiffusionPipeline.load_config(model.path, revision=model.revision)
@@ -240,7 +240,7 @@ class VideoDiffusion(FineTuning[Settings]):
         return config
 
     def _noise_levels(self) -> tuple[torch.Tensor | dict[str, torch.Tensor], int]:
-        """The noise levels that the transformer is there for, or each of both."""
+        """The noise levels of the transformer, or of each of the two."""
         scheduler = None
         if self.pipeline is not None:
             scheduler = FlowMatchEulerDiscreteScheduler.load_config(**self.source, subfolder="scheduler")
@@ -248,7 +248,7 @@ class VideoDiffusion(FineTuning[Settings]):
         boundary = None if self.pipeline is None else self.pipeline.get("boundary_ratio")
         if boundary is None:
             return sigmas, steps
-        # As WanPipeline chooses between them.
+        # The same choice as in WanPipeline.
         is_high = sigmas >= boundary
         parts = dict(zip(EXPERTS, (sigmas[is_high], sigmas[~is_high]), strict=True))
         for name in self.components:

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: small matrices beside frozen weights are all that is trained and all that a checkpoint holds."""
+"""LoRA through PEFT: only small matrices beside frozen weights are trained and saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qat_recipes.memory.frozen_weights import hold_in_float8, hold_in_nf4, known
 from qat_recipes.memory.offloading import Offload
 
 OWN = "default"
-"""The name of the adapter that is trained."""
+"""The name of the trained adapter."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,31 +27,31 @@ class LoraSettings:
     """Train low-rank adapters instead of the weights."""
 
     rank: int | None = None
-    """Rank of the matrices; required, but for start.use=trained."""
+    """Rank of the matrices; required, except with start.use=trained."""
     alpha: float | None = None
-    """What the adapters add is scaled by alpha / rank; required, but for start.use=trained."""
+    """The adapters' output is scaled by alpha / rank; required, except with start.use=trained."""
     dropout: float = 0.0
     """Dropout before the adapters."""
     base_dtype: Literal["bfloat16", "float32", "float8", "nf4"] | None = None
-    """Type of the frozen weights; null: bfloat16 with mixed_precision=bf16, which is 2 bytes a weight, else float32. Adapters are
-    float32, and so is what Diffusers keeps in float32. The residual stream has this type too. float8 (e4m3, by Diffusers'
-    layerwise casting, with model.gradient_checkpointing) holds the linear layers of the blocks in 1 byte a weight, nf4 (by
-    bitsandbytes) in 4 bits and a scale for every 64; the rest is as with null. One process. Losses are measured with these
-    weights; an export has those of the model."""
+    """Type of the frozen weights, and of the residual stream. null: bfloat16 (2 bytes per weight) with mixed_precision=bf16, else
+    float32. Adapters, and weights that Diffusers keeps in float32, are float32. float8 (e4m3, by Diffusers' layerwise casting,
+    with model.gradient_checkpointing) stores the linear layers of the blocks in 1 byte per weight, nf4 (by bitsandbytes) in 4
+    bits and a scale for every 64; the rest is as with null. Both need a single process. Losses are measured with these weights;
+    an export has the original ones."""
     offload: Offload | None = None
-    """Frozen linear layers of the blocks that wait in the memory of the CPU, in one process. layers: each of them until it
-    computes, by Diffusers' group offloading, with model.gradient_checkpointing; every step copies all of them four times.
-    expert: with model.transformer=both, all of the transformer that is not in use. null: none."""
+    """Keep frozen linear layers of the blocks in CPU memory, in a single process. layers: each until it computes, by Diffusers'
+    group offloading, with model.gradient_checkpointing; every step copies all of them four times. expert: with
+    model.transformer=both, those of the transformer that is not in use. null: none."""
     target_modules: tuple[str, ...] | None = None
     """Last parts of the names of the modules that get adapters, such as [to_q, to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2]
     for all linear layers of Wan's blocks; null: the projections of attention."""
     start: StartSettings | None = None
-    """Someone's LoRA to start from, such as one of distillation; null: none."""
+    """An existing LoRA to start from, such as one for few-step sampling; null: none."""
     export: Literal["merged", "adapters"] = "merged"
-    """Export whole weights with the adapters added to them, and those of `start` too, or the trained adapters alone, which name
-    the model they belong to. What they were trained beside (start.use=frozen or merged) is not in them: load it too."""
+    """Export whole weights with the adapters (and those of `start`) added to them, or only the trained adapters, which name their
+    base model. A LoRA that they were trained beside (start.use=frozen or merged) is not in them: load it too."""
     export_format: Literal["diffusers", "comfyui"] = "diffusers"
-    """How exported adapters of a Diffusers model are named: as `pipe.load_lora_weights` reads them, or as ComfyUI does."""
+    """The names in exported adapters of a Diffusers model: those for `pipe.load_lora_weights`, or ComfyUI's."""
 
     def __post_init__(self) -> None:
         own = ("rank", "alpha", "target_modules")
@@ -73,19 +73,19 @@ class LoraSettings:
 
 
 def add_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[str, ...], seed: int) -> torch.nn.Module:
-    """Freeze a model of Transformers or Diffusers and give it adapters in float32, which add nothing yet but their start.
+    """Freeze a model of Transformers or Diffusers and add float32 adapters. Until they are trained only `start` has an effect.
 
     Args:
         model: changed in place.
-        settings: of the adapters.
-        default: target modules where the settings name none.
-        seed: of the first values. All processes draw the same ones, and the global generators are left alone.
+        settings: the settings of the adapters.
+        default: the target modules, if the settings name none.
+        seed: seed of the initial values. All processes draw the same, and the global generators do not change.
 
     Returns:
-        The model of Diffusers itself; of Transformers a `peft.PeftModel` around it.
+        The Diffusers model itself; for Transformers a `peft.PeftModel` around it.
 
     Raises:
-        ValueError: a target is the name of no module, or the LoRA to start from cannot be read or does not fit.
+        ValueError: a target matches no module, or the LoRA to start from cannot be read or does not fit.
     """
     start = settings.start
     if start is None or start.use != "trained":
@@ -135,11 +135,11 @@ def has_adapters(model: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model computes as if it had no adapters but the frozen one that it started from."""
+    """Inside, the model computes without adapters, except the frozen one that it started from."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     active = [layer._active_adapter for layer in layers]
     try:
-        # `layer.enable_adapters` sets requires_grad too, and sharding looks at that during the first forward pass.
+        # `layer.enable_adapters` would also set requires_grad, which sharding reads during the first forward pass.
         for layer in layers:
             if START in layer.active_adapters:
                 layer._active_adapter = [START]
@@ -152,14 +152,14 @@ def without_adapters(model: torch.nn.Module) -> Iterator[None]:
 
 
 def names_left_out(model: torch.nn.Module) -> set[str]:
-    """The names in a model's state_dict of all that is not trained."""
+    """The names of all untrained entries in a model's state_dict."""
     return model.state_dict().keys() - {name for name, x in model.named_parameters() if x.requires_grad}
 
 
 def save_adapters_only(accelerator: Accelerator) -> None:
-    """Leave frozen weights, which settings.model names, out of checkpoints.
+    """Leave frozen weights out of checkpoints: settings.model names them.
 
-    Sharded models write all of their weights themselves.
+    Sharded models still write all their weights.
     """
 
     def drop_frozen(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run measures before the first step: mean keys (`k_shift`) and ranges of inputs. In force ever after, and in
+"""Measurements before the first step: mean keys (`k_shift`) and ranges of inputs. They apply from then on, and are in
 checkpoints."""
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .objective import CalledWithBatch, Objective
 
 
 class Calibration:
-    """`handle.k_shift` as Accelerate saves and loads it: it is no part of the model's state_dict."""
+    """`handle.k_shift` for Accelerate to save and load: it is not in the model's state_dict."""
 
     def __init__(self, handle: PatchHandle, accelerator: Accelerator, exclude: Sequence[str] = ()) -> None:
         """`exclude`: patterns of modules that get no shift, as for `calibrate`."""
         self.handle, self.device, self.exclude = handle, accelerator.device, exclude
 
     def measure(self, objective: Objective, model: torch.nn.Module, batches: Sequence[Any]) -> None:
-        """Put the mean keys over some batches of every process into force; random numbers of the training are left alone."""
+        """Measure and apply the mean keys over batches of every process. The random numbers of the training do not change."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             calibrate(CalledWithBatch(objective, model), batches, exclude=self.exclude)
 
@@ -40,13 +40,13 @@ class Calibration:
 
 
 class LinearCalibration:
-    """The global scales of the inputs of linear layers, as Accelerate saves and loads them."""
+    """The global scales of linear layers' inputs, for Accelerate to save and load."""
 
     def __init__(self, linears: LinearHandle, handle: PatchHandle, accelerator: Accelerator) -> None:
         self.linears, self.handle, self.device = linears, handle, accelerator.device
 
     def measure(self, objective: Objective, model: torch.nn.Module, batches: Sequence[Any]) -> None:
-        """Put the scales for some batches of every process into force; random numbers of the training are left alone."""
+        """Measure and apply the scales for some batches of every process. The random numbers of the training do not change."""
         was_training = model.training
         model.eval()
         devices = [self.device] if self.device.type == "cuda" else []

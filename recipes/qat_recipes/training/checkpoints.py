@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside and renamed when complete, checked before anything is loaded, the newest kept."""
+"""Checkpoints of a run: written aside and renamed when complete, and checked before loading; the newest are kept."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qat_patch.checkpoint import integrity
 
 FORMAT_VERSION = 3
 MANIFEST = "checkpoint.json"
-"""Written last: the state that the recipe gave, and size and SHA-256 of every other file, sealed by a hash of its own."""
+"""Written last: the recipe's state, and size and SHA-256 of every other file, with a hash of itself."""
 
 
 def steps_in(output_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, ascending. Whether they are complete is for `check` to say."""
+    """The checkpoints of a run by step, ascending. `check` says whether they are complete."""
     found = {}
     for folder in output_dir.glob("checkpoint-*"):
         if name := re.fullmatch(r"checkpoint-(\d+)", folder.name):
@@ -27,7 +27,7 @@ def steps_in(output_dir: Path) -> dict[int, Path]:
 
 
 def find(output_dir: Path, resume: str) -> Path | None:
-    """The folder that `resume` means: a path, or `latest` of the run in output_dir, if it has saved any."""
+    """The folder that `resume` names: a path, or the `latest` checkpoint in output_dir, if there is one."""
     if resume != "latest":
         return Path(resume)
     found = steps_in(output_dir)
@@ -35,11 +35,11 @@ def find(output_dir: Path, resume: str) -> Path | None:
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """Read the state stored in a checkpoint, after checking that every file is there and unchanged.
+    """Check that every file of a checkpoint is there and unchanged, then read its state.
 
     Raises:
-        ValueError: the checkpoint is missing, incomplete or damaged, or of another format version; the message names the
-            newest one beside it that is not. Which one to go on from is for people to decide.
+        ValueError: the checkpoint is missing, incomplete or damaged, or has another format version. The message names the newest
+            good one beside it; the user decides which to resume from.
     """
     state, problem = _read(folder)
     if problem is not None:
@@ -57,18 +57,18 @@ def newest_complete(output_dir: Path) -> Path | None:
 def save(
     accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], *, attach: list[Path], keep: int | None
 ) -> None:
-    """Write checkpoint-{step}. Every process calls this; the folder gets its name when it is complete and on disk.
+    """Write checkpoint-{step}. Every process calls this. The folder gets its name when it is complete and on disk.
 
     Args:
-        accelerator: holds model, optimizer and what else was prepared or registered; random states are saved too.
+        accelerator: holds model, optimizer and everything else that was prepared or registered; random states are saved too.
         output_dir: the run's folder.
         step: optimizer steps done.
         state: plain values that `check` returns.
         attach: files to copy into the checkpoint.
-        keep: remove all but the newest so many checkpoints; None keeps all.
+        keep: keep only this many of the newest checkpoints; None keeps all.
 
     Raises:
-        RuntimeError: it could not be written, the disk being full for one. The older checkpoints are as they were.
+        RuntimeError: it could not be written, for example because the disk is full. Older checkpoints do not change.
     """
     folder = output_dir / f"checkpoint-{step}"
     aside = output_dir / f"{folder.name}.incomplete"
@@ -86,7 +86,7 @@ def save(
             integrity.sync(aside)
             aside.rename(folder)
             integrity.sync(output_dir, recursive=False)
-    # torch and safetensors have exceptions of their own for a full disk.
+    # torch and safetensors have their own exceptions for a full disk.
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         good = newest_complete(output_dir)
@@ -100,14 +100,14 @@ def save(
         ) from error
     if accelerator.is_main_process and keep is not None:
         for old in list(steps_in(output_dir).values())[:-keep]:
-            # First the name: what is half removed must not look like a checkpoint.
+            # Rename first: a half-removed folder must not look like a checkpoint.
             old.rename(old.with_name(f"{old.name}.incomplete"))
         remove_leftovers(output_dir)
     accelerator.wait_for_everyone()
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a process that was killed while it wrote or removed a checkpoint has left."""
+    """Remove the leftovers of a process that was killed while it wrote or removed a checkpoint."""
     for leftover in output_dir.glob("checkpoint-*.incomplete"):
         if leftover.is_symlink():
             leftover.unlink()

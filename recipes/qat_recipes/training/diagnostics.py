@@ -1,4 +1,4 @@
-"""What the log says about each layer and about speed: gradient norms, and arithmetic against what the GPU could do."""
+"""Log entries about layers and speed: gradient norms, quantization errors, and operations per second against the GPU's peak."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PEAK_TFLOPS = {
     "RTX 5090": 209,
     "RTX 4090": 165,
 }
-"""Dense bfloat16 as the vendor gives it, by what the name of the device contains; the first match counts."""
+"""The vendor's dense bfloat16 peak, by a part of the device's name; the first match counts."""
 
 _FUSED_ATTENTION = (
     torch.ops.aten._scaled_dot_product_flash_attention,
@@ -35,15 +35,15 @@ _FUSED_ATTENTION = (
 
 
 def _attention_operations(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
-    """Of both products, from the shapes [B, H, Lq, D], [B, Hk, Lk, D] and [B, Hk, Lk, Dv].
+    """The operations of both products, from the shapes [B, H, Lq, D], [B, Hk, Lk, D] and [B, Hk, Lk, Dv].
 
-    The counter's own formula refuses fewer key heads than query heads in torch 2.11, and leaves out the CPU's kernel.
+    In torch 2.11 the counter's own formula refuses fewer key heads than query heads, and ignores the CPU's kernel.
     """
     return 2 * query[:-1].numel() * key[-2] * (query[-1] + value[-1])
 
 
 def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
-    """L2 norm of the gradients of each numbered block, such as `grad_norm/model.layers.7`, and of the rest."""
+    """The L2 norm of the gradients of each numbered block, such as `grad_norm/model.layers.7`, and of the rest."""
     blocks: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -61,7 +61,7 @@ def quantization_errors(
 ) -> dict[str, float]:
     """Relative L2 error of 4-bit attention in each patched module on batches, such as `quantization_error/blocks.3.attn1`.
 
-    Each on the inputs that original attention gives it, so that errors of one module do not reach the next. Of this process.
+    Each module gets the inputs of original attention, so errors of one module do not reach the next. Only of this process.
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         report = sensitivity(CalledWithBatch(objective, model), batches)
@@ -70,10 +70,10 @@ def quantization_errors(
 
 
 class FlopCount:
-    """Floating-point operations of training on a batch: three times those of a forward pass with original attention.
+    """Floating-point operations of a training batch: three times those of a forward pass with original attention.
 
-    Twice where only adapters are trained, since the gradients of frozen weights are not computed. What gradient checkpointing
-    computes again does not count. Batches of one shape are counted once.
+    Twice if only adapters are trained, because the gradients of frozen weights are not computed. Recomputation by gradient
+    checkpointing does not count. Each shape of batch is counted only once.
 
     A forward pass of a sharded model needs all processes: they count together whenever one of them has a new shape.
     """
@@ -95,7 +95,7 @@ class FlopCount:
             is_new = bool(self.accelerator.reduce(torch.tensor(float(is_new), device=self.device), "sum"))
         if is_new:
             devices = [self.device] if self.device.type == "cuda" else []
-            # Random numbers of the training are left alone; compiled blocks would hide what they do.
+            # The random numbers of the training do not change. Compiled blocks would hide their operations.
             eager = torch.compiler.set_stance("force_eager")
             counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_FUSED_ATTENTION, _attention_operations))
             with torch.random.fork_rng(devices), torch.no_grad(), self.handle.disabled(), eager, counter:
@@ -104,6 +104,6 @@ class FlopCount:
         return self.known[shapes]
 
     def speed(self, operations: int, seconds: float) -> dict[str, float]:
-        """`tflops_per_second` of this process, and as `mfu` what part that is of the GPU's peak, where that is known."""
+        """`tflops_per_second` of this process, and `mfu`, its fraction of the GPU's peak, if that is known."""
         speed = operations / seconds / 1e12
         return {"tflops_per_second": speed} | ({} if self.peak is None else {"mfu": speed / self.peak})

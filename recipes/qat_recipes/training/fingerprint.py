@@ -1,4 +1,4 @@
-"""Digests of models: whether a run goes on from the weights that it was started from."""
+"""Digests of models, to check that a resumed run has the same starting weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .adapters import has_adapters, names_left_out
 
 
 def digest_of_weights(model: torch.nn.Module) -> str:
-    """SHA-256 of all bytes of the weights that were loaded: with adapters of the frozen ones, before the first step of all."""
+    """The SHA-256 of all loaded weights: with adapters only of the frozen ones, else of all, before the first step."""
     state = model.state_dict()
     names = sorted(names_left_out(model) if has_adapters(model) else state)
     whole = hashlib.sha256()
-    # Hashing lets other threads run, and there is much to hash.
+    # Hashing releases the GIL, and there is much to hash.
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(names, pool.map(lambda name: _digest(state[name]), names), strict=True):
             whole.update(f"{name} {digest}".encode())

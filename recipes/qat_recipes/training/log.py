@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, one line a step, and the trackers of Accelerate."""
+"""The log of a run: metrics.jsonl with one line per step, and the trackers of Accelerate."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ METRICS, SETTINGS = "metrics.jsonl", "settings.yaml"
 
 
 class Log:
-    """What a run logs. The first thing of a run that writes."""
+    """The log of a run. Nothing of a run writes before it."""
 
     def __init__(self, settings: TrainingSettings, accelerator: Accelerator, checkpoint: Path | None) -> None:
         self.accelerator, self.file = accelerator, Path(settings.output_dir) / METRICS
         self.files = [self.file, self.file.with_name(SETTINGS)]
-        """What a checkpoint takes along."""
-        accelerator.wait_for_everyone()  # until all have found output_dir free
+        """The files that a checkpoint includes."""
+        accelerator.wait_for_everyone()  # until all processes have found output_dir free
         if accelerator.is_main_process:
             checkpoints.remove_leftovers(self.file.parent)
             self.file.with_name(SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
             if checkpoint is None:
-                # There may be one of a run that was killed before it had saved anything.
+                # A run that was killed before its first checkpoint may have left one.
                 self.file.write_text("", encoding="utf-8")
             else:
-                # The log as it was at the checkpoint: what came after it will come again.
+                # The log at the time of the checkpoint: later lines will be written again.
                 shutil.copyfile(checkpoint / self.file.name, self.file)
-        # Trackers take numbers and text.
+        # Trackers accept only numbers and text.
         flat = flatten(to_dict(settings)).items()
         config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flat}
         accelerator.init_trackers("qat_patch", config=config)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add what was measured in a step; 0 is before the first."""
+        """Add the measurements of a step; 0 is before the first."""
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The training loop of every recipe, on Accelerate. What is learned, and from what, is for the task to say."""
+"""The training loop of every recipe, on Accelerate. The task says what to learn, and from which data."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
     """Run or resume a training, and export the result to output_dir/export.
 
     Args:
-        settings: of the run.
-        make_task: called once, when the settings and the checkpoint to resume from have been checked.
+        settings: the settings of the run.
+        make_task: called once, after the settings and the checkpoint to resume from were checked.
 
     Returns:
         The last training loss, and the held-out losses before the first step and after the last, by name.
 
     Raises:
-        ValueError: output_dir holds another run, belongs to one that is running, or cannot be written to; a checkpoint is
-            damaged or does not fit, or the data or the model are not those that it was trained on; or there is too little data.
-            Nothing has been written to output_dir then.
+        ValueError: output_dir holds another run, is in use by one, or cannot be written; a checkpoint is damaged or does not fit;
+            the data or the model have changed since it was written; or there is too little data. Then nothing was written to
+            output_dir.
         FloatingPointError: loss or gradients of too many steps are not finite.
-        RuntimeError: a checkpoint cannot be written. Older ones are as they were.
+        RuntimeError: a checkpoint cannot be written. Older ones do not change.
     """
     accelerator, seen = make_accelerator(settings), content(settings)
     checkpoint, state = starting_point(settings, accelerator)
@@ -71,7 +71,7 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
             if settings.is_due(settings.checkpoint_every, step):
                 run.save(step)
         summary = run.finish()
-        # What uses the process group goes before it: else a process may abort on its way out, and a finished run has failed.
+        # Free everything that uses the process group before it: otherwise a process may abort at exit, after a finished run.
         del run, batches, bar
         accelerator.free_memory()
         gc.collect()
@@ -80,7 +80,7 @@ def train(settings: TrainingSettings, make_task: Callable[[Accelerator], Task]) 
 
 
 class _Run:
-    """Everything that a training needs, in the order in which it has to be made."""
+    """Everything that a training needs, made in the required order."""
 
     def __init__(
         self,
@@ -119,9 +119,9 @@ class _Run:
         self.model, optimizer, self.loader, *prepared = accelerator.prepare(*objects, device_placement=placement)
         self.eval_loaders = dict(zip(eval_loaders, prepared, strict=True))
         if accelerator.is_fsdp2:
-            # Accelerate does so for other models: sharding casts weights, but not what is computed between the layers.
+            # Accelerate does this for other models; sharding casts weights, but not the computations between the layers.
             self.model.forward = accelerator.autocast()(self.model.forward)
-        # Not prepared but registered: Accelerate would step it once a process.
+        # Registered, not prepared: Accelerate would step it once per process.
         schedule = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
         self.average = WeightAverage(task.model, settings.ema_decay, accelerator) if settings.ema_decay else None
@@ -132,7 +132,7 @@ class _Run:
         if linears is not None and settings.linear_batches:
             self.linear_calibration = LinearCalibration(linears, task.handle, accelerator)
         if settings.processes_a_sample > 1:
-            self._seed()  # those of a group add the same noise, whatever each has drawn while it loaded
+            self._seed()  # the processes of a group add the same noise, whatever each has drawn during loading
         registered = [self.scheduler, self.average, self.calibration, self.linear_calibration]
         registered = [each for each in registered if each is not None]
         accelerator.register_for_checkpointing(*registered)
@@ -157,10 +157,10 @@ class _Run:
         set_seed(settings.seed + group, deterministic=settings.deterministic)
 
     def begin(self) -> Iterator[Any]:
-        """Go on from the checkpoint, or calibrate and measure; returns the batches of the steps to come."""
+        """Resume from the checkpoint, or calibrate and measure. Returns the batches of the remaining steps."""
         batches = iter(self.loader)
         if self.checkpoint is not None:
-            restore.set_random_states(self.random_states)  # trackers that have started since may have drawn some
+            restore.set_random_states(self.random_states)  # trackers may have drawn random numbers when they started
         else:
             for_linears, for_keys = self.settings.linear_batches, self.settings.calibration_batches
             first = list(itertools.islice(batches, max(for_linears, for_keys)))
@@ -176,10 +176,10 @@ class _Run:
         return batches
 
     def step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
-        """Make a step; returns what goes into the log about it.
+        """Make a step. Returns its log entries.
 
         Raises:
-            FloatingPointError: it was not finite, and no more of such steps may be skipped.
+            FloatingPointError: it was not finite, and no more steps may be skipped.
         """
         settings, device = self.settings, self.accelerator.device
         began = time.perf_counter()
@@ -206,7 +206,7 @@ class _Run:
         return values | errors
 
     def _skip(self, step: int, batches: list[Any], values: dict[str, float]) -> dict[str, float]:
-        """Count and store a step that was not finite; returns what of it is."""
+        """Count and store a step that was not finite. Returns its finite values."""
         self.skipped += 1
         limit = self.settings.max_skipped_steps
         where = nonfinite.save_batches(self.output_dir, step, batches, values, self.accelerator.process_index)
@@ -215,7 +215,7 @@ class _Run:
         return {name: value for name, value in values.items() if math.isfinite(value)} | {"skipped_steps": self.skipped}
 
     def measure(self, step: int) -> dict[str, float]:
-        """What is due after a step (0: before the first): held-out losses, and what the task measures."""
+        """The measurements after a step (0: before the first): held-out losses, and those of the task."""
         settings, task = self.settings, self.task
         values: dict[str, float] = {}
         with self._averaged():
@@ -246,7 +246,7 @@ class _Run:
         checkpoints.save(self.accelerator, self.output_dir, step, state, attach=self.log.files, keep=settings.keep_checkpoints)
 
     def finish(self) -> dict[str, float]:
-        """Export; returns the summary of the log."""
+        """Export. Returns the summary of the log."""
         accelerator = self.accelerator
         accelerator.wait_for_everyone()
         summary = self.log.summary()
@@ -254,24 +254,24 @@ class _Run:
         if accelerator.is_fsdp2:
             with self._averaged():
                 weights = accelerator.get_state_dict(self.model)  # all processes take part
-        # Without autocast, in which an export's reference output could not be computed again.
+        # Without autocast, so that the export's reference output can be computed again.
         accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if accelerator.is_main_process:
             settings = flatten(to_dict(self.settings)).items()
             chosen = {name: x for name, x in settings if x is not None and name not in BOOKKEEPING}
             with self._averaged():
                 self.task.export(self.output_dir / "export", {"tokens": self.tokens} | chosen, summary, weights)
-        accelerator.wait_for_everyone()  # a process that ends while another still exports takes that one down
+        accelerator.wait_for_everyone()  # if a process ended while another still exports, it would take that one down
         return summary
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model has its averaged weights, if there are any."""
+        """Inside, the model has its averaged weights, if there are averages."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
 
 
 def _loaders(settings: TrainingSettings, task: Task, processes: int, done: int) -> tuple[DataLoader, dict[str, DataLoader]]:
     batches_a_step, group = _batches_a_step(settings, processes), settings.processes_a_sample
-    # With generators of their own the loaders draw nothing from the global one, which a checkpoint restores.
+    # With their own generators the loaders draw nothing from the global one, which a checkpoint restores.
     order: Any = task.batches(done * batches_a_step, settings.steps * batches_a_step)
     if group > 1:
         order = RepeatedBatches(order, group)
@@ -289,7 +289,7 @@ def _batches_a_step(settings: TrainingSettings, processes: int) -> int:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """GiB since the start: of the GPU, or on a CPU of the process."""
+    """The peak since the start in GiB: of the GPU, or on a CPU of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     # Kilobytes, but bytes on macOS.

@@ -1,4 +1,4 @@
-"""When a step goes wrong: what it was given is kept, and what to do is said."""
+"""For steps that are not finite: save their batches, and say what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import checkpoints
 def save_batches(output_dir: Path, step: int, batches: list[Any], values: dict[str, float], process: int) -> Path:
     """Store the batches of a step as output_dir/nonfinite/step-STEP-process-PROCESS.safetensors.
 
-    Tensors are named by the number of the batch and their name in it, such as 0.input_ids; the header has what was measured.
+    Tensors are named by the number of the batch and their name in it, such as 0.input_ids; the header has the measured values.
     """
     file = output_dir / "nonfinite" / f"step-{step}-process-{process}.safetensors"
     file.parent.mkdir(exist_ok=True)
@@ -28,7 +28,7 @@ def save_batches(output_dir: Path, step: int, batches: list[Any], values: dict[s
 
 
 def advice(output_dir: Path, step: int, values: dict[str, float], saved: Path, limit: int) -> str:
-    """The message of a run that stops for losses or gradients that are not finite."""
+    """The message of a run that stops because losses or gradients are not finite."""
     good = checkpoints.newest_complete(output_dir)
     go_on = f"The newest complete checkpoint is {good}" if good else "There is no checkpoint"
     return (

@@ -1,4 +1,4 @@
-"""What a step minimizes: the loss of the task, the distance to the model's own unquantized self, or a mix of both."""
+"""The objective of a step: the loss of the task, the distance to the unquantized model, or a mix of both."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .adapters import has_adapters, without_adapters
 
 
 class Objective(Protocol):
-    """What is learned, in steps, so that two models can be given the same inputs."""
+    """What is learned, split into methods so that two models can get the same inputs."""
 
     distance_name: str
-    """What the distance to the teacher is called in the log."""
+    """The name of the distance to the teacher in the log."""
 
     def inputs(self, batch: Any) -> Any:
-        """What the model is given, and what it should say. Every random number is drawn here."""
+        """The model's inputs and targets. Every random number is drawn here."""
 
     def outputs(self, model: torch.nn.Module, inputs: Any) -> torch.Tensor:
-        """What the model says. `model` is the task's, as Accelerate prepared it, or the teacher."""
+        """The model's outputs. `model` is the task's model as prepared by Accelerate, or the teacher."""
 
     def loss(self, outputs: torch.Tensor, inputs: Any) -> torch.Tensor:
-        """Mean loss of a batch, a scalar."""
+        """The mean loss of a batch, a scalar."""
 
     def distance(self, outputs: torch.Tensor, teacher_outputs: torch.Tensor) -> torch.Tensor:
-        """How far the outputs are from the teacher's, a scalar: 0 where they are equal."""
+        """The distance of the outputs to the teacher's, a scalar: 0 if they are equal."""
 
 
 class CalledWithBatch(torch.nn.Module):
-    """A model, as Accelerate prepared it, that is called with a batch of the loader: what qat_patch can run by itself."""
+    """A prepared model that can be called with a batch of the loader, which is what qat_patch's measurements need."""
 
     def __init__(self, objective: Objective, model: torch.nn.Module) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ class CalledWithBatch(torch.nn.Module):
 
 
 Teacher = Callable[[torch.nn.Module, Any], torch.Tensor]
-"""Gives the outputs of the starting weights with original attention and linear layers, without gradients: teacher(model, inputs),
-where `model` is the student as Accelerate prepared it."""
+"""teacher(model, inputs) gives the outputs of the starting weights with original attention and linear layers, without gradients;
+`model` is the student as prepared by Accelerate."""
 
 
 def make_teacher(
@@ -60,17 +60,17 @@ def make_teacher(
     accelerator: Accelerator,
     another: torch.nn.Module | None = None,
 ) -> Teacher:
-    """The teacher of a model that is not trained nor prepared yet.
+    """The teacher of a model, before it is trained or prepared.
 
-    If the model has adapters it is its own teacher, with these off: no memory. Else the teacher is `another` model in original
-    attention, or a copy.
+    A model with adapters is its own teacher, with the adapters off, which needs no memory. Otherwise the teacher is `another`
+    model in original attention, or a copy.
     """
     if has_adapters(model):
 
         def itself(model: torch.nn.Module, inputs: Any) -> torch.Tensor:
             was_training = model.training
             model.eval()
-            # All of it is over before the student's forward pass, which gradient checkpointing runs again later.
+            # This ends before the student's forward pass, which gradient checkpointing runs again later.
             with torch.no_grad(), handle.disabled(), _unquantized(model), without_adapters(model):
                 outputs = objective.outputs(model, inputs)
             model.train(was_training)
@@ -84,7 +84,7 @@ def make_teacher(
         if get_linear_handle(another) is not None:
             unquantize_linears(another)
     frozen = another.requires_grad_(False).eval()
-    # Not `accelerator.prepare`, which would write it into every checkpoint.
+    # Not with `accelerator.prepare`, which would save it in every checkpoint.
     if accelerator.is_fsdp2:
         find_by_name(frozen)
         frozen = fsdp2_prepare_model(accelerator, frozen)
@@ -99,7 +99,7 @@ def make_teacher(
 
 
 def _unquantized(model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Inside, the linear layers of the model compute unquantized, if any are quantized."""
+    """Inside, quantized linear layers of the model compute unquantized."""
     linears = get_linear_handle(model)
     return contextlib.nullcontext() if linears is None else linears.disabled()
 
@@ -107,7 +107,7 @@ def _unquantized(model: torch.nn.Module) -> contextlib.AbstractContextManager[No
 def losses(
     objective: Objective, model: torch.nn.Module, batch: Any, teacher: Teacher | None, distillation: float
 ) -> dict[str, torch.Tensor]:
-    """`loss`, which is to be minimized, and with a teacher both of its parts, `task_loss` and the distance by its name."""
+    """`loss`, which is minimized; with a teacher also its parts, `task_loss` and the distance by its name."""
     inputs = objective.inputs(batch)
     target = None if teacher is None else teacher(model, inputs)
     outputs = objective.outputs(model, inputs)
@@ -130,15 +130,15 @@ def evaluate(
     teacher: Teacher | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Means over held-out data: `eval_loss_original` with original and `eval_loss_fp4` with 4-bit attention.
+    """Means over held-out data: `eval_loss_original` in original and `eval_loss_fp4` in 4-bit attention.
 
-    If linear layers are quantized, in both of these they are not; `eval_loss_linear` is with them alone, and
-    `eval_loss_fp4_linear` with all in 4 bits, which is what is exported. (Weights of a packed export are on the 4-bit grid in all
+    Quantized linear layers are off in both of these; `eval_loss_linear` has only them on, and `eval_loss_fp4_linear` has all in 4
+    bits, like the export. (Weights of a packed export are on the 4-bit grid in all
     four.)
 
-    Also the distance between the first and the last, such as `eval_kl_between`, which is what quantization changes; with a
-    teacher the distances to it, such as `eval_kl_original` and `eval_kl_fp4`. All see the same inputs, and the random numbers of
-    the training are left alone. With several processes the last batch is filled up with samples from the front.
+    Also the distance between the first and the last, such as `eval_kl_between`: the effect of quantization. With a teacher also
+    the distances to it, such as `eval_kl_original` and `eval_kl_fp4`. All get the same inputs, and the random numbers of the
+    training do not change. With several processes the last batch is filled with samples from the start.
     """
     was_training = model.training
     model.eval()

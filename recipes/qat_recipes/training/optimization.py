@@ -1,4 +1,4 @@
-"""What moves the weights, and their moving average."""
+"""The optimizer, compiled blocks, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(settings: TrainingSettings, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """AdamW over what is trained."""
+    """AdamW over the trained parameters."""
     return make_adamw(
         settings.optimizer,
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -33,10 +33,10 @@ def make_optimizer(settings: TrainingSettings, model: torch.nn.Module) -> torch.
 
 
 def compile_blocks(handle: PatchHandle, backend: str) -> None:
-    """Compile the repeated blocks of patched models one by one, in place: names in their state_dicts stay as they are.
+    """Compile the repeated blocks of patched models one by one, in place. Names in their state_dicts do not change.
 
     Raises:
-        ValueError: the host library does not say which blocks of this model are repeated.
+        ValueError: the host library does not name the repeated blocks of this model.
     """
     blocks = [block for model in handle.models for block in repeated_blocks(model)]
     if not blocks:
@@ -48,9 +48,9 @@ def compile_blocks(handle: PatchHandle, backend: str) -> None:
 
 
 class WeightAverage:
-    """An exponential moving average of what is trained, by Diffusers' EMAModel; checkpoints hold it too.
+    """An exponential moving average of the trained weights, by Diffusers' EMAModel. Checkpoints include it.
 
-    Where weights are sharded each process averages its own shards; checkpoints hold whole tensors.
+    With sharded weights each process averages its own shards; checkpoints hold whole tensors.
 
     Raises:
         ValueError: Diffusers is not installed.
@@ -67,7 +67,7 @@ class WeightAverage:
         self.average.to(accelerator.device)
 
     def step(self) -> None:
-        """Take the weights in as they are now."""
+        """Update the average with the current weights."""
         self.average.step(self._here())
 
     @contextlib.contextmanager
@@ -81,18 +81,18 @@ class WeightAverage:
             self.average.restore(self._here())
 
     def state_dict(self) -> dict[str, Any]:
-        """Whole tensors, which only the main process needs: the others have none of their values. All processes call this."""
+        """Whole tensors. Only the main process has their values, because only it writes. All processes call this."""
         state = self.average.state_dict()
         pairs = zip(state["shadow_params"], self.parameters, strict=True)
         return state | {"shadow_params": [self._whole(average, parameter) for average, parameter in pairs]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the part of this process from what the main process gave."""
+        """Load this process's part of the main process's tensors."""
         pairs = zip(state["shadow_params"], self.parameters, strict=True)
         self.average.load_state_dict(state | {"shadow_params": [_part(whole, parameter) for whole, parameter in pairs]})
 
     def _here(self) -> list[torch.nn.Parameter]:
-        """The weights as far as they are in this process, in the same memory."""
+        """The local parts of the weights, in the same memory."""
         return [
             torch.nn.Parameter(cast(DTensor, parameter.detach()).to_local()) if isinstance(parameter, DTensor) else parameter
             for parameter in self.parameters
@@ -117,5 +117,5 @@ def _part(whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return whole
     whole = whole.to(parameter.device)
-    # Every process has all of it: nothing is sent.
+    # Every process has the whole tensor, so nothing is sent.
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

@@ -1,6 +1,6 @@
-"""The state of a checkpoint, read without running anything: tensors and plain values. What does not fit stops the run.
+"""Read the state of a checkpoint without running code: tensors and plain values. Anything that does not fit stops the run.
 
-Accelerate writes it. It would also read it, but it lets some of the files run code, and goes on where random states are missing.
+Accelerate writes it and could read it, but it lets some of the files run code, and ignores missing random states.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qat_recipes.memory.optimizers import check_state
 
 
 class Stateful(Protocol):
-    """What Accelerate saves besides models and optimizers."""
+    """An object that Accelerate saves besides models and optimizers."""
 
     def state_dict(self) -> Any: ...
 
@@ -54,15 +54,15 @@ def load(
     *,
     left_out: set[str],
 ) -> dict[str, Any]:
-    """Load what a checkpoint holds, except for the random states.
+    """Load a checkpoint, except the random states.
 
     Args:
-        accelerator: of the run.
+        accelerator: the run's.
         folder: the checkpoint, whose files have been checked.
         model: as prepared.
         optimizer: as prepared.
-        registered: for checkpointing, in this order.
-        left_out: names of weights that checkpoints do not hold.
+        registered: the objects registered for checkpointing, in order.
+        left_out: names of weights that are not in checkpoints.
 
     Returns:
         The random states of this process, for `set_random_states`.
@@ -74,9 +74,9 @@ def load(
     def attempt(what: str, action: Any, *args: Any) -> Any:
         try:
             return action(*args)
-        # Each of the formats fails in ways of its own, and that for shards in one that is no Exception.
+        # Each format fails in its own way; that of shards raises something that is not an Exception.
         except (Exception, CheckpointException) as error:
-            # torch would advise to let the file run what it holds.
+            # torch's message would advise running the file's code.
             is_code = "weights_only" in str(error)
             reason = "it holds something else than tensors and plain values" if is_code else str(error)
             raise ValueError(
@@ -104,7 +104,7 @@ def load(
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put the random numbers where they were."""
+    """Restore the random states."""
     random.setstate(states["random_state"])
     numpy.random.set_state(states["numpy_random_seed"])
     torch.set_rng_state(states["torch_manual_seed"])
@@ -126,7 +126,7 @@ def _load_optimizer(file: Path, optimizer: torch.optim.Optimizer, device: torch.
 
 def _load_registered(file: Path, one: Stateful) -> None:
     found, now = load_plain(file, map_location="cpu", weights_only=True), one.state_dict()
-    # A schedule takes whatever it is given for its attributes. Mean keys are not there before they are loaded.
+    # A schedule accepts anything as its attributes, so compare the types. Mean keys do not exist before they are loaded.
     if now and not _is_alike(found, now):
         raise ValueError(f"expected {', '.join(sorted(now))}, of the types and shapes that they have here")
     one.load_state_dict(found)
@@ -145,7 +145,7 @@ def _is_alike(found: Any, now: Any) -> bool:
 
 
 def _random_states(file: Path) -> dict[str, Any]:
-    """What the file holds, tried out."""
+    """The random states in the file, after trying each."""
     states = load_plain(file, map_location="cpu", weights_only=True)
     expected = {"step", "random_state", "numpy_random_seed", "torch_manual_seed"}
     expected |= {"torch_cuda_manual_seed"} if torch.cuda.is_available() else set()
@@ -171,7 +171,7 @@ def _random_states(file: Path) -> dict[str, Any]:
 def _load_sharded(accelerator: Accelerator, folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     plugin: Any = accelerator.state.fsdp_plugin
     if plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
-        # One file, which Accelerate reads as plain values.
+        # One file. Accelerate reads it as plain values.
         load_fsdp_model(plugin, accelerator, model, folder)
         load_fsdp_optimizer(plugin, accelerator, optimizer, model, folder)
         return
@@ -185,7 +185,7 @@ def _load_sharded(accelerator: Accelerator, folder: Path, model: torch.nn.Module
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes what describes shards, and nothing else."""
+    """Unpickles the descriptions of shards, and nothing else."""
 
     CLASSES = frozenset(
         {
@@ -229,7 +229,7 @@ class _PlainReader(FileSystemReader):
 
 class _PlainPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        # The planner of torch unpickles whatever there is: it gets what is left when only plain values are read.
+        # torch's planner unpickles anything, so it gets only what was read as plain values.
         plain = io.BytesIO()
         torch.save(torch.load(value, weights_only=True), plain)
         plain.seek(0)

@@ -1,4 +1,4 @@
-"""What every recipe can set: steps, optimizer, attention, measuring and saving."""
+"""The settings of every recipe: steps, optimizer, attention, measuring and saving."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class LinearSettings(LinearQATConfig):
     """Linear layers in NVFP4, beside 4-bit attention."""
 
     calibration_batches: int | None = None
-    """Before the first step, measure the range of the inputs of linear layers on so many of the first batches of each process;
-    null: 8, or all if the run has fewer, and none with `nvfp4a16`, which rounds no inputs."""
+    """Before the first step, measure the input ranges of linear layers on this many of the first batches of each process. null:
+    8, or all if the run has fewer, and none with `nvfp4a16`, which rounds no inputs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,73 +34,73 @@ class TrainingSettings:
     steps: int
     """Optimizer steps of the whole run."""
     batch_size: int
-    """Samples in a forward pass of one process. One step sees batch_size * accumulation_steps * processes samples."""
+    """Samples per forward pass of one process. One step sees batch_size * accumulation_steps * processes samples."""
     accumulation_steps: int = 1
-    """Forward and backward passes whose gradients are averaged into one step."""
+    """Forward and backward passes per step; their gradients are averaged."""
     attention: Literal["fp4", "original"] = "fp4"
-    """Attention that the steps train through: 4-bit, or the model's own (a control run). Both are measured either way."""
+    """The attention to train through: 4-bit, or the model's own (a control run). Both are measured in any case."""
     qat: AttnQATConfig = AttnQATConfig()
-    """What is patched and what is quantized. `qat.spec.preset` says on whose grid: this package's (`nvfp4`), or that of a server,
-    such as `kv_nvfp4` for the NVFP4 KV caches of vLLM and SGLang, and `sage3` for SageAttention3 (docs/SERVERS.md)."""
+    """Which modules are patched, and what is quantized. `qat.spec.preset` sets the grid: this package's (`nvfp4`), or that of a
+    server, such as `kv_nvfp4` for the NVFP4 KV caches of vLLM and SGLang, and `sage3` for SageAttention3 (docs/SERVERS.md)."""
     linear: LinearSettings | None = None
-    """Linear layers in NVFP4 too, rounded by compressed-tensors and exported packed for vLLM and SGLang (docs/SERVERS.md); null:
-    they stay as they are. The held-out loss is measured with each of the two switched off, with both, and with none."""
+    """Linear layers in NVFP4 too, rounded by compressed-tensors and exported packed for vLLM and SGLang (docs/SERVERS.md). null:
+    unchanged. The held-out loss is measured with only 4-bit attention, only 4-bit linear layers, both, and neither."""
     calibration_batches: int = 0
-    """Before the first step, measure the mean keys that are subtracted before quantization (`k_shift`) on so many of the first
+    """Before the first step, measure the mean keys that are subtracted before quantization (`k_shift`) on this many of the first
     batches of each process; 0: nothing is subtracted."""
     calibration_exclude: tuple[str, ...] = ()
     """Patterns of patched modules that get no `k_shift`, such as ["*.attn2"] of Wan's image to video, which attends to text and
     to an image in one call."""
     distillation: float = 0.0
-    """How much the loss is the distance to the starting weights with original attention (and linear layers), the teacher: 0 is
-    the loss of the task alone, 1 the distance alone, in between they are mixed. Without adapters the teacher is a second model in
+    """The weight in the loss of the distance to the teacher, which is the starting model with original attention and linear
+    layers. 0: only the loss of the task; 1: only the distance; between: a mix. Without adapters the teacher is a second model in
     memory."""
     optimizer: OptimizerName = "adamw"
-    """adamw: PyTorch's, with two float32 moments a weight. adamw_8bit: moments of one byte. paged_adamw, paged_adamw_8bit:
-    moments that leave the GPU when its memory is short. All but the first are those of bitsandbytes."""
+    """adamw: PyTorch's, with two float32 moments per weight. adamw_8bit: moments of one byte. paged_adamw, paged_adamw_8bit:
+    moments that leave the GPU if its memory is short. All but the first come from bitsandbytes."""
     learning_rate: float
     """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     weight_decay: float = 0.01
-    """Decoupled weight decay, of all parameters."""
+    """Decoupled weight decay of all parameters."""
     fused_optimizer: bool = False
-    """AdamW as one kernel for all parameters: faster on a GPU."""
+    """Run AdamW as one kernel for all parameters: faster on a GPU."""
     offload_activations: bool = False
-    """Keep what the backward pass needs in the memory of the CPU until then; with gradient checkpointing that is the input of
-    each layer. Needs a GPU."""
+    """Keep activations in CPU memory until the backward pass; with gradient checkpointing these are the inputs of each layer.
+    Needs a GPU."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of what is trained, with this decay, and measure and export it; null: none."""
+    """Keep an exponential moving average of the trained weights with this decay, and measure and export it; null: none."""
     compile: str | None = None
     """Backend of torch.compile for the repeated blocks of the model, such as inductor; null: nothing is compiled."""
     max_grad_norm: float | None = 1.0
     """Clip the gradients of a step to this norm; null: never."""
     max_skipped_steps: int = 0
-    """Steps whose loss or gradients are not finite leave the weights as they are. So many of them may be in a run; one more
-    stops it. The batches of each are saved in output_dir/nonfinite."""
+    """How many steps with loss or gradients that are not finite a run may skip; one more stops it. Such steps do not change the
+    weights; their batches are saved in output_dir/nonfinite."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: as it is, or falling to zero at the last step."""
+    """The learning rate after the warm-up: constant, or falling to zero at the last step."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
     mixed_precision: Literal["bf16"] | None = None
-    """Compute in bfloat16 under autocast; what is trained is float32 either way, and so are optimizer states."""
+    """bf16: compute in bfloat16 under autocast. Trained weights are always float32, and so are PyTorch's optimizer states."""
     seed: int = 0
-    """Seeds the order of the samples and all random numbers."""
+    """Seed of the order of the samples and of all random numbers."""
     deterministic: bool = False
-    """Give the same bits in every run on the same machine; some algorithms are slower so on a GPU. CPU runs always do."""
+    """Make every run on the same machine bit-equal; some algorithms are slower this way on a GPU. CPU runs always are."""
     eval_every: int = 0
-    """Measure the held-out losses before the first step, every so many steps and after the last. At least 1 with held-out data
-    (`data.eval` or `data.eval_fraction`), and 0 without any."""
+    """Measure the held-out losses before the first step, every N steps and after the last. Must be at least 1 with held-out data
+    (`data.eval` or `data.eval_fraction`), and 0 without."""
     checkpoint_every: int = 0
-    """Write a checkpoint every so many steps and after the last; 0: never."""
+    """Write a checkpoint every N steps and after the last; 0: never."""
     keep_checkpoints: int | None = None
-    """Keep only the newest so many checkpoints; null: all."""
+    """Keep only the N newest checkpoints; null: all."""
     resume: str | None = None
-    """Go on from a checkpoint: `latest` of output_dir, where a run starts anew if nothing has been saved, or its path."""
+    """Resume from a checkpoint: its path, or `latest` for the newest in output_dir (if there is none, the run starts new)."""
     layers_every: int = 0
-    """Log the gradient norm of every layer and the error of 4-bit attention in it every so many steps; 0: never."""
+    """Log the gradient norm of every layer and its error in 4-bit attention every N steps; 0: never."""
     report_to: tuple[str, ...] = ()
-    """Trackers of Accelerate that get the metrics too, such as tensorboard or wandb."""
+    """Trackers of Accelerate that also get the metrics, such as tensorboard or wandb."""
 
     def __post_init__(self) -> None:
         def need(condition: bool, name: str, expected: str) -> None:
@@ -146,19 +146,19 @@ class TrainingSettings:
 
     @property
     def trains_in_turns(self) -> bool:
-        """Whether a step trains one of several parts of the model, so that the others have no gradients."""
+        """Whether a step trains only one of several parts of the model, so that the others have no gradients."""
         return False
 
     @property
     def linear_batches(self) -> int:
-        """How many of the first batches the inputs of linear layers are measured on."""
+        """The number of first batches to measure the inputs of linear layers on."""
         if self.linear is None or not self.linear.rounds_inputs:
             return 0
         return self.linear.calibration_batches or min(8, self.steps * self.accumulation_steps)
 
     @property
     def processes_a_sample(self) -> int:
-        """Over how many processes the tokens of one sample are split."""
+        """The number of processes that share the tokens of one sample."""
         return 1
 
     def check_eval(self, has_eval: bool) -> None:
@@ -176,5 +176,5 @@ class TrainingSettings:
             raise ValueError(f"settings.eval_every: expected 0, since there is no held-out data, got {self.eval_every}")
 
     def is_due(self, every: int, step: int) -> bool:
-        """Whether what is done every so many steps (0: never) and after the last one is to be done after this step."""
+        """Whether an action of every `every` steps (0: never) and after the last is due after this step."""
         return every > 0 and (step % every == 0 or step == self.steps)

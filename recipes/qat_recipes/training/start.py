@@ -1,4 +1,4 @@
-"""How a run starts: how it was launched, and where it goes on from. What does not fit is refused before anything is written."""
+"""The start of a run: its launch, and its checkpoint to resume from. Mistakes are refused before anything is written."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from .log import METRICS, SETTINGS
 from .settings import TrainingSettings
 
 BOOKKEEPING = frozenset({"output_dir", "resume", "checkpoint_every", "keep_checkpoints", "report_to", "max_skipped_steps"})
-"""Where and how often a run is saved, and when it gives up: free to differ when it goes on."""
+"""Settings that a resumed run may change: where and how often it is saved, and when it gives up."""
 _PATIENCE = timedelta(hours=2)
-"""How long processes wait for another: one alone reads the weights, hashes checkpoints and exports, minutes for a large model."""
+"""How long processes wait for each other: one alone reads weights, hashes checkpoints and exports, minutes for large models."""
 _STATE = {"step": int, "tokens": int, "skipped_steps": int, "processes": int, "settings": dict, "inputs": dict}
 
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
-    """Accelerate as the settings want it.
+    """An Accelerator for these settings.
 
     Raises:
-        ValueError: `accelerate launch` asks for something else, or for what this loop cannot do.
+        ValueError: `accelerate launch` asks for something else, or for something that this loop cannot do.
     """
     if settings.deterministic:
-        # Read when cuBLAS starts.
+        # cuBLAS reads this when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision, launched = settings.mixed_precision or "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", precision):
-        raise ValueError(f"accelerate launch asks for {launched}, the settings for mixed_precision={precision}; let them agree")
-    # Of parts that a step does not train DDP hears nothing.
+        raise ValueError(f"accelerate launch asks for {launched}, the settings for mixed_precision={precision}; make them equal")
+    # DDP must accept parts without gradients, because a step may not train them.
     handlers: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=_PATIENCE)]
     if settings.trains_in_turns:
         handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     accelerator = Accelerator(
         mixed_precision=precision,
         kwargs_handlers=handlers,
-        # As a plugin, so that no environment variable changes it.
+        # A plugin, so that no environment variable changes it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(settings.accumulation_steps),
         log_with=list(settings.report_to) or None,
         project_config=ProjectConfiguration(settings.output_dir, logging_dir=str(Path(settings.output_dir) / "logs")),
@@ -73,8 +73,8 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
             f"settings.offload_activations: there is no GPU to offload from, the run is on {accelerator.device.type}"
         )
     if accelerator.is_fsdp2 and settings.mixed_precision:
-        # Accelerate's policy would also round the loss and sum gradients up in bfloat16. It would round what modules are given:
-        # timesteps, rotary embeddings, the sum of the layers. Autocast rounds where one process does.
+        # Accelerate's policy would also round the loss, sum gradients in bfloat16, and round the inputs of modules: timesteps,
+        # rotary embeddings, the residual stream. Autocast rounds only where a single process does.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
         )
@@ -86,9 +86,9 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 
 
 def starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from, and the state stored in it; None where nothing has been saved. Only reads.
+    """The checkpoint to resume from, and its state; None if nothing was saved. Only reads.
 
-    The first process checks the files of the checkpoint, and tells the others what it found.
+    The first process checks the checkpoint's files, and tells the others the result.
 
     Raises:
         ValueError: output_dir holds another run, or the checkpoint is damaged or does not fit.
@@ -101,14 +101,14 @@ def starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tupl
             found = [error]
     (outcome,) = broadcast_object_list(found)
     if isinstance(outcome, ValueError):
-        # What looks wrong may be what another run is just doing.
+        # A problem may only be another run that is writing now.
         lock.refuse_if_locked(Path(settings.output_dir), "output_dir")
         raise outcome
     return outcome
 
 
 def content(settings: TrainingSettings) -> dict[str, tuple[int, int]]:
-    """What lies in output_dir, to see whether it has changed."""
+    """The contents of output_dir, to see whether they change."""
     output_dir = Path(settings.output_dir)
     if not output_dir.is_dir():
         return {}
@@ -117,11 +117,11 @@ def content(settings: TrainingSettings) -> dict[str, tuple[int, int]]:
 
 
 def refuse_other_inputs(checkpoint: Path, then: dict[str, str], now: dict[str, str]) -> None:
-    """Raise a ValueError if a run would go on from a checkpoint with other data, or from another model."""
+    """Raise a ValueError if a resumed run would use other data, or another model."""
     changed = sorted(name for name in then | now if then.get(name) != now.get(name))
     if changed:
         raise ValueError(
-            f"resume: {', '.join(changed)} changed since {checkpoint} was written; give it what it was trained on, or start "
+            f"resume: {', '.join(changed)} changed since {checkpoint} was written; use the same as before, or start "
             "another run in another output_dir"
         )
 
@@ -131,7 +131,7 @@ def owned(settings: TrainingSettings, accelerator: Accelerator, seen: dict[str, 
     """Inside, output_dir belongs to this run.
 
     Raises:
-        ValueError: it belongs to another one, cannot be written to, or is not as `seen` any more.
+        ValueError: another run has it, it cannot be written, or its contents are no longer as `seen`.
     """
     output_dir = Path(settings.output_dir)
     with lock.locked(output_dir, "output_dir") if accelerator.is_main_process else contextlib.nullcontext():
@@ -159,7 +159,7 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
         return None, new
     state = checkpoints.check(checkpoint)
     if any(not isinstance(state.get(name), kind) for name, kind in _STATE.items()) or not (checkpoint / METRICS).is_file():
-        raise ValueError(f"resume: {checkpoint} does not hold what a run goes on from; resume from another, or start again")
+        raise ValueError(f"resume: {checkpoint} does not hold the state of a run; resume from another, or start again")
     if state["processes"] != accelerator.num_processes:
         raise ValueError(f"resume: {checkpoint} needs {state['processes']} processes, and there are {accelerator.num_processes}")
     then, now = flatten(state["settings"]), flatten(to_dict(settings))
@@ -177,13 +177,13 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
 
 
 def _refuse_if_moved(output_dir: Path) -> None:
-    """Raise a ValueError if this run has saved checkpoints, and they are gone. Its log goes on behind the first one then."""
+    """Raise a ValueError if this run's checkpoints are gone: then its log goes on after the first one."""
     try:
         every = yaml.safe_load((output_dir / SETTINGS).read_text(encoding="utf-8"))["checkpoint_every"]
         last = max(json.loads(line)["step"] for line in (output_dir / METRICS).read_text(encoding="utf-8").splitlines())
         is_moved = 0 < every < last
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
-        return  # killed before it had written a whole line
+        return  # killed before it wrote a whole line
     if is_moved:
         raise ValueError(
             f"resume=latest: there is no checkpoint in {output_dir}, and its log goes to step {last} with one every {every} "

@@ -1,4 +1,4 @@
-"""One optimizer step: gradients averaged over batches and processes, clipped, and weights that move if all of it is finite."""
+"""One optimizer step: gradients are averaged over batches and processes and clipped; weights change only if all are finite."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ class Stepper:
     accelerator: Accelerator
     """Prepared what follows."""
     model: torch.nn.Module
-    """The task's, as Accelerate prepared it."""
+    """The task's model as prepared by Accelerate."""
     optimizer: torch.optim.Optimizer
     """Moves its weights."""
     teacher: Teacher | None
     """For distillation."""
 
     def step(self, batches: list[Any], *, is_detailed: bool) -> dict[str, float]:
-        """Losses, averaged over batches and processes, gradient norm before clipping, and tokens.
+        """Make a step. Returns losses, averaged over batches and processes, the gradient norm before clipping, and tokens.
 
-        If it is to be detailed, gradient norms of the layers too.
+        With details also the gradient norms of the layers.
 
-        The weights stay as they are if any of it is not finite; all processes agree on that.
+        The weights do not change if any value is not finite; all processes agree on this.
         """
         settings, task, accelerator = self.settings, self.task, self.accelerator
         group = settings.processes_a_sample
         sums: dict[str, torch.Tensor] = {}
         limit = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-        # Around the backward pass too, where gradient checkpointing runs the forward pass again.
+        # Also around the backward pass, in which gradient checkpointing runs the forward pass again.
         with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
             for batch in batches:
                 with accelerator.accumulate(self.model):
                     with save_on_cpu(pin_memory=True) if settings.offload_activations else contextlib.nullcontext():
                         values = losses(task.objective, self.model, batch, self.teacher, settings.distillation)
-                    # Gradients are averaged over processes, and those of a group are parts: their sum is wanted.
+                    # Gradients are averaged over processes, but those of a group are parts that must be summed.
                     accelerator.backward(values["loss"] * group)
                 values["tokens"] = torch.tensor(task.tokens(batch))
                 for name, value in values.items():
@@ -73,5 +73,5 @@ class Stepper:
 
 
 def is_finite(measured: dict[str, float]) -> bool:
-    """Whether a step moved the weights."""
+    """Whether a step changed the weights."""
     return math.isfinite(measured["loss"]) and math.isfinite(measured["grad_norm"])

@@ -69,7 +69,7 @@ def test_every_layer_has_its_own_spec(calls):
     )
     logits(model, token_ids())
     assert [call["spec"] for call in calls] == [QuantSpec(preset="nvfp4_qk"), QuantSpec(rotate=True), QuantSpec(rotate=True)]
-    with pytest.raises(ValueError, match="decides for no module that is patched"):
+    with pytest.raises(ValueError, match="applies to no patched module"):
         patch_model(tiny_qwen3(), AttnQATConfig(exclude_first_blocks=1, overrides={"*.0.*": QuantSpec(preset="nvfp4_qk")}))
 
 

@@ -171,7 +171,7 @@ def test_files_that_changed_are_refused(tmp_path):
     content = json.loads(file.read_text())
     content["tokens"][0][3] += 1
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="batch-000001.json cannot be used .its content has changed.*written again"):
+    with pytest.raises(ValueError, match="batch-000001.json cannot be used .its content has changed.*writes it again"):
         write(tmp_path / "a")
     file.unlink()
     assert write(tmp_path / "a") == write(tmp_path / "b")

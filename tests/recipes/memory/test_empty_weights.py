@@ -42,7 +42,7 @@ def test_who_receives_weights(monkeypatch, plugin, is_main_process, expected):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_only_what_is_trained_whole_is_left_unread(inputs, tmp_path, monkeypatch, lora):
-    monkeypatch.setattr("qat_recipes.training.task.receives_weights", lambda: True)
+    monkeypatch.setattr("qat_recipes.tasks.fine_tuning.receives_weights", lambda: True)
     read = []
     load = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kw: read.append(1) or load(*args, **kw))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from qat_recipes.tasks.flow_matching import FlowMatching
 from qat_recipes.tasks.video_diffusion import EXPERTS
 from support.models.tiny_clips import write_clips
 from support.models.tiny_wan import tiny_pipeline
-from support.runs.runs import SHARDED, command_line, log, run, run_in_two_processes, weights
+from support.runs.runs import SHARDED, command_line, log, run, run_in_two_processes, uninterrupted_runs, weights
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 RUN = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2, "seed": 4, "eval_timesteps": 2, "model.transformer": "both"}
@@ -48,13 +49,7 @@ def finetune(inputs, output_dir, **changes):
 
 @pytest.fixture(scope="module")
 def references(inputs, tmp_path_factory):
-    """Runs that nothing interrupted, by kind."""
-    folder = tmp_path_factory.mktemp("references")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        for kind, changes in KINDS.items():
-            finetune(inputs, folder / kind, **changes)
-    return folder
+    return uninterrupted_runs(partial(finetune, inputs), KINDS, tmp_path_factory.mktemp("references"))
 
 
 def experts_of(records):

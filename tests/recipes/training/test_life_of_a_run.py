@@ -204,7 +204,7 @@ def test_what_was_changed_is_refused_and_given_back_goes_on(tmp_path, lora):
         shutil.copytree(tmp_path / "in", tmp_path / "good")
         change(tmp_path / "in")
         before = (folder / "metrics.jsonl").read_bytes()
-        with pytest.raises(ValueError, match=f"resume: .*{message}.*; give it what it was trained on, or start another run"):
+        with pytest.raises(ValueError, match=f"resume: .*{message}.*; use the same as before, or start another run"):
             run(finetune_qwen3, values)
         assert (folder / "metrics.jsonl").read_bytes() == before
         shutil.rmtree(tmp_path / "in")

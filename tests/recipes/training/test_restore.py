@@ -188,14 +188,14 @@ def test_files_that_were_never_there(small, tmp_path, name):
 def test_a_run_whose_log_was_never_there(killed, inputs):
     (killed / "checkpoint-1" / "metrics.jsonl").unlink()
     seal(killed / "checkpoint-1")
-    with pytest.raises(ValueError, match="does not hold what a run goes on from"):
+    with pytest.raises(ValueError, match="does not hold the state of a run"):
         resume(inputs, killed)
 
 
 @pytest.mark.parametrize("state", [{"step": "1"}, {"settings": None}, {"inputs": 3}, {"processes": [1]}])
 def test_a_state_of_other_types(killed, inputs, state):
     seal(killed / "checkpoint-1", **state)
-    with pytest.raises(ValueError, match="does not hold what a run goes on from"):
+    with pytest.raises(ValueError, match="does not hold the state of a run"):
         resume(inputs, killed)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import av
 import pytest
@@ -32,6 +33,7 @@ from support.runs.runs import (
     run,
     run_in_two_processes,
     run_until_killed,
+    uninterrupted_runs,
     weights,
 )
 
@@ -83,13 +85,7 @@ def finetune(inputs, output_dir, **changes):
 
 @pytest.fixture(scope="module")
 def references(inputs, tmp_path_factory):
-    """Runs that nothing interrupted, by kind."""
-    folder = tmp_path_factory.mktemp("references")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        for kind, changes in KINDS.items():
-            finetune(inputs, folder / kind, **changes)
-    return folder
+    return uninterrupted_runs(partial(finetune, inputs), KINDS, tmp_path_factory.mktemp("references"))
 
 
 def measured(model, inputs, accelerator):

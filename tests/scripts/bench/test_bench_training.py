@@ -49,7 +49,7 @@ def test_real_sizes_have_the_published_number_of_weights(problem, config, weight
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch, capsys):
-    problem = bench_training.qwen3_14b_lora("cpu", True)
+    problem = bench_training.PROBLEMS["qwen3-14b-lora"]("cpu", True)
     monkeypatch.setitem(bench_training.PROBLEMS, "qwen3-14b-lora", lambda device, tiny: problem)
     monkeypatch.setattr(bench_training, "LOSSES_AGREE", 1e-9)
     with pytest.raises(SystemExit, match="losses: expected a difference.*nothing timed"):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
@@ -73,6 +74,15 @@ def run(recipe, settings):
         return recipe.main(command_line(settings))
     finally:
         reset_accelerate()
+
+
+def uninterrupted_runs(finetune, kinds, folder):
+    """A run in `folder` for each kind, by `finetune(output_dir, **settings)`. Returns the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        for kind, changes in kinds.items():
+            finetune(folder / kind, **changes)
+    return folder
 
 
 def run_until_killed(recipe, settings, checkpoint):
