@@ -169,7 +169,7 @@ def attention(
     under_transforms = transformed()
     packing = None if packed is None else Packing(*packed)  # type: ignore[arg-type]  # checked
     extras = Extras(key_mask, k_shift, packing, None if bounds is None else Bounds(*bounds), sinks)
-    if isinstance(impl, Verdicts) and not call.asked:  # features were not checked
+    if isinstance(impl, Verdicts) and impl.win and not call.asked:  # features were not checked
         chosen = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing)
     if chosen == "auto":
         chosen = resolve(q.device, q.dtype, spec.preset, packing is not None, call.asked)

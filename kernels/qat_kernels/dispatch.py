@@ -60,14 +60,20 @@ def fp4_kernels() -> ModuleType:
 @torch.compiler.assume_constant_result
 def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool, asked: tuple[str, ...] = ()) -> Impl:
     """What `auto` takes; `asked`: the FEATURES of the call."""
-    kernel = "sdpa" if QuantSpec(preset=preset).kv_only else "triton"
+    kv_only = _kv_only(preset)
+    kernel = "sdpa" if kv_only else "triton"
     if any(name not in COMPUTED[kernel] for name in asked):
         if device.type != "cpu":
             _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(asked)}")
         return "eager"
-    if QuantSpec(preset=preset).kv_only:
+    if kv_only:
         return "eager" if why_not_sdpa(device, dtype, packed) else "sdpa"
     return "eager" if device.type == "cpu" else _resolve(device, dtype, preset)
+
+
+@lru_cache
+def _kv_only(preset: Preset) -> bool:
+    return QuantSpec(preset=preset).kv_only
 
 
 @lru_cache

@@ -75,6 +75,11 @@ class Verdicts:
     """
 
     found: tuple[Verdict, ...]
+    win: bool = dataclasses.field(init=False, repr=False, compare=False)
+    """Whether a kernel wins anywhere; if not, calls cost the host no more than with `"auto"`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "win", any(each.wins_from is not None for each in self.found))
 
     def of(self, device: torch.device, case: Case) -> Verdict | None:
         """The verdict on a case, if it was checked."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qat_kernels.triton.forward import LN_2, online_softmax_step
+from qat_kernels.triton.forward import LN_2, exponentials, online_softmax_step
 from qat_kernels.triton.layout import (
     PAD,
     first_row,
@@ -53,10 +53,11 @@ _PACK = tl.constexpr(
 
 
 @triton.jit
-def _load_rows(ptr, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """These rows of WIDTH elements: a tile of BLOCK columns, zeros beyond WIDTH."""
+def _load_rows(ptr, first, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """These rows, counted from `first` on, of WIDTH elements: a tile of BLOCK columns, zeros beyond WIDTH."""
     columns = tl.arange(0, BLOCK)
-    ptrs = ptr + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+    # One sum of 64 bits for all, then small offsets.
+    ptrs = ptr + first.to(tl.int64) * WIDTH + (rows[:, None] * WIDTH + columns[None, :])
     if WIDTH == BLOCK:
         return tl.load(ptrs)
     else:
@@ -68,14 +69,48 @@ def _load_columns(ptr, slot, PER: tl.constexpr, COUNT: tl.constexpr, HEAD_DIM: t
     """From `slot` on, COUNT elements that hold PER slots each, of every column of V: [BLOCK_D, COUNT], zeros beyond HEAD_DIM."""
     height: tl.constexpr = _PAD // PER
     columns = tl.arange(0, BLOCK_D)
-    ptr += (slot // _PAD).to(tl.int64) * (HEAD_DIM * height)
-    if height > COUNT:
-        ptr += tl.multiple_of(slot % _PAD // PER, COUNT)
-    ptrs = ptr + columns[:, None] * height + tl.arange(0, COUNT)[None, :]
+    if height == COUNT and HEAD_DIM % PER == 0:  # `slot` is a multiple of _PAD; this takes fewer instructions
+        ptr += slot.to(tl.int64) * (HEAD_DIM // PER)
+    else:
+        ptr += (slot // _PAD).to(tl.int64) * (HEAD_DIM * height)
+        if height > COUNT:
+            ptr += tl.multiple_of(slot % _PAD // PER, COUNT)
+    ptrs = ptr + (columns[:, None] * height + tl.arange(0, COUNT)[None, :])
     if HEAD_DIM == BLOCK_D:
         return tl.load(ptrs)
     else:
         return tl.load(ptrs, mask=(columns < HEAD_DIM)[:, None], other=0)
+
+
+@triton.jit
+def _load_row_scales(ptr, first, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Scales of these rows, counted from `first` on: uint8 [rows, BLOCK_D / 16].
+
+    Of 64 values they are a word. Words can be copied to shared memory while others multiply, single bytes cannot.
+    """
+    if HEAD_DIM % 64 == 0:
+        words = _load_rows(ptr.to(tl.pointer_type(tl.int32)), first, rows, HEAD_DIM // 64, BLOCK_D // 64)
+        return _bytes_of(words)
+    else:
+        return _load_rows(ptr, first, rows, HEAD_DIM // GROUP, BLOCK_D // GROUP)
+
+
+@triton.jit
+def _load_column_scales(ptr, slot, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Scales of BLOCK_N slots, from `slot` on, of every column of V: uint8 [BLOCK_D, BLOCK_N / 16]."""
+    if BLOCK_N % 64 == 0:
+        words = _load_columns(ptr.to(tl.pointer_type(tl.int32)), slot, 64, BLOCK_N // 64, HEAD_DIM, BLOCK_D)
+        return _bytes_of(words)
+    else:
+        return _load_columns(ptr, slot, GROUP, BLOCK_N // GROUP, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _bytes_of(words):
+    """int32 [R, C] -> uint8 [R, 4 C], the lowest byte of each first."""
+    even = tl.join(words.to(tl.uint8), (words >> 16).to(tl.uint8))
+    odd = tl.join((words >> 8).to(tl.uint8), (words >> 24).to(tl.uint8))
+    return tl.reshape(tl.join(even, odd), (words.shape[0], 4 * words.shape[1]))
 
 
 @triton.jit
@@ -133,6 +168,16 @@ def _even_odd(groups):
 
 
 @triton.jit
+def _partial_sums(p, ORDER: tl.constexpr):
+    """Sums of parts of the rows of what `to_groups` cut, each of values in one thread: they are added up after the last tile."""
+    if ORDER == 0:
+        return tl.sum(tl.sum(tl.sum(tl.sum(p, 5), 4), 3), 2)
+    else:
+        sums = tl.sum(tl.sum(tl.sum(p, 5), 2), 1)
+        return tl.reshape(sums, (p.shape[0], 4))
+
+
+@triton.jit
 def _attend(
     out, row_sum, row_max, q, q_scale,
     k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr,
@@ -145,9 +190,9 @@ def _attend(
     With QUANTIZE_PV `out` takes PF~ VF, 2688 times too large, otherwise the unquantized P~ and V.
     """
     for first_slot in range(start, stop, BLOCK_N):
-        rows = k_row + first_slot + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_ptr, rows, HEAD_DIM // 2, BLOCK_D // 2)
-        k_scale = _load_rows(k_scale_ptr, rows, HEAD_DIM // GROUP, BLOCK_D // GROUP)
+        rows = tl.arange(0, BLOCK_N)
+        k = _load_rows(k_ptr, k_row + first_slot, rows, HEAD_DIM // 2, BLOCK_D // 2)
+        k_scale = _load_row_scales(k_scale_ptr, k_row + first_slot, rows, HEAD_DIM, BLOCK_D)
         scores = _scores(q, q_scale, k, k_scale, NATIVE)
         slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
         F32X2: tl.constexpr = HW_CONVERT and ORDER == 0  # sm_100
@@ -156,9 +201,14 @@ def _attend(
             if HAS_KEY_MASK:
                 allowed = allowed & (tl.load(key_mask_ptr + slot) != 0)[None, :]
             scores = tl.where(allowed, scores, float("-inf"))
-        p, group_max, row_max_safe, row_max_new, row_sum = online_softmax_step(
-            to_groups(scores, ORDER), row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS, F32X2
-        )  # fmt: skip
+        groups = to_groups(scores, ORDER)
+        if NATIVE:
+            p, group_max, row_max_safe, row_max_new = exponentials(groups, row_max, softmax_scale_log2, CHECK_BOUNDS, F32X2)
+            row_sum = row_sum * tl.exp2(row_max - row_max_safe)[:, None] + _partial_sums(p, ORDER)
+        else:
+            p, group_max, row_max_safe, row_max_new, row_sum = online_softmax_step(
+                groups, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS
+            )  # fmt: skip
         if ORDER == 0:  # from tensor memory and back, whether it changes or not
             out = mul(out, tl.exp2(row_max - row_max_safe)[:, None], F32X2)
         # Integer maxima seldom change: most tiles need no rescaling at all.
@@ -167,7 +217,7 @@ def _attend(
         row_max = row_max_new
         if QUANTIZE_PV:
             v = _load_columns(v_fp4_ptr, k_row + first_slot, 2, BLOCK_N // 2, HEAD_DIM, BLOCK_D)
-            v_scale = _load_columns(v_fp4_scale_ptr, k_row + first_slot, GROUP, BLOCK_N // GROUP, HEAD_DIM, BLOCK_D)
+            v_scale = _load_column_scales(v_fp4_scale_ptr, k_row + first_slot, BLOCK_N, HEAD_DIM, BLOCK_D)
             if NATIVE:
                 p_codes, p_scale = quantize_p(p, group_max, HW_CONVERT, F32X2)
                 out = _scaled_dot(p_codes, p_scale, v, v_scale, out)
@@ -208,9 +258,9 @@ def _attend_kept(
         first_slot = tl.where(block == 0, LEAD, start + (block - 1) * GROUP)
         lower = tl.where(block == 0, LEAD, tl.maximum(q_pos & -GROUP, LEAD + GROUP))
         slot = first_slot + tl.arange(0, GROUP)
-        rows = k_row + row_of(slot, ORDER)
-        k = _load_rows(k_ptr, rows, HEAD_DIM // 2, BLOCK_D // 2)
-        k_scale = _load_rows(k_scale_ptr, rows, HEAD_DIM // GROUP, BLOCK_D // GROUP)
+        rows = row_of(slot, ORDER) - first_slot
+        k = _load_rows(k_ptr, k_row + first_slot, rows, HEAD_DIM // 2, BLOCK_D // 2)
+        k_scale = _load_row_scales(k_scale_ptr, k_row + first_slot, rows, HEAD_DIM, BLOCK_D)
         scores = dot(q, tl.trans(_dequantize(k, k_scale)), tl.zeros((q.shape[0], GROUP), tl.float32))
         present = slot < slots
         if HAS_KEY_MASK:
@@ -261,18 +311,21 @@ def inference_kernel(
         key_mask_ptr += batch.to(tl.int64) * key_mask_stride
     seqlen_k -= leftpad
     slots = seqlen_k + LEAD
-    q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
+    q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
     v_ptr += batch.to(tl.int64) * v_stride_b + head_k.to(tl.int64) * v_stride_h
     v_ptr += (k_start + leftpad).to(tl.int64) * v_stride_l
 
     rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = rows < seqlen_q
-    q = _load_rows(q_ptr, q_row + rows, HEAD_DIM // 2, BLOCK_D // 2)
-    q_scale = _load_rows(q_scale_ptr, q_row + rows, HEAD_DIM // GROUP, BLOCK_D // GROUP)
+    q = _load_rows(q_ptr, q_row, tl.arange(0, BLOCK_M), HEAD_DIM // 2, BLOCK_D // 2)
+    q_scale = _load_row_scales(q_scale_ptr, q_row, tl.arange(0, BLOCK_M), HEAD_DIM, BLOCK_D)
 
     out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if NATIVE:
+        row_sum = tl.zeros((BLOCK_M, BLOCK_N // GROUP if ORDER == 0 else 4), tl.float32)
+    else:
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     q_pos, upper, begin, full, stop, _, _ = slot_ranges(
         rows, block * BLOCK_M, seqlen_k - seqlen_q + LEAD, slots, LEAD, CAUSAL, BLOCK_M, BLOCK_N
@@ -292,6 +345,8 @@ def inference_kernel(
         upper, slots, full, stop, softmax_scale_log2,
         HEAD_DIM, BLOCK_D, BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, NATIVE, HW_CONVERT,
     )  # fmt: skip
+    if NATIVE:
+        row_sum = tl.sum(row_sum, 1)
     if QUANTIZE_PV:
         out = out * (1.0 / P_GLOBAL_SCALE)
     if LEAD > 0:

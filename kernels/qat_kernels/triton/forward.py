@@ -20,8 +20,18 @@ _PAD = tl.constexpr(PAD)
 def online_softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS: tl.constexpr, F32X2: tl.constexpr = False):
     """One step of the online softmax; scores as `to_groups` returns them.
 
-    Returns P~ of these scores, the largest P~ of each group, and the new state of the rows. Maxima are rounded up, so that
-    rescaling is by a power of two and leaves the codes of P~ as they were.
+    Returns P~ of these scores, the largest P~ of each group, and the new state of the rows.
+    """
+    p, group_max, row_max_safe, row_max_new = exponentials(scores, row_max, softmax_scale_log2, CHECK_BOUNDS, F32X2)
+    row_sum = row_sum * tl.exp2(row_max - row_max_safe) + tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(p, 5), 2), 3), 2), 1)
+    return p, group_max, row_max_safe, row_max_new, row_sum
+
+
+@triton.jit
+def exponentials(scores, row_max, softmax_scale_log2, CHECK_BOUNDS: tl.constexpr, F32X2: tl.constexpr = False):
+    """`online_softmax_step` without the sums.
+
+    Maxima are rounded up, so that rescaling is by a power of two and leaves the codes of P~ as they were.
     """
     group_max = tl.max(tl.max(tl.max(scores, 5, keep_dims=True), 2, keep_dims=True), 4, keep_dims=True)
     tile_max = tl.max(tl.max(tl.max(tl.max(tl.max(group_max, 5), 4), 3), 2), 1)
@@ -31,8 +41,7 @@ def online_softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUN
         row_max_safe = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
     p = tl.exp2(mul_sub(scores, softmax_scale_log2, row_max_safe[:, None, None, None, None, None], F32X2))
     group_max = tl.exp2(group_max * softmax_scale_log2 - row_max_safe[:, None, None, None, None, None])
-    row_sum = row_sum * tl.exp2(row_max - row_max_safe) + tl.sum(tl.sum(tl.sum(tl.sum(tl.sum(p, 5), 2), 3), 2), 1)
-    return p, group_max, row_max_safe, row_max_new, row_sum
+    return p, group_max, row_max_safe, row_max_new
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def needed(arch: int, queries: int, keys: int, head_dim: int) -> Counter:
         codes, scales = 2 * keys * head_dim // 2 // 512, keys // 8 + head_dim // 8
         count["shared memory"] = codes + scales
         count["maximum"] = (scores - groups) + groups  # within a thread, then with the one that has the other half
-        count["shuffle"] = groups + rows + 2 * rows  # those; the row's maximum; its sum, between four threads
+        count["shuffle"] = groups + rows  # those; the row's maximum. Its sum is added up between threads after the last tile
     else:
         # A thread has half of the columns of one row, which it takes from tensor memory at once. FMNMX3 takes three numbers, and
         # FADD2, FMUL2 and FFMA2 take pairs.
