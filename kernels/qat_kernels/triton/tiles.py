@@ -97,9 +97,9 @@ _HOPPER_FORWARD = {
     (128, True, True): HopperTile(2, 128, 2),
 }
 _HOPPER_BACKWARD = {"grad_query": HopperTile(3, 64, 3), "grad_key_value": HopperTile(2, 64, 4)}
-_BACKWARD_OPTIONS = frozenset({"packed", "out_hp", "key_mask", "sinks"})
+_BACKWARD_OPTIONS = frozenset({"bounds", "packed", "out_hp", "key_mask", "sinks"})
 _HOPPER_OPTIONS = {
-    "forward": frozenset({"packed", "out_hp", "k_shift", "rotate", "bf16_pv"}),
+    "forward": frozenset({"bounds", "packed", "out_hp", "k_shift", "rotate", "bf16_pv"}),
     "grad_query": _BACKWARD_OPTIONS,
     "grad_key_value": _BACKWARD_OPTIONS,
 }

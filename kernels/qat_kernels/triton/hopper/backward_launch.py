@@ -13,7 +13,7 @@ from qat_kernels.triton.precompiled import Launch, Number, Pointer
 from qat_kernels.triton.problem import Problem
 from qat_kernels.triton.tiles import HopperTile
 
-from .descriptors import numbers_of, rows_of
+from .descriptors import mask_of, numbers_of, rows_of
 from .grad_key_value import grad_key_value_kernel
 from .grad_query import grad_query_kernel
 from .pipeline import WARP_GROUP_ROWS
@@ -27,7 +27,7 @@ class GradQuery:
 
     def __call__(self, *tensors: Any) -> Any:
         """Launch it on the current device and stream."""
-        operands, sequences, results = tensors[:4], tensors[4:8], tensors[12:]
+        operands, sequences, results = tensors[:4], (*tensors[4:8], *tensors[10:12]), tensors[12:]
         return self.launch(*operands, results, sequences)
 
 
@@ -39,7 +39,7 @@ class GradKeyValue:
 
     def __call__(self, *tensors: Any) -> Any:
         """Launch it on the current device and stream."""
-        operands, sequences, (delta, stats, *results) = tensors[:6], tensors[6:10], tensors[13:]
+        operands, sequences, (delta, stats, *results) = tensors[:6], (*tensors[6:10], *tensors[11:13]), tensors[13:]
         return self.launch(*operands, stats, delta, tuple(results), sequences)
 
 
@@ -58,10 +58,10 @@ def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, give
             _sequences(problem, given),
         ],
         [
-            grad_out.strides, contiguous_strides(grad_out.shape)[:3], *_numbers(problem, num_blocks),
+            grad_out.strides, contiguous_strides(grad_out.shape)[:3], *_numbers(problem, given, num_blocks),
             math.copysign(problem.softmax_scale, problem.scale),
         ],
-        problem.constants | {"WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        problem.constants | {"MASK": mask_of(problem), "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
     return GradQuery(launch)
@@ -83,20 +83,21 @@ def grad_key_value_launch(
             q, kv, kv, q, kv if kept else None, q if kept else None, statistics, statistics, (Pointer(dtype), Pointer(dtype)),
             _sequences(problem, given),
         ],
-        [contiguous_strides(key_shape)[:3], *_numbers(problem, num_blocks), problem.softmax_scale],
-        problem.constants | {"STAGES": tile.num_stages},
+        [contiguous_strides(key_shape)[:3], *_numbers(problem, given, num_blocks), problem.softmax_scale],
+        problem.constants | {"MASK": mask_of(problem), "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
     return GradKeyValue(launch)
 
 
 def _sequences(problem: Problem, given: Given) -> tuple[Pointer | None, ...]:
-    """Key mask by slot, leftpad, and cu_seqlens of Q and K."""
+    """Key mask by slot, leftpad, cu_seqlens of Q and K, and bounds."""
     cu_seqlens = given.pointer(torch.int32, problem.query.packed)
-    return *given.key_mask_pointers(), cu_seqlens, cu_seqlens
+    return *given.key_mask_pointers(), cu_seqlens, cu_seqlens, *given.bound_pointers()
 
 
-def _numbers(problem: Problem, num_blocks: int) -> tuple[Number, ...]:
+def _numbers(problem: Problem, given: Given, num_blocks: int) -> tuple[Number, ...]:
     """From `operand_rows` to the first scale."""
     queries, keys = problem.query, problem.key
-    return (queries.rows, keys.rows, queries.all_rows), *problem.sizes, num_blocks, problem.softmax_scale_log2
+    sizes = *problem.sizes, given.bounds_stride or 0
+    return (queries.rows, keys.rows, queries.all_rows), sizes, num_blocks, problem.softmax_scale_log2

@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qat_kernels.triton.precompiled import Argument, Pointer, Tiles
+from qat_kernels.triton.problem import Problem
 
 
 class _Descriptor(TensorDescriptor):
@@ -28,6 +29,12 @@ class HopperTiles(Tiles):
         return _Descriptor(
             self.pointer(base), [*self.shape], [*columns, 1], [self.block_rows, *columns], _layout(self.block_rows, *columns)
         )
+
+
+def mask_of(problem: Problem) -> tuple[int, int, int] | None:
+    """MASK of the kernels (ranges.py)."""
+    mask = problem.mask
+    return None if mask.is_plain else (mask.window or 0, mask.block_size, mask.prefix)
 
 
 def rows_of(all_rows: int, columns: int, block_rows: int) -> HopperTiles:
