@@ -27,6 +27,7 @@ from .pipeline import (
     load_step,
     new_barriers,
     new_ring,
+    place,
     release,
     skip,
     tile_at,
@@ -226,8 +227,8 @@ def _attend_kept(
 def _place(cu_seqlens, sizes, num_blocks, CAUSAL: gl.constexpr):
     """Batch, head and block of queries of this program; first token and number of tokens of its queries and of its keys."""
     num_heads, _, seqlen_q, seqlen_k = sizes
-    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
-    if CAUSAL:  # the longest first
+    batch_head, block = place(num_blocks, CAUSAL)
+    if CAUSAL:
         block = num_blocks - 1 - block
     batch = batch_head // num_heads
     q_start = 0

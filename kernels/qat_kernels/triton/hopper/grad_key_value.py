@@ -25,7 +25,7 @@ from qat_kernels.triton.layout import PAD, first_row, sequence
 from qat_kernels.triton.nvfp4 import GROUP
 from qat_kernels.triton.scores import first_query_to_see, queries_that_reach
 
-from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers
+from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers, place
 from .rounding import quantize_p_along_rows
 
 _PAD = gl.constexpr(PAD)
@@ -392,7 +392,7 @@ def grad_key_value_kernel(
     q_rows, k_rows, all_q_rows = operand_rows
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     heads = num_heads // num_heads_k
-    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
+    batch_head, block = place(num_blocks, CAUSAL)
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)

@@ -26,6 +26,7 @@ from .pipeline import (
     load_step,
     new_barriers,
     new_ring,
+    place,
     release,
     skip,
     tile_at,
@@ -283,8 +284,8 @@ def grad_query_kernel(
     num_heads, num_heads_k, seqlen_q, seqlen_k, bounds_stride = sizes
     q_rows, k_rows, all_q_rows = operand_rows
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
-    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
-    if CAUSAL:  # the longest first
+    batch_head, block = place(num_blocks, CAUSAL)
+    if CAUSAL:
         block = num_blocks - 1 - block
     batch, head = batch_head // num_heads, batch_head % num_heads
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
