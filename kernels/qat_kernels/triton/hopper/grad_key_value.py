@@ -380,9 +380,11 @@ def grad_key_value_kernel(
     Args:
         pointers: grad_key_ptr and grad_value_ptr.
         sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr and upper_ptr; each may be None.
-        out_strides: of batch, heads and tokens.
+        out_strides: of batch, heads, tokens and splits.
         operand_rows: of Q and of K of a head, and all of Q.
         sizes: num_heads, num_heads_k, seqlen_q, seqlen_k, and what bounds of a sequence are apart.
+        num_blocks: of a key head, and into how many splits each block's queries are cut; without CAUSAL. The results of the splits
+            are to be summed.
     """
     BLOCK_D: gl.constexpr = q_desc.block_shape[1]
     LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
@@ -392,12 +394,19 @@ def grad_key_value_kernel(
     q_rows, k_rows, all_q_rows = operand_rows
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     heads = num_heads // num_heads_k
-    batch_head, block = place(num_blocks, CAUSAL)
+    blocks, splits = num_blocks
+    batch_head, block = place(blocks * splits, CAUSAL)
+    split, block = block % splits, block // splits
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
     slots, token = seqlen_k + LEAD, gl.to_tensor(k_start)
     q_row = first_row(batch, head_k * heads, num_heads, q_rows, q_start, 0, VARLEN)
+    if not CAUSAL:  # the queries of this split
+        tiles = gl.cdiv(seqlen_q, _TILE)
+        first_query = tiles * split // splits * _TILE
+        seqlen_q = gl.minimum(seqlen_q, tiles * (split + 1) // splits * _TILE) - first_query
+        q_row += first_query
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
     leftpad = 0
     if key_mask_ptr is not None:
@@ -406,6 +415,7 @@ def grad_key_value_kernel(
         token += leftpad
         key_mask_ptr += batch.to(gl.int64) * k_rows
     offset = batch.to(gl.int64) * out_strides[0] + head_k.to(gl.int64) * out_strides[1] + token.to(gl.int64) * out_strides[2]
+    offset += split.to(gl.int64) * out_strides[3]
     if lower_ptr is not None:
         lower_ptr += batch.to(gl.int64) * bounds_stride
         upper_ptr += batch.to(gl.int64) * bounds_stride
