@@ -18,7 +18,6 @@ from .grad_key_value import grad_key_value_kernel
 from .grad_query import grad_query_kernel
 from .pipeline import WARP_GROUP_ROWS
 
-
 _MULTIPROCESSORS = 132
 """Of an H100 or H200."""
 _MOST_SPLITS, _LEAST_TILES = 8, 64
@@ -116,8 +115,8 @@ def grad_key_value_launch(
 def _splits(problem: Problem, blocks: int, tile: int) -> int:
     """Into how many parts the queries of each block of keys are cut, so that few keys fill the GPU.
 
-    The least of a model of the time, in that of a tile: of the programs that a multiprocessor runs one after the other, and of the
-    sums over splits. The order of sums depends on it, so it may depend on nothing but the problem.
+    Those that take the least time, which is counted in that of a tile: of the programs that a multiprocessor runs one after the
+    other, and of the sums over splits. The order of sums depends on it, so it depends on nothing but the problem.
     """
     if problem.causal or problem.query.packed:
         return 1
@@ -130,7 +129,6 @@ def _splits(problem: Problem, blocks: int, tile: int) -> int:
 
     most = max(1, min(_MOST_SPLITS, tiles // _LEAST_TILES))
     return min(range(1, most + 1), key=cost)
-
 
 
 def _sequences(problem: Problem, given: Given) -> tuple[Pointer | None, ...]:

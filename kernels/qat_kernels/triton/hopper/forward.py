@@ -402,9 +402,10 @@ def attention_forward_kernel(
 
     q, k, v, v_kept: operands (layout.py) in tiles of 64 queries and of N keys, permuted with ORDER 64; v_kept only where groups
     are kept. cu_seqlens: None, or those of Q and of K. pointers: out and out_hp (O'), which have the same strides, lse, stats and
-    q_dot_k_shift; all but out and lse may be None. bounds: lower_ptr and upper_ptr, which may be None. out_strides of batch, heads,
-    tokens and head dim; row_strides: of lse from head to head, of bounds from sequence to sequence. operand_rows: q_rows, k_rows,
-    all_q_rows. sizes: num_heads, num_heads_k, seqlen_q, seqlen_k. All of them as in triton/forward.py; MASK as in ranges.py.
+    q_dot_k_shift; all but out and lse may be None. bounds: lower_ptr and upper_ptr, which may be None. out_strides of batch,
+    heads, tokens and head dim; row_strides: of lse from head to head, of bounds from sequence to sequence. operand_rows: q_rows,
+    k_rows, all_q_rows. sizes: num_heads, num_heads_k, seqlen_q, seqlen_k. All of them as in triton/forward.py; MASK as in
+    ranges.py.
     """
     N: gl.constexpr = k_desc.block_shape[0]
     D: gl.constexpr = k_desc.block_shape[1]

@@ -125,9 +125,7 @@ def _ranges(
 ):  # fmt: skip
     """Those of a call. Without MASK `late` is `stop`."""
     if MASK is None:
-        begin, full, stop, kept_start, kept_stop = _query_ranges(
-            first_slot, sequence[0], sequence[1], LEAD, CAUSAL, HAS_KEY_MASK
-        )
+        begin, full, stop, kept_start, kept_stop = _query_ranges(first_slot, sequence[0], sequence[1], LEAD, CAUSAL, HAS_KEY_MASK)
         late = stop
     else:
         begin, full, late, stop, kept_start, kept_stop = _masked_query_ranges(first_slot, sequence, LEAD, MASK, HAS_KEY_MASK)
@@ -383,7 +381,7 @@ def grad_key_value_kernel(
         out_strides: of batch, heads, tokens and splits.
         operand_rows: of Q and of K of a head, and all of Q.
         sizes: num_heads, num_heads_k, seqlen_q, seqlen_k, and what bounds of a sequence are apart.
-        num_blocks: of a key head, and into how many splits each block's queries are cut; without CAUSAL. The results of the splits
+        num_blocks: of a key head, and into how many splits each block's queries are cut: one with CAUSAL. The results of splits
             are to be summed.
     """
     BLOCK_D: gl.constexpr = q_desc.block_shape[1]

@@ -123,7 +123,8 @@ def _sum_quantized(
         full = gl.maximum(gl.minimum(full, stop), begin)
         if WINDOWED:
             grad_query, step = _sum_tiles(
-                grad_query, step, first, begin, upper, None, lower, prefix_stop, None, operands, rings, softmax_scale_log2, BLOCK_D
+                grad_query, step, first, begin, upper, None, lower, prefix_stop, None, operands, rings,
+                softmax_scale_log2, BLOCK_D,
             )  # fmt: skip
         grad_query, step = _sum_tiles(
             grad_query, step, begin, full, None, None, None, 0, None, operands, rings, softmax_scale_log2, BLOCK_D

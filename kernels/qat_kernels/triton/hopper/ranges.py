@@ -49,10 +49,11 @@ def row_bounds(rows, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: g
 def tile_ranges(
     start, sequence, ROWS: gl.constexpr, N: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr
 ):  # fmt: skip
-    """What ROWS queries from `start` on see, in whole tiles of N slots; nothing, but perhaps the sink group, where all are behind the sequence.
+    """What ROWS queries from `start` on see, in whole tiles of N slots.
 
     The end of the tiles that only the prefix needs. The first other tile, where those begin that all see whole, where they end,
-    and the end of all. Where the tiles of open groups start and end; and whether the sink group is seen (0 or 1).
+    and the end of all. Where the tiles of open groups start and end; and whether the sink group is seen (0 or 1). Where all of
+    the queries are behind the sequence, there is nothing but the sink group.
     """
     seqlen_q, slots, leftpad, lower_ptr, upper_ptr = sequence
     ORIGIN: gl.constexpr = LEAD + GROUP if LEAD > 0 else 0
