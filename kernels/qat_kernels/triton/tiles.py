@@ -84,8 +84,8 @@ _OF_VARIANTS = {
 
 HOPPER = 90
 """The architecture of hopper/."""
-# Its forward, by head dim, causality, and what it computes: O' too, nothing but O, or O from BF16 P and V. Measured on an H200 for
-# head dim 128, where BF16 P and V would spill with 128 keys.
+# Its forward, by head dim, causality, and what it computes: O' too, nothing but O, or O from BF16 P and V. Measured on an H200
+# for head dim 128, where BF16 P and V would spill with 128 keys.
 _HOPPER_FORWARD = {
     (64, False, "out_hp"): HopperTile(2, 128, 4),
     (64, False, ""): HopperTile(3, 128, 4),

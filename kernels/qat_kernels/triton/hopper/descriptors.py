@@ -31,10 +31,10 @@ class HopperTiles(Tiles):
         )
 
 
-def mask_of(problem: Problem) -> tuple[int, int, int] | None:
+def mask_of(problem: Problem) -> tuple[int, int, int, bool] | None:
     """MASK of the kernels (ranges.py)."""
     mask = problem.mask
-    return None if mask.is_plain else (mask.window or 0, mask.block_size, mask.prefix)
+    return None if mask.is_plain else (mask.window or 0, mask.block_size, mask.prefix, mask.bounded)
 
 
 def rows_of(all_rows: int, columns: int, block_rows: int) -> HopperTiles:

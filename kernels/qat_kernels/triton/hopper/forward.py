@@ -33,7 +33,7 @@ from .pipeline import (
     tile_at,
     wait_full,
 )
-from .ranges import row_bounds, tile_ranges
+from .ranges import block_size_of, has_lower_bounds, prefix_of, row_bounds, tile_ranges
 from .rescale import rescale
 from .softmax import ORDER, halves, mask_scores, no_keys_yet, round_p, rows_of, softmax_step, to_operand
 
@@ -58,9 +58,8 @@ def _slot_at(step, order, LEAD: gl.constexpr, N: gl.constexpr, MASK: gl.constexp
     """The first slot of the tile of this step: `main` tiles descend to `first`, then those of the prefix to the first of all."""
     first, main, steps = order
     slot = first + (main - 1 - step) * N
-    if MASK is not None:
-        if MASK[2] > 0:
-            slot = gl.where(step < main, slot, (LEAD + GROUP if LEAD > 0 else 0) + (steps - 1 - step) * N)
+    if prefix_of(MASK) > 0:
+        slot = gl.where(step < main, slot, (LEAD + GROUP if LEAD > 0 else 0) + (steps - 1 - step) * N)
     return slot
 
 
@@ -71,6 +70,9 @@ def _mask(scores, step, seen, LEAD: gl.constexpr, MASK: gl.constexpr):
     N: gl.constexpr = scores.shape[1]
     if MASK is None:
         scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, 0)
+    elif not has_lower_bounds(MASK):
+        if step < full_start:
+            scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, 0)
     elif (step < full_start) | (step >= full_stop):
         scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, lower, prefix_stop)
     return scores
@@ -190,7 +192,7 @@ def _attend_kept(
 ):  # fmt: skip
     """One tile of kept groups, with unquantized P~ and V: of slots below LEAD + 16 the sink group, else open groups.
 
-    The open group of a row holds its `last` slot. lower, prefix_stop: with MASK, as in `mask_scores`.
+    The open group of a row holds its `last` slot. lower, prefix_stop: as in `mask_scores`.
     """
     N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
@@ -202,7 +204,7 @@ def _attend_kept(
     slot = first_slot + slot_of(gl.arange(0, N, gl.SliceLayout(0, accumulator(N))), ORDER)
     kept_from = gl.where(first_slot < LEAD, LEAD, gl.maximum(last & -GROUP, LEAD + GROUP))
     allowed = (slot[None, :] >= kept_from[:, None]) & (slot[None, :] <= last[:, None]) & (slot < slots)[None, :]
-    if MASK is not None:
+    if has_lower_bounds(MASK):
         allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
     scores = gl.where(allowed, scores, float("-inf"))
     weights, _, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, True)
@@ -308,7 +310,7 @@ def _consumer(
     start = main - gl.maximum(stop - block_first, 0) // N
     end = steps
     if MASK is not None:
-        if MASK[2] == 0:
+        if prefix_of(MASK) == 0:
             end = gl.maximum(main - (my_first - block_first) // N, start)
         end = gl.where(inside, end, start)
     out = gl.zeros((WARP_GROUP_ROWS, D), gl.float32, accumulator(D))
@@ -350,9 +352,8 @@ def _consumer(
         for step in range(steps, all_steps):
             first_slot = _kept_slot_at(step - steps, sink, open_start, LEAD, N)
             mine = (first_slot >= my_open_start) & (first_slot < my_open_stop)
-            if MASK is not None:
-                if MASK[1] >= WARP_GROUP_ROWS:  # at most two groups are open
-                    mine = mine & ((first_slot == my_open_start) | (first_slot + N >= my_open_stop))
+            if block_size_of(MASK) >= WARP_GROUP_ROWS:  # at most two groups are open
+                mine = mine & ((first_slot == my_open_start) | (first_slot + N >= my_open_stop))
             if inside & (mine | (first_slot < LEAD)):
                 out, out_hp, row_max, row_sum = _attend_kept(
                     out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, lower, prefix_stop, first_slot, slots, step,

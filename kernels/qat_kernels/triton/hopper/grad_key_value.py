@@ -26,6 +26,7 @@ from qat_kernels.triton.nvfp4 import GROUP
 from qat_kernels.triton.scores import first_query_to_see, queries_that_reach
 
 from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers, place
+from .ranges import has_lower_bounds
 from .rounding import quantize_p_along_rows
 
 _PAD = gl.constexpr(PAD)
@@ -83,31 +84,30 @@ def _masked_query_ranges(first_slot, sequence, LEAD: gl.constexpr, MASK: gl.cons
     """`_query_ranges` with MASK. Tiles of queries that see all end before those that only see slots behind the first (late)."""
     seqlen_q, slots, leftpad, lower_ptr, upper_ptr = sequence
     q_pos_offset = slots - seqlen_q
-    BOUNDED: gl.constexpr = lower_ptr is not None
     until = queries_that_reach(
         gl.minimum(first_slot + _ROWS, slots) - 1, seqlen_q, q_pos_offset, leftpad, lower_ptr,
-        LEAD, MASK[0], MASK[1], MASK[2], BOUNDED,
+        LEAD, MASK[0], MASK[1], MASK[2], MASK[3],
     )  # fmt: skip
     if MASK[2] > 0:
         until = gl.where(first_slot < MASK[2] + LEAD, seqlen_q, until)
-    late = queries_that_reach(first_slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], 0, BOUNDED)
+    late = queries_that_reach(first_slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], 0, MASK[3])
     kept_start = 0
     kept_stop = 0
     if LEAD > 0:
         kept_start = first_query_to_see(
-            gl.maximum(first_slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], BOUNDED
+            gl.maximum(first_slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
         ) // _TILE * _TILE  # fmt: skip
         kept_stop = first_query_to_see(
-            first_slot + _ROWS, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], BOUNDED
+            first_slot + _ROWS, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
         )  # fmt: skip
         kept_stop = gl.where(first_slot < LEAD, until, gl.minimum(kept_stop, until))
     begin = first_query_to_see(
         first_slot + (GROUP if LEAD > 0 else 0), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
-        LEAD, MASK[1], MASK[2], BOUNDED,
+        LEAD, MASK[1], MASK[2], MASK[3],
     ) // _TILE * _TILE  # fmt: skip
     full = first_query_to_see(
         first_slot + _ROWS - (0 if LEAD > 0 else 1), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
-        LEAD, MASK[1], MASK[2], BOUNDED,
+        LEAD, MASK[1], MASK[2], MASK[3],
     )  # fmt: skip
     full = seqlen_q if HAS_KEY_MASK else gl.where(slots < first_slot + _ROWS, seqlen_q, full)
     nothing = (first_slot >= slots) | (first_slot < LEAD)  # or the block of the sink group, which is kept
@@ -150,19 +150,18 @@ def _query_bounds(slot, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK
         elif CAUSAL:
             first = own
     else:
-        BOUNDED: gl.constexpr = lower_ptr is not None
         own = first_query_to_see(
-            gl.maximum(slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], BOUNDED
+            gl.maximum(slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
         )  # fmt: skip
         first = own
         if LEAD > 0:
             first = first_query_to_see(
-                group_stop, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], BOUNDED
+                group_stop, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
             )  # fmt: skip
         last = slot * 0 + seqlen_q - 1
-        if MASK[0] > 0 or BOUNDED:
+        if has_lower_bounds(MASK):
             last = queries_that_reach(
-                slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], MASK[2], BOUNDED
+                slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], MASK[2], MASK[3]
             ) - 1  # fmt: skip
         own_last = gl.minimum(first - 1, last)
     return first, last, own, own_last

@@ -32,7 +32,7 @@ from .pipeline import (
     tile_at,
     wait_full,
 )
-from .ranges import prefix_of, row_bounds, tile_ranges, window_of
+from .ranges import has_lower_bounds, prefix_of, row_bounds, tile_ranges
 
 _PAD = gl.constexpr(PAD)
 _TILE = gl.constexpr(64)
@@ -129,7 +129,7 @@ def _sum_quantized(
         grad_query, step = _sum_tiles(
             grad_query, step, begin, full, None, None, None, 0, None, operands, rings, softmax_scale_log2, BLOCK_D
         )  # fmt: skip
-    if WINDOWED or PREFIX:
+    if WINDOWED:
         grad_query, step = _sum_tiles(
             grad_query, step, full, stop, upper, None, lower, prefix_stop, key_mask_ptr, operands, rings,
             softmax_scale_log2, BLOCK_D,
@@ -144,14 +144,14 @@ def _sum_quantized(
 @gluon.jit
 def _sum_kept(
     grad_query, step, last, bounds, block, mine, inside, key_mask_ptr, operands, rings, softmax_scale_log2,
-    ORIGIN: gl.constexpr, LEAD: gl.constexpr, MASKED: gl.constexpr, BLOCK_D: gl.constexpr,
+    ORIGIN: gl.constexpr, LEAD: gl.constexpr, WINDOWED: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """The same over the kept groups: that of the sink, then those that are open. `last`: the end of what rows see."""
     upper, lower, prefix_stop = bounds
     block_open_start, block_open_stop, block_sink = block[5], block[6], block[7]
     open_start, open_stop, sink = mine[5], mine[6], ORIGIN - _TILE * gl.where(inside, mine[7], 0)
     step = _skip_tiles(step, ORIGIN - _TILE * block_sink, sink, rings)
-    if MASKED:
+    if WINDOWED:
         grad_query, step = _sum_tiles(
             grad_query, step, sink, ORIGIN, last, upper * 0 + LEAD, lower, prefix_stop, key_mask_ptr, operands, rings,
             softmax_scale_log2, BLOCK_D,
@@ -163,7 +163,7 @@ def _sum_kept(
         )  # fmt: skip
     step = _skip_tiles(step, block_open_start, gl.minimum(open_start, block_open_stop), rings)
     kept_from = gl.maximum(upper, ORIGIN)
-    if MASKED:
+    if WINDOWED:
         grad_query, step = _sum_tiles(
             grad_query, step, open_start, open_stop, last, kept_from, lower, prefix_stop, key_mask_ptr, operands, rings,
             softmax_scale_log2, BLOCK_D,
@@ -186,7 +186,7 @@ def _compute(
     q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, sequence, softmax_scale_log2, softmax_scale = work
     grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr, key_mask_ptr = pointers
     grad_out_stride_l, grad_out_stride_d, out_stride_l = strides
-    seqlen_q, slots, _, lower_ptr, _ = sequence
+    seqlen_q, slots, _, _, _ = sequence
     ORIGIN: gl.constexpr = LEAD + GROUP if LEAD > 0 else 0  # behind the sink group
     ROWS: gl.constexpr = q_tiles.shape[0] * WARP_GROUP_ROWS
     block = tile_ranges(start, sequence, ROWS, _TILE, LEAD, CAUSAL, MASK)
@@ -211,15 +211,14 @@ def _compute(
     operands = (q_tiles.index(PART), grad_out, lse_log2, delta)
     grad_query = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
     mbarrier.wait(q_full.index(PART), 0)
-    WINDOWED: gl.constexpr = lower_ptr is not None or window_of(MASK) > 0
     grad_query, step = _sum_quantized(
         grad_query, bounds, block, mine, start < seqlen_q, key_mask_ptr, operands, rings, softmax_scale_log2,
-        ORIGIN, WINDOWED, prefix_of(MASK) > 0, BLOCK_D,
+        ORIGIN, has_lower_bounds(MASK), prefix_of(MASK) > 0, BLOCK_D,
     )  # fmt: skip
     if LEAD > 0:
         grad_query = _sum_kept(
             grad_query, step, gl.minimum(last + 1, slots), bounds, block, mine, start < seqlen_q, key_mask_ptr, operands, rings,
-            softmax_scale_log2, ORIGIN, LEAD, MASK is not None, BLOCK_D,
+            softmax_scale_log2, ORIGIN, LEAD, has_lower_bounds(MASK), BLOCK_D,
         )  # fmt: skip
 
     rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_D)))

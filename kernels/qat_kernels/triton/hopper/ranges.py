@@ -1,7 +1,7 @@
 """Which tiles a block and its warp groups need: `layout.slot_ranges` and `scores.masked_slot_ranges` in whole tiles.
 
-MASK: None where `causal` says all about what queries see, else WINDOW, BLOCK_SIZE and PREFIX of scores.py, whose BOUNDED kernels
-are those with pointers to bounds. A **sequence** is its number of queries and of slots, its leftpad, and lower_ptr and upper_ptr.
+MASK: None where `causal` says all of what queries see, else WINDOW, BLOCK_SIZE, PREFIX and BOUNDED of scores.py. A **sequence**
+is its number of queries and of slots, its leftpad, and lower_ptr and upper_ptr.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from qat_kernels.triton.scores import masked_slot_ranges
 
 
 @gluon.constexpr_function
-def window_of(mask):
-    """WINDOW; 0: none."""
-    return 0 if mask is None else mask[0]
+def has_lower_bounds(mask):
+    """Whether there are slots that some queries do not see any more."""
+    return mask is not None and (mask[0] > 0 or mask[3])
+
+
+@gluon.constexpr_function
+def block_size_of(mask):
+    """BLOCK_SIZE; 0: none."""
+    return 0 if mask is None else mask[1]
 
 
 @gluon.constexpr_function
@@ -40,7 +46,7 @@ def row_bounds(rows, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: g
     else:
         last, upper, lower, prefix_stop, _, _, _, _, _, _, _, _ = masked_slot_ranges(
             rows, 0, seqlen_q, slots - seqlen_q, slots, leftpad, lower_ptr, upper_ptr,
-            LEAD, MASK[0], MASK[1], MASK[2], lower_ptr is not None, 64, 64,
+            LEAD, MASK[0], MASK[1], MASK[2], MASK[3], 64, 64,
         )  # fmt: skip
     return last, upper, lower, prefix_stop
 
@@ -69,7 +75,7 @@ def tile_ranges(
         start = gl.minimum(start, seqlen_q - 1)
         _, _, _, _, head_stop, first, begin, full, stop, open_start, without_sink, open_blocks = masked_slot_ranges(
             start, start, seqlen_q, slots - seqlen_q, slots, leftpad, lower_ptr, upper_ptr,
-            LEAD, MASK[0], MASK[1], MASK[2], lower_ptr is not None, ROWS, N,
+            LEAD, MASK[0], MASK[1], MASK[2], MASK[3], ROWS, N,
         )  # fmt: skip
         head_stop = gl.where(inside, head_stop, ORIGIN)
     stop = ORIGIN + gl.cdiv(gl.maximum(stop - ORIGIN, 0), N) * N
