@@ -13,7 +13,7 @@ from qat_kernels.triton.precompiled import Launch, Number, Pointer
 from qat_kernels.triton.problem import Problem
 from qat_kernels.triton.tiles import HopperTile
 
-from .descriptors import mask_of, numbers_of, rows_of
+from .descriptors import numbers_of, rows_of, seen_of
 from .grad_key_value import grad_key_value_kernel
 from .grad_query import grad_query_kernel
 from .pipeline import WARP_GROUP_ROWS
@@ -76,10 +76,10 @@ def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, give
             _sequences(problem, given),
         ],
         [
-            grad_out.strides, contiguous_strides(grad_out.shape)[:3], *_numbers(problem, given, num_blocks),
+            grad_out.strides, contiguous_strides(grad_out.shape)[:3], *_numbers(problem, num_blocks),
             math.copysign(problem.softmax_scale, problem.scale),
         ],
-        problem.constants | {"MASK": mask_of(problem), "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        problem.constants | {"SEEN": seen_of(problem, given), "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
     return GradQuery(launch)
@@ -104,9 +104,9 @@ def grad_key_value_launch(
             _sequences(problem, given),
         ],
         [
-            (*out_strides, math.prod(key_shape)), *_numbers(problem, given, (num_blocks, splits)), problem.softmax_scale,
+            (*out_strides, math.prod(key_shape)), *_numbers(problem, num_blocks, splits), problem.softmax_scale,
         ],
-        problem.constants | {"MASK": mask_of(problem), "STAGES": tile.num_stages},
+        problem.constants | {"SEEN": seen_of(problem, given), "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
     return GradKeyValue(launch, splits)
@@ -137,8 +137,7 @@ def _sequences(problem: Problem, given: Given) -> tuple[Pointer | None, ...]:
     return *given.key_mask_pointers(), cu_seqlens, cu_seqlens, *given.bound_pointers()
 
 
-def _numbers(problem: Problem, given: Given, num_blocks: Number) -> tuple[Number, ...]:
+def _numbers(problem: Problem, *num_blocks: int) -> tuple[Number, ...]:
     """From `operand_rows` to the first scale."""
     queries, keys = problem.query, problem.key
-    sizes = *problem.sizes, given.bounds_stride or 0
-    return (queries.rows, keys.rows, queries.all_rows), sizes, num_blocks, problem.softmax_scale_log2
+    return (queries.rows, keys.rows, queries.all_rows), *problem.sizes, *num_blocks, problem.softmax_scale_log2

@@ -9,6 +9,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qat_kernels.triton.operands import Given
 from qat_kernels.triton.precompiled import Argument, Pointer, Tiles
 from qat_kernels.triton.problem import Problem
 
@@ -31,10 +32,13 @@ class HopperTiles(Tiles):
         )
 
 
-def mask_of(problem: Problem) -> tuple[int, int, int, bool] | None:
-    """MASK of the kernels (ranges.py)."""
+def seen_of(problem: Problem, given: Given) -> tuple[int, int, int, int] | None:
+    """SEEN of the kernels (ranges.py)."""
     mask = problem.mask
-    return None if mask.is_plain else (mask.window or 0, mask.block_size, mask.prefix, mask.bounded)
+    if not mask.hides_keys:
+        return None
+    bounded = 0 if given.bounds_stride is None else 1 if given.bounds_stride == 0 else 2
+    return mask.window or 0, mask.block_size, mask.prefix, bounded
 
 
 def rows_of(all_rows: int, columns: int, block_rows: int) -> HopperTiles:

@@ -33,7 +33,7 @@ from .pipeline import (
     tile_at,
     wait_full,
 )
-from .ranges import block_size_of, has_lower_bounds, prefix_of, row_bounds, tile_ranges
+from .ranges import block_size_of, bounds_of, has_lower_bounds, mask_of, prefix_of, row_bounds, tile_ranges
 from .rescale import rescale
 from .softmax import ORDER, halves, mask_scores, no_keys_yet, round_p, rows_of, softmax_step, to_operand
 
@@ -228,7 +228,7 @@ def _attend_kept(
 @gluon.jit
 def _place(cu_seqlens, sizes, num_blocks, CAUSAL: gl.constexpr):
     """Batch, head and block of queries of this program; first token and number of tokens of its queries and of its keys."""
-    num_heads, _, seqlen_q, seqlen_k = sizes
+    num_heads, seqlen_q, seqlen_k = sizes
     batch_head, block = place(num_blocks, CAUSAL)
     if CAUSAL:
         block = num_blocks - 1 - block
@@ -253,7 +253,7 @@ def _store(
     D: gl.constexpr = out.shape[1]
     layout: gl.constexpr = gl.SliceLayout(1, accumulator(D))
     cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale = arguments
-    out_ptr, out_hp_ptr, lse_ptr, stats_ptr, q_dot_k_shift_ptr = pointers
+    out_ptr, out_hp_ptr, lse_ptr, stats_ptr, q_dot_k_shift_ptr, _, _ = pointers
     out_stride_b, out_stride_h, out_stride_l, out_stride_d = out_strides
     batch, head, block, q_start, seqlen_q, _, _ = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
     rows = block * BLOCK_M + first + gl.arange(0, WARP_GROUP_ROWS, layout)
@@ -393,20 +393,18 @@ def _producer(loads, WARP_GROUPS: gl.constexpr, LEAD: gl.constexpr, MASK: gl.con
 
 
 # Else each length would be compiled anew.
-@gluon.jit(do_not_specialize=["row_strides", "sizes", "num_blocks"])
+@gluon.jit(do_not_specialize=["lse_stride", "num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
 def attention_forward_kernel(
-    q_desc, k_desc, v_desc, v_kept_desc, cu_seqlens, pointers, bounds, out_strides, operand_rows, row_strides, sizes, num_blocks,
-    softmax_scale_log2, k_shift_scale,
-    CAUSAL: gl.constexpr, MASK: gl.constexpr, QUANTIZE_PV: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, v_kept_desc, cu_seqlens, pointers, out_strides, operand_rows,
+    lse_stride, num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, k_shift_scale,
+    SEEN: gl.constexpr, QUANTIZE_PV: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """WARP_GROUPS times 64 queries of one head of one sequence.
 
     q, k, v, v_kept: operands (layout.py) in tiles of 64 queries and of N keys, permuted with ORDER 64; v_kept only where groups
-    are kept. cu_seqlens: None, or those of Q and of K. pointers: out and out_hp (O'), which have the same strides, lse, stats and
-    q_dot_k_shift; all but out and lse may be None. bounds: lower_ptr and upper_ptr, which may be None. out_strides of batch,
-    heads, tokens and head dim; row_strides: of lse from head to head, of bounds from sequence to sequence. operand_rows: q_rows,
-    k_rows, all_q_rows. sizes: num_heads, num_heads_k, seqlen_q, seqlen_k. All of them as in triton/forward.py; MASK as in
-    ranges.py.
+    are kept. cu_seqlens: None, or those of Q and of K. pointers: out and out_hp (O'), which have the same strides, lse, stats,
+    q_dot_k_shift, lower_ptr and upper_ptr; all but out and lse may be None. out_strides of batch, heads, tokens and head dim;
+    lse_stride of heads. operand_rows: q_rows, k_rows, all_q_rows. All of them as in triton/forward.py; SEEN as in ranges.py.
     """
     N: gl.constexpr = k_desc.block_shape[0]
     D: gl.constexpr = k_desc.block_shape[1]
@@ -415,15 +413,16 @@ def attention_forward_kernel(
     VARLEN: gl.constexpr = cu_seqlens is not None
     LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
     q_rows, k_rows, _ = operand_rows
-    num_heads, num_heads_k, _, _ = sizes
+    CAUSAL: gl.constexpr = SEEN is not None
+    MASK: gl.constexpr = mask_of(SEEN)
+    sizes = (num_heads, seqlen_q, seqlen_k)
+    _, _, _, _, _, lower_ptr, upper_ptr = pointers
     batch, head, block, q_start, seqlen_q, k_start, seqlen_k = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
     head_k = head // (num_heads // num_heads_k)
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
-    lower_ptr, upper_ptr = bounds
     if lower_ptr is not None:
-        lower_ptr += batch.to(gl.int64) * row_strides[1]
-        upper_ptr += batch.to(gl.int64) * row_strides[1]
+        lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
     first, sequence_ = block * BLOCK_M, (seqlen_q, seqlen_k + LEAD, 0, lower_ptr, upper_ptr)
     head_stop, begin, _, _, stop, open_start, open_stop, sink = tile_ranges(first, sequence_, BLOCK_M, N, LEAD, CAUSAL, MASK)
     main = gl.maximum(stop - begin, 0) // N
@@ -438,7 +437,7 @@ def attention_forward_kernel(
     q_full = new_barriers(WARP_GROUPS, 1)
     k_ring, v_ring = new_ring(k_desc, STAGES, WARP_GROUPS), new_ring(v_desc, STAGES, WARP_GROUPS)
     fence_async_shared()
-    arguments = (cu_seqlens, pointers, out_strides, row_strides[0], sizes, operand_rows, num_blocks, k_shift_scale)
+    arguments = (cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale)
     common = (q_tiles, q_full, k_ring, v_ring, arguments, sequence_, first, order, kept, softmax_scale_log2)
     loads = (q_desc, k_desc, v_desc, v_kept_desc, q_tiles, q_full, k_ring, v_ring, q_row + first, k_row, order, kept)
     if WARP_GROUPS == 2:

@@ -26,7 +26,7 @@ from qat_kernels.triton.nvfp4 import GROUP
 from qat_kernels.triton.scores import first_query_to_see, queries_that_reach
 
 from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers, place
-from .ranges import has_lower_bounds
+from .ranges import bounds_of, has_lower_bounds, mask_of
 from .rounding import quantize_p_along_rows
 
 _PAD = gl.constexpr(PAD)
@@ -86,28 +86,28 @@ def _masked_query_ranges(first_slot, sequence, LEAD: gl.constexpr, MASK: gl.cons
     q_pos_offset = slots - seqlen_q
     until = queries_that_reach(
         gl.minimum(first_slot + _ROWS, slots) - 1, seqlen_q, q_pos_offset, leftpad, lower_ptr,
-        LEAD, MASK[0], MASK[1], MASK[2], MASK[3],
+        LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0,
     )  # fmt: skip
     if MASK[2] > 0:
         until = gl.where(first_slot < MASK[2] + LEAD, seqlen_q, until)
-    late = queries_that_reach(first_slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], 0, MASK[3])
+    late = queries_that_reach(first_slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], 0, MASK[3] > 0)
     kept_start = 0
     kept_stop = 0
     if LEAD > 0:
         kept_start = first_query_to_see(
-            gl.maximum(first_slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
+            gl.maximum(first_slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
         ) // _TILE * _TILE  # fmt: skip
         kept_stop = first_query_to_see(
-            first_slot + _ROWS, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
+            first_slot + _ROWS, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
         )  # fmt: skip
         kept_stop = gl.where(first_slot < LEAD, until, gl.minimum(kept_stop, until))
     begin = first_query_to_see(
         first_slot + (GROUP if LEAD > 0 else 0), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
-        LEAD, MASK[1], MASK[2], MASK[3],
+        LEAD, MASK[1], MASK[2], MASK[3] > 0,
     ) // _TILE * _TILE  # fmt: skip
     full = first_query_to_see(
         first_slot + _ROWS - (0 if LEAD > 0 else 1), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
-        LEAD, MASK[1], MASK[2], MASK[3],
+        LEAD, MASK[1], MASK[2], MASK[3] > 0,
     )  # fmt: skip
     full = seqlen_q if HAS_KEY_MASK else gl.where(slots < first_slot + _ROWS, seqlen_q, full)
     nothing = (first_slot >= slots) | (first_slot < LEAD)  # or the block of the sink group, which is kept
@@ -151,17 +151,17 @@ def _query_bounds(slot, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK
             first = own
     else:
         own = first_query_to_see(
-            gl.maximum(slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
+            gl.maximum(slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
         )  # fmt: skip
         first = own
         if LEAD > 0:
             first = first_query_to_see(
-                group_stop, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3]
+                group_stop, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
             )  # fmt: skip
         last = slot * 0 + seqlen_q - 1
         if has_lower_bounds(MASK):
             last = queries_that_reach(
-                slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], MASK[2], MASK[3]
+                slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0
             ) - 1  # fmt: skip
         own_last = gl.minimum(first - 1, last)
     return first, last, own, own_last
@@ -363,36 +363,36 @@ def _copy(
 
 
 # Else each length would be compiled anew.
-@gluon.jit(do_not_specialize=["sizes", "num_blocks"])
+@gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks", "splits"])
 def grad_key_value_kernel(
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc,
-    pointers, sequences, out_strides, operand_rows, sizes, num_blocks, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, STAGES: gl.constexpr,
+    pointers, sequences, out_strides, operand_rows,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, splits, softmax_scale_log2, softmax_scale,
+    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 128 slots of one key head, summed over the query heads that share them. Excluded keys are not written.
 
     Operands and results are those of triton/grad_key_value.py; stats and delta: tiles [64] of float32 [2 all_q_rows].
-    MASK as in ranges.py.
+    SEEN as in ranges.py.
 
     Args:
         pointers: grad_key_ptr and grad_value_ptr.
         sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr and upper_ptr; each may be None.
         out_strides: of batch, heads, tokens and splits.
         operand_rows: of Q and of K of a head, and all of Q.
-        sizes: num_heads, num_heads_k, seqlen_q, seqlen_k, and what bounds of a sequence are apart.
-        num_blocks: of a key head, and into how many splits each block's queries are cut: one with CAUSAL. The results of splits
-            are to be summed.
+        num_blocks: of a key head. splits: into how many parts each block's queries are cut, one with CAUSAL; their results are to
+            be summed.
     """
     BLOCK_D: gl.constexpr = q_desc.block_shape[1]
     LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
     grad_key_ptr, grad_value_ptr = pointers
     key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr, upper_ptr = sequences
-    num_heads, num_heads_k, seqlen_q, seqlen_k, bounds_stride = sizes
+    CAUSAL: gl.constexpr = SEEN is not None
+    MASK: gl.constexpr = mask_of(SEEN)
     q_rows, k_rows, all_q_rows = operand_rows
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     heads = num_heads // num_heads_k
-    blocks, splits = num_blocks
-    batch_head, block = place(blocks * splits, CAUSAL)
+    batch_head, block = place(num_blocks * splits, CAUSAL)
     split, block = block % splits, block // splits
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
@@ -414,8 +414,7 @@ def grad_key_value_kernel(
     offset = batch.to(gl.int64) * out_strides[0] + head_k.to(gl.int64) * out_strides[1] + token.to(gl.int64) * out_strides[2]
     offset += split.to(gl.int64) * out_strides[3]
     if lower_ptr is not None:
-        lower_ptr += batch.to(gl.int64) * bounds_stride
-        upper_ptr += batch.to(gl.int64) * bounds_stride
+        lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
     here = (seqlen_q, slots, leftpad, lower_ptr, upper_ptr)
     pointers = (grad_key_ptr + offset, grad_value_ptr + offset, key_mask_ptr)
 

@@ -32,7 +32,7 @@ from .pipeline import (
     tile_at,
     wait_full,
 )
-from .ranges import has_lower_bounds, prefix_of, row_bounds, tile_ranges
+from .ranges import bounds_of, has_lower_bounds, mask_of, prefix_of, row_bounds, tile_ranges
 
 _PAD = gl.constexpr(PAD)
 _TILE = gl.constexpr(64)
@@ -260,28 +260,28 @@ def _copy(work, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr):
 
 
 # Else each length would be compiled anew.
-@gluon.jit(do_not_specialize=["sizes", "num_blocks"])
+@gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
 def grad_query_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, pointers, sequences, grad_out_strides, out_strides, operand_rows,
-    sizes, num_blocks, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, softmax_scale,
+    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dQ of WARP_GROUPS (three) times 64 queries of one head.
 
-    Operands, statistics and results are those of the kernel in triton/grad_query.py; MASK as in ranges.py.
+    Operands, statistics and results are those of the kernel in triton/grad_query.py; SEEN as in ranges.py.
 
     Args:
         pointers: grad_out_ptr, delta_ptr, stats_ptr and grad_query_ptr.
         sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr and upper_ptr; each may be None.
         grad_out_strides: of batch, heads, tokens and head dim; out_strides: of the first three.
         operand_rows: of Q and of K of a head, and all of Q.
-        sizes: num_heads, num_heads_k, seqlen_q, seqlen_k, and what bounds of a sequence are apart.
     """
     BLOCK_D: gl.constexpr = q_desc.block_shape[1]
     LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
     grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr = pointers
     key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr, upper_ptr = sequences
-    num_heads, num_heads_k, seqlen_q, seqlen_k, bounds_stride = sizes
+    CAUSAL: gl.constexpr = SEEN is not None
+    MASK: gl.constexpr = mask_of(SEEN)
     q_rows, k_rows, all_q_rows = operand_rows
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     batch_head, block = place(num_blocks, CAUSAL)
@@ -300,8 +300,7 @@ def grad_query_kernel(
         leftpad = gl.load(leftpad_ptr + batch)
         key_mask_ptr += batch * k_rows
     if lower_ptr is not None:
-        lower_ptr += batch * bounds_stride
-        upper_ptr += batch * bounds_stride
+        lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
     here = (seqlen_q, slots - leftpad, leftpad, lower_ptr, upper_ptr)
     grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[1] + token * grad_out_strides[2]
     grad_query_ptr += batch * out_strides[0] + head * out_strides[1] + token * out_strides[2]

@@ -1,7 +1,8 @@
 """Which tiles a block and its warp groups need: `layout.slot_ranges` and `scores.masked_slot_ranges` in whole tiles.
 
-MASK: None where `causal` says all of what queries see, else WINDOW, BLOCK_SIZE, PREFIX and BOUNDED of scores.py. A **sequence**
-is its number of queries and of slots, its leftpad, and lower_ptr and upper_ptr.
+SEEN, what kernels are compiled for: None where queries see all keys, else WINDOW, BLOCK_SIZE and PREFIX of scores.py, and
+BOUNDED: 1 where all sequences share their bounds, 2 where each has its own. CAUSAL: whether it is there. MASK: the same, but None
+where a plain causal mask says all. A **sequence** is its number of queries and of slots, its leftpad, lower_ptr and upper_ptr.
 """
 
 from __future__ import annotations
@@ -15,9 +16,24 @@ from qat_kernels.triton.scores import masked_slot_ranges
 
 
 @gluon.constexpr_function
+def mask_of(seen):
+    """MASK."""
+    return None if seen is None or seen == (0, 1, 0, 0) else seen
+
+
+@gluon.jit
+def bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN: gl.constexpr):
+    """Pointers to the bounds of a sequence."""
+    if SEEN[3] == 2:
+        lower_ptr += batch.to(gl.int64) * seqlen_q
+        upper_ptr += batch.to(gl.int64) * seqlen_q
+    return lower_ptr, upper_ptr
+
+
+@gluon.constexpr_function
 def has_lower_bounds(mask):
     """Whether there are slots that some queries do not see any more."""
-    return mask is not None and (mask[0] > 0 or mask[3])
+    return mask is not None and (mask[0] > 0 or mask[3] > 0)
 
 
 @gluon.constexpr_function
@@ -46,7 +62,7 @@ def row_bounds(rows, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: g
     else:
         last, upper, lower, prefix_stop, _, _, _, _, _, _, _, _ = masked_slot_ranges(
             rows, 0, seqlen_q, slots - seqlen_q, slots, leftpad, lower_ptr, upper_ptr,
-            LEAD, MASK[0], MASK[1], MASK[2], MASK[3], 64, 64,
+            LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0, 64, 64,
         )  # fmt: skip
     return last, upper, lower, prefix_stop
 
@@ -75,7 +91,7 @@ def tile_ranges(
         start = gl.minimum(start, seqlen_q - 1)
         _, _, _, _, head_stop, first, begin, full, stop, open_start, without_sink, open_blocks = masked_slot_ranges(
             start, start, seqlen_q, slots - seqlen_q, slots, leftpad, lower_ptr, upper_ptr,
-            LEAD, MASK[0], MASK[1], MASK[2], MASK[3], ROWS, N,
+            LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0, ROWS, N,
         )  # fmt: skip
         head_stop = gl.where(inside, head_stop, ORIGIN)
     stop = ORIGIN + gl.cdiv(gl.maximum(stop - ORIGIN, 0), N) * N
