@@ -103,15 +103,13 @@ def holds_an_open_group(last, first_slot, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _count_below(values_ptr, count, limit):
-    """How many of `count` numbers that never decrease are below a limit."""
-    low = 0
-    high = count
-    while low < high:
-        middle = (low + high) // 2
-        below = tl.load(values_ptr + middle) < limit
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
+    """How many of `count` numbers, at least one, that never decrease are below a limit; or below each of several."""
+    found = limit * 0
+    while count > 1:
+        half = count // 2
+        found = tl.where(tl.load(values_ptr + found + half - 1) < limit, found + half, found)
+        count -= half
+    return found + (tl.load(values_ptr + found) < limit).to(tl.int32)
 
 
 @triton.jit

@@ -84,22 +84,26 @@ _OF_VARIANTS = {
 
 HOPPER = 90
 """The architecture of hopper/."""
-# Its forward, by head dim, causality, and whether it computes O'; measured on an H200 for head dim 128. There (3, 128, 2) is 4 %
-# faster without O' where nothing is masked; its results have not been compared.
+# Its forward, by head dim, causality, and what it computes: O' too, nothing but O, or O from BF16 P and V. Measured on an H200
+# for head dim 128, where BF16 P and V would spill with 128 keys.
 _HOPPER_FORWARD = {
-    (64, False, False): HopperTile(3, 128, 4),
-    (64, False, True): HopperTile(2, 128, 4),
-    (64, True, False): HopperTile(3, 128, 4),
-    (64, True, True): HopperTile(2, 128, 4),
-    (128, False, False): HopperTile(3, 64, 4),
-    (128, False, True): HopperTile(2, 128, 2),
-    (128, True, False): HopperTile(3, 64, 4),
-    (128, True, True): HopperTile(2, 128, 2),
+    (64, False, "out_hp"): HopperTile(2, 128, 4),
+    (64, False, ""): HopperTile(3, 128, 4),
+    (64, False, "bf16_pv"): HopperTile(3, 128, 4),
+    (64, True, "out_hp"): HopperTile(2, 128, 4),
+    (64, True, ""): HopperTile(3, 128, 4),
+    (64, True, "bf16_pv"): HopperTile(3, 128, 4),
+    (128, False, "out_hp"): HopperTile(2, 128, 2),
+    (128, False, ""): HopperTile(3, 128, 2),
+    (128, False, "bf16_pv"): HopperTile(3, 64, 4),
+    (128, True, "out_hp"): HopperTile(2, 128, 2),
+    (128, True, ""): HopperTile(3, 64, 4),
+    (128, True, "bf16_pv"): HopperTile(3, 64, 4),
 }
 _HOPPER_BACKWARD = {"grad_query": HopperTile(3, 64, 3), "grad_key_value": HopperTile(2, 64, 4)}
-_BACKWARD_OPTIONS = frozenset({"packed", "out_hp", "key_mask", "sinks"})
+_BACKWARD_OPTIONS = frozenset({"bounds", "packed", "out_hp", "key_mask", "sinks"})
 _HOPPER_OPTIONS = {
-    "forward": frozenset({"packed", "out_hp", "k_shift", "rotate", "bf16_pv"}),
+    "forward": frozenset({"bounds", "packed", "out_hp", "k_shift", "rotate", "bf16_pv"}),
     "grad_query": _BACKWARD_OPTIONS,
     "grad_key_value": _BACKWARD_OPTIONS,
 }
@@ -176,7 +180,8 @@ def choose(arch: int, head_dim: int, causal: bool, options: tuple[str, ...] = ()
         return chosen
     for kernel in Tiles._fields:
         if why_not_hopper(kernel, gluon, head_dim, causal, options) is None:
-            tile = _HOPPER_BACKWARD.get(kernel) or _HOPPER_FORWARD[head_dim, causal, "out_hp" in options]
+            computes = next((name for name in ("out_hp", "bf16_pv") if name in options), "")
+            tile = _HOPPER_BACKWARD.get(kernel) or _HOPPER_FORWARD[head_dim, causal, computes]
             chosen = chosen._replace(**{kernel: tile})
     return chosen
 

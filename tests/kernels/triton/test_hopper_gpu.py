@@ -68,7 +68,7 @@ class Call:
             self.tensors = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in self.tensors]
         self.key_mask, self.k_shift = (None if x is None else x.cuda() for x in (case.key_mask(), case.k_shift()))
         scale = case.head_dim**-0.5 if case.scale is None else case.scale
-        self.options = {"spec": case.spec(), "mask": case.seen(), "scale": scale, "sinks": on_device(case, "cuda")["sinks"]}
+        self.options = {"spec": case.spec(), "mask": case.seen(), "scale": scale, **on_device(case, "cuda")}
 
     def forward(self, with_gradient: bool = True):
         from qat_kernels.triton import launch
@@ -82,7 +82,7 @@ class Call:
 
         poison()
         _, k, v, grad_out = self.tensors
-        value = v if self.case.spec().reads_value(self.case.causal) else None
+        value = v if self.case.spec().reads_value(self.case.seen().hides_keys) else None
         saved = (value, saved.out_hp, saved.stats, saved.codes)
         return launch.backward(grad_out, *saved, self.key_mask, self.packing, key_shape=k.shape, **self.options)
 
@@ -248,6 +248,45 @@ def test_backward_with_a_key_mask(head_dim, causal):
             heads = (3, 3) if causal and head_dim == 64 else (4, 2)
             case = Case(head_dim=head_dim, causal=causal, mask=mask, lq=lq, lk=lk, heads=heads, seed=n)
             check_backward(Call(case, torch.bfloat16))
+
+
+# Windows and blocks that end within tiles, and longer ones; what the kernels are compiled for is the same for all lengths.
+BOUNDED_CASES = (
+    {"causal": True, "window": 200},
+    {"causal": True, "block_size": 150},
+    {"causal": True, "window": 90, "block_size": 20, "prefix": 70},
+    {"bounds": "images"},
+    {"bounds": "random", "prefix": 30},
+)
+
+
+@pytest.mark.parametrize("options", BOUNDED_CASES, ids=str)
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_bounds(head_dim, options):
+    """Forward with and without O', and backward. A window leaves alone what no query may see."""
+    for case in cases(Case(head_dim=head_dim, **options)):
+        call = Call(case, torch.bfloat16)
+        for with_gradient in (True, False):
+            check_forward(call, with_gradient)
+        check_backward(call, same_bits=head_dim == 128 or case.heads[0] == case.heads[1])
+
+
+@pytest.mark.parametrize("options", BOUNDED_CASES[:3], ids=str)
+def test_bounds_of_packed_documents(options):
+    call = Call(Case(head_dim=128, **options), torch.bfloat16, DOCUMENTS)
+    check_forward(call, True)
+    check_backward(call)
+
+
+def test_few_keys_and_many_queries_are_summed_in_parts():
+    """In another order than by the Triton kernel."""
+    from qat_kernels.triton.hopper.backward_launch import GradKeyValue
+
+    call = Call(Case(head_dim=128, lq=17_000, lk=301, heads=(2, 1), batch=1), torch.bfloat16)
+    with mock.patch.object(GradKeyValue, "__call__", autospec=True, side_effect=GradKeyValue.__call__) as launched:
+        call.backward(call.forward())
+    assert launched.call_args.args[0].splits > 1
+    check_backward(call, same_bits=False)
 
 
 def test_backward_with_sinks_in_float16():

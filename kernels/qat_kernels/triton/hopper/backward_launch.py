@@ -13,10 +13,21 @@ from qat_kernels.triton.precompiled import Launch, Number, Pointer
 from qat_kernels.triton.problem import Problem
 from qat_kernels.triton.tiles import HopperTile
 
-from .descriptors import numbers_of, rows_of
+from .descriptors import numbers_of, rows_of, seen_of
 from .grad_key_value import grad_key_value_kernel
 from .grad_query import grad_query_kernel
 from .pipeline import WARP_GROUP_ROWS
+
+_MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
+_MOST_SPLITS, _LEAST_TILES = 8, 64
+"""Splits of a block, and tiles of a split."""
+_TILES_OF_PROLOGUE = 8
+"""How many tiles take as long as the start and the end of a program."""
+_BLOCK_BYTES = 128 * 2 * 4 * 2
+"""Float32 of dK and dV of a block of 128 keys, written and read, for each column."""
+_BYTES_OF_TILE = 4_000_000
+"""What memory moves in the time of a tile, about a microsecond."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,7 @@ class GradQuery:
 
     def __call__(self, *tensors: Any) -> Any:
         """Launch it on the current device and stream."""
-        operands, sequences, results = tensors[:4], tensors[4:8], tensors[12:]
+        operands, sequences, results = tensors[:4], (*tensors[4:8], *tensors[10:12]), tensors[12:]
         return self.launch(*operands, results, sequences)
 
 
@@ -36,11 +47,18 @@ class GradKeyValue:
     """Likewise."""
 
     launch: Launch
+    splits: int
 
     def __call__(self, *tensors: Any) -> Any:
         """Launch it on the current device and stream."""
-        operands, sequences, (delta, stats, *results) = tensors[:6], tensors[6:10], tensors[13:]
-        return self.launch(*operands, stats, delta, tuple(results), sequences)
+        operands, sequences, (delta, stats, *results) = tensors[:6], (*tensors[6:10], *tensors[11:13]), tensors[13:]
+        if self.splits == 1:
+            return self.launch(*operands, stats, delta, tuple(results), sequences)
+        partial = [x.new_empty((self.splits, *x.shape), dtype=torch.float32) for x in results]
+        launched = self.launch(*operands, stats, delta, tuple(partial), sequences)
+        for x, each in zip(results, partial, strict=True):
+            x.copy_(each.sum(0))
+        return launched
 
 
 def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, given: Given) -> GradQuery:
@@ -61,7 +79,7 @@ def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, give
             grad_out.strides, contiguous_strides(grad_out.shape)[:3], *_numbers(problem, num_blocks),
             math.copysign(problem.softmax_scale, problem.scale),
         ],
-        problem.constants | {"WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        problem.constants | {"SEEN": seen_of(problem, given), "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
     return GradQuery(launch)
@@ -76,27 +94,50 @@ def grad_key_value_launch(
     q = rows_of(queries.all_rows, problem.block_d, tile.block_n)
     kv = rows_of(keys.all_rows, problem.block_d, WARP_GROUP_ROWS.value)
     kept, statistics = keys.lead > 0, numbers_of(2 * queries.all_rows, tile.block_n)
+    splits = _splits(problem, keys.batch * keys.num_heads * num_blocks, tile.block_n)
+    out, out_strides = Pointer(dtype if splits == 1 else torch.float32), contiguous_strides(key_shape)[:3]
     launch = Launch.of(
         grad_key_value_kernel,
-        (keys.batch * keys.num_heads * num_blocks,),
+        (keys.batch * keys.num_heads * num_blocks * splits,),
         [
-            q, kv, kv, q, kv if kept else None, q if kept else None, statistics, statistics, (Pointer(dtype), Pointer(dtype)),
+            q, kv, kv, q, kv if kept else None, q if kept else None, statistics, statistics, (out, out),
             _sequences(problem, given),
         ],
-        [contiguous_strides(key_shape)[:3], *_numbers(problem, num_blocks), problem.softmax_scale],
-        problem.constants | {"STAGES": tile.num_stages},
+        [
+            (*out_strides, math.prod(key_shape)), *_numbers(problem, num_blocks, splits), problem.softmax_scale,
+        ],
+        problem.constants | {"SEEN": seen_of(problem, given), "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
-    return GradKeyValue(launch)
+    return GradKeyValue(launch, splits)
+
+
+def _splits(problem: Problem, blocks: int, tile: int) -> int:
+    """Into how many parts the queries of each block of keys are cut, so that few keys fill the GPU.
+
+    Those that take the least time, which is counted in that of a tile: of the programs that a multiprocessor runs one after the
+    other, and of the sums over splits. The order of sums depends on it, so it depends on nothing but the problem.
+    """
+    if problem.causal or problem.query.packed:
+        return 1
+    tiles = problem.query.blocks(tile) * problem.query.num_heads // problem.key.num_heads
+    bytes_of_split = blocks * _BLOCK_BYTES * problem.block_d
+
+    def cost(splits: int) -> float:
+        rounds = -(-blocks * splits // _MULTIPROCESSORS)
+        return rounds * (tiles / splits + _TILES_OF_PROLOGUE) + (splits > 1) * splits * bytes_of_split / _BYTES_OF_TILE
+
+    most = max(1, min(_MOST_SPLITS, tiles // _LEAST_TILES))
+    return min(range(1, most + 1), key=cost)
 
 
 def _sequences(problem: Problem, given: Given) -> tuple[Pointer | None, ...]:
-    """Key mask by slot, leftpad, and cu_seqlens of Q and K."""
+    """Key mask by slot, leftpad, cu_seqlens of Q and K, and bounds."""
     cu_seqlens = given.pointer(torch.int32, problem.query.packed)
-    return *given.key_mask_pointers(), cu_seqlens, cu_seqlens
+    return *given.key_mask_pointers(), cu_seqlens, cu_seqlens, *given.bound_pointers()
 
 
-def _numbers(problem: Problem, num_blocks: int) -> tuple[Number, ...]:
+def _numbers(problem: Problem, *num_blocks: int) -> tuple[Number, ...]:
     """From `operand_rows` to the first scale."""
     queries, keys = problem.query, problem.key
-    return (queries.rows, keys.rows, queries.all_rows), *problem.sizes, num_blocks, problem.softmax_scale_log2
+    return (queries.rows, keys.rows, queries.all_rows), *problem.sizes, *num_blocks, problem.softmax_scale_log2

@@ -9,7 +9,9 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qat_kernels.triton.operands import Given
 from qat_kernels.triton.precompiled import Argument, Pointer, Tiles
+from qat_kernels.triton.problem import Problem
 
 
 class _Descriptor(TensorDescriptor):
@@ -28,6 +30,15 @@ class HopperTiles(Tiles):
         return _Descriptor(
             self.pointer(base), [*self.shape], [*columns, 1], [self.block_rows, *columns], _layout(self.block_rows, *columns)
         )
+
+
+def seen_of(problem: Problem, given: Given) -> tuple[int, int, int, int] | None:
+    """SEEN of the kernels (ranges.py)."""
+    mask = problem.mask
+    if not mask.hides_keys:
+        return None
+    bounded = 0 if given.bounds_stride is None else 1 if given.bounds_stride == 0 else 2
+    return mask.window or 0, mask.block_size, mask.prefix, bounded
 
 
 def rows_of(all_rows: int, columns: int, block_rows: int) -> HopperTiles:

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from qat_kernels.triton.forward import LN_2
-from qat_kernels.triton.layout import PAD, first_row, sequence, slot_of, slot_ranges
+from qat_kernels.triton.layout import PAD, first_row, sequence, slot_of
 from qat_kernels.triton.nvfp4 import GROUP, P_GLOBAL_SCALE
 
 from .pipeline import (
@@ -27,11 +27,13 @@ from .pipeline import (
     load_step,
     new_barriers,
     new_ring,
+    place,
     release,
     skip,
     tile_at,
     wait_full,
 )
+from .ranges import block_size_of, bounds_of, has_lower_bounds, mask_of, prefix_of, row_bounds, tile_ranges
 from .rescale import rescale
 from .softmax import ORDER, halves, mask_scores, no_keys_yet, round_p, rows_of, softmax_step, to_operand
 
@@ -52,11 +54,38 @@ def _scores(q, k_ring, step):
 
 
 @gluon.jit
+def _slot_at(step, order, LEAD: gl.constexpr, N: gl.constexpr, MASK: gl.constexpr):
+    """The first slot of the tile of this step: `main` tiles descend to `first`, then those of the prefix to the first of all."""
+    first, main, steps = order
+    slot = first + (main - 1 - step) * N
+    if prefix_of(MASK) > 0:
+        slot = gl.where(step < main, slot, (LEAD + GROUP if LEAD > 0 else 0) + (steps - 1 - step) * N)
+    return slot
+
+
+@gluon.jit
+def _mask(scores, step, seen, LEAD: gl.constexpr, MASK: gl.constexpr):
+    """Scores of the tile of this step, -inf where a row does not see a slot."""
+    upper, lower, prefix_stop, order, full_start, full_stop = seen
+    N: gl.constexpr = scores.shape[1]
+    if MASK is None:
+        scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, 0)
+    elif not has_lower_bounds(MASK):
+        if step < full_start:
+            scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, 0)
+    elif (step < full_start) | (step >= full_stop):
+        scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, lower, prefix_stop)
+    return scores
+
+
+@gluon.jit
 def _attend_ahead(
-    out, p, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, stop, softmax_scale_log2,
-    CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr,
+    out, p, row_max, row_sum, q, k_ring, v_ring, seen, start, stop, end, softmax_scale_log2,
+    CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Steps `start` to `stop`, not the first one, over quantized slots, without O'. p: the operand of the step before.
+    """Steps `start` to `stop`, not the first one, over quantized slots, without O'; the last of all is `end` - 1.
+
+    p: the operand of the step before. seen: what the rows see, and where all see all of a tile, from `full_start` to `full_stop`.
 
     The tensor cores compute the scores of a tile, and then the product of the one before with V, while the scores are rounded.
     """
@@ -73,11 +102,11 @@ def _attend_ahead(
         scores = warpgroup_mma_wait(1, [scores])
         release(k_ring, step)
         if CHECK_BOUNDS:
-            scores = mask_scores(scores, begin + (steps - 1 - step) * N, upper)
+            scores = _mask(scores, step, seen, LEAD, MASK)
         weights, group_max, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS)
         p_next = to_operand(round_p(weights, group_max, QUANTIZE_PV), D)
         # Between rounding and wait, because ptxas would move the wait before them, were it not in another basic block.
-        wait_full(k_ring, step + 1, step + 1 < steps)
+        wait_full(k_ring, step + 1, step + 1 < end)
         out = warpgroup_mma_wait(0, [out])
         release(v_ring, step - 1)
         out = rescale(out, rows_of(factor, D))
@@ -87,49 +116,55 @@ def _attend_ahead(
 
 @gluon.jit
 def _attend_quantized(
-    out, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, full_start, softmax_scale_log2,
-    CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr,
+    out, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
+    CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Steps `start` to `steps`, at least one, as `_attend_ahead`. From `full_start` on all rows see all of a tile."""
-    N: gl.constexpr = k_ring[0].shape[1]
+    """Steps `start` to `end`, at least one, as `_attend_ahead`."""
     D: gl.constexpr = k_ring[0].shape[2]
-    scores = mask_scores(_scores(q, k_ring, start), begin + (steps - 1 - start) * N, upper)
+    scores = _mask(_scores(q, k_ring, start), start, seen, LEAD, MASK)
     weights, group_max, _, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CAUSAL)
     p = to_operand(round_p(weights, group_max, QUANTIZE_PV), D)
-    wait_full(k_ring, start + 1, start + 1 < steps)
-    if CAUSAL:
+    wait_full(k_ring, start + 1, start + 1 < end)
+    full_start = start + 1
+    if MASK is not None:
         out, p, row_max, row_sum = _attend_ahead(
-            out, p, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start + 1, full_start, softmax_scale_log2,
-            True, QUANTIZE_PV,
+            out, p, row_max, row_sum, q, k_ring, v_ring, seen, start + 1, end, end, softmax_scale_log2,
+            True, QUANTIZE_PV, LEAD, MASK,
         )  # fmt: skip
-    out, p, row_max, row_sum = _attend_ahead(
-        out, p, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, gl.maximum(start + 1, full_start), steps,
-        softmax_scale_log2, False, QUANTIZE_PV,
-    )  # fmt: skip
-    wait_full(v_ring, steps - 1)
-    out = warpgroup_mma(p, tile_at(v_ring, steps - 1), out, is_async=True)
+    else:
+        full_start = seen[4]
+        if CAUSAL:
+            out, p, row_max, row_sum = _attend_ahead(
+                out, p, row_max, row_sum, q, k_ring, v_ring, seen, start + 1, full_start, end, softmax_scale_log2,
+                True, QUANTIZE_PV, LEAD, MASK,
+            )  # fmt: skip
+        out, p, row_max, row_sum = _attend_ahead(
+            out, p, row_max, row_sum, q, k_ring, v_ring, seen, gl.maximum(start + 1, full_start), end, end, softmax_scale_log2,
+            False, QUANTIZE_PV, LEAD, MASK,
+        )  # fmt: skip
+    wait_full(v_ring, end - 1)
+    out = warpgroup_mma(p, tile_at(v_ring, end - 1), out, is_async=True)
     out = warpgroup_mma_wait(0, [out])
-    release(v_ring, steps - 1)
+    release(v_ring, end - 1)
     return out, row_max, row_sum
 
 
 @gluon.jit
 def _attend_halves(
-    out, out_hp, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, stop, softmax_scale_log2,
-    CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr,
+    out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, stop, softmax_scale_log2,
+    CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Steps `start` to `stop` over quantized slots in tiles of 128, with O' or without.
+    """Steps `start` to `stop` over quantized slots in tiles of 128, with O' or without; `seen` as in `_attend_ahead`.
 
     The tensor cores multiply the first half of a tile while the second one is rounded.
     """
-    N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
     gl.assume(start >= 0)
     for step in range(start, stop):
         v = tile_at(v_ring, step)  # [N, D]
         scores = _scores(q, k_ring, step)
         if CHECK_BOUNDS:
-            scores = mask_scores(scores, begin + (steps - 1 - step) * N, upper)
+            scores = _mask(scores, step, seen, LEAD, MASK)
         p, group_max, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS)
         out = rescale(out, rows_of(factor, D))
         if OUT_HP:
@@ -152,12 +187,12 @@ def _attend_halves(
 
 @gluon.jit
 def _attend_kept(
-    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, first_slot, slots, step, softmax_scale_log2,
-    LEAD: gl.constexpr, OUT_HP: gl.constexpr,
+    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, lower, prefix_stop, first_slot, slots, step, softmax_scale_log2,
+    LEAD: gl.constexpr, MASK: gl.constexpr, OUT_HP: gl.constexpr,
 ):  # fmt: skip
     """One tile of kept groups, with unquantized P~ and V: of slots below LEAD + 16 the sink group, else open groups.
 
-    The open group of a row holds its `last` slot.
+    The open group of a row holds its `last` slot. lower, prefix_stop: as in `mask_scores`.
     """
     N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
@@ -169,6 +204,8 @@ def _attend_kept(
     slot = first_slot + slot_of(gl.arange(0, N, gl.SliceLayout(0, accumulator(N))), ORDER)
     kept_from = gl.where(first_slot < LEAD, LEAD, gl.maximum(last & -GROUP, LEAD + GROUP))
     allowed = (slot[None, :] >= kept_from[:, None]) & (slot[None, :] <= last[:, None]) & (slot < slots)[None, :]
+    if has_lower_bounds(MASK):
+        allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
     scores = gl.where(allowed, scores, float("-inf"))
     weights, _, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, True)
     p = to_operand(weights.to(gl.bfloat16), D)
@@ -192,8 +229,8 @@ def _attend_kept(
 def _place(cu_seqlens, sizes, num_blocks, CAUSAL: gl.constexpr):
     """Batch, head and block of queries of this program; first token and number of tokens of its queries and of its keys."""
     num_heads, seqlen_q, seqlen_k = sizes
-    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
-    if CAUSAL:  # the longest first
+    batch_head, block = place(num_blocks, CAUSAL)
+    if CAUSAL:
         block = num_blocks - 1 - block
     batch = batch_head // num_heads
     q_start = 0
@@ -216,7 +253,7 @@ def _store(
     D: gl.constexpr = out.shape[1]
     layout: gl.constexpr = gl.SliceLayout(1, accumulator(D))
     cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale = arguments
-    out_ptr, out_hp_ptr, lse_ptr, stats_ptr, q_dot_k_shift_ptr = pointers
+    out_ptr, out_hp_ptr, lse_ptr, stats_ptr, q_dot_k_shift_ptr, _, _ = pointers
     out_stride_b, out_stride_h, out_stride_l, out_stride_d = out_strides
     batch, head, block, q_start, seqlen_q, _, _ = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
     rows = block * BLOCK_M + first + gl.arange(0, WARP_GROUP_ROWS, layout)
@@ -253,21 +290,29 @@ def _store(
 
 @gluon.jit
 def _consumer(
-    common, WG: gl.constexpr, BLOCK_M: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr
-):
+    common, WG: gl.constexpr, BLOCK_M: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr,
+    QUANTIZE_PV: gl.constexpr,
+):  # fmt: skip
     """A warp group: the WG-th 64 queries of those from `first` on."""
-    q_tiles, q_full, k_ring, v_ring, arguments, num_queries, first, work, softmax_scale_log2 = common
+    q_tiles, q_full, k_ring, v_ring, arguments, sequence, first, order, kept, softmax_scale_log2 = common
     OUT_HP: gl.constexpr = arguments[1][1] is not None
     N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
-    slots, q_pos_offset, begin, steps, open_start, all_steps = work
+    slots = sequence[1]
+    block_first, main, steps = order
     first += WG * WARP_GROUP_ROWS
     rows = first + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(N)))
-    last, upper, _, full, stop, my_open_start, my_open_blocks = slot_ranges(
-        rows, first, q_pos_offset, slots, LEAD, CAUSAL, WARP_GROUP_ROWS, N
+    last, upper, lower, prefix_stop = row_bounds(rows, sequence, LEAD, CAUSAL, MASK)
+    _, my_first, full_first, full_stop, stop, my_open_start, my_open_stop, _ = tile_ranges(
+        first, sequence, WARP_GROUP_ROWS, N, LEAD, CAUSAL, MASK
     )  # fmt: skip
-    inside = num_queries > WG * WARP_GROUP_ROWS  # else all of these are padding
-    start = steps - gl.where(inside, gl.cdiv(stop - begin, N), 0)
+    inside = first < sequence[0]  # else all of these are padding
+    start = main - gl.maximum(stop - block_first, 0) // N
+    end = steps
+    if MASK is not None:
+        if prefix_of(MASK) == 0:
+            end = gl.maximum(main - (my_first - block_first) // N, start)
+        end = gl.where(inside, end, start)
     out = gl.zeros((WARP_GROUP_ROWS, D), gl.float32, accumulator(D))
     out_hp = out
     row_max, row_sum = no_keys_yet(N)
@@ -275,35 +320,44 @@ def _consumer(
     mbarrier.wait(q_full.index(WG), 0)
     for step in range(start):
         skip(k_ring, v_ring, step)
-    full_start = steps - (full - begin) // N
+    full_start = main - (full_stop - block_first) // N
+    seen = (upper, lower, prefix_stop, order, full_start, main - (full_first - block_first) // N)
     if N == 128:
-        # Without a causal mask the first tile alone may be cut off.
+        if MASK is None:
+            # Without a causal mask the first tile alone may be cut off.
+            out, out_hp, row_max, row_sum = _attend_halves(
+                out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, full_start, softmax_scale_log2,
+                True, QUANTIZE_PV, OUT_HP, LEAD, MASK,
+            )  # fmt: skip
+            start = gl.maximum(start, full_start)
         out, out_hp, row_max, row_sum = _attend_halves(
-            out, out_hp, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, full_start, softmax_scale_log2,
-            True, QUANTIZE_PV, OUT_HP,
-        )  # fmt: skip
-        out, out_hp, row_max, row_sum = _attend_halves(
-            out, out_hp, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, gl.maximum(start, full_start), steps,
-            softmax_scale_log2, False, QUANTIZE_PV, OUT_HP,
+            out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
+            MASK is not None, QUANTIZE_PV, OUT_HP, LEAD, MASK,
         )  # fmt: skip
     else:
         gl.static_assert(not OUT_HP)
-        if start < steps:
+        if start < end:
             out, row_max, row_sum = _attend_quantized(
-                out, row_max, row_sum, q, k_ring, v_ring, upper, begin, steps, start, full_start, softmax_scale_log2,
-                CAUSAL, QUANTIZE_PV,
+                out, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
+                CAUSAL, QUANTIZE_PV, LEAD, MASK,
             )  # fmt: skip
+    if MASK is not None:
+        for step in range(end, steps):
+            skip(k_ring, v_ring, step)
     quantized_max = row_max
     if LEAD > 0:
         if QUANTIZE_PV:
             out = out * (1.0 / P_GLOBAL_SCALE)
+        sink, open_start, all_steps = kept
         for step in range(steps, all_steps):
-            first_slot = gl.where(step == steps, LEAD + GROUP - N, open_start + (step - steps - 1) * N)
-            mine = (first_slot >= my_open_start) & (first_slot < my_open_start + my_open_blocks * N)
-            if inside & (mine | (step == steps)):
+            first_slot = _kept_slot_at(step - steps, sink, open_start, LEAD, N)
+            mine = (first_slot >= my_open_start) & (first_slot < my_open_stop)
+            if block_size_of(MASK) >= WARP_GROUP_ROWS:  # at most two groups are open
+                mine = mine & ((first_slot == my_open_start) | (first_slot + N >= my_open_stop))
+            if inside & (mine | (first_slot < LEAD)):
                 out, out_hp, row_max, row_sum = _attend_kept(
-                    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, first_slot, slots, step, softmax_scale_log2,
-                    LEAD, OUT_HP,
+                    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, lower, prefix_stop, first_slot, slots, step,
+                    softmax_scale_log2, LEAD, MASK, OUT_HP,
                 )  # fmt: skip
             else:
                 skip(k_ring, v_ring, step)
@@ -313,20 +367,27 @@ def _consumer(
 
 
 @gluon.jit
-def _producer(loads, WARP_GROUPS: gl.constexpr, LEAD: gl.constexpr):
+def _kept_slot_at(step, sink, open_start, LEAD: gl.constexpr, N: gl.constexpr):
+    """The first slot of a tile of kept groups: that of the sink group, if `sink` is 1, then those of open groups."""
+    return gl.where(step < sink, LEAD + GROUP - N, open_start + (step - sink) * N)
+
+
+@gluon.jit
+def _producer(loads, WARP_GROUPS: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr):
     """Copies the queries, and then K and V of each step."""
-    q_desc, k_desc, v_desc, v_kept_desc, q_tiles, q_full, k_ring, v_ring, q_row, k_row, work = loads
+    q_desc, k_desc, v_desc, v_kept_desc, q_tiles, q_full, k_ring, v_ring, q_row, k_row, order, kept = loads
     N: gl.constexpr = k_ring[0].shape[1]
-    _, _, begin, steps, open_start, all_steps = work
+    _, _, steps = order
     for group in gl.static_range(WARP_GROUPS):
         load(q_desc, q_row + group * WARP_GROUP_ROWS, q_tiles.index(group), q_full.index(group))
     for step in range(steps):
-        row = k_row + begin + (steps - 1 - step) * N
+        row = k_row + _slot_at(step, order, LEAD, N, MASK)
         load_step(k_desc, row, k_ring, step)
         load_step(v_desc, row, v_ring, step)
     if LEAD > 0:
+        sink, open_start, all_steps = kept
         for step in range(steps, all_steps):
-            row = k_row + gl.where(step == steps, LEAD + GROUP - N, open_start + (step - steps - 1) * N)
+            row = k_row + _kept_slot_at(step - steps, sink, open_start, LEAD, N)
             load_step(k_desc, row, k_ring, step)
             load_step(v_kept_desc, row, v_ring, step)
 
@@ -336,14 +397,14 @@ def _producer(loads, WARP_GROUPS: gl.constexpr, LEAD: gl.constexpr):
 def attention_forward_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, cu_seqlens, pointers, out_strides, operand_rows,
     lse_stride, num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, k_shift_scale,
-    CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    SEEN: gl.constexpr, QUANTIZE_PV: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """WARP_GROUPS times 64 queries of one head of one sequence.
 
     q, k, v, v_kept: operands (layout.py) in tiles of 64 queries and of N keys, permuted with ORDER 64; v_kept only where groups
-    are kept. cu_seqlens: None, or those of Q and of K. pointers: out and out_hp (O'), which have the same strides, lse, stats and
-    q_dot_k_shift; all but out and lse may be None. out_strides of batch, heads, tokens and head dim; lse_stride of heads.
-    operand_rows: q_rows, k_rows, all_q_rows. All of them as in triton/forward.py.
+    are kept. cu_seqlens: None, or those of Q and of K. pointers: out and out_hp (O'), which have the same strides, lse, stats,
+    q_dot_k_shift, lower_ptr and upper_ptr; all but out and lse may be None. out_strides of batch, heads, tokens and head dim;
+    lse_stride of heads. operand_rows: q_rows, k_rows, all_q_rows. All of them as in triton/forward.py; SEEN as in ranges.py.
     """
     N: gl.constexpr = k_desc.block_shape[0]
     D: gl.constexpr = k_desc.block_shape[1]
@@ -352,35 +413,39 @@ def attention_forward_kernel(
     VARLEN: gl.constexpr = cu_seqlens is not None
     LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
     q_rows, k_rows, _ = operand_rows
+    CAUSAL: gl.constexpr = SEEN is not None
+    MASK: gl.constexpr = mask_of(SEEN)
     sizes = (num_heads, seqlen_q, seqlen_k)
+    _, _, _, _, _, lower_ptr, upper_ptr = pointers
     batch, head, block, q_start, seqlen_q, k_start, seqlen_k = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
     head_k = head // (num_heads // num_heads_k)
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
-    first, slots = block * BLOCK_M, seqlen_k + LEAD
-    _, _, begin, _, stop, open_start, open_blocks = slot_ranges(
-        first, first, slots - seqlen_q, slots, LEAD, CAUSAL, BLOCK_M, N
-    )  # fmt: skip
-    inside = first < seqlen_q
-    steps = gl.where(inside, gl.cdiv(stop - begin, N), 0)
-    all_steps = steps
-    if LEAD > 0:
-        all_steps += gl.where(inside, 1 + open_blocks, 0)
-    work = (slots, slots - seqlen_q, begin, steps, open_start, all_steps)
+    if lower_ptr is not None:
+        lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
+    first, sequence_ = block * BLOCK_M, (seqlen_q, seqlen_k + LEAD, 0, lower_ptr, upper_ptr)
+    head_stop, begin, _, _, stop, open_start, open_stop, sink = tile_ranges(first, sequence_, BLOCK_M, N, LEAD, CAUSAL, MASK)
+    main = gl.maximum(stop - begin, 0) // N
+    steps = main
+    if MASK is not None:
+        steps += (head_stop - (LEAD + GROUP if LEAD > 0 else 0)) // N
+    order = (begin, main, steps)
+    sink = gl.where(first < seqlen_q, sink, 0)
+    kept = (sink, open_start, steps + sink + (open_stop - open_start) // N)
 
     q_tiles = gl.allocate_shared_memory(gl.bfloat16, [WARP_GROUPS, WARP_GROUP_ROWS, D], q_desc.layout)
     q_full = new_barriers(WARP_GROUPS, 1)
     k_ring, v_ring = new_ring(k_desc, STAGES, WARP_GROUPS), new_ring(v_desc, STAGES, WARP_GROUPS)
     fence_async_shared()
     arguments = (cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale)
-    common = (q_tiles, q_full, k_ring, v_ring, arguments, seqlen_q - first, first, work, softmax_scale_log2)
-    loads = (q_desc, k_desc, v_desc, v_kept_desc, q_tiles, q_full, k_ring, v_ring, q_row + first, k_row, work)
+    common = (q_tiles, q_full, k_ring, v_ring, arguments, sequence_, first, order, kept, softmax_scale_log2)
+    loads = (q_desc, k_desc, v_desc, v_kept_desc, q_tiles, q_full, k_ring, v_ring, q_row + first, k_row, order, kept)
     if WARP_GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
-                (_producer, (loads, WARP_GROUPS, LEAD)),
+                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
+                (_producer, (loads, WARP_GROUPS, LEAD, MASK)),
             ],
             [4, 1],
             [REGISTERS, 24],
@@ -388,10 +453,10 @@ def attention_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(2), BLOCK_M, LEAD, CAUSAL, QUANTIZE_PV)),
-                (_producer, (loads, WARP_GROUPS, LEAD)),
+                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(2), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
+                (_producer, (loads, WARP_GROUPS, LEAD, MASK)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, 24],

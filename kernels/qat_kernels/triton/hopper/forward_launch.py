@@ -12,7 +12,7 @@ from qat_kernels.triton.precompiled import Launch, Pointer
 from qat_kernels.triton.problem import Problem
 from qat_kernels.triton.tiles import HopperTile
 
-from .descriptors import rows_of
+from .descriptors import rows_of, seen_of
 from .forward import attention_forward_kernel
 from .pipeline import WARP_GROUP_ROWS
 
@@ -25,9 +25,9 @@ class Attend:
 
     def __call__(self, q: Any, k: Any, v: Any, v_kept: Any, *others: Any) -> Any:
         """Launch it on the current device and stream."""
-        _, _, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, _, _, _, _, out, out_hp, lse, stats = others
+        _, _, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, _, lower, upper, _, out, out_hp, lse, stats = others
         cu_seqlens = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
-        return self.launch(q, k, v, v_kept, cu_seqlens, (out, out_hp, lse, stats, q_dot_k_shift))
+        return self.launch(q, k, v, v_kept, cu_seqlens, (out, out_hp, lse, stats, q_dot_k_shift, lower, upper))
 
 
 def attend_launch(
@@ -47,13 +47,17 @@ def attend_launch(
         (queries.batch * queries.num_heads * num_blocks,),
         [
             q, kv, kv, kv if keys.lead else None, (cu_seqlens, cu_seqlens) if queries.packed else None,
-            (out, out_hp, float32, float32 if with_gradient else None, float32 if given.k_shift else None),
+            (out, out_hp, float32, float32 if with_gradient else None, float32 if given.k_shift else None,
+             *given.bound_pointers()),
         ],
         [
             out_strides, (queries.rows, keys.rows, queries.all_rows), queries.total, *problem.sizes, num_blocks,
             problem.softmax_scale_log2, problem.scale,
         ],
-        {"CAUSAL": problem.causal, "QUANTIZE_PV": spec.quantizes_pv, "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        {
+            "SEEN": seen_of(problem, given), "QUANTIZE_PV": spec.quantizes_pv,
+            "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages,
+        },
         num_warps=4,
     )  # fmt: skip
     return Attend(launch)

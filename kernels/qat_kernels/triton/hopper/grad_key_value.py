@@ -23,8 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from qat_kernels.spec import P_GLOBAL_SCALE
 from qat_kernels.triton.layout import PAD, first_row, sequence
 from qat_kernels.triton.nvfp4 import GROUP
+from qat_kernels.triton.scores import first_query_to_see, queries_that_reach
 
-from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers
+from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers, place
+from .ranges import bounds_of, has_lower_bounds, mask_of
 from .rounding import quantize_p_along_rows
 
 _PAD = gl.constexpr(PAD)
@@ -75,6 +77,94 @@ def _query_ranges(first_slot, seqlen_q, slots, LEAD: gl.constexpr, CAUSAL: gl.co
     full = gl.where(absent, begin, full)
     kept_stop = gl.where(absent, kept_start, kept_stop)
     return begin, full, stop, kept_start, kept_stop
+
+
+@gluon.jit
+def _masked_query_ranges(first_slot, sequence, LEAD: gl.constexpr, MASK: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
+    """`_query_ranges` with MASK. Tiles of queries that see all end before those that only see slots behind the first (late)."""
+    seqlen_q, slots, leftpad, lower_ptr, upper_ptr = sequence
+    q_pos_offset = slots - seqlen_q
+    until = queries_that_reach(
+        gl.minimum(first_slot + _ROWS, slots) - 1, seqlen_q, q_pos_offset, leftpad, lower_ptr,
+        LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0,
+    )  # fmt: skip
+    if MASK[2] > 0:
+        until = gl.where(first_slot < MASK[2] + LEAD, seqlen_q, until)
+    late = queries_that_reach(first_slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], 0, MASK[3] > 0)
+    kept_start = 0
+    kept_stop = 0
+    if LEAD > 0:
+        kept_start = first_query_to_see(
+            gl.maximum(first_slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+        ) // _TILE * _TILE  # fmt: skip
+        kept_stop = first_query_to_see(
+            first_slot + _ROWS, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+        )  # fmt: skip
+        kept_stop = gl.where(first_slot < LEAD, until, gl.minimum(kept_stop, until))
+    begin = first_query_to_see(
+        first_slot + (GROUP if LEAD > 0 else 0), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
+        LEAD, MASK[1], MASK[2], MASK[3] > 0,
+    ) // _TILE * _TILE  # fmt: skip
+    full = first_query_to_see(
+        first_slot + _ROWS - (0 if LEAD > 0 else 1), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
+        LEAD, MASK[1], MASK[2], MASK[3] > 0,
+    )  # fmt: skip
+    full = seqlen_q if HAS_KEY_MASK else gl.where(slots < first_slot + _ROWS, seqlen_q, full)
+    nothing = (first_slot >= slots) | (first_slot < LEAD)  # or the block of the sink group, which is kept
+    until = gl.where(nothing, begin, until)
+    kept_stop = gl.where(first_slot >= slots, kept_start, kept_stop)
+    full = begin + gl.cdiv(gl.maximum(gl.minimum(full, until) - begin, 0), _TILE) * _TILE
+    late = full + gl.maximum(gl.minimum(late, until) - full, 0) // _TILE * _TILE
+    stop = late + gl.cdiv(gl.maximum(until - late, 0), _TILE) * _TILE
+    return begin, full, late, stop, kept_start, kept_start + gl.cdiv(gl.maximum(kept_stop - kept_start, 0), _TILE) * _TILE
+
+
+@gluon.jit
+def _ranges(
+    first_slot, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, HAS_KEY_MASK: gl.constexpr
+):  # fmt: skip
+    """Those of a call. Without MASK `late` is `stop`."""
+    if MASK is None:
+        begin, full, stop, kept_start, kept_stop = _query_ranges(first_slot, sequence[0], sequence[1], LEAD, CAUSAL, HAS_KEY_MASK)
+        late = stop
+    else:
+        begin, full, late, stop, kept_start, kept_stop = _masked_query_ranges(first_slot, sequence, LEAD, MASK, HAS_KEY_MASK)
+    return begin, full, late, stop, kept_start, kept_stop
+
+
+@gluon.jit
+def _query_bounds(slot, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr):
+    """The queries that see a slot: the first that does where its group is not kept, the last, the first and the last of its own
+    group, which is kept.
+    """
+    seqlen_q, slots, leftpad, lower_ptr, upper_ptr = sequence
+    q_pos_offset = slots - seqlen_q
+    group_stop = slot + GROUP - slot % GROUP
+    if MASK is None:
+        own = slot - q_pos_offset
+        own_last = group_stop - 1 - q_pos_offset
+        first = slot * 0
+        last = slot * 0 + _NEVER
+        if LEAD > 0:
+            first = own_last + 1
+        elif CAUSAL:
+            first = own
+    else:
+        own = first_query_to_see(
+            gl.maximum(slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+        )  # fmt: skip
+        first = own
+        if LEAD > 0:
+            first = first_query_to_see(
+                group_stop, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+            )  # fmt: skip
+        last = slot * 0 + seqlen_q - 1
+        if has_lower_bounds(MASK):
+            last = queries_that_reach(
+                slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0
+            ) - 1  # fmt: skip
+        own_last = gl.minimum(first - 1, last)
+    return first, last, own, own_last
 
 
 @gluon.jit
@@ -149,51 +239,57 @@ def _skip_tiles(step, tiles, buffers):
 
 @gluon.jit
 def _compute(
-    PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr
+    PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 of the block's slots. Pointers are those of the first slot's mask, and of the first key's results."""
-    kv_tiles, kv_full, buffers, pointers, out_stride_l, first_slot, seqlen_q, slots, heads, scales = work
+    kv_tiles, kv_full, buffers, pointers, out_stride_l, first_slot, sequence, heads, scales = work
     softmax_scale_log2, softmax_scale = scales
     grad_key_ptr, grad_value_ptr, key_mask_ptr = pointers
     k_tiles, v_tiles, v_kept_tiles = kv_tiles
     HAS_KEY_MASK: gl.constexpr = key_mask_ptr is not None
-    begin, full, stop, kept_start, kept_stop = _query_ranges(first_slot, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+    slots = sequence[1]
+    begin, full, late, stop, kept_start, kept_stop = _ranges(first_slot, sequence, LEAD, CAUSAL, MASK, HAS_KEY_MASK)
     sink = first_slot < LEAD
     first_slot += PART * WARP_GROUP_ROWS
     slot = first_slot + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(_TILE)))
     present = (slot >= LEAD) & (slot < slots)
     if HAS_KEY_MASK:
         present = present & (gl.load(key_mask_ptr + slot, mask=present, other=0) != 0)
-    # The queries that see a slot: all, those behind its group or, where its group is kept, those that are in it.
-    own = slot - (slots - seqlen_q)
-    last = own + (GROUP - 1) - slot % GROUP
-    first = slot * 0
-    if LEAD > 0:
-        first = last + 1
-    elif CAUSAL:
-        first = own
+    first, last, own, own_last = _query_bounds(slot, sequence, LEAD, CAUSAL, MASK)
     first, own = gl.where(present, first, _NEVER), gl.where(present, own, _NEVER)
-    last = gl.where(sink, _NEVER, last)
+    own_last = gl.where(sink, last, own_last)
     grad_key = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
     grad_value = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
-    bounded, whole = _tiles(begin, full, heads), _tiles(full, stop, heads)
-    kept = _tiles(kept_start, kept_stop, heads)
+    bounded, whole = _tiles(begin, full, heads), _tiles(full, late, heads)
+    after, kept = _tiles(late, stop, heads), _tiles(kept_start, kept_stop, heads)
     if (first_slot >= slots) | (first_slot + WARP_GROUP_ROWS <= LEAD):
-        _skip_tiles(gl.to_tensor(0), bounded + whole + kept, buffers)
-        bounded, whole, kept = 0, 0, 0
+        _skip_tiles(gl.to_tensor(0), bounded + whole + after + kept, buffers)
+        bounded, whole, after, kept = 0, 0, 0, 0
     mbarrier.wait(kv_full.index(PART), 0)
+    if MASK is None:
+        grad_key, grad_value, step = _sum_tiles(
+            grad_key, grad_value, gl.to_tensor(0), bounded, begin, full, PART, k_tiles, v_tiles, first, None, buffers,
+            softmax_scale_log2, BLOCK_D, CAUSAL, True,
+        )  # fmt: skip
+    else:
+        grad_key, grad_value, step = _sum_tiles(
+            grad_key, grad_value, gl.to_tensor(0), bounded, begin, full, PART, k_tiles, v_tiles, first, last, buffers,
+            softmax_scale_log2, BLOCK_D, CAUSAL, True,
+        )  # fmt: skip
     grad_key, grad_value, step = _sum_tiles(
-        grad_key, grad_value, gl.to_tensor(0), bounded, begin, full, PART, k_tiles, v_tiles, first, None, buffers,
+        grad_key, grad_value, step, whole, full, late, PART, k_tiles, v_tiles, None, None, buffers,
         softmax_scale_log2, BLOCK_D, CAUSAL, True,
     )  # fmt: skip
-    grad_key, grad_value, step = _sum_tiles(
-        grad_key, grad_value, step, whole, full, stop, PART, k_tiles, v_tiles, None, None, buffers,
-        softmax_scale_log2, BLOCK_D, CAUSAL, True,
-    )  # fmt: skip
+    if MASK is not None:
+        grad_key, grad_value, step = _sum_tiles(
+            grad_key, grad_value, step, after, late, stop, PART, k_tiles, v_tiles, first, last, buffers,
+            softmax_scale_log2, BLOCK_D, CAUSAL, True,
+        )  # fmt: skip
     grad_value *= _INV_P_GLOBAL_SCALE
     if LEAD > 0:
         grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, step, kept, kept_start, kept_stop, PART, k_tiles, v_kept_tiles, own, last, buffers,
+            grad_key, grad_value, step, kept, kept_start, kept_stop, PART, k_tiles, v_kept_tiles, own, own_last, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL, False,
         )  # fmt: skip
 
@@ -238,12 +334,14 @@ def _copy_tiles(sources, rows, step, start, stop, heads, buffers, BLOCK_D: gl.co
 
 
 @gluon.jit
-def _copy(work, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
+def _copy(
+    work, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr, HAS_KEY_MASK: gl.constexpr
+):  # fmt: skip
     """The warp that copies: K and V of every warp group, then tiles of queries in the order of `_compute`."""
-    descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, first_slot, seqlen_q, slots, heads = work
+    descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, first_slot, sequence, heads = work
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc = descriptors
     k_tiles, v_tiles, v_kept_tiles = kv_tiles
-    begin, full, stop, kept_start, kept_stop = _query_ranges(first_slot, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+    begin, full, late, stop, kept_start, kept_stop = _ranges(first_slot, sequence, LEAD, CAUSAL, MASK, HAS_KEY_MASK)
     for part in gl.static_range(_WARP_GROUPS):
         row = k_row + first_slot + part * WARP_GROUP_ROWS
         mbarrier.expect(kv_full.index(part), WARP_GROUP_ROWS * BLOCK_D * 2 * (3 if LEAD > 0 else 2))
@@ -255,7 +353,9 @@ def _copy(work, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr,
     sources = (q_desc, scaled_grad_out_desc, stats_desc, delta_desc)
     rows = (q_row, q_rows, 0, all_q_rows, nothing)  # m, and the row sums of dO / l
     step = _copy_tiles(sources, rows, gl.to_tensor(0), begin, full, heads, buffers, BLOCK_D)
-    step = _copy_tiles(sources, rows, step, full, stop, heads, buffers, BLOCK_D)
+    step = _copy_tiles(sources, rows, step, full, late, heads, buffers, BLOCK_D)
+    if MASK is not None:
+        step = _copy_tiles(sources, rows, step, late, stop, heads, buffers, BLOCK_D)
     if LEAD > 0:
         sources = (q_desc, grad_out_desc, stats_desc, delta_desc)
         rows = (q_row, q_rows, all_q_rows, 0, nothing)  # the log-sum-exp, and the row sums of dO
@@ -263,43 +363,59 @@ def _copy(work, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr,
 
 
 # Else each length would be compiled anew.
-@gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
+@gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks", "splits"])
 def grad_key_value_kernel(
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc,
     pointers, sequences, out_strides, operand_rows,
-    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr,
+    num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, splits, softmax_scale_log2, softmax_scale,
+    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 128 slots of one key head, summed over the query heads that share them. Excluded keys are not written.
 
     Operands and results are those of triton/grad_key_value.py; stats and delta: tiles [64] of float32 [2 all_q_rows].
+    SEEN as in ranges.py.
 
     Args:
         pointers: grad_key_ptr and grad_value_ptr.
-        sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr and cu_seqlens_k_ptr; each may be None.
-        out_strides: of batch, heads and tokens.
+        sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr and upper_ptr; each may be None.
+        out_strides: of batch, heads, tokens and splits.
         operand_rows: of Q and of K of a head, and all of Q.
+        num_blocks: of a key head. splits: into how many parts each block's queries are cut, one with CAUSAL; their results are to
+            be summed.
     """
     BLOCK_D: gl.constexpr = q_desc.block_shape[1]
     LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
     grad_key_ptr, grad_value_ptr = pointers
-    key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr = sequences
+    key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr, upper_ptr = sequences
+    CAUSAL: gl.constexpr = SEEN is not None
+    MASK: gl.constexpr = mask_of(SEEN)
     q_rows, k_rows, all_q_rows = operand_rows
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
     heads = num_heads // num_heads_k
-    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
+    batch_head, block = place(num_blocks * splits, CAUSAL)
+    split, block = block % splits, block // splits
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
     slots, token = seqlen_k + LEAD, gl.to_tensor(k_start)
     q_row = first_row(batch, head_k * heads, num_heads, q_rows, q_start, 0, VARLEN)
+    if not CAUSAL:  # the queries of this split
+        tiles = gl.cdiv(seqlen_q, _TILE)
+        first_query = tiles * split // splits * _TILE
+        seqlen_q = gl.minimum(seqlen_q, tiles * (split + 1) // splits * _TILE) - first_query
+        q_row += first_query
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    leftpad = 0
     if key_mask_ptr is not None:
         leftpad = gl.load(leftpad_ptr + batch)
         slots -= leftpad
         token += leftpad
         key_mask_ptr += batch.to(gl.int64) * k_rows
     offset = batch.to(gl.int64) * out_strides[0] + head_k.to(gl.int64) * out_strides[1] + token.to(gl.int64) * out_strides[2]
+    offset += split.to(gl.int64) * out_strides[3]
+    if lower_ptr is not None:
+        lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
+    here = (seqlen_q, slots, leftpad, lower_ptr, upper_ptr)
     pointers = (grad_key_ptr + offset, grad_value_ptr + offset, key_mask_ptr)
 
     k_tiles = gl.allocate_shared_memory(gl.bfloat16, [_WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], k_desc.layout)
@@ -317,16 +433,16 @@ def grad_key_value_kernel(
     kv_tiles, kv_full = (k_tiles, v_tiles, v_kept_tiles), new_barriers(_WARP_GROUPS, 1)
     fence_async_shared()
     work = (
-        kv_tiles, kv_full, buffers, pointers, out_strides[2], block * _ROWS, seqlen_q, slots, heads,
+        kv_tiles, kv_full, buffers, pointers, out_strides[2], block * _ROWS, here, heads,
         (softmax_scale_log2, softmax_scale),
     )  # fmt: skip
     descriptors = (q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc)
-    copies = (descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, block * _ROWS, seqlen_q, slots, heads)
+    copies = (descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, block * _ROWS, here, heads)
     gl.warp_specialize(
         [
-            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
-            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
-            (_copy, (copies, BLOCK_D, LEAD, CAUSAL, gl.constexpr(key_mask_ptr is not None))),
+            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
+            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
+            (_copy, (copies, BLOCK_D, LEAD, CAUSAL, MASK, gl.constexpr(key_mask_ptr is not None))),
         ],
         [4, 1],
         [240, 24],

@@ -26,11 +26,13 @@ from .pipeline import (
     load_step,
     new_barriers,
     new_ring,
+    place,
     release,
     skip,
     tile_at,
     wait_full,
 )
+from .ranges import bounds_of, has_lower_bounds, mask_of, prefix_of, row_bounds, tile_ranges
 
 _PAD = gl.constexpr(PAD)
 _TILE = gl.constexpr(64)
@@ -38,49 +40,14 @@ _TILE = gl.constexpr(64)
 
 
 @gluon.jit
-def _slot_ranges(start, rows, seqlen_q, slots, LEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
-    """`layout.slot_ranges` of `rows` queries from `start` on: begin, full and stop, and the tiles of open groups; whole tiles.
-
-    Nothing where all queries are behind the sequence.
-    """
-    first_q_pos = start + slots - seqlen_q
-    last_q_pos = gl.minimum(first_q_pos + rows, slots) - 1
-    begin = 0
-    open_start = 0
-    open_stop = 0
-    if LEAD > 0:
-        begin = LEAD + GROUP
-        stop = last_q_pos & -GROUP
-        full = (first_q_pos & -GROUP) - begin
-        open_start = gl.maximum(first_q_pos & -GROUP, begin)
-        open_start -= (open_start - begin) % _TILE
-        open_stop = open_start + gl.cdiv(gl.maximum(last_q_pos + 1 - open_start, 0), _TILE) * _TILE
-    elif CAUSAL:
-        stop = last_q_pos + 1
-        full = first_q_pos + 1
-    else:
-        stop = slots
-        full = slots
-    full = begin + (0 if HAS_KEY_MASK else gl.maximum(full, 0) // _TILE * _TILE)
-    stop = begin + gl.cdiv(gl.maximum(stop - begin, 0), _TILE) * _TILE
-    inside = start < seqlen_q
-    return (
-        begin,
-        gl.where(inside, full, begin),
-        gl.where(inside, stop, begin),
-        open_start,
-        gl.where(inside, open_stop, open_start),
-    )
-
-
-@gluon.jit
 def _sum_tiles(
-    grad_query, step, start, stop, lower, upper, key_mask_ptr, operands, rings, softmax_scale_log2,
+    grad_query, step, start, stop, upper, kept_from, lower, prefix_stop, key_mask_ptr, operands, rings, softmax_scale_log2,
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """dS KF over the slots from `start` to `stop`, whose tiles come next: those from `lower` on and before `upper`, int32 [64].
+    """dS KF over the slots from `start` to `stop`, whose tiles come next.
 
-    None: all.
+    Rows see those before `upper`, from `kept_from` on, and from `lower` on or before `prefix_stop`; int32 [64], but the last one
+    is a number. None: all of them.
     """
     q, grad_out, lse_log2, delta = operands
     k_ring, v_ring = rings
@@ -97,8 +64,10 @@ def _sum_tiles(
         if upper is not None:
             slot = first_slot + gl.arange(0, _TILE, gl.SliceLayout(0, SCORES))
             allowed = slot[None, :] < upper[:, None]
+            if kept_from is not None:
+                allowed = allowed & (slot[None, :] >= kept_from[:, None])
             if lower is not None:
-                allowed = allowed & (slot[None, :] >= lower[:, None])
+                allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
             if key_mask_ptr is not None:
                 allowed = allowed & (gl.load(key_mask_ptr + slot) != 0)[None, :]
             p = gl.where(allowed, p, 0.0)
@@ -122,19 +91,107 @@ def _skip_tiles(step, start, stop, rings):
 
 
 @gluon.jit
+def _sum_quantized(
+    grad_query, bounds, block, mine, inside, key_mask_ptr, operands, rings, softmax_scale_log2,
+    ORIGIN: gl.constexpr, WINDOWED: gl.constexpr, PREFIX: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """dS KF over the slots that are not kept. block, mine: `tile_ranges` of the block and of this warp group.
+
+    WINDOWED: whether rows have lower bounds. Tiles that only other warp groups need are given back.
+    """
+    upper, lower, prefix_stop = bounds
+    block_head_stop, block_first, block_stop = block[0], block[1], block[4]
+    head_stop, first, begin, full, stop = mine[0], mine[1], mine[2], mine[3], mine[4]
+    step = gl.to_tensor(0)
+    if PREFIX:
+        # Its tiles of the prefix go on where those of the block end, because those of the block begin there.
+        head_stop = gl.where(inside, gl.minimum(head_stop, gl.maximum(block_head_stop, block_stop)), ORIGIN)
+        grad_query, step = _sum_tiles(
+            grad_query, step, ORIGIN, head_stop, upper, None, lower, prefix_stop, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+        step = _skip_tiles(step, head_stop, block_head_stop, rings)
+        block_first = gl.maximum(block_first, head_stop)
+    if WINDOWED or PREFIX:
+        first = gl.minimum(first, gl.maximum(block_stop, block_first))
+        step = _skip_tiles(step, block_first, first, rings)
+        stop = gl.where(inside, gl.maximum(stop, first), first)
+    if key_mask_ptr is not None:
+        full = first
+    else:
+        begin = gl.minimum(begin, stop)
+        full = gl.maximum(gl.minimum(full, stop), begin)
+        if WINDOWED:
+            grad_query, step = _sum_tiles(
+                grad_query, step, first, begin, upper, None, lower, prefix_stop, None, operands, rings,
+                softmax_scale_log2, BLOCK_D,
+            )  # fmt: skip
+        grad_query, step = _sum_tiles(
+            grad_query, step, begin, full, None, None, None, 0, None, operands, rings, softmax_scale_log2, BLOCK_D
+        )  # fmt: skip
+    if WINDOWED:
+        grad_query, step = _sum_tiles(
+            grad_query, step, full, stop, upper, None, lower, prefix_stop, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+    else:
+        grad_query, step = _sum_tiles(
+            grad_query, step, full, stop, upper, None, None, 0, key_mask_ptr, operands, rings, softmax_scale_log2, BLOCK_D
+        )  # fmt: skip
+    return grad_query, _skip_tiles(step, stop, block_stop, rings)
+
+
+@gluon.jit
+def _sum_kept(
+    grad_query, step, last, bounds, block, mine, inside, key_mask_ptr, operands, rings, softmax_scale_log2,
+    ORIGIN: gl.constexpr, LEAD: gl.constexpr, WINDOWED: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """The same over the kept groups: that of the sink, then those that are open. `last`: the end of what rows see."""
+    upper, lower, prefix_stop = bounds
+    block_open_start, block_open_stop, block_sink = block[5], block[6], block[7]
+    open_start, open_stop, sink = mine[5], mine[6], ORIGIN - _TILE * gl.where(inside, mine[7], 0)
+    step = _skip_tiles(step, ORIGIN - _TILE * block_sink, sink, rings)
+    if WINDOWED:
+        grad_query, step = _sum_tiles(
+            grad_query, step, sink, ORIGIN, last, upper * 0 + LEAD, lower, prefix_stop, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+    else:
+        grad_query, step = _sum_tiles(
+            grad_query, step, sink, ORIGIN, last, upper * 0 + LEAD, None, 0, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+    step = _skip_tiles(step, block_open_start, gl.minimum(open_start, block_open_stop), rings)
+    kept_from = gl.maximum(upper, ORIGIN)
+    if WINDOWED:
+        grad_query, step = _sum_tiles(
+            grad_query, step, open_start, open_stop, last, kept_from, lower, prefix_stop, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+    else:
+        grad_query, step = _sum_tiles(
+            grad_query, step, open_start, open_stop, last, kept_from, None, 0, key_mask_ptr, operands, rings,
+            softmax_scale_log2, BLOCK_D,
+        )  # fmt: skip
+    _skip_tiles(step, open_stop, block_open_stop, rings)
+    return grad_query
+
+
+@gluon.jit
 def _compute(
-    PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr
+    PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr,
+    MASK: gl.constexpr,
 ):  # fmt: skip
     """dQ of 64 of the block's queries, which begin at `start`. Pointers are those of the sequence's first query or slot."""
-    q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, seqlen_q, slots, softmax_scale_log2, softmax_scale = work
+    q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, sequence, softmax_scale_log2, softmax_scale = work
     grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr, key_mask_ptr = pointers
     grad_out_stride_l, grad_out_stride_d, out_stride_l = strides
-    HAS_KEY_MASK: gl.constexpr = key_mask_ptr is not None
-    ORIGIN: gl.constexpr = LEAD + GROUP  # behind the sink group
+    seqlen_q, slots, _, _, _ = sequence
+    ORIGIN: gl.constexpr = LEAD + GROUP if LEAD > 0 else 0  # behind the sink group
     ROWS: gl.constexpr = q_tiles.shape[0] * WARP_GROUP_ROWS
-    _, _, block_stop, block_open_start, block_open_stop = _slot_ranges(start, ROWS, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+    block = tile_ranges(start, sequence, ROWS, _TILE, LEAD, CAUSAL, MASK)
     start += PART * WARP_GROUP_ROWS
-    begin, full, stop, open_start, open_stop = _slot_ranges(start, WARP_GROUP_ROWS, seqlen_q, slots, LEAD, CAUSAL, HAS_KEY_MASK)
+    mine = tile_ranges(start, sequence, WARP_GROUP_ROWS, _TILE, LEAD, CAUSAL, MASK)
 
     grad_out = grad_out_tiles.index(PART)  # [64, BLOCK_D]
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
@@ -148,32 +205,21 @@ def _compute(
     rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(_TILE)))
     lse_log2 = gl.load(stats_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
     delta = gl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
-    q_pos = rows + (slots - seqlen_q)
-    last = gl.minimum(q_pos + 1, slots) if CAUSAL else rows * 0 + slots
-    upper = q_pos & -GROUP if LEAD > 0 else last
+    last, upper, lower, prefix_stop = row_bounds(rows, sequence, LEAD, CAUSAL, MASK)
+    bounds = (upper, lower, prefix_stop)
 
     operands = (q_tiles.index(PART), grad_out, lse_log2, delta)
     grad_query = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
-    step = gl.to_tensor(0)
     mbarrier.wait(q_full.index(PART), 0)
-    grad_query, step = _sum_tiles(grad_query, step, begin, full, None, None, None, operands, rings, softmax_scale_log2, BLOCK_D)
-    grad_query, step = _sum_tiles(
-        grad_query, step, full, stop, None, upper, key_mask_ptr, operands, rings, softmax_scale_log2, BLOCK_D
-    )
-    step = _skip_tiles(step, stop, block_stop, rings)
-    if LEAD > 0:  # the kept groups: that of the sink, then those that are open
-        sink = gl.where(start < seqlen_q, ORIGIN - _TILE, ORIGIN)
-        step = _skip_tiles(step, ORIGIN - _TILE, sink, rings)
-        grad_query, step = _sum_tiles(
-            grad_query, step, sink, ORIGIN, rows * 0 + LEAD, last, key_mask_ptr, operands, rings,
-            softmax_scale_log2, BLOCK_D,
+    grad_query, step = _sum_quantized(
+        grad_query, bounds, block, mine, start < seqlen_q, key_mask_ptr, operands, rings, softmax_scale_log2,
+        ORIGIN, has_lower_bounds(MASK), prefix_of(MASK) > 0, BLOCK_D,
+    )  # fmt: skip
+    if LEAD > 0:
+        grad_query = _sum_kept(
+            grad_query, step, gl.minimum(last + 1, slots), bounds, block, mine, start < seqlen_q, key_mask_ptr, operands, rings,
+            softmax_scale_log2, ORIGIN, LEAD, has_lower_bounds(MASK), BLOCK_D,
         )  # fmt: skip
-        step = _skip_tiles(step, block_open_start, gl.minimum(open_start, block_open_stop), rings)
-        grad_query, step = _sum_tiles(
-            grad_query, step, open_start, open_stop, gl.maximum(upper, ORIGIN), last, key_mask_ptr, operands, rings,
-            softmax_scale_log2, BLOCK_D,
-        )  # fmt: skip
-        step = _skip_tiles(step, open_stop, block_open_stop, rings)
 
     rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_D)))
     columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, accumulator(BLOCK_D)))
@@ -193,20 +239,23 @@ def _copy_tiles(k_desc, v_desc, k_row, step, start, stop, rings):
 
 
 @gluon.jit
-def _copy(work, LEAD: gl.constexpr, CAUSAL: gl.constexpr):
+def _copy(work, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr):
     """The warp that copies: Q of every warp group, then all tiles that one of them needs, in the order of `_compute`."""
-    descriptors, q_tiles, q_full, rings, q_row, k_row, start, seqlen_q, slots = work
+    descriptors, q_tiles, q_full, rings, q_row, k_row, start, sequence = work
     q_desc, k_desc, v_desc, v_kept_desc = descriptors
     WARP_GROUPS: gl.constexpr = q_tiles.shape[0]
-    begin, _, stop, open_start, open_stop = _slot_ranges(
-        start, WARP_GROUPS * WARP_GROUP_ROWS, seqlen_q, slots, LEAD, CAUSAL, True
-    )
+    ORIGIN: gl.constexpr = LEAD + GROUP if LEAD > 0 else 0
+    head_stop, first, _, _, stop, open_start, open_stop, sink = tile_ranges(
+        start, sequence, WARP_GROUPS * WARP_GROUP_ROWS, _TILE, LEAD, CAUSAL, MASK
+    )  # fmt: skip
     for part in gl.static_range(WARP_GROUPS):
         load(q_desc, q_row + start + part * WARP_GROUP_ROWS, q_tiles.index(part), q_full.index(part))
-    step = _copy_tiles(k_desc, v_desc, k_row, gl.to_tensor(0), begin, stop, rings)
+    step = gl.to_tensor(0)
+    if prefix_of(MASK) > 0:
+        step = _copy_tiles(k_desc, v_desc, k_row, step, ORIGIN, head_stop, rings)
+    step = _copy_tiles(k_desc, v_desc, k_row, step, first, stop, rings)
     if LEAD > 0:
-        ORIGIN: gl.constexpr = LEAD + GROUP
-        step = _copy_tiles(k_desc, v_kept_desc, k_row, step, ORIGIN - _TILE, ORIGIN, rings)
+        step = _copy_tiles(k_desc, v_kept_desc, k_row, step, ORIGIN - _TILE * sink, ORIGIN, rings)
         step = _copy_tiles(k_desc, v_kept_desc, k_row, step, open_start, open_stop, rings)
 
 
@@ -215,26 +264,28 @@ def _copy(work, LEAD: gl.constexpr, CAUSAL: gl.constexpr):
 def grad_query_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, pointers, sequences, grad_out_strides, out_strides, operand_rows,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dQ of WARP_GROUPS (three) times 64 queries of one head.
 
-    Operands, statistics and results are those of the kernel in triton/grad_query.py.
+    Operands, statistics and results are those of the kernel in triton/grad_query.py; SEEN as in ranges.py.
 
     Args:
         pointers: grad_out_ptr, delta_ptr, stats_ptr and grad_query_ptr.
-        sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr and cu_seqlens_k_ptr; each may be None.
+        sequences: key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr and upper_ptr; each may be None.
         grad_out_strides: of batch, heads, tokens and head dim; out_strides: of the first three.
         operand_rows: of Q and of K of a head, and all of Q.
     """
     BLOCK_D: gl.constexpr = q_desc.block_shape[1]
     LEAD: gl.constexpr = _PAD - GROUP if v_kept_desc is not None else 0
     grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr = pointers
-    key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr = sequences
+    key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, lower_ptr, upper_ptr = sequences
+    CAUSAL: gl.constexpr = SEEN is not None
+    MASK: gl.constexpr = mask_of(SEEN)
     q_rows, k_rows, all_q_rows = operand_rows
     VARLEN: gl.constexpr = cu_seqlens_q_ptr is not None
-    batch_head, block = gl.program_id(0) // num_blocks, gl.program_id(0) % num_blocks
-    if CAUSAL:  # the longest first
+    batch_head, block = place(num_blocks, CAUSAL)
+    if CAUSAL:
         block = num_blocks - 1 - block
     batch, head = batch_head // num_heads, batch_head % num_heads
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
@@ -244,9 +295,13 @@ def grad_query_kernel(
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
     k_row = first_row(batch, head // (num_heads // num_heads_k), num_heads_k, k_rows, k_start, LEAD, VARLEN)
     batch, head, token = batch.to(gl.int64), head.to(gl.int64), gl.to_tensor(q_start).to(gl.int64)
+    leftpad = 0
     if key_mask_ptr is not None:
-        slots -= gl.load(leftpad_ptr + batch)
+        leftpad = gl.load(leftpad_ptr + batch)
         key_mask_ptr += batch * k_rows
+    if lower_ptr is not None:
+        lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
+    here = (seqlen_q, slots - leftpad, leftpad, lower_ptr, upper_ptr)
     grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[1] + token * grad_out_strides[2]
     grad_query_ptr += batch * out_strides[0] + head * out_strides[1] + token * out_strides[2]
     pointers = (grad_out_ptr, delta_ptr + q_row, stats_ptr + all_q_rows + q_row, grad_query_ptr, key_mask_ptr)
@@ -258,16 +313,15 @@ def grad_query_kernel(
     rings = (new_ring(k_desc, STAGES, WARP_GROUPS), new_ring(v_desc, STAGES, WARP_GROUPS))
     fence_async_shared()
     work = (
-        q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, seqlen_q, slots,
-        softmax_scale_log2, softmax_scale,
+        q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, here, softmax_scale_log2, softmax_scale,
     )  # fmt: skip
-    copies = ((q_desc, k_desc, v_desc, v_kept_desc), q_tiles, q_full, rings, q_row, k_row, start, seqlen_q, slots)
+    copies = ((q_desc, k_desc, v_desc, v_kept_desc), q_tiles, q_full, rings, q_row, k_row, start, here)
     gl.warp_specialize(
         [
-            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
-            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
-            (_compute, (gl.constexpr(2), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL)),
-            (_copy, (copies, LEAD, CAUSAL)),
+            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
+            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
+            (_compute, (gl.constexpr(2), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
+            (_copy, (copies, LEAD, CAUSAL, MASK)),
         ],
         [4, 4, 1],
         [160, 160, 24],

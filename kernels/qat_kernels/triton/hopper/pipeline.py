@@ -14,6 +14,27 @@ WARP_GROUP_ROWS = gl.constexpr(64)
 """Rows of a tile that one warp group holds: those of one wgmma instruction."""
 
 
+_HEADS = gl.constexpr(16)
+"""Heads whose blocks take turns."""
+
+
+@gluon.jit
+def place(num_blocks, LONGEST_FIRST: gl.constexpr):
+    """The head, counted through all sequences, and the block of this program.
+
+    Without LONGEST_FIRST the blocks of a head follow one another, and then those of the next head. With it those of some heads
+    take turns, the first blocks first: at the end of the kernel only short ones are left, and the last multiprocessors end at
+    about the same time. Not those of all heads: what they read together has to fit the cache.
+    """
+    program = gl.program_id(0)
+    if not LONGEST_FIRST:
+        return program // num_blocks, program % num_blocks
+    turn = _HEADS * num_blocks
+    first, place_in_turn = program // turn * _HEADS, program % turn
+    heads = gl.minimum(gl.num_programs(0) // num_blocks - first, _HEADS)
+    return first + place_in_turn % heads, place_in_turn // heads
+
+
 @gluon.constexpr_function
 def accumulator(columns):
     """The layout of an accumulator [64, columns] of one warp group."""

@@ -58,10 +58,15 @@ def rows_of(x, D: gl.constexpr):
 
 
 @gluon.jit
-def mask_scores(scores, first_slot, upper):
-    """Scores of the slots from `first_slot` on, -inf where they are not below the `upper` of the row."""
+def mask_scores(scores, first_slot, upper, lower, prefix_stop):
+    """Scores of the slots from `first_slot` on, -inf where they are not below the `upper` of the row.
+
+    Nor, if `lower` is not None, from the `lower` of the row on or below `prefix_stop`.
+    """
     slot = first_slot + slot_of(gl.arange(0, scores.shape[1], gl.SliceLayout(0, accumulator(scores.shape[1]))), ORDER)
     allowed = slot[None, :] < upper[:, None]
+    if lower is not None:
+        allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
     return gl.where(allowed, scores, float("-inf"))
 
 
