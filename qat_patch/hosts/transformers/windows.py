@@ -15,6 +15,8 @@ from .masks import BEFORE_A_WINDOW
 
 WINDOWS = "_qat_windows"
 """The attribute of a model right around patched modules that holds their windows."""
+KIND = "_qat_layer_kind"
+"""The attribute of a patched module that holds what `layer_kind` found."""
 _KEEPS_MORE = "_qat_keeps_more"
 """The attribute of a layer of a cache that says so."""
 
@@ -36,7 +38,13 @@ def softcap_of(module: Any) -> float | None:
 
 
 def layer_kind(module: Any) -> str | None:
-    """What the config calls the attention of this layer."""
+    """What the config calls the attention of this layer.
+
+    Patched modules carry it: a block that read its own number would be compiled for that number alone, and torch.compile gives up
+    after eight.
+    """
+    if hasattr(module, KIND):
+        return getattr(module, KIND)
     kinds, number = getattr(module.config, "layer_types", None) or [], module.layer_idx
     return kinds[number] if number is not None and number < len(kinds) else None
 
