@@ -31,9 +31,10 @@ import torch
 
 from qat_recipes.tasks.language_modeling import LanguageModeling
 from qat_recipes.training.adapters import LoraSettings, add_adapters
+from qat_recipes.training.optimization import compile_blocks
 from qat_recipes.training.settings import TrainingSettings
 from scripts.evidence.attention.by_name import attention_in
-from scripts.evidence.fine_tuning import Windows, fine_tune, frozen_teacher, means, measure_windows
+from scripts.evidence.fine_tuning import Attention, Windows, fine_tune, frozen_teacher, means, measure_windows
 from scripts.evidence.language import FOLDER as LANGUAGE
 from scripts.evidence.language import Language
 from scripts.evidence.results import Entry, Results, command_line, work_through
@@ -67,6 +68,8 @@ class Size:
     """Windows that the end of a run is measured on."""
     validation: int = 8
     """Windows of the curve."""
+    everywhere: bool = False
+    """Measure the end of every run in all options, not that of controls alone."""
 
 
 SIZES = {
@@ -132,11 +135,13 @@ def plan(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run | str]]:
         yield from seeds(("distill", "task"), option=option)
 
 
-def tried_rates(results: Mapping[str, Entry], method: str, weights: str, option: str = PLAIN) -> dict[float, float]:
+def tried_rates(
+    results: Mapping[str, Entry], method: str, weights: str, option: str = PLAIN, size: str = "main"
+) -> dict[float, float]:
     """The method's own objective on validation text at the end of the runs of the sweep, by learning rate; diverged: infinite."""
     found = {}
     for rate in RATES[weights]:
-        entry = results.get(Run(method=method, weights=weights, option=option, rate=rate, seed=SEEDS[0]).key)
+        entry = results.get(Run(method=method, weights=weights, option=option, size=size, rate=rate, seed=SEEDS[0]).key)
         if entry is not None:
             value = objective_of(method, entry["curve"][-1], option)
             found[rate] = value if math.isfinite(value) else math.inf
@@ -169,9 +174,17 @@ def best_rate(results: Mapping[str, Entry], method: str, weights: str, option: s
 class Trainer:
     """Trains from one starting model again and again; what `work_through` calls in each worker."""
 
-    def __init__(self, language: Language, device: str, sizes: dict[str, Size], options: Sequence[str] = OPTIONS) -> None:
-        """`options`: what the model is measured in before training, and controls of the size `main` after it."""
-        self.options = options
+    def __init__(
+        self,
+        language: Language,
+        device: str,
+        sizes: dict[str, Size],
+        options: Sequence[str] = OPTIONS,
+        compiler: str | None = None,
+    ) -> None:
+        """`options`: what the model is measured in before training, and controls of the size `main` after it. `compiler`: the
+        backend of torch.compile for training; measured is without."""
+        self.options, self.compiler = options, compiler
         self.language, self.device, self.sizes = language, torch.device(device), sizes
         self.start = language.model(self.device).requires_grad_(False)
         self.teacher = frozen_teacher(self.start)
@@ -194,20 +207,29 @@ class Trainer:
         else:
             model.requires_grad_(True)
         validation = self.windows("validation", size, size.validation)
+        served: Sequence[str] = [run.option]
+        if size.everywhere:
+            served = self.options
+        elif run.method == "control" and run.weights == "full":
+            served = {"main": self.options, "long": served}.get(run.size, (PLAIN, ALL))
+        found: Windows = {}
         with attention_in(model, run.option, self.calibration(size)) as handle:
             attentions = {"original": handle.disabled, run.option: contextlib.nullcontext}
+            if settings.compile:
+                compile_blocks(handle, settings.compile)
             entry = fine_tune(
                 model,
                 settings,
                 self.windows("train", size, None),
                 teacher=self.teacher if settings.distillation else None,
-                measure=lambda: means(measure_windows(model, attentions, validation, self.teacher, settings)),
+                measure=lambda: means(self.measure(model, attentions, validation, settings)),
                 attention=attentions["original" if settings.attention == "original" else run.option],
             )
-        served: Sequence[str] = [run.option]
-        if run.method == "control" and run.weights == "full":
-            served = {"main": self.options, "long": served}.get(run.size, (PLAIN, ALL))
-        entry["test"] = self.test(model, served, size, settings)
+            if settings.attention != "original":
+                # As it was trained: keys are still shifted by the means of the starting model, as an export would have it.
+                found = self.measure(model, attentions, self.windows("test", size, size.test), settings)
+                served = [option for option in served if option != run.option]
+        entry["test"] = found | self.test(model, served, size, settings)
         return entry | {"settings": dataclasses.asdict(run) | dataclasses.asdict(size) | _plain(settings)}
 
     def test(self, model: torch.nn.Module, options: Iterable[str], size: Size, settings: TrainingSettings) -> Windows:
@@ -216,8 +238,15 @@ class Trainer:
         for option in options:
             with attention_in(model, option, self.calibration(size)) as handle:
                 attentions = {"original": handle.disabled, option: contextlib.nullcontext}
-                found |= measure_windows(model, attentions, windows, self.teacher, settings)
+                found |= self.measure(model, attentions, windows, settings)
         return found
+
+    def measure(
+        self, model: torch.nn.Module, attentions: dict[str, Attention], windows: torch.Tensor, settings: TrainingSettings
+    ) -> Windows:
+        """`measure_windows`, without what training was compiled to."""
+        with torch.compiler.set_stance("force_eager"):
+            return measure_windows(model, attentions, windows, self.teacher, settings)
 
     def calibration(self, size: Size) -> list[dict[str, torch.Tensor]]:
         """Training text, for `k_shift`."""
@@ -240,13 +269,14 @@ class Trainer:
             mixed_precision="bf16" if on_gpu else None,
             seed=run.seed,
             eval_every=size.steps // 4,
+            compile=self.compiler,
             **METHODS[run.method],
         )
 
 
 def _plain(settings: TrainingSettings) -> dict[str, Any]:
     """What of the settings decides about the numbers."""
-    names = "learning_rate schedule warmup_steps betas weight_decay max_grad_norm mixed_precision attention distillation"
+    names = "learning_rate schedule warmup_steps betas weight_decay max_grad_norm mixed_precision attention distillation compile"
     return {name: getattr(settings, name) for name in names.split()}
 
 

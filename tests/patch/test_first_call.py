@@ -194,3 +194,17 @@ def test_compiled_blocks_share_one_graph_and_all_are_marked():
     velocity(model)
     assert statuses(handle) == ["compiled"] * 4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_blocks_of_transformers_share_their_graph_too():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, ids = tiny_qwen3(), token_ids()
+    patch_model(model)
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    out = logits(model, ids, use_cache=False)
+    # torch.compile gives up after eight graphs, and models have more blocks than that.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(logits(model, ids, use_cache=False), out)

@@ -172,6 +172,7 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
     checked = packed_samples.Checked()
     for layer in layers:
         module = modules[layer.name]
+        setattr(module, windows.KIND, windows.layer_kind(module))
         setattr(module, LAYER, layer)
         if layer.is_patched:
             around = _models_around(model, layer)[-1]
@@ -234,6 +235,7 @@ def restore(model: Any, layers: list[AttentionLayer]) -> None:
             module.config = module.__dict__.pop(_CONFIG, module.config)
             module.__dict__.pop(LAYER, None)
             module.__dict__.pop(CHECKED, None)
+            module.__dict__.pop(windows.KIND, None)
             module.__dict__.pop(windows.WINDOWS, None)
             for key, hook in list(module._forward_pre_hooks.items()):
                 if hook in (_give_original_masks, _count_positions, _begin_pass):

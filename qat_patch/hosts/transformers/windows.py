@@ -15,6 +15,8 @@ from .masks import BEFORE_A_WINDOW
 
 WINDOWS = "_qat_windows"
 """The attribute of a model directly around patched modules that holds their windows."""
+KIND = "_qat_layer_kind"
+"""The attribute of a patched module that holds what `layer_kind` found."""
 _KEEPS_MORE = "_qat_keeps_more"
 """The attribute of a layer of a cache that says so."""
 
@@ -36,7 +38,13 @@ def softcap_of(module: Any) -> float | None:
 
 
 def layer_kind(module: Any) -> str | None:
-    """The config's name for the attention of this layer."""
+    """The config's name for the attention of this layer.
+
+    Patched modules carry it. A block that reads its own number is compiled for that number alone, and torch.compile gives up
+    after eight of them.
+    """
+    if hasattr(module, KIND):
+        return getattr(module, KIND)
     kinds, number = getattr(module.config, "layer_types", None) or [], module.layer_idx
     return kinds[number] if number is not None and number < len(kinds) else None
 

@@ -64,8 +64,8 @@ def measured_on(entries: Iterable[dict[str, Any]]) -> str:
 
 
 def picture(name: str, caption: str) -> str:
-    """A figure in the document, beside the table that it belongs to."""
-    return f"\n\n![{caption}](evidence/{name}.png)"
+    """A figure in a document of docs/evidence, beside the table that it belongs to."""
+    return f"\n\n![{caption}]({name}.png)"
 
 
 def figure(file: Path, panels: int, *, caption: str, width: float = 5.2, height: float = 4.4) -> Any:

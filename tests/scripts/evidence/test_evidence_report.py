@@ -1,4 +1,4 @@
-"""docs/EVIDENCE.md says what the JSON says, and its statistics are right on numbers that are known."""
+"""docs/evidence/*.md say what the JSON says, and its statistics are right on numbers that are known."""
 
 import json
 import math
@@ -14,29 +14,31 @@ from scripts.evidence.servers import CACHE
 from scripts.evidence.trained import RATES
 
 
-def test_the_document_is_fresh():
-    text = report.DOCUMENT.read_text(encoding="utf-8")
-    assert text == report.render(text, report.load(FOLDER)), "run make evidence"
+def test_the_documents_are_fresh():
+    documents = report.read(FOLDER)
+    assert documents == report.render(documents, report.load(FOLDER)), "run make evidence"
 
 
-def test_a_changed_number_makes_the_document_stale(tmp_path):
+def test_a_changed_number_makes_a_document_stale(tmp_path):
     results = Results(tmp_path / "trained.json")
     test = {"loss_original": [3.0, 5.0]}
     test |= {f"{name}_{option}": [4.0, 6.5] for option in report_trained.OPTIONS for name in ("loss", "kl", "between")}
     results.put("untrained/main", {"test": test, "machine": {"device": "X", "torch": "2"}})
-    text = report.render(report.DOCUMENT.read_text(encoding="utf-8"), report.load(tmp_path))
+    documents = report.render(report.read(FOLDER), report.load(tmp_path))
+    text = documents[FOLDER / "trained.md"]
     assert "| untrained | 4.0000 ± 1.0000 | 5.2500 ± 1.2500 | +1.2500 ± 0.2500 | 1.00 ± 0.00 |" in text
     assert "| `untrained/main` |" in text and "Measured on X, torch 2." in text
-    assert text == report.render(text, report.load(tmp_path))
+    assert documents == report.render(documents, report.load(tmp_path))
     test["loss_nvfp4"] = [4.0, 6.6]
     results.put("untrained/main", {"test": test, "machine": {"device": "X", "torch": "2"}})
-    assert text != report.render(text, report.load(tmp_path))
+    assert documents != report.render(documents, report.load(tmp_path))
 
 
 def test_tables_that_nobody_makes_are_refused():
-    text = report.DOCUMENT.read_text(encoding="utf-8")
+    documents = report.read(FOLDER)
+    documents[FOLDER / "serve.md"] = documents[FOLDER / "serve.md"].replace("<!-- table serve -->", "<!-- table served -->")
     with pytest.raises(ValueError, match=r"expected each of the tables .*'serve'"):
-        report.render(text.replace("<!-- table serve -->", "<!-- table served -->"), report.load(FOLDER))
+        report.render(documents, report.load(FOLDER))
 
 
 def test_errors_of_windows_and_seeds():
@@ -134,4 +136,4 @@ def test_the_cost_of_the_cache_is_each_models_own(tmp_path):
     assert next(iter(costs)) == "not trained" and len(costs) == 4
     draw(report.load(tmp_path), tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
-    assert f"(evidence/{report_servers.COST}.png)" in report_servers.TABLES["servers_language"](report.load(tmp_path))
+    assert f"({report_servers.COST}.png)" in report_servers.TABLES["servers_language"](report.load(tmp_path))
