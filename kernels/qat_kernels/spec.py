@@ -28,6 +28,8 @@ MAX_HEAD_DIM = 256
 
 FEATURES = ("window", "block_size", "prefix", "bounds", "softcap", "sinks")
 """Arguments of `attention` that change who sees whom or how scores become probabilities, and that not everybody computes."""
+UNEQUAL_HEAD_DIMS = "values of another head dim"
+"""What else not everybody computes: V of another head dim than Q and K, as in MLA."""
 
 Axis = Literal["head_dim", "keys"]
 ScaleRule = Literal["divide", "reciprocal"]

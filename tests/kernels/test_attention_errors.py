@@ -24,11 +24,11 @@ WRONG_CALLS = {
     "k that is a list": ({"k": [1.0]}, r"k: expected a tensor \[.*\], got <class 'list'>"),
     "k and v of different lengths": (
         {"v": tensor(2, 2, 6, 32)},
-        r"shapes of k and v: expected equal shapes \[B, Hk, Lk, D\], got \(2, 2, 7, 32\) and \(2, 2, 6, 32\)",
+        r"shapes of k and v: expected \[B, Hk, Lk, D\] and \[B, Hk, Lk, Dv\], got \(2, 2, 7, 32\) and \(2, 2, 6, 32\)",
     ),
     "k and v of different heads": (
         {"k": tensor(2, 4, 7, 32)},
-        r"shapes of k and v: expected equal shapes \[B, Hk, Lk, D\], got \(2, 4, 7, 32\) and \(2, 2, 7, 32\)",
+        r"shapes of k and v: expected \[B, Hk, Lk, D\] and \[B, Hk, Lk, Dv\], got \(2, 4, 7, 32\) and \(2, 2, 7, 32\)",
     ),
     "another batch": (
         {"k": tensor(3, 2, 7, 32), "v": tensor(3, 2, 7, 32)},
@@ -124,7 +124,7 @@ WRONG_PACKED_CALLS = {
     "a batch": ({"q": tensor(*Q)}, r"q: expected a tensor \[total, heads, head_dim\] with cu_seqlens, got shape \(2, 4, 5, 32\)"),
     "k and v of different lengths": (
         {"v": tensor(6, 2, 32)},
-        r"shapes of k and v: expected equal shapes \[total_k, Hk, D\], got \(7, 2, 32\) and \(6, 2, 32\)",
+        r"shapes of k and v: expected \[total_k, Hk, D\] and \[total_k, Hk, Dv\], got \(7, 2, 32\) and \(6, 2, 32\)",
     ),
     "another head dim": (
         {"k": tensor(7, 2, 16), "v": tensor(7, 2, 16)},

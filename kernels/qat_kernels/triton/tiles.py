@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from qat_kernels.spec import QuantSpec
+from qat_kernels.spec import UNEQUAL_HEAD_DIMS, QuantSpec
 
 
 class Tile(NamedTuple):
@@ -22,6 +22,8 @@ class Tile(NamedTuple):
     """Keys: a divisor of 128, at least 32 in the forward, because groups of P~ lie inside a tile (layout.py)."""
     num_warps: int
     num_stages: int
+    block_dv: int | None = None
+    """In the forward: columns of V. Where they are not all, each program computes the probabilities anew."""
 
 
 class HopperTile(NamedTuple):
@@ -144,6 +146,7 @@ def options_of(
     k_shift: bool = False,
     sinks: bool = False,
     with_gradient: bool = True,
+    unequal_head_dims: bool = False,
 ) -> tuple[str, ...]:
     """What a call has besides its head dim and causality: which kernel serves it, and its tiles, depend on that."""
     rows = (
@@ -156,6 +159,7 @@ def options_of(
         ("smoothing", spec.formats.smooth is not None),
         ("rotate", spec.rotate),
         ("bf16_pv", not spec.quantizes_pv),
+        (UNEQUAL_HEAD_DIMS, unequal_head_dims),
         ("out_hp", with_gradient and spec.quantizes_pv),
     )
     return tuple(name for name, there in rows if there)
