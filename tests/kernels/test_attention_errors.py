@@ -54,6 +54,22 @@ WRONG_CALLS = {
         )
         for d in (0, 8, 24, 272)
     },
+    "a head dim of v": (
+        {"v": tensor(2, 2, 7, 272)},
+        r"head_dim of v: expected a multiple of 16 from 16 to 256; pad q, k and v and pass scale, got 272$",
+    ),
+    **{
+        f"another head dim of v with {impl}": (
+            {"v": tensor(2, 2, 7, 16, dtype=torch.bfloat16), "impl": impl}
+            | {"q": tensor(*Q, dtype=torch.bfloat16), "k": tensor(*KV, dtype=torch.bfloat16)},
+            rf"head_dim of v with impl='{impl}': expected 32, as of q and k, or impl='auto', got 16",
+        )
+        for impl in ("sdpa", "fp4", "sageattn3")
+    },
+    "another head dim of v with sage3": (
+        {"q": tensor(2, 2, 7, 64), "k": tensor(2, 2, 7, 64), "v": tensor(2, 2, 7, 128), "spec": QuantSpec(preset="sage3")},
+        r"head_dim of v .*: expected 64, as of q and k, got 128",
+    ),
     "mixed dtypes": (
         {"k": tensor(*KV, dtype=torch.bfloat16)},
         r"dtypes of q, k, v: expected one of .* for all three; cast them first, got torch.float32, torch.bfloat16, torch.float32",

@@ -38,14 +38,14 @@ def online_softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUN
 @triton.jit
 def _attend(
     out, out_hp, row_sum, row_max,
-    q, k_desc, v_desc, k_row, column, key_mask_ptr, mean_scores_ptr, upper, lower, prefix_stop, start, stop, softmax_scale_log2,
+    q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, lower, prefix_stop, start, stop, softmax_scale_log2,
     BLOCK_N: tl.constexpr, ORDER: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     QUANTIZE_PV: tl.constexpr, SAGE: tl.constexpr, OUT_HP: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
-    `column` is the first one of V that is read. With CHECK_BOUNDS a row may see those below `upper`, and with MASKED of these
-    those from `lower` on and those below `prefix_stop`; otherwise all of them. With QUANTIZE_PV `out` is 2688 times too large
+    With CHECK_BOUNDS a row may see those below `upper`, and with MASKED of these those from `lower` on and those below
+    `prefix_stop`; otherwise all of them. With QUANTIZE_PV `out` is 2688 times too large
     and takes PF~ VF, while `out_hp` takes P~ VF; otherwise `out` takes the unquantized P~. With SAGE mean_scores float32 [slots]
     are added to the scores of all rows.
     """
@@ -77,7 +77,7 @@ def _attend(
             if OUT_HP:
                 out_hp = out_hp * rescale[:, None]
         row_max = row_max_new
-        v = v_desc.load([k_row + first_slot, column])
+        v = v_desc.load([k_row + first_slot, 0])
         if OUT_HP:
             out_hp = dot(to_tile(cast_rn(p, v.dtype)), v, out_hp)
         if QUANTIZE_PV:
@@ -89,8 +89,7 @@ def _attend(
 @triton.jit
 def _attend_kept(
     out, out_hp, row_sum, row_max,
-    q, k_desc, v_desc, k_row, column, key_mask_ptr, last, lower, prefix_stop, slots, start, first_block, num_blocks,
-    softmax_scale_log2,
+    q, k_desc, v_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots, start, first_block, num_blocks, softmax_scale_log2,
     BLOCK_N: tl.constexpr, ORDER: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, OUT_HP: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +125,7 @@ def _attend_kept(
             )  # fmt: skip
             rescale = tl.exp2(row_max - row_max_safe)
             row_max = row_max_new
-            v = v_desc.load([k_row + first_slot, column])
+            v = v_desc.load([k_row + first_slot, 0])
             p = to_tile(cast_rn(p, v.dtype))
             out = dot(p, v, out * rescale[:, None])
             if OUT_HP:
@@ -147,7 +146,7 @@ def attention_forward_kernel(
     MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head of one sequence, and BLOCK_DV columns of their outputs.
+    """BLOCK_M queries of one head of one sequence.
 
     q, k, v, v_kept: operands (layout.py); v is quantized with QUANTIZE_PV, v_kept, for the kept groups, never. out, out_hp (O'):
     any strides, for packed sequences with batch stride 0. key_mask uint8, a row of k_rows for each sequence, by slot; leftpad
@@ -180,8 +179,7 @@ def attention_forward_kernel(
     seqlen_k -= leftpad
     slots = seqlen_k + LEAD
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
-    column = tl.program_id(1) * BLOCK_DV
-    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_DV)
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     inside = rows < seqlen_q
     q = q_desc.load([q_row, 0])
 
@@ -205,7 +203,7 @@ def attention_forward_kernel(
         )  # fmt: skip
         if PREFIX > 0:
             out, out_hp, row_sum, row_max = _attend(
-                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, column, key_mask_ptr, mean_scores_ptr,
+                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
                 upper, lower, prefix_stop, LEAD + GROUP if KEPT else 0, head_stop, softmax_scale_log2,
                 BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
             )  # fmt: skip
@@ -213,7 +211,7 @@ def attention_forward_kernel(
             begin = first
         elif WINDOW > 0 or BOUNDED:
             out, out_hp, row_sum, row_max = _attend(
-                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, column, key_mask_ptr, mean_scores_ptr,
+                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
                 upper, lower, prefix_stop, first, tl.minimum(begin, stop), softmax_scale_log2,
                 BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
             )  # fmt: skip
@@ -227,12 +225,12 @@ def attention_forward_kernel(
         full = begin
     else:
         out, out_hp, row_sum, row_max = _attend(
-            out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, column, key_mask_ptr, mean_scores_ptr,
+            out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
             upper, lower, prefix_stop, begin, full, softmax_scale_log2,
             BLOCK_N, ORDER, False, False, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
         )  # fmt: skip
     out, out_hp, row_sum, row_max = _attend(
-        out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, column, key_mask_ptr, mean_scores_ptr,
+        out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
         upper, lower, prefix_stop, full, stop, softmax_scale_log2,
         BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
     )  # fmt: skip
@@ -243,7 +241,7 @@ def attention_forward_kernel(
         out = out * (1.0 / P_GLOBAL_SCALE)
     if KEPT:
         out, out_hp, row_sum, row_max = _attend_kept(
-            out, out_hp, row_sum, row_max, q, k_desc, v_kept_desc, k_row, column, key_mask_ptr, last, lower, prefix_stop, slots,
+            out, out_hp, row_sum, row_max, q, k_desc, v_kept_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots,
             open_start, first_block, open_blocks, softmax_scale_log2,
             BLOCK_N, ORDER, LEAD, HAS_KEY_MASK, OUT_HP, MASKED, SOFTCAP,
         )  # fmt: skip

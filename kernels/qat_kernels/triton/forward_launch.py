@@ -138,12 +138,12 @@ def _attend_launch(
     """The Triton kernel for outputs of this dtype and these strides."""
     queries, keys, spec, operand = problem.query, problem.key, problem.spec, operand_dtype(dtype)
     has_out_hp = with_gradient and spec.quantizes_pv
-    num_blocks, block_dv = queries.blocks(tile.block_m), min(tile.block_dv or problem.block_dv, problem.block_dv)
+    num_blocks = queries.blocks(tile.block_m)
     float32, out, cu_seqlens = Pointer(torch.float32), Pointer(dtype), given.pointer(torch.int32, queries.packed)
-    value_tiles = Tiles(operand, (keys.all_rows, problem.block_dv), tile.block_n, block_dv)
+    value_tiles = Tiles(operand, (keys.all_rows, problem.block_dv), tile.block_n)
     return Launch.of(
         attention_forward_kernel,
-        (queries.batch * queries.num_heads * num_blocks, problem.block_dv // block_dv),
+        (queries.batch * queries.num_heads * num_blocks,),
         [
             Tiles(operand, (queries.all_rows, problem.block_d), tile.block_m),
             Tiles(operand, (keys.all_rows, problem.block_d), tile.block_n),
@@ -159,8 +159,7 @@ def _attend_launch(
             problem.softmax_scale_log2, problem.scale,
         ],
         {
-            **problem.constants, "BLOCK_DV": block_dv, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-            "ORDER": order_of(tile.block_n),
+            **problem.constants, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "ORDER": order_of(tile.block_n),
             "HAS_KEY_MASK": given.key_mask, "OUT_HP": has_out_hp, "STORE_STATS": with_gradient,
             "HAS_K_SHIFT": given.k_shift, "HAS_SINKS": given.sinks,
         },

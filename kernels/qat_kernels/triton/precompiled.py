@@ -68,13 +68,11 @@ class Tiles(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     block_rows: int
-    block_columns: int | None = None
-    """None: all of them."""
 
     def descriptor(self, base: Argument | Pointer) -> Any:
         """As Triton takes a tensor, or an address, in tiles."""
         rows, columns = self.shape
-        return _Descriptor(self.pointer(base), [rows, columns], [columns, 1], [self.block_rows, self.block_columns or columns])
+        return _Descriptor(self.pointer(base), [rows, columns], [columns, 1], [self.block_rows, columns])
 
     def pointer(self, base: Argument | Pointer) -> Any:
         """What has a `data_ptr`, of an address too."""

@@ -143,6 +143,14 @@ class Case:
         return QuantSpec(preset=self.preset, rotate=self.rotate, four_over_six=self.four_over_six)
 
 
+UNEQUAL_HEAD_DIMS = (
+    Case(lq=21, lk=37, head_dim=192, head_dim_v=128, heads=(2, 2), causal=True, mask="left"),  # DeepSeek V3
+    Case(lq=35, lk=35, head_dim=192, head_dim_v=128, batch=1, causal=True, window=20),  # MiMo V2 Flash
+    Case(head_dim=32, head_dim_v=80, mask="holes", rotate=True, four_over_six=True, shift=True),
+    Case(head_dim=48, head_dim_v=16, preset="nvfp4_qk", causal=True),
+)
+
+
 def random_cases(count: int) -> list[Case]:
     """Causal or not, lengths and heads take turns, so that all of them occur; the rest is drawn."""
     cases = []
