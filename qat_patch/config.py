@@ -140,8 +140,15 @@ def block_of(name: str) -> str | None:
     return None if number is None else ".".join(parts[: number + 1])
 
 
-def spec_problem(spec: QuantSpec, head_dim: int | None, *, causal: bool, grouped: bool) -> str | None:
-    """Why `spec` cannot be computed for a module, judged by its head dim and its kind of attention; None if nothing is known."""
+def spec_problem(
+    spec: QuantSpec, head_dim: int | None, *, causal: bool, grouped: bool, head_dim_v: int | None = None
+) -> str | None:
+    """Why `spec` cannot be computed for a module, judged by its head dims and its kind of attention; None if nothing is known.
+
+    `head_dim_v`: that of V; None: the same as that of Q and K.
+    """
+    if head_dim_v is not None and (head_dim_v % GROUP_SIZE or head_dim_v > MAX_HEAD_DIM):
+        return f"values of {head_dim_v} elements; expected a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}"
     if head_dim is not None:
         expected = None
         if head_dim % GROUP_SIZE or head_dim > MAX_HEAD_DIM:
@@ -151,7 +158,9 @@ def spec_problem(spec: QuantSpec, head_dim: int | None, *, causal: bool, grouped
         if expected is not None:
             return f"head_dim {head_dim}; expected {expected}"
     head_dims = spec.rules.head_dims
-    known = head_dim if head_dim is not None or head_dims is None else head_dims[0]
-    for what, expected, got in served_problems(spec, head_dim=known or 0, causal=causal, masked=False, grouped=grouped):
+    known = (head_dim if head_dim is not None or head_dims is None else head_dims[0]) or 0
+    known_v = head_dim_v if head_dim_v is not None and head_dim is not None else known
+    kind = {"causal": causal, "masked": False, "grouped": grouped}
+    for what, expected, got in served_problems(spec, head_dim=known, head_dim_v=known_v, **kind):
         return f"{what} is {got}; expected {expected}"
     return None

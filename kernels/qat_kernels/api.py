@@ -104,7 +104,8 @@ def attention(
         q: queries [B, H, Lq, D], or packed [total_q, H, D]; D a multiple of 16 up to 256; float32, float16, bfloat16 (float64
             for tests). Any strides: transposed views are fine and cost no copy.
         k, v: keys and values [B, Hk, Lk, D], or packed [total_k, Hk, D], of the same dtype and device; H is a multiple of Hk
-            (grouped-query attention: query head h reads key head h // (H / Hk)).
+            (grouped-query attention: query head h reads key head h // (H / Hk)). `v` may have another head dim Dv than `q` and
+            `k`, also a multiple of 16 up to 256 (MLA: 192 and 128).
         spec: what is quantized, and how.
         causal: query i may see key j if j <= i + (Lk - Lq). The query's own group of 16 keys and the first group of the
             sequence stay in high precision (section 4), which makes the result strictly causal.
@@ -141,14 +142,14 @@ def attention(
             FP4 units. `sdpa` is PyTorch's own attention, for specs that quantize K and V alone (`QuantSpec.kv_only`), and takes
             these only. `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere; `Verdicts` are `auto` that takes
             `fp4` or `sageattn3` where a self-check on this GPU found it right and faster, and no derivative is asked for.
-            Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`; `auto` knows
-            that, and with `Verdicts` too. `explain` says what runs, and why.
+            Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and take values
+            of another head dim; `auto` knows that, and with `Verdicts` too. `explain` says what runs, and why.
 
     Returns:
-        The output in the shape, dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse` also float32
-        [B, H, Lq] (float64 for float64 inputs), packed [H, total_q] as FlashAttention's varlen functions return it: the rows of
-        a head lie together in both layouts, so that one head stride addresses them. Rows that may see no key are 0, their
-        log-sum-exp is -inf, or with `sinks` that of their head.
+        The output in the shape (with Dv), dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse`
+        also float32 [B, H, Lq] (float64 for float64 inputs), packed [H, total_q] as FlashAttention's varlen functions return it:
+        the rows of a head lie together in both layouts, so that one head stride addresses them. Rows that may see no key are 0,
+        their log-sum-exp is -inf, or with `sinks` that of their head.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, `impl` cannot run here, or the derivative asked for does not exist (a

@@ -8,12 +8,13 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 import torch
 
 from .mask import Mask
-from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, QuantSpec
+from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, UNEQUAL_HEAD_DIMS, QuantSpec
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
-COMPUTED: dict[str, tuple[str, ...]] = {"eager": FEATURES, "sdpa": (), "triton": FEATURES, "fp4": (), "sageattn3": ()}
-"""Which FEATURES each implementation computes."""
+_ALL = (*FEATURES, UNEQUAL_HEAD_DIMS)
+COMPUTED: dict[str, tuple[str, ...]] = {"eager": _ALL, "sdpa": (), "triton": _ALL, "fp4": (), "sageattn3": ()}
+"""Which FEATURES each implementation computes, and whether V may have another head dim than Q and K."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -98,9 +99,10 @@ def validate(
     if not q.device == k.device == v.device:
         _refuse("devices of q, k, v", "one device", f"{q.device}, {k.device}, {v.device}")
     num_heads, num_heads_k, head_dim = q.shape[1], k.shape[1], q.shape[-1]
-    if k.shape != v.shape:
-        expected = "[B, Hk, Lk, D]" if packed is None else "[total_k, Hk, D]"
-        _refuse("shapes of k and v", f"equal shapes {expected}", f"{tuple(k.shape)} and {tuple(v.shape)}")
+    head_dim_v = v.shape[-1]
+    if k.shape[:-1] != v.shape[:-1]:
+        expected = "[B, Hk, Lk, D] and [B, Hk, Lk, Dv]" if packed is None else "[total_k, Hk, D] and [total_k, Hk, Dv]"
+        _refuse("shapes of k and v", expected, f"{tuple(k.shape)} and {tuple(v.shape)}")
     if packed is not None:
         if k.shape[-1] != head_dim:
             _refuse("shape of k", f"[total_k, Hk, {head_dim}], head_dim as in q", tuple(k.shape))
@@ -111,9 +113,10 @@ def validate(
         _refuse("shape of k", f"[{q.shape[0]}, Hk, Lk, {head_dim}], batch and head_dim as in q", tuple(k.shape))
     if num_heads_k == 0 or num_heads % num_heads_k:
         _refuse("heads", "the query heads to be a multiple of the key heads", f"{num_heads} and {num_heads_k}")
-    if head_dim % GROUP_SIZE or not GROUP_SIZE <= head_dim <= MAX_HEAD_DIM:
-        expected = f"a multiple of {GROUP_SIZE} from {GROUP_SIZE} to {MAX_HEAD_DIM}; pad q, k and v and pass scale"
-        _refuse("head_dim", expected, head_dim)
+    for name, each in (("head_dim", head_dim), ("head_dim of v", head_dim_v)):
+        if each % GROUP_SIZE or not GROUP_SIZE <= each <= MAX_HEAD_DIM:
+            expected = f"a multiple of {GROUP_SIZE} from {GROUP_SIZE} to {MAX_HEAD_DIM}; pad q, k and v and pass scale"
+            _refuse(name, expected, each)
     if spec.rotate and head_dim & (head_dim - 1):
         _refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
     _check("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[-2]), q.device, ", True where a key may be seen")
@@ -121,11 +124,14 @@ def validate(
     for problem in served_problems(
         spec,
         head_dim=head_dim,
+        head_dim_v=head_dim_v,
         causal=causal,
         masked=key_mask is not None or packed is not None,
         grouped=num_heads != num_heads_k,
     ):
         _refuse(*problem)
+    if head_dim_v != head_dim and impl != "auto" and UNEQUAL_HEAD_DIMS not in COMPUTED[impl]:
+        _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'", head_dim_v)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
 
 
@@ -236,7 +242,12 @@ class Checked(NamedTuple):
     scale: float
     softcap: float | None
     asked: tuple[str, ...]
-    """Which of FEATURES it asks for."""
+    """Which of FEATURES it asks for, and UNEQUAL_HEAD_DIMS."""
+
+
+def asked_of(features: Features, q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
+    """What a call asks for of what COMPUTED lists."""
+    return features.asked if q.shape[-1] == v.shape[-1] else (*features.asked, UNEQUAL_HEAD_DIMS)
 
 
 _CHECKED: dict[tuple[Any, ...], Checked] = {}
@@ -272,7 +283,7 @@ def check(
         mask = features.checked(q, spec, impl, causal=causal, packed=packed is not None, k_shift=k_shift)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         softcap = None if features.softcap is None else float(features.softcap)
-        found = Checked(mask, scale, softcap, features.asked)
+        found = Checked(mask, scale, softcap, asked_of(features, q, v))
         if key is not None:
             if len(_CHECKED) >= _MOST_CHECKED:
                 _CHECKED.clear()
@@ -289,7 +300,9 @@ def _described(x: object) -> object:
     return x, x.__class__
 
 
-def served_problems(spec: QuantSpec, *, head_dim: int, causal: bool, masked: bool, grouped: bool) -> list[tuple[str, str, str]]:
+def served_problems(
+    spec: QuantSpec, *, head_dim: int, head_dim_v: int, causal: bool, masked: bool, grouped: bool
+) -> list[tuple[str, str, str]]:
     """What the servers of a spec cannot compute of such a call: for each, what, what is expected, and what was given."""
     rules, name = spec.rules, f"with preset={spec.preset!r}"
     problems = []
@@ -301,6 +314,8 @@ def served_problems(spec: QuantSpec, *, head_dim: int, causal: bool, masked: boo
         )
     if grouped and not rules.mask:
         problems.append((f"heads {name}", "as many key heads as query heads", "fewer"))
+    if head_dim_v != head_dim and ("triton" not in rules.impls or rules.head_dims is not None):
+        problems.append((f"head_dim of v {name}", f"{head_dim}, as of q and k", str(head_dim_v)))
     if rules.head_dims is not None and head_dim not in rules.head_dims:
         problems.append((f"head_dim {name}", " or ".join(map(str, rules.head_dims)), str(head_dim)))
     return problems

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from . import sageattn3
-from .arguments import COMPUTED, Features, Impl, validate
+from .arguments import COMPUTED, Features, Impl, asked_of, validate
 from .spec import INFERENCE_KERNELS, NVFP4, Preset, QuantSpec
 from .verdicts import Case, Verdict, Verdicts
 
@@ -59,14 +59,13 @@ def fp4_kernels() -> ModuleType:
 
 @torch.compiler.assume_constant_result
 def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool, asked: tuple[str, ...] = ()) -> Impl:
-    """What `auto` takes; `asked`: the FEATURES of the call."""
-    kv_only = _kv_only(preset)
-    kernel = "sdpa" if kv_only else "triton"
+    """What `auto` takes; `asked`: what of COMPUTED the call needs."""
+    kernel = "sdpa" if _kv_only(preset) else "triton"
     if any(name not in COMPUTED[kernel] for name in asked):
         if device.type != "cpu":
             _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(asked)}")
         return "eager"
-    if kv_only:
+    if kernel == "sdpa":
         return "eager" if why_not_sdpa(device, dtype, packed) else "sdpa"
     return "eager" if device.type == "cpu" else _resolve(device, dtype, preset)
 
@@ -131,11 +130,12 @@ def explain(
     validate(q, k, v, spec, None, None, None, "auto")
     features = Features(window, block_size, prefix, bounds, softcap, sinks)
     features.checked(q, spec, "auto", causal=causal, packed=False, k_shift=None)
+    asked = asked_of(features, q, v)
     if needs_gradient is None:
         differentiable = (q, k, v) if sinks is None else (q, k, v, sinks)
         needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    chosen, verdict = without_verdicts(impl, q.device, q.dtype, spec.preset, features.asked), None
-    if isinstance(impl, Verdicts) and not features.asked:
+    chosen, verdict = without_verdicts(impl, q.device, q.dtype, spec.preset, asked), None
+    if isinstance(impl, Verdicts) and not asked:
         case = Case(q.shape[-1], causal, spec.to_json(), q.dtype)
         verdict = impl.of(q.device, case)
         kernel = spec.inference_kernel
@@ -146,14 +146,14 @@ def explain(
     def words(name: str) -> str:
         described = how(name, q.device, q.shape[-1], spec, verdict)
         if name == "triton":
-            described += training_kernels().remark(q.device, q.shape[-1], causal, spec, features.asked, needs_gradient)
+            described += training_kernels().remark(q.device, q.shape[-1], causal, spec, asked, needs_gradient)
         return described
 
     lines = []
     for name in SPEED:
         if name in ("sageattn3", "sdpa") and name not in spec.rules.impls:
             continue
-        problem = why_not(name, q.device, q.dtype, spec, needs_gradient, features.asked)
+        problem = why_not(name, q.device, q.dtype, spec, needs_gradient, asked)
         if name == chosen:
             state = f"would raise: {problem}" if problem else f"runs, {words(name)}"
         elif problem:
@@ -177,7 +177,7 @@ def why_not_sdpa(device: torch.device, dtype: torch.dtype, packed: bool) -> str 
 def why_not(
     impl: str, device: torch.device, dtype: torch.dtype, spec: QuantSpec, needs_gradient: bool, asked: tuple[str, ...] = ()
 ) -> str | None:
-    """Why an implementation cannot run, or None; `asked`: the FEATURES of the call."""
+    """Why an implementation cannot run, or None; `asked` as in `resolve`."""
     if impl == "eager":
         return None
     if impl not in spec.rules.impls:

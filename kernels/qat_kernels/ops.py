@@ -200,14 +200,15 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     spec_ = QuantSpec.from_json(spec)
     packing = Extras.of((None, None, cu_seqlens_q, cu_seqlens_k, None, None, None), (max_seqlen_q, max_seqlen_k)).packing
-    out_hp = torch.empty_like(q) if has_out_hp(spec_, needs_gradient) else q.new_empty(0)
+    out = reference.empty_out(q, v.shape[-1])
+    out_hp = torch.empty_like(out) if has_out_hp(spec_, needs_gradient) else q.new_empty(0)
     lse = q.new_empty(varlen.lse_shape(q.shape, packing), dtype=reference.accumulator(q.dtype))
     stats_shape = codes_shape = (0,)
     if impl == "triton":
         stats_shape, codes_shape = training_kernels().output_shapes(
-            q.shape, k.shape, packing, spec=spec_, mask=Mask.from_json(mask), with_gradient=needs_gradient
+            q.shape, v.shape, packing, spec=spec_, mask=Mask.from_json(mask), with_gradient=needs_gradient
         )
-    return torch.empty_like(q), out_hp, lse, lse.new_empty(stats_shape), q.new_empty(codes_shape, dtype=torch.uint8)
+    return out, out_hp, lse, lse.new_empty(stats_shape), q.new_empty(codes_shape, dtype=torch.uint8)
 
 
 @torch.library.custom_op("qat_kernels::attention_backward", mutates_args=())
@@ -235,12 +236,16 @@ def attention_backward(
     upper: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    head_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`backward`, with plain values in place of options and tensors of their own; what is None there is empty."""
+    """`backward`, with plain values in place of options and tensors of their own; what is None there is empty.
+
+    head_dim: of Q and K; None: that of dO. Compiled code of an older version, which Inductor keeps on disk, passes none.
+    """
     tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
     extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
     options = Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl)
-    key_shape = _key_shape(grad_out, keys, num_heads_k)
+    key_shape = _key_shape(grad_out, keys, num_heads_k, head_dim)
     dq, dk, dv, grad_sinks = backward(grad_out, q, k, v, out_hp, stats, codes, key_shape, extras, options)
     return dq, dk, dv, grad_out.new_empty(0) if grad_sinks is None else grad_sinks
 
@@ -270,10 +275,11 @@ def _(
     upper: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    head_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    shape = _key_shape(grad_out, keys, num_heads_k)
-    of_sinks = grad_out.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return grad_out.new_empty(grad_out.shape), grad_out.new_empty(shape), grad_out.new_empty(shape), of_sinks
+    shapes = reference.gradient_shapes(grad_out.shape, _key_shape(grad_out, keys, num_heads_k, head_dim))
+    dq, dk, dv = map(grad_out.new_empty, shapes)
+    return dq, dk, dv, grad_out.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
 @torch.library.custom_op("qat_kernels::attention_tangent", mutates_args=())
@@ -312,8 +318,8 @@ def attention_tangent(
 
 
 @attention_tangent.register_fake
-def _(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-    return torch.empty_like(q)
+def _(q: torch.Tensor, _: torch.Tensor, v: torch.Tensor, *__: object, **___: object) -> torch.Tensor:
+    return reference.empty_out(q, v.shape[-1])
 
 
 def op_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options) -> tuple[Any, ...]:
@@ -336,7 +342,7 @@ def backward_arguments(key_shape: torch.Size, extras: Extras, options: Options) 
     spec, mask, scale, softcap, impl, _ = options
     keys = key_shape[-2 if len(key_shape) == 4 else 0]
     plain = (keys, key_shape[1], spec.to_json(), mask.to_json(), scale, impl)
-    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap)
+    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap), key_shape[-1]
 
 
 def tangent_arguments(extras: Extras, options: Options) -> tuple[Any, ...]:
@@ -352,9 +358,9 @@ def _last_arguments(extras: Extras, softcap: float | None) -> tuple[Any, ...]:
     return cu_seqlens_q, cu_seqlens_k, *max_seqlens, lower, upper, softcap, sinks
 
 
-def _key_shape(grad_out: torch.Tensor, keys: int, num_heads_k: int) -> torch.Size:
-    """Of K and V: [B, Hk, Lk, D], or [total, Hk, D] of packed sequences."""
-    head_dim = grad_out.shape[-1]
+def _key_shape(grad_out: torch.Tensor, keys: int, num_heads_k: int, head_dim: int | None) -> torch.Size:
+    """Of K: [B, Hk, Lk, D], or [total, Hk, D] of packed sequences."""
+    head_dim = grad_out.shape[-1] if head_dim is None else head_dim
     return torch.Size((grad_out.shape[0], num_heads_k, keys, head_dim) if grad_out.ndim == 4 else (keys, num_heads_k, head_dim))
 
 

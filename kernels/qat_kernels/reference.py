@@ -4,7 +4,8 @@ Rows of queries are processed in chunks against all of their keys, so memory is 
 build each chunk with the same function and so see the same quantized probabilities. Arithmetic is float32, and float64
 for float64 inputs; the quantization itself is float32 throughout.
 
-Shapes: B batch, H query heads, K key heads, G = H / K query heads that share a key head, D head dim, r rows of a chunk.
+Shapes: B batch, H query heads, K key heads, G = H / K query heads that share a key head, D head dim (of values it may
+be another one), r rows of a chunk.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """docs/NUMERICS.md, sections 3 and 4: O, O' in high precision (empty unless `with_out_hp`) and LSE.
 
-    O and O' have the shape, strides and dtype of `query`; LSE is [B, H, Lq] in the dtype of the arithmetic.
+    O and O' are as `query` (`empty_out`); LSE is [B, H, Lq] in the dtype of the arithmetic.
 
     Raises:
         ValueError: the values of `bounds` are no bounds.
@@ -100,8 +101,8 @@ def forward_cached(
 def _forward(
     ops: _Operands, query: torch.Tensor, k_shift: torch.Tensor | None, scale: float, with_out_hp: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out = torch.empty_like(query).zero_()
-    out_hp = torch.empty_like(query).zero_() if with_out_hp else query.new_empty(0)
+    out = empty_out(query, ops.value.shape[-1]).zero_()
+    out_hp = torch.empty_like(out).zero_() if with_out_hp else query.new_empty(0)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=ops.query.dtype, device=query.device)
     if ops.sinks is not None:  # of rows without a key
         lse[:] = ops.sinks[:, None]
@@ -196,10 +197,10 @@ def tangent(
     sinks: torch.Tensor | None = None,
     sinks_tangent: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """docs/NUMERICS.md, section 5: the tangent of O along those of Q, K, V and sinks, as `query` in shape, strides and dtype."""
+    """docs/NUMERICS.md, section 5: the tangent of O along those of Q, K, V and sinks, like O."""
     ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
     query_tangent, key_tangent, value_tangent = _prepare_tangents(*tangents, key_mask, spec, ops)
-    out = torch.empty_like(query).zero_()
+    out = empty_out(query, ops.value.shape[-1]).zero_()
     smooth_tangent = None
     if ops.smooth is not None:  # the tangent of the mean of K changes every score of a row alike, and so nothing
         mean = smoothing.block_sums(query_tangent) / SMOOTH_BLOCK
@@ -228,6 +229,19 @@ def tangent(
         product = p_tangent @ ops.value_fq[:, :, columns] + p_fq @ value_tangent[:, :, columns] + product
         out[:, :, rows] = ops.by_head(product)
     return out
+
+
+def empty_out(query: torch.Tensor, head_dim_v: int) -> torch.Tensor:
+    """Memory for O: as `query` in shape, dtype and order of its strides, but with the head dim of the values."""
+    if head_dim_v == query.shape[-1]:
+        return torch.empty_like(query)
+    order = sorted(range(query.ndim), key=lambda axis: query.stride(axis), reverse=True)
+    return torch.empty_permuted((*query.shape[:-1], head_dim_v), order, dtype=query.dtype, device=query.device)
+
+
+def gradient_shapes(grad_out: torch.Size, key: torch.Size) -> tuple[torch.Size, torch.Size, torch.Size]:
+    """Of dQ, dK and dV: dO has the head dim of V, K that of Q."""
+    return torch.Size((*grad_out[:-1], key[-1])), key, torch.Size((*key[:-1], grad_out[-1]))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -28,6 +28,8 @@ MAX_HEAD_DIM = 256
 
 FEATURES = ("window", "block_size", "prefix", "bounds", "softcap", "sinks")
 """Arguments of `attention` that change the mask or the softmax. Not every implementation computes them."""
+UNEQUAL_HEAD_DIMS = "values of another head dim"
+"""V has another head dim than Q and K, as in MLA. Not every implementation computes that either."""
 
 Axis = Literal["head_dim", "keys"]
 ScaleRule = Literal["divide", "reciprocal"]

@@ -73,8 +73,8 @@ def forward(
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`reference.forward` of every document: O, O' (empty unless `with_out_hp`) as `query`, and LSE [H, total]."""
-    out = torch.empty_like(query)
-    out_hp = torch.empty_like(query) if with_out_hp else query.new_empty(0)
+    out = reference.empty_out(query, value.shape[-1])
+    out_hp = torch.empty_like(out) if with_out_hp else query.new_empty(0)
     lse = query.new_empty((query.shape[1], query.shape[0]), dtype=reference.accumulator(query.dtype))
     for rows, keys in packing.documents(len(query), len(key)):
         q, k, v = _alone(query, rows), _alone(key, keys), _alone(value, keys)
@@ -135,7 +135,7 @@ def tangent(
     """`reference.tangent` of every document."""
     options: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap}
     options |= {"sinks": sinks, "sinks_tangent": sinks_tangent}
-    out = torch.empty_like(query)
+    out = reference.empty_out(query, value.shape[-1])
     for rows, keys in packing.documents(len(query), len(key)):
         q, k, v = _alone(query, rows), _alone(key, keys), _alone(value, keys)
         dq, dk, dv = (_alone(x, where) for x, where in zip(tangents, (rows, keys, keys), strict=True))

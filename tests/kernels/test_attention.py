@@ -11,6 +11,7 @@ from qat_kernels.mask import Mask
 from support.kernels import oracle
 from support.kernels.cases import (
     SPECS,
+    UNEQUAL_HEAD_DIMS,
     Case,
     assert_same_bits,
     error,
@@ -26,7 +27,7 @@ from support.kernels.cases import (
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize("case", random_cases(64), ids=str)
+@pytest.mark.parametrize("case", [*random_cases(64), *UNEQUAL_HEAD_DIMS], ids=str)
 def test_forward_equals_the_oracle(case):
     q, k, v, _ = case.tensors()
     tolerance = 1e-10 if case.size <= 1e2 else 1e-8

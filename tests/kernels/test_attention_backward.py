@@ -11,6 +11,7 @@ from qat_kernels import QuantSpec, attention
 from support.kernels import oracle
 from support.kernels.cases import (
     SPECS,
+    UNEQUAL_HEAD_DIMS,
     Case,
     assert_same_bits,
     error,
@@ -33,7 +34,7 @@ def errors(grads, expected, case: Case, tensors) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("case", random_cases(64), ids=str)
+@pytest.mark.parametrize("case", [*random_cases(64), *UNEQUAL_HEAD_DIMS], ids=str)
 def test_gradients_equal_the_oracle(case):
     tensors = case.tensors()
     formulas = oracle.backward(*tensors, **case.oracle_options())

@@ -24,11 +24,11 @@ WRONG_CALLS = {
     "k that is a list": ({"k": [1.0]}, r"k: expected a tensor \[.*\], got <class 'list'>"),
     "k and v of different lengths": (
         {"v": tensor(2, 2, 6, 32)},
-        r"shapes of k and v: expected equal shapes \[B, Hk, Lk, D\], got \(2, 2, 7, 32\) and \(2, 2, 6, 32\)",
+        r"shapes of k and v: expected \[B, Hk, Lk, D\] and \[B, Hk, Lk, Dv\], got \(2, 2, 7, 32\) and \(2, 2, 6, 32\)",
     ),
     "k and v of different heads": (
         {"k": tensor(2, 4, 7, 32)},
-        r"shapes of k and v: expected equal shapes \[B, Hk, Lk, D\], got \(2, 4, 7, 32\) and \(2, 2, 7, 32\)",
+        r"shapes of k and v: expected \[B, Hk, Lk, D\] and \[B, Hk, Lk, Dv\], got \(2, 4, 7, 32\) and \(2, 2, 7, 32\)",
     ),
     "another batch": (
         {"k": tensor(3, 2, 7, 32), "v": tensor(3, 2, 7, 32)},
@@ -54,6 +54,22 @@ WRONG_CALLS = {
         )
         for d in (0, 8, 24, 272)
     },
+    "a head dim of v": (
+        {"v": tensor(2, 2, 7, 272)},
+        r"head_dim of v: expected a multiple of 16 from 16 to 256; pad q, k and v and pass scale, got 272$",
+    ),
+    **{
+        f"another head dim of v with {impl}": (
+            {"v": tensor(2, 2, 7, 16, dtype=torch.bfloat16), "impl": impl}
+            | {"q": tensor(*Q, dtype=torch.bfloat16), "k": tensor(*KV, dtype=torch.bfloat16)},
+            rf"head_dim of v with impl='{impl}': expected 32, as of q and k, or impl='auto', got 16",
+        )
+        for impl in ("sdpa", "fp4", "sageattn3")
+    },
+    "another head dim of v with sage3": (
+        {"q": tensor(2, 2, 7, 64), "k": tensor(2, 2, 7, 64), "v": tensor(2, 2, 7, 128), "spec": QuantSpec(preset="sage3")},
+        r"head_dim of v .*: expected 64, as of q and k, got 128",
+    ),
     "mixed dtypes": (
         {"k": tensor(*KV, dtype=torch.bfloat16)},
         r"dtypes of q, k, v: expected one of .* for all three; cast them first, got torch.float32, torch.bfloat16, torch.float32",
@@ -124,7 +140,7 @@ WRONG_PACKED_CALLS = {
     "a batch": ({"q": tensor(*Q)}, r"q: expected a tensor \[total, heads, head_dim\] with cu_seqlens, got shape \(2, 4, 5, 32\)"),
     "k and v of different lengths": (
         {"v": tensor(6, 2, 32)},
-        r"shapes of k and v: expected equal shapes \[total_k, Hk, D\], got \(7, 2, 32\) and \(6, 2, 32\)",
+        r"shapes of k and v: expected \[total_k, Hk, D\] and \[total_k, Hk, Dv\], got \(7, 2, 32\) and \(6, 2, 32\)",
     ),
     "another head dim": (
         {"k": tensor(7, 2, 16), "v": tensor(7, 2, 16)},

@@ -248,6 +248,10 @@ class KVCache:
         if spec.preset not in self.presets:
             expected = " or ".join(map(repr, self.presets))
             problem = f"expected a spec with preset {expected}, got {spec}; keep K and V in an ordinary cache"
+        elif k.shape[-1] != v.shape[-1]:
+            problem = (
+                f"expected values of the head dim of the keys, {k.shape[-1]}, got {v.shape[-1]}; keep them in an ordinary cache"
+            )
         elif kv_only and impl not in ("auto", "eager", "triton"):
             problem = f"impl with preset={spec.preset!r}: expected auto, eager or triton, got {impl!r}"
         elif kv_only and impl == "triton" and q.dtype == torch.float64:

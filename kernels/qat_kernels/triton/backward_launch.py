@@ -10,7 +10,7 @@ import torch
 
 from qat_kernels import smoothing
 from qat_kernels.mask import Bounds, Mask
-from qat_kernels.reference import LOG2_E
+from qat_kernels.reference import LOG2_E, gradient_shapes
 from qat_kernels.spec import SMOOTH_BLOCK, QuantSpec
 from qat_kernels.varlen import Packing
 
@@ -77,10 +77,11 @@ def _plan(
     scale: float,
     softcap: float | None,
 ) -> _Plan:
-    problem = Problem.of(grad_out.shape, key_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
+    query_shape, _, value_shape = gradient_shapes(grad_out.shape, key_shape)
+    problem = Problem.of(query_shape, value_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
     kept, quantizes_value, float32 = keys.lead > 0, spec.formats.value is not None, Pointer(torch.float32)
-    block_m = max(16, 2048 // problem.block_d)
+    block_m = max(16, 2048 // problem.block_dv)
     num_blocks = queries.blocks(block_m)
     preprocess = Launch.of(
         preprocess_kernel,
@@ -97,7 +98,6 @@ def _plan(
         num_warps=4,
     )  # fmt: skip
 
-    operand_q, operand_k = (queries.all_rows, problem.block_d), (keys.all_rows, problem.block_d)
     two_values = quantizes_value and kept
     grad_query: object
     grad_key_value: object
@@ -114,16 +114,18 @@ def _plan(
     else:
         grad_key_value = _grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
     if value is None:
-        make_value = unpack_launch(keys, problem.head_dim, operand, along_tokens=True)
+        make_value = unpack_launch(keys, problem.head_dim_v, operand, along_tokens=True)
     else:
         make_value = tokens_launch(
             value, keys, given, spec.formats.value,
             quantized=operand if quantizes_value else None, unquantized=operand if kept or not quantizes_value else None,
         )  # fmt: skip
-    shapes = [operand_q, operand_k, operand_k, operand_q, *[operand_q] * kept, *[operand_k] * two_values]
+    rows_q, rows_k, block_d, block_dv = queries.all_rows, keys.all_rows, problem.block_d, problem.block_dv
+    of_grad_out, of_value = rows_q * block_dv, rows_k * block_dv
+    sizes = [rows_q * block_d, rows_k * block_d, of_value, of_grad_out, *[of_grad_out] * kept, *[of_value] * two_values]
     return _Plan(
         queries, keys, chosen, starts(problem.code_sizes())[0],
-        operand, *starts([math.prod(shape) for shape in shapes]),
+        operand, *starts(sizes),
         unpack_launch(queries, problem.head_dim, operand, along_tokens=False),
         unpack_launch(keys, problem.head_dim, operand, along_tokens=False),
         make_value, quantizes_value, two_values, preprocess, grad_query, grad_key_value, problem.softmax_scale,
@@ -132,19 +134,20 @@ def _plan(
 
 def _grad_query_launch(problem: Problem, tile: tiles.Tile, grad_out: Layout, given: Given) -> Launch:
     """The launch of the Triton kernel of dQ."""
+    query_shape = torch.Size((*grad_out.shape[:-1], problem.head_dim))
     queries, num_blocks, sage = problem.query, problem.query.blocks(tile.block_m), problem.spec.formats.smooth is not None
     operand, float32, cu_seqlens = operand_dtype(grad_out.dtype), Pointer(torch.float32), _cu_seqlens(problem, given)
-    q, kv = _operand_tiles(problem, tile, operand)
+    q, k, v, _ = _operand_tiles(problem, tile, operand)
     return Launch.of(
         grad_query_kernel,
         (queries.batch * queries.num_heads * num_blocks,),
         [
-            q, kv, kv, kv if problem.key.lead else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            q, k, v, v if problem.key.lead else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
             float32 if sage else None, float32 if sage else None, *given.bound_pointers(),
             grad_out.pointer, float32, float32, Pointer(grad_out.dtype),
         ],
         [
-            given.bounds_stride, *grad_out.strides, *_numbers(problem, given, grad_out.shape, num_blocks),
+            given.bounds_stride, *grad_out.strides, *contiguous_strides(query_shape)[:3], *_numbers(problem, given, num_blocks),
             math.copysign(problem.softmax_scale, problem.scale),
         ],
         _constants(problem, given, tile),
@@ -158,36 +161,43 @@ def _grad_key_value_launch(problem: Problem, tile: tiles.Tile, key_shape: torch.
     # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
     num_blocks = keys.blocks(tile.block_n) - (PAD // tile.block_n - 1 if kept else 0)
     float32, cu_seqlens = Pointer(torch.float32), _cu_seqlens(problem, given)
-    q, kv = _operand_tiles(problem, tile, operand)
+    q, k, v, grad_out_tiles = _operand_tiles(problem, tile, operand)
     return Launch.of(
         grad_key_value_kernel,
         (keys.batch * keys.num_heads * num_blocks,),
         [
-            q, kv, kv, q, kv if kept else None, q if kept else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            q, k, v, grad_out_tiles, v if kept else None, grad_out_tiles if kept else None,
+            *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
             float32 if problem.spec.formats.smooth is not None else None, *given.bound_pointers(),
             float32, float32, Pointer(dtype), Pointer(dtype),
         ],
-        [given.bounds_stride, *_numbers(problem, given, key_shape, num_blocks), problem.softmax_scale],
+        [
+            given.bounds_stride, *contiguous_strides(torch.Size((*key_shape[:-1], 1)))[:3],
+            *_numbers(problem, given, num_blocks), problem.softmax_scale,
+        ],
         _constants(problem, given, tile),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
-def _operand_tiles(problem: Problem, tile: tiles.Tile, operand: torch.dtype) -> tuple[Tiles, Tiles]:
-    """Those of queries and of keys."""
-    q = Tiles(operand, (problem.query.all_rows, problem.block_d), tile.block_m)
-    return q, Tiles(operand, (problem.key.all_rows, problem.block_d), tile.block_n)
+def _operand_tiles(problem: Problem, tile: tiles.Tile, operand: torch.dtype) -> tuple[Tiles, Tiles, Tiles, Tiles]:
+    """Those of Q, K, V and dO."""
+    rows_q, rows_k, block_d, block_dv = problem.query.all_rows, problem.key.all_rows, problem.block_d, problem.block_dv
+    return (
+        Tiles(operand, (rows_q, block_d), tile.block_m), Tiles(operand, (rows_k, block_d), tile.block_n),
+        Tiles(operand, (rows_k, block_dv), tile.block_n), Tiles(operand, (rows_q, block_dv), tile.block_m),
+    )  # fmt: skip
 
 
 def _cu_seqlens(problem: Problem, given: Given) -> Pointer | None:
     return given.pointer(torch.int32, problem.query.packed)
 
 
-def _numbers(problem: Problem, given: Given, shape: torch.Size, num_blocks: int) -> list[int | float]:
-    """Those that both kernels take, for gradients of this shape."""
+def _numbers(problem: Problem, given: Given, num_blocks: int) -> list[int | float]:
+    """Those that both kernels take behind the strides of gradients."""
     queries, keys = problem.query, problem.key
     return [
-        *contiguous_strides(shape)[:3], keys.rows if given.key_mask else 0, *problem.sizes, num_blocks,
+        keys.rows if given.key_mask else 0, *problem.sizes, num_blocks,
         queries.rows, keys.rows, queries.all_rows, problem.softmax_scale_log2,
     ]  # fmt: skip
 
@@ -224,10 +234,11 @@ def backward(
         stats, codes: of `forward`.
     """
     device, dtype, packed = grad_out.device, grad_out.dtype, PackedSizes.of(packing)
-    grad_query = torch.empty(grad_out.shape, dtype=dtype, device=device)
+    shapes = gradient_shapes(grad_out.shape, key_shape)
+    grad_query = torch.empty(shapes[0], dtype=dtype, device=device)
     # With a mask, keys that no query may see are not visited.
     new = torch.empty if key_mask is None else torch.zeros
-    grad_key, grad_value = (new(key_shape, dtype=dtype, device=device) for _ in range(2))
+    grad_key, grad_value = (new(shape, dtype=dtype, device=device) for shape in shapes[1:])
     grad_sinks = None if sinks is None else torch.zeros_like(sinks)
     if is_empty(grad_out.shape, key_shape, packed):
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_sinks
@@ -240,9 +251,9 @@ def backward(
         given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
         options = tiles.options_of(
             spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
-            sinks=sinks is not None,
+            sinks=sinks is not None, unequal_head_dims=grad_out.shape[-1] != key_shape[-1],
         )  # fmt: skip
-        chosen = tiles.choose(arch_of(device), grad_out.shape[-1], mask.hides_keys, options, gluon_version())
+        chosen = tiles.choose(arch_of(device), key_shape[-1], mask.hides_keys, options, gluon_version())
         plan = _plan(
             device, chosen, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape,
             packed, given, spec, mask, scale, softcap,

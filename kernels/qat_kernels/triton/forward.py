@@ -149,7 +149,7 @@ def attention_forward_kernel(
     bounds_stride, out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     lse_stride_b, lse_stride_h, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, k_shift_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
     LEAD: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr,
     SAGE: tl.constexpr, OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_SINKS: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr,
@@ -188,11 +188,11 @@ def attention_forward_kernel(
     seqlen_k -= leftpad
     slots = seqlen_k + LEAD
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
-    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     inside = rows < seqlen_q
     q = q_desc.load([q_row, 0])
 
-    out = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     out_hp = out
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -279,7 +279,7 @@ def attention_forward_kernel(
     tl.store(lse_ptr + lse_offsets, lse, mask=inside)
     out_offsets = batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     out_offsets += (q_start + rows).to(tl.int64)[:, None] * out_stride_l + columns.to(tl.int64)[None, :] * out_stride_d
-    where = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    where = inside[:, None] & (columns < HEAD_DIM_V)[None, :]
     tl.store(out_ptr + out_offsets, cast_rn(out / row_sum_safe[:, None], out_ptr.dtype.element_ty), mask=where)
     if OUT_HP:
         tl.store(out_hp_ptr + out_offsets, cast_rn(out_hp / row_sum_safe[:, None], out_hp_ptr.dtype.element_ty), mask=where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 
 from qat_kernels import smoothing
 from qat_kernels.mask import Bounds, Mask
+from qat_kernels.reference import empty_out
 from qat_kernels.spec import QuantSpec
 from qat_kernels.varlen import Packing, lse_shape
 
@@ -38,7 +38,7 @@ class Forward(NamedTuple):
     """What a forward returns. All but `out` and `lse` are for the backward, and None where there will be none."""
 
     out: torch.Tensor
-    """O, in the shape, strides and dtype of Q."""
+    """O, as Q but with the head dim of V."""
     out_hp: torch.Tensor | None
     """O' in high precision, likewise; None with BF16 PV too, where O serves."""
     lse: torch.Tensor
@@ -50,13 +50,13 @@ class Forward(NamedTuple):
 
 
 def output_shapes(
-    query: torch.Size, key: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, mask: Mask, with_gradient: bool
+    query: torch.Size, value: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, mask: Mask, with_gradient: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of `Forward.stats` and `Forward.codes`."""
     packed = PackedSizes.of(packing)
-    if is_empty(query, key, packed):
+    if is_empty(query, value, packed):
         return (0,), (0,)
-    return _saved_shapes(Problem.of(query, key, packed, spec=spec, mask=mask, scale=1.0), with_gradient)
+    return _saved_shapes(Problem.of(query, value, packed, spec=spec, mask=mask, scale=1.0), with_gradient)
 
 
 def _saved_shapes(problem: Problem, with_gradient: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -99,11 +99,12 @@ def _plan(
     softcap: float | None,
     with_gradient: bool,
 ) -> _Plan:
-    problem = Problem.of(query.shape, key.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
+    problem = Problem.of(query.shape, value.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     formats, order, operand = spec.formats, order_of(tile.block_n), operand_dtype(value.dtype)
     quantizes_value = formats.value is not None
     two_values = quantizes_value and problem.key.lead > 0
-    query_shape, key_shape = (problem.query.all_rows, problem.block_d), (problem.key.all_rows, problem.block_d)
+    rows_q, rows_k = problem.query.all_rows, problem.key.all_rows
+    sizes = [rows_q * problem.block_d, rows_k * problem.block_d, *[rows_k * problem.block_dv] * (2 if two_values else 1)]
     attend: object
     if isinstance(tile, tiles.HopperTile):
         from .hopper.forward_launch import attend_launch
@@ -127,7 +128,7 @@ def _plan(
             quantized=operand if quantizes_value else None, unquantized=None if quantizes_value and not two_values else operand,
             codes=with_gradient and len(problem.code_sizes()) > 4,
         ),
-        attend, quantizes_value, operand, *starts([math.prod(query_shape), *[math.prod(key_shape)] * (3 if two_values else 2)]),
+        attend, quantizes_value, operand, *starts(sizes),
     )  # fmt: skip
 
 
@@ -139,13 +140,14 @@ def _attend_launch(
     has_out_hp = with_gradient and spec.quantizes_pv
     num_blocks = queries.blocks(tile.block_m)
     float32, out, cu_seqlens = Pointer(torch.float32), Pointer(dtype), given.pointer(torch.int32, queries.packed)
-    key_tiles = Tiles(operand, (keys.all_rows, problem.block_d), tile.block_n)
+    value_tiles = Tiles(operand, (keys.all_rows, problem.block_dv), tile.block_n)
     return Launch.of(
         attention_forward_kernel,
         (queries.batch * queries.num_heads * num_blocks,),
         [
             Tiles(operand, (queries.all_rows, problem.block_d), tile.block_m),
-            key_tiles, key_tiles, key_tiles if keys.lead else None, *given.key_mask_pointers(),
+            Tiles(operand, (keys.all_rows, problem.block_d), tile.block_n),
+            value_tiles, value_tiles if keys.lead else None, *given.key_mask_pointers(),
             float32 if given.k_shift else None, cu_seqlens, cu_seqlens,
             float32 if spec.formats.smooth is not None else None, *given.bound_pointers(),
             given.pointer(torch.float32, given.sinks),
@@ -188,10 +190,10 @@ def forward(
     """
     device, packed = query.device, PackedSizes.of(packing)
     check_device(device)
-    out = torch.empty_like(query)
-    out_hp = torch.empty_like(query) if with_gradient and spec.quantizes_pv else None
+    out = empty_out(query, value.shape[-1])
+    out_hp = torch.empty_like(out) if with_gradient and spec.quantizes_pv else None
     lse = torch.empty(lse_shape(query.shape, packing), dtype=torch.float32, device=device)
-    if is_empty(query.shape, key.shape, packed):
+    if is_empty(query.shape, value.shape, packed):
         if sinks is not None:
             lse.copy_(sinks[:, None])
         else:
@@ -206,6 +208,7 @@ def forward(
         options = tiles.options_of(
             spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
             k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
+            unequal_head_dims=query.shape[-1] != value.shape[-1],
         )  # fmt: skip
         tile = tiles.choose(arch_of(device), query.shape[-1], mask.hides_keys, options, gluon_version()).forward
         plan = _plan(

@@ -122,17 +122,18 @@ def grad_key_value_kernel(
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc,
     key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     mean_scores_ptr, lower_ptr, upper_ptr, delta_ptr, stats_ptr, grad_key_ptr, grad_value_ptr,
-    bounds_stride, out_stride_b, out_stride_h, out_stride_l, key_mask_stride,
+    bounds_stride, out_rows_b, out_rows_h, out_rows_l, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr, ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr, ROTATE: tl.constexpr,
     SAGE: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr,
     BOUNDED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N slots of one key head, summed over the query heads that share them.
 
-    Layouts as in `grad_query_kernel`; scaled_grad_out: dO / l. Where groups are kept, block 0 has the sink group, for all of
-    whose queries P and V (v_kept) are not quantized. Excluded keys are not written.
+    Layouts as in `grad_query_kernel`; scaled_grad_out: dO / l; out_rows: strides of dK and dV, in rows. Where groups are kept,
+    block 0 has the sink group, for all of whose queries P and V (v_kept) are not quantized. Excluded keys are not written.
     """
     KEPT: tl.constexpr = LEAD > 0
     batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
@@ -154,7 +155,7 @@ def grad_key_value_kernel(
     qheads_per_kvhead = num_heads // num_heads_k
     q_row = first_row(batch, head_k * qheads_per_kvhead, num_heads, q_rows, q_start, 0, VARLEN)
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
-    slot, columns = first_slot + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    slot = first_slot + tl.arange(0, BLOCK_N)
     present = (slot >= LEAD) & (slot < slots)
     if HAS_KEY_MASK:
         present = present & (tl.load(key_mask_ptr + slot, mask=present, other=0) != 0)
@@ -164,7 +165,7 @@ def grad_key_value_kernel(
     if SAGE:
         mean_scores_ptr += mean_scores_row(batch * num_heads + head_k, 0, seqlen_q) * slots
     grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    grad_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    grad_value = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     kept_from = 0
     kept_until = 0
     until = seqlen_q  # behind the last query that sees a slot
@@ -257,8 +258,13 @@ def grad_key_value_kernel(
     grad_key *= softmax_scale
     if ROTATE:
         grad_key = hadamard(grad_key, BLOCK_N, BLOCK_D)
-    where = present[:, None] & (columns < HEAD_DIM)[None, :]
-    offsets = batch * out_stride_b + head_k * out_stride_h
-    offsets += (k_start + leftpad + slot - LEAD).to(tl.int64)[:, None] * out_stride_l + columns[None, :]
-    tl.store(grad_key_ptr + offsets, cast_rn(grad_key, grad_key_ptr.dtype.element_ty), mask=where)
-    tl.store(grad_value_ptr + offsets, cast_rn(grad_value, grad_value_ptr.dtype.element_ty), mask=where)
+    rows = batch * out_rows_b + head_k * out_rows_h + (k_start + leftpad + slot - LEAD).to(tl.int64) * out_rows_l
+    columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    tl.store(
+        grad_key_ptr + rows[:, None] * HEAD_DIM + columns[None, :], cast_rn(grad_key, grad_key_ptr.dtype.element_ty),
+        mask=present[:, None] & (columns < HEAD_DIM)[None, :],
+    )  # fmt: skip
+    tl.store(
+        grad_value_ptr + rows[:, None] * HEAD_DIM_V + columns_v[None, :], cast_rn(grad_value, grad_value_ptr.dtype.element_ty),
+        mask=present[:, None] & (columns_v < HEAD_DIM_V)[None, :],
+    )  # fmt: skip

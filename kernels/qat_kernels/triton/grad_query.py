@@ -97,8 +97,9 @@ def grad_query_kernel(
     bounds_stride, grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d,
     out_stride_b, out_stride_h, out_stride_l, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr, SAGE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr, SAGE: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -125,12 +126,12 @@ def grad_query_kernel(
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
     rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    inside, columns_v = (rows < seqlen_q)[:, None], tl.arange(0, BLOCK_DV)
     q = q_desc.load([q_row, 0])
     tokens = (q_start + rows).to(tl.int64)[:, None]
     grad_out_ptr += batch.to(tl.int64) * grad_out_stride_b + head.to(tl.int64) * grad_out_stride_h
-    grad_out_ptrs = grad_out_ptr + tokens * grad_out_stride_l + columns.to(tl.int64)[None, :] * grad_out_stride_d
-    grad_out = cast_rn(tl.load(grad_out_ptrs, mask=where, other=0.0), q.dtype)
+    grad_out_ptrs = grad_out_ptr + tokens * grad_out_stride_l + columns_v.to(tl.int64)[None, :] * grad_out_stride_d
+    grad_out = cast_rn(tl.load(grad_out_ptrs, mask=inside & (columns_v < HEAD_DIM_V)[None, :], other=0.0), q.dtype)
     row_stats = q_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     delta, lse_log2 = tl.load(delta_ptr + row_stats), tl.load(stats_ptr + all_q_rows + row_stats)
 
@@ -191,4 +192,4 @@ def grad_query_kernel(
         grad_query = hadamard(grad_query, BLOCK_M, BLOCK_D)
     grad_query_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     grad_query = cast_rn(grad_query, grad_query_ptr.dtype.element_ty)
-    tl.store(grad_query_ptr + tokens * out_stride_l + columns[None, :], grad_query, mask=where)
+    tl.store(grad_query_ptr + tokens * out_stride_l + columns[None, :], grad_query, mask=inside & (columns < HEAD_DIM)[None, :])

@@ -29,7 +29,7 @@ def preprocess_kernel(
     grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d,
     out_hp_stride_b, out_hp_stride_h, out_hp_stride_l, out_hp_stride_d,
     num_heads, seqlen_q, num_blocks, q_rows, all_q_rows,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr, STORE_GRAD_OUT: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr, STORE_GRAD_OUT: tl.constexpr,
 ):  # fmt: skip
     """dO / l as an operand, and with STORE_GRAD_OUT dO too; delta float32 [2, all_q_rows]: D, from dO and from dO / l.
 
@@ -40,8 +40,8 @@ def preprocess_kernel(
     start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     if block * BLOCK_M >= tl.cdiv(seqlen_q, _PAD) * _PAD:
         return
-    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM_V)[None, :]
     token, column = (start + rows).to(tl.int64)[:, None], columns.to(tl.int64)[None, :]
     batch, head = batch.to(tl.int64), head.to(tl.int64)
     grad_out_ptr += batch * grad_out_stride_b + head * grad_out_stride_h
@@ -53,9 +53,9 @@ def preprocess_kernel(
     row_max, lse_log2 = tl.load(stats_ptr + row), tl.load(stats_ptr + all_q_rows + row)
     inv_row_sum = tl.where(row_max == float("inf"), 0.0, tl.exp2(row_max - lse_log2))  # 1 / l
     scaled_grad_out = cast_rn(grad_out * inv_row_sum[:, None], scaled_grad_out_ptr.dtype.element_ty)
-    tl.store(scaled_grad_out_ptr + row[:, None] * BLOCK_D + columns[None, :], scaled_grad_out)
+    tl.store(scaled_grad_out_ptr + row[:, None] * BLOCK_DV + columns[None, :], scaled_grad_out)
     if STORE_GRAD_OUT:
         rounded = cast_rn(grad_out, grad_out_operand_ptr.dtype.element_ty)
-        tl.store(grad_out_operand_ptr + row[:, None] * BLOCK_D + columns[None, :], rounded)
+        tl.store(grad_out_operand_ptr + row[:, None] * BLOCK_DV + columns[None, :], rounded)
     tl.store(delta_ptr + row, tl.sum(grad_out * out_hp, 1))
     tl.store(delta_ptr + all_q_rows + row, tl.sum(scaled_grad_out.to(tl.float32) * out_hp, 1))

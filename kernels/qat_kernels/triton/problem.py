@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     query: Sequences
     key: Sequences
     head_dim: int
+    head_dim_v: int
     spec: QuantSpec
     mask: Mask
     scale: float
@@ -50,7 +51,7 @@ class Problem(NamedTuple):
     def of(
         cls,
         query: torch.Size,
-        key: torch.Size,
+        value: torch.Size,
         packed: PackedSizes | None,
         *,
         spec: QuantSpec,
@@ -58,22 +59,22 @@ class Problem(NamedTuple):
         scale: float,
         softcap: float | None = None,
     ) -> Problem:
-        """From the shapes [B, H, L, D], or [total, H, D] of packed sequences."""
+        """From the shapes of Q, [B, H, Lq, D] or [total, H, D] of packed sequences, and V, which has the head dim Dv."""
         lead = PAD - GROUP_SIZE if spec.keeps_groups(mask.hides_keys) else 0
         if packed is None:
-            (batch, num_heads, seqlen_q, head_dim), (_, num_heads_k, seqlen_k, _) = query, key
+            (batch, num_heads, seqlen_q, _), (_, num_heads_k, seqlen_k, _) = query, value
             sides = (
                 Sequences(batch, num_heads, seqlen_q, seqlen_q),
                 Sequences(batch, num_heads_k, seqlen_k, seqlen_k, lead=lead),
             )
         else:
-            (total_q, num_heads, head_dim), (total_k, num_heads_k, _) = query, key
+            (total_q, num_heads, _), (total_k, num_heads_k, _) = query, value
             documents, max_seqlen_q, max_seqlen_k = packed
             sides = (
                 Sequences(documents, num_heads, max_seqlen_q, total_q, True),
                 Sequences(documents, num_heads_k, max_seqlen_k, total_k, True, lead),
             )
-        return cls(*sides, head_dim, spec, mask, scale, softcap)
+        return cls(*sides, query[-1], value[-1], spec, mask, scale, softcap)
 
     @property
     def causal(self) -> bool:
@@ -92,8 +93,13 @@ class Problem(NamedTuple):
 
     @property
     def block_d(self) -> int:
-        """Columns of an operand: the head dim, padded to a power of two."""
+        """Columns of the operands of Q and K: the head dim, padded to a power of two."""
         return triton.next_power_of_2(self.head_dim)
+
+    @property
+    def block_dv(self) -> int:
+        """The same for V and dO."""
+        return triton.next_power_of_2(self.head_dim_v)
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -102,6 +108,8 @@ class Problem(NamedTuple):
         return {
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": self.block_d,
+            "HEAD_DIM_V": self.head_dim_v,
+            "BLOCK_DV": self.block_dv,
             "LEAD": self.key.lead,
             "CAUSAL": self.causal,
             "VARLEN": self.query.packed,
@@ -128,7 +136,7 @@ class Problem(NamedTuple):
             *Codes.shapes(self.key, self.head_dim, along_tokens=False),
         ]
         if not self.spec.reads_value(self.causal):
-            shapes += Codes.shapes(self.key, self.head_dim, along_tokens=True)
+            shapes += Codes.shapes(self.key, self.head_dim_v, along_tokens=True)
         return shapes
 
     def code_sizes(self) -> list[int]:

@@ -20,6 +20,7 @@ from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
 from . import masks, packed_samples, windows
 from .attention import CHECKED, COMPUTED, LAYER, WITHOUT_EFFECT, attention_forward
 from .source import attention_code, reads_padding
+from .windows import head_dims_of
 
 MECHANISM = "transformers' AttentionInterface"
 REPLACED_BY = "set_attn_implementation"
@@ -98,7 +99,7 @@ def reason_to_skip(module: Any) -> str | None:
         return f"its {type(module).__name__} never calls {MECHANISM}"
     if not module.is_causal or not hasattr(module, "layer_idx"):
         return "not causal: only decoder self-attention is supported"
-    head_dim = _head_dim(module)
+    head_dim, _ = head_dims_of(module)
     if head_dim is not None and head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim}: at most {MAX_HEAD_DIM} is supported"
     return None
@@ -107,7 +108,7 @@ def reason_to_skip(module: Any) -> str | None:
 def problem(module: Any, spec: QuantSpec) -> str | None:
     """Why 4-bit attention cannot compute what this module needs."""
     dropout = getattr(module, "attention_dropout", 0.0)
-    head_dim = _head_dim(module)
+    head_dim, head_dim_v = head_dims_of(module)
     found = {
         "a position bias": "position_bias" if getattr(module, "has_relative_attention_bias", None) is not None else None,
         "dropout": (dropout.p if isinstance(dropout, torch.nn.Dropout) else dropout) or None,
@@ -131,16 +132,8 @@ def problem(module: Any, spec: QuantSpec) -> str | None:
         return f"its {type(module).__name__} passes {', '.join(unknown)} to attention, which is not known here"
     if code is not None and code.uses_mask is not None:
         return f"its {type(module).__name__} makes a mask of its own: {code.uses_mask}"
-    value_dim = getattr(module, "v_head_dim", head_dim)
-    if None not in (head_dim, value_dim) and value_dim != head_dim:
-        return f"values of {value_dim} elements beside keys of {head_dim}; expected as many"
     grouped = getattr(module, "num_key_value_groups", 1) != 1
-    return spec_problem(spec, head_dim, causal=module.is_causal, grouped=grouped)
-
-
-def _head_dim(module: Any) -> int | None:
-    """The head dim of queries and keys, as far as the module says."""
-    return getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+    return spec_problem(spec, head_dim, causal=module.is_causal, grouped=grouped, head_dim_v=head_dim_v)
 
 
 def prepare(original: Any) -> str:

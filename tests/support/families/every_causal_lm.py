@@ -166,7 +166,7 @@ def reference(stock, layers, ids, mask, **inputs):
 
     def by_mask(module, query, key, value, mask, options):
         """What the stock mask shows, one sequence after the other; a chunk as if it were alone."""
-        out = torch.zeros_like(query)
+        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
         for row, seen in enumerate(mask[:, 0]):
             first = torch.where(seen.any(-1), seen.int().argmax(-1), 0)
             last = seen.shape[-1] - 1 - seen.flip(-1).int().argmax(-1)

@@ -57,6 +57,7 @@ def compile_kernels(
     head_dim: int,
     causal: bool,
     *,
+    head_dim_v: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     needs_gradient: bool = True,
     masked: bool = False,
@@ -104,9 +105,10 @@ def compile_kernels(
 
     spec = QuantSpec(**spec)
     q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4 if spec.rules.mask else 8))
+    v = k.new_empty(*k.shape[:-1], head_dim_v or head_dim)
     packing = shift = None
     if packed:
-        q, k = (x[0].transpose(0, 1) for x in (q, k))
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         packing = Packing(*torch.empty(2, 4, dtype=torch.int32, device="meta"), 2048, 2048)
     if k_shift:
         shift = torch.empty(k.shape[1], head_dim, device="meta")
@@ -125,12 +127,12 @@ def compile_kernels(
         mock.patch.object(backward_launch, "gluon_version", lambda: version),
         mock.patch.object(tiles, "is_compared", lambda *_: True),
     ):
-        forward = forward_launch.forward(q, k, k, mask, shift, packing, with_gradient=needs_gradient, **options)
+        forward = forward_launch.forward(q, k, v, mask, shift, packing, with_gradient=needs_gradient, **options)
         if needs_gradient:
-            value = k if spec.reads_value(seen.hides_keys) else None
-            saved = (value, q, forward.stats, forward.codes)
+            value = v if spec.reads_value(seen.hides_keys) else None
+            saved = (value, forward.out, forward.stats, forward.codes)
             options |= {"query": q, "key": k} if spec.reads_query else {}
-            backward_launch.backward(q, *saved, mask, packing, key_shape=k.shape, **options)
+            backward_launch.backward(forward.out, *saved, mask, packing, key_shape=k.shape, **options)
     return compiled
 
 

@@ -34,6 +34,8 @@ class Case:
     lq: int = 33
     lk: int = 33
     head_dim: int = 32
+    head_dim_v: int | None = None
+    """None: the same."""
     heads: tuple[int, int] = (4, 2)
     batch: int = 2
     causal: bool = False
@@ -62,10 +64,11 @@ class Case:
         """q, k, v and the gradient of the output."""
         generator = torch.Generator().manual_seed(self.seed)
         heads, key_heads = self.heads
-        shapes = [(heads, self.lq), (key_heads, self.lk), (key_heads, self.lk), (heads, self.lq)]
+        dims = (self.head_dim, self.head_dim_v or self.head_dim)
+        shapes = [(heads, self.lq, 0), (key_heads, self.lk, 0), (key_heads, self.lk, 1), (heads, self.lq, 1)]
         tensors = []
-        for n, length in shapes:
-            x = torch.randn(self.batch, n, length, self.head_dim, dtype=torch.float64, generator=generator)
+        for n, length, of_value in shapes:
+            x = torch.randn(self.batch, n, length, dims[of_value], dtype=torch.float64, generator=generator)
             x = ((x * 8).round() / 8 if self.coarse else x) * self.size
             tensors.append(x.to(dtype))
         return [x.requires_grad_(requires_grad) for x in tensors[:3]] + tensors[3:]
@@ -138,6 +141,14 @@ class Case:
 
     def spec(self) -> QuantSpec:
         return QuantSpec(preset=self.preset, rotate=self.rotate, four_over_six=self.four_over_six)
+
+
+UNEQUAL_HEAD_DIMS = (
+    Case(lq=21, lk=37, head_dim=192, head_dim_v=128, heads=(2, 2), causal=True, mask="left"),  # DeepSeek V3
+    Case(lq=35, lk=35, head_dim=192, head_dim_v=128, batch=1, causal=True, window=20),  # MiMo V2 Flash
+    Case(head_dim=32, head_dim_v=80, mask="holes", rotate=True, four_over_six=True, shift=True),
+    Case(head_dim=48, head_dim_v=16, preset="nvfp4_qk", causal=True),
+)
 
 
 def random_cases(count: int) -> list[Case]:

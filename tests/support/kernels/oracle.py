@@ -273,7 +273,7 @@ def _heads(
 @torch.no_grad()
 def attention(q, k, v, **options):
     """The forward, docs/NUMERICS.md, sections 3, 4 and 6: dict of "out" O, "out_hp" O', "lse" and "row_max" m (float64)."""
-    out, row = torch.zeros(q.shape, dtype=torch.float64), torch.zeros(q.shape[:-1], dtype=torch.float64)
+    out, row = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64), torch.zeros(q.shape[:-1], dtype=torch.float64)
     result = {"out": out, "out_hp": out.clone(), "lse": row, "row_max": row.clone()}
     for b, h, _, _, head in _heads(q, k, v, **options):
         for name, value in (("out", head.out), ("out_hp", head.out_hp), ("lse", head.lse), ("row_max", head.m)):
@@ -336,7 +336,7 @@ def autograd_backward(q, k, v, grad_out, **options):
 def tangent(q, k, v, tangents, **options):
     """The tangent of O along those of q, k, v and any sinks, by forward-mode differentiation of the same rule."""
     sinks = [] if (given := options.pop("sinks", None)) is None else [given]
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64)
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x.detach().double(), t.double()) for x, t in zip((q, k, v, *sinks), tangents, strict=True)]
         for b, h, _, _, head in _heads(*duals[:3], **options, sinks=duals[3] if sinks else None):

@@ -21,6 +21,8 @@ CASES = [
         {"lq": 33, "lk": 40, "head_dim": 80, "causal": True, "batch": 2, "mask": "empty row"},
         {"head_dim": 128, "causal": True, "mask": "holes", "rotate": True},
         {"head_dim": 256, "lq": 20, "lk": 20},
+        {"head_dim": 48, "head_dim_v": 32, "causal": True, "heads": (2, 1)},
+        {"head_dim": 32, "head_dim_v": 80, "lq": 20, "mask": "left"},
         {"preset": "nvfp4_qk", "mask": "left", "batch": 2},
         {"size": 3.0, "causal": True, "lk": 65, "lq": 65},
         {"preset": "fa4_fp4", "causal": True, "mask": "left"},
