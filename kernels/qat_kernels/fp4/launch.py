@@ -216,7 +216,7 @@ def forward(
         q, k = (Codes.empty(side, head_dim, along_tokens=False, device=device) for side in (plan.queries, plan.keys))
         q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
         key_mask, leftpad = allowed_keys(key_mask, plan.keys)
-        v = (None, None)
+        v: tuple[torch.Tensor | None, ...] = (None, None)
         if spec.quantizes_pv:
             v = Codes.empty(plan.keys, head_dim, along_tokens=True, col_major=True, device=device)
         cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])

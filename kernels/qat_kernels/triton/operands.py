@@ -325,7 +325,7 @@ def tokens_job(
         sequences.batch * sequences.num_heads * num_blocks * (block_d // block_c),
         (
             x.pointer, *given.key_mask_pointers(), given.pointer(torch.int32, sequences.packed),
-            *(dtype and Pointer(dtype) for dtype in (quantized, unquantized)), uint8, uint8,
+            *(Pointer(dtype) if dtype else None for dtype in (quantized, unquantized)), uint8, uint8,
         ),
         (x.strides, _sizes(sequences, num_blocks, given.key_mask)),
         (

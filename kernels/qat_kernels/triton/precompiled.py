@@ -20,7 +20,7 @@ from .nvfp4 import INTERPRET
 Grid = tuple[int, int, int]
 Argument = Any
 """What a kernel gets where it takes a pointer: `pointer` of a tensor, or a tuple of them."""
-Number = int | float | None | tuple[int, ...]
+Number = int | float | None | tuple["Number", ...]
 _MOST_DESCRIPTORS = 512
 """How many a kernel keeps: PyTorch gives the same addresses again and again."""
 
