@@ -23,7 +23,7 @@ def quantize(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list
     import triton
 
     from qat_kernels.spec import NVFP4Format
-    from qat_kernels.triton.operands import Codes, Given, Layout, Sequences, rows_launch, tokens_launch
+    from qat_kernels.triton.operands import Codes, Given, Layout, Sequences, rows_job, together, tokens_job
 
     x = inputs(shape, device, dtype)[0].detach()
     sequences = Sequences(shape.batch, shape.heads, shape.queries, shape.queries)
@@ -33,11 +33,11 @@ def quantize(shape: Shape, device: str, dtype: torch.dtype, rounds: int) -> list
     moved = {}
     for kind, store in (("", False), (" and codes", True)):
         q, v = (Codes.empty(sequences, shape.head_dim, along_tokens=v, device=x.device) for v in (False, True))
-        rows = rows_launch(*problem, is_k=True, operand=operand.dtype, codes=store)
-        tokens = tokens_launch(*problem, quantized=operand.dtype, codes=store)
+        rows = together(rows_job(*problem, is_k=True, operand=operand.dtype, codes=store))
+        tokens = together(tokens_job(*problem, quantized=operand.dtype, codes=store))
         q_codes, v_codes = (q, v) if store else ((None, None), (None, None))
-        calls["Q, K" + kind] = partial(repeat, partial(rows, x, None, None, None, None, operand, *q_codes, None))
-        calls["V" + kind] = partial(repeat, partial(tokens, x, None, None, None, operand, None, *v_codes))
+        calls["Q, K" + kind] = partial(repeat, partial(rows, ((x, None, None, None, None, operand, *q_codes, None),)))
+        calls["V" + kind] = partial(repeat, partial(tokens, ((x, None, None, None, operand, None, *v_codes),)))
         for name, codes in (("Q, K", q), ("V", v)):
             moved[name + kind] = x.nbytes + operand.nbytes + (sum(part.nbytes for part in codes) if store else 0)
     source, target = (torch.empty(max(moved.values()) // 2, dtype=torch.uint8, device=device) for _ in range(2))

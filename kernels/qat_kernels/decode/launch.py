@@ -13,7 +13,7 @@ from qat_kernels.spec import GROUP_SIZE, QuantSpec
 from qat_kernels.triton.device import TRITON, arch_of, on_device
 from qat_kernels.triton.device import check_device as check_device
 from qat_kernels.triton.nvfp4 import INTERPRET
-from qat_kernels.triton.precompiled import PrecompiledKernel
+from qat_kernels.triton.precompiled import PrecompiledKernel, pointer
 
 from .append import append_kernel
 from .attend import combine_kernel, split_kernel
@@ -152,7 +152,7 @@ def append(
     with on_device(k.device):
         _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given, cache.window is not None)(
             (batch * num_heads_k, (seqlen_new + GROUP_SIZE - 2) // GROUP_SIZE + 1, 1),
-            (k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored),
+            _pointers(k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored),
             (*k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache)),
         )  # fmt: skip
 
@@ -193,7 +193,7 @@ def attend(
         )  # fmt: skip
         split(
             (batch * num_heads_k, num_parts, row_blocks),
-            (
+            _pointers(
                 q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
                 partials, lse,
             ),
@@ -204,7 +204,7 @@ def attend(
         )  # fmt: skip
         combine(
             (batch * num_heads * seqlen_new, 1, 1),
-            (partials, out, lse, None if sinks is None else sinks.contiguous()),
+            _pointers(partials, out, lse, None if sinks is None else sinks.contiguous()),
             (*out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts),
         )  # fmt: skip
     return out, lse
@@ -213,6 +213,11 @@ def attend(
 def _dependent(device: torch.device) -> bool:
     """Whether kernels may begin before the one before them ends (programmatic dependent launch), and wait for it themselves."""
     return not INTERPRET.value and arch_of(device) >= 90
+
+
+def _pointers(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """As kernels take them. A copy among them may be freed then: what is allocated in its place is written after the launch."""
+    return tuple(map(pointer, tensors))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -21,11 +21,12 @@ from qat_kernels.triton.operands import (
     allowed_keys,
     given_tensors,
     head_strides,
-    rows_launch,
+    rows_job,
     strides_of,
-    tokens_launch,
+    together,
+    tokens_job,
 )
-from qat_kernels.triton.precompiled import Launch, Pointer
+from qat_kernels.triton.precompiled import Launch, Pointer, pointer
 from qat_kernels.triton.problem import PackedSizes, Problem, is_empty
 from qat_kernels.varlen import Packing, lse_shape
 
@@ -111,9 +112,8 @@ class _Plan(NamedTuple):
 
     queries: Sequences
     keys: Sequences
-    quantize_query: Launch
-    quantize_key: Launch
-    quantize_value: Launch | None
+    prepare: Launch
+    """Quantizes Q, K and, if P and V are quantized, V."""
     attend: Launch
 
 
@@ -158,12 +158,14 @@ def _plan(
     )  # fmt: skip
     return _Plan(
         queries, keys,
-        rows_launch(
-            query, queries, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate, codes=True,
-            heads_per_k_shift=queries.num_heads // keys.num_heads if given.k_shift else 1,
+        together(
+            rows_job(
+                query, queries, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate, codes=True,
+                heads_per_k_shift=queries.num_heads // keys.num_heads if given.k_shift else 1,
+            ),
+            rows_job(key, keys, given, formats.key, is_k=True, order=tile.order, rotate=spec.rotate, codes=True),
+            *([tokens_job(value, keys, given, formats.value, codes=True, col_major=True)] if spec.quantizes_pv else []),
         ),
-        rows_launch(key, keys, given, formats.key, is_k=True, order=tile.order, rotate=spec.rotate, codes=True),
-        tokens_launch(value, keys, given, formats.value, codes=True, col_major=True) if spec.quantizes_pv else None,
         attend,
     )  # fmt: skip
 
@@ -213,16 +215,20 @@ def forward(
         )  # fmt: skip
         q, k = (Codes.empty(side, head_dim, along_tokens=False, device=device) for side in (plan.queries, plan.keys))
         q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
-        cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
         key_mask, leftpad = allowed_keys(key_mask, plan.keys)
-        plan.quantize_query(query, k_shift, None, None, cu_seqlens_q, None, *q, q_dot_k_shift)
-        plan.quantize_key(key, k_shift, key_mask, leftpad, cu_seqlens_k, None, *k, None)
-        v = None
-        if plan.quantize_value is not None:
+        v: tuple[torch.Tensor | None, ...] = (None, None)
+        if spec.quantizes_pv:
             v = Codes.empty(plan.keys, head_dim, along_tokens=True, col_major=True, device=device)
-            plan.quantize_value(value, key_mask, leftpad, cu_seqlens_k, None, None, *v)
+        cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
+        at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
+        at_q, at_k, at_v = (tuple(map(pointer, codes)) for codes in (q, k, v))
+        plan.prepare((
+            (pointer(query), at_shift, None, None, cu_q, None, *at_q, at_products),
+            (pointer(key), at_shift, at_mask, at_leftpad, cu_k, None, *at_k, None),
+            *([(pointer(value), at_mask, at_leftpad, cu_k, None, None, *at_v)] if spec.quantizes_pv else []),
+        ))  # fmt: skip
         kernel = plan.attend(
-            *q, *k, *(v or (None, None)), value, key_mask, leftpad, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, out, lse
+            *at_q, *at_k, *at_v, pointer(value), at_mask, at_leftpad, at_products, cu_q, cu_k, pointer(out), pointer(lse)
         )
     if launched is not None:
         launched(kernel)

@@ -28,11 +28,12 @@ from .operands import (
     contiguous_strides,
     given_tensors,
     operand_dtype,
-    tokens_launch,
-    unpack_launch,
+    preprocess_job,
+    together,
+    tokens_job,
+    unpack_job,
 )
-from .precompiled import Launch, Pointer, Tiles, parts, starts
-from .preprocess import preprocess_kernel
+from .precompiled import Launch, Pointer, Tiles, parts, pointer, starts
 from .problem import PackedSizes, Problem, is_empty
 
 
@@ -49,14 +50,11 @@ class _Plan(NamedTuple):
     """Where each begins in the memory that they share: Q, K, V, dO with the factor of its rows, and where groups are kept dO and,
     if V is quantized, V as they are."""
     operands_size: int
-    unpack_query: Launch
-    unpack_key: Launch
-    make_value: Launch
-    """Unpacks V, or where it is read again quantizes it."""
+    prepare: Launch
+    """Unpacks Q, K and V, or where V is read again quantizes it; `preprocess_job`."""
     quantizes_value: bool
     two_values: bool
     """Whether V is needed quantized, and as it is for the kept groups."""
-    preprocess: Launch
     grad_query: Any
     grad_key_value: Any
     softmax_scale: float
@@ -65,7 +63,6 @@ class _Plan(NamedTuple):
 @lru_cache(PLANS)
 def _plan(
     device: torch.device,
-    chosen: tiles.Tiles,
     grad_out: Layout,
     out_hp: Layout,
     value: Layout | None,
@@ -76,28 +73,17 @@ def _plan(
     mask: Mask,
     scale: float,
     softcap: float | None,
+    has_sinks: bool,
 ) -> _Plan:
     query_shape, _, value_shape = gradient_shapes(grad_out.shape, key_shape)
     problem = Problem.of(query_shape, value_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
-    queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
-    kept, quantizes_value, float32 = keys.lead > 0, spec.formats.value is not None, Pointer(torch.float32)
-    block_m = max(16, 2048 // problem.block_dv)
-    num_blocks = queries.blocks(block_m)
-    preprocess = Launch.of(
-        preprocess_kernel,
-        (queries.batch * queries.num_heads * num_blocks,),
-        [
-            grad_out.pointer, out_hp.pointer, float32, given.pointer(torch.int32, packed is not None),
-            Pointer(operand), Pointer(operand) if kept else None, float32,
-        ],
-        [
-            *grad_out.strides, *out_hp.strides,
-            queries.num_heads, queries.max_seqlen, num_blocks, queries.rows, queries.all_rows,
-        ],
-        problem.constants | {"BLOCK_M": block_m, "STORE_GRAD_OUT": kept},
-        num_warps=4,
+    options = tiles.options_of(
+        spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+        sinks=has_sinks, unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip
-
+    chosen = tiles.choose(arch_of(device), problem.head_dim, mask.hides_keys, options, gluon_version())
+    queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
+    kept, quantizes_value = keys.lead > 0, spec.formats.value is not None
     two_values = quantizes_value and kept
     grad_query: object
     grad_key_value: object
@@ -114,9 +100,9 @@ def _plan(
     else:
         grad_key_value = _grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
     if value is None:
-        make_value = unpack_launch(keys, problem.head_dim_v, operand, along_tokens=True)
+        prepare_value = unpack_job(keys, problem.head_dim_v, operand, along_tokens=True)
     else:
-        make_value = tokens_launch(
+        prepare_value = tokens_job(
             value, keys, given, spec.formats.value,
             quantized=operand if quantizes_value else None, unquantized=operand if kept or not quantizes_value else None,
         )  # fmt: skip
@@ -126,9 +112,13 @@ def _plan(
     return _Plan(
         queries, keys, chosen, starts(problem.code_sizes())[0],
         operand, *starts(sizes),
-        unpack_launch(queries, problem.head_dim, operand, along_tokens=False),
-        unpack_launch(keys, problem.head_dim, operand, along_tokens=False),
-        make_value, quantizes_value, two_values, preprocess, grad_query, grad_key_value, problem.softmax_scale,
+        together(
+            unpack_job(queries, problem.head_dim, operand, along_tokens=False),
+            unpack_job(keys, problem.head_dim, operand, along_tokens=False),
+            prepare_value,
+            preprocess_job(grad_out, out_hp, queries, given, operand, kept),
+        ),
+        quantizes_value, two_values, grad_query, grad_key_value, problem.softmax_scale,
     )  # fmt: skip
 
 
@@ -249,14 +239,9 @@ def backward(
             smoothed = smoothing.smooth(query, key)
             mean_scores = smoothed.scores
         given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
-        options = tiles.options_of(
-            spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
-            sinks=sinks is not None, unequal_head_dims=grad_out.shape[-1] != key_shape[-1],
-        )  # fmt: skip
-        chosen = tiles.choose(arch_of(device), key_shape[-1], mask.hides_keys, options, gluon_version())
         plan = _plan(
-            device, chosen, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape,
-            packed, given, spec, mask, scale, softcap,
+            device, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape, packed, given,
+            spec, mask, scale, softcap, sinks is not None,
         )  # fmt: skip
         side = plan.queries
         operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
@@ -264,27 +249,32 @@ def backward(
         grad_out_operand, v_kept, *_ = *others, None, None
         # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
         delta = torch.empty_like(stats) if sinks is None else torch.zeros_like(stats)
-        cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
         key_mask, leftpad = allowed_keys(key_mask, plan.keys)
+        cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
+        at_mask, at_leftpad, at_grad_out, at_delta, at_stats = map(pointer, (key_mask, leftpad, grad_out, delta, stats))
         q_codes, q_scales, k_codes, k_scales, *v_codes = parts(codes, plan.codes)
-        plan.unpack_query(q_codes, q_scales, q)
-        plan.unpack_key(k_codes, k_scales, k)
         if value is None:
-            plan.make_value(*v_codes, v)
+            of_value: tuple[Any, ...] = (*v_codes, v)
         else:
             quantized, unquantized = (v, v_kept) if plan.quantizes_value else (None, v)
-            plan.make_value(value, key_mask, leftpad, cu_seqlens_k, quantized, unquantized, None, None)
-        plan.preprocess(grad_out, out_hp, stats, cu_seqlens_q, scaled_grad_out, grad_out_operand, delta)
+            of_value = (pointer(value), at_mask, at_leftpad, cu_k, quantized, unquantized, None, None)
+        plan.prepare((
+            (q_codes, q_scales, q),
+            (k_codes, k_scales, k),
+            of_value,
+            (at_grad_out, pointer(out_hp), at_stats, cu_q, scaled_grad_out, grad_out_operand, at_delta),
+        ))  # fmt: skip
         if mean_scores is not None and isinstance(plan.tiles.grad_query, tiles.Tile):
             blocks = (side.batch, side.num_heads, side.blocks(plan.tiles.grad_query.block_m), plan.keys.max_seqlen)
             grad_sums = grad_query.new_zeros(blocks, dtype=torch.float32)
+        seen = at_mask, at_leftpad, cu_q, cu_k
+        at_scores, at_sums, *at_bounds = map(pointer, (mean_scores, grad_sums, lower, upper))
         plan.grad_query(
-            q, k, v, v_kept, key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, grad_sums, lower, upper,
-            grad_out, delta, stats, grad_query,
-        )  # fmt: skip
+            q, k, v, v_kept, *seen, at_scores, at_sums, *at_bounds, at_grad_out, at_delta, at_stats, pointer(grad_query)
+        )
         plan.grad_key_value(
-            q, k, v, scaled_grad_out, v_kept, grad_out_operand,
-            key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, delta, stats, grad_key, grad_value,
+            q, k, v, scaled_grad_out, v_kept, grad_out_operand, *seen, at_scores, *at_bounds, at_delta, at_stats,
+            pointer(grad_key), pointer(grad_value),
         )  # fmt: skip
         if grad_sums is not None:
             tiles_of_block = grad_sums.shape[2] * SMOOTH_BLOCK // side.blocks(1)

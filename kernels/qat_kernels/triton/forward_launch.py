@@ -26,11 +26,12 @@ from .operands import (
     head_strides,
     operand_dtype,
     order_of,
-    rows_launch,
+    rows_job,
     strides_of,
-    tokens_launch,
+    together,
+    tokens_job,
 )
-from .precompiled import Launch, Pointer, Tiles, parts, starts
+from .precompiled import Launch, Pointer, Tiles, parts, pointer, starts
 from .problem import PackedSizes, Problem, is_empty
 
 
@@ -71,9 +72,8 @@ class _Plan(NamedTuple):
     codes: list[int]
     """Where codes and scales of Q, K and V begin."""
     codes_size: int
-    quantize_query: Launch
-    quantize_key: Launch
-    quantize_value: Launch
+    prepare: Launch
+    """Quantizes Q, K and V."""
     attend: Any
     """A `Launch`, or an `Attend` of hopper/, which takes the same tensors; so are those of a backward."""
     quantizes_value: bool
@@ -86,7 +86,6 @@ class _Plan(NamedTuple):
 @lru_cache(PLANS)
 def _plan(
     device: torch.device,
-    tile: tiles.Tile | tiles.HopperTile,
     query: Layout,
     key: Layout,
     value: Layout,
@@ -100,6 +99,12 @@ def _plan(
     with_gradient: bool,
 ) -> _Plan:
     problem = Problem.of(query.shape, value.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
+    options = tiles.options_of(
+        spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+        k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
+        unequal_head_dims=problem.head_dim != problem.head_dim_v,
+    )  # fmt: skip
+    tile = tiles.choose(arch_of(device), problem.head_dim, mask.hides_keys, options, gluon_version()).forward
     formats, order, operand = spec.formats, order_of(tile.block_n), operand_dtype(value.dtype)
     quantizes_value = formats.value is not None
     two_values = quantizes_value and problem.key.lead > 0
@@ -114,19 +119,22 @@ def _plan(
         attend = _attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
     return _Plan(
         problem.key, (2, problem.query.all_rows), *starts(problem.code_sizes()),
-        rows_launch(
-            query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
-            heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
-            operand=operand, codes=with_gradient,
-        ),
-        rows_launch(
-            key, problem.key, given, formats.key, is_k=True, order=order, rotate=spec.rotate,
-            operand=operand, codes=with_gradient,
-        ),
-        tokens_launch(
-            value, problem.key, given, formats.value, order=order,
-            quantized=operand if quantizes_value else None, unquantized=None if quantizes_value and not two_values else operand,
-            codes=with_gradient and len(problem.code_sizes()) > 4,
+        together(
+            rows_job(
+                query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
+                heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
+                operand=operand, codes=with_gradient,
+            ),
+            rows_job(
+                key, problem.key, given, formats.key, is_k=True, order=order, rotate=spec.rotate,
+                operand=operand, codes=with_gradient,
+            ),
+            tokens_job(
+                value, problem.key, given, formats.value, order=order,
+                quantized=operand if quantizes_value else None,
+                unquantized=None if quantizes_value and not two_values else operand,
+                codes=with_gradient and len(problem.code_sizes()) > 4,
+            ),
         ),
         attend, quantizes_value, operand, *starts(sizes),
     )  # fmt: skip
@@ -205,14 +213,8 @@ def forward(
         if spec.formats.smooth is not None:
             query, key, _, mean_scores = smoothing.smooth(query, key)
         given, k_shift, lower, upper, sinks = given_tensors(key_mask, k_shift, packing, bounds, sinks)
-        options = tiles.options_of(
-            spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
-            k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
-            unequal_head_dims=query.shape[-1] != value.shape[-1],
-        )  # fmt: skip
-        tile = tiles.choose(arch_of(device), query.shape[-1], mask.hides_keys, options, gluon_version()).forward
         plan = _plan(
-            device, tile, Layout.of(query), Layout.of(key), Layout.of(value), strides_of(out), packed, given,
+            device, Layout.of(query), Layout.of(key), Layout.of(value), strides_of(out), packed, given,
             spec, mask, scale, softcap, with_gradient,
         )  # fmt: skip
         stats = codes = None
@@ -227,14 +229,17 @@ def forward(
         operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
         q, k, v, kept, *_ = *parts(operands, plan.operands), None
         q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
-        cu_seqlens_q, cu_seqlens_k, *_ = packing or (None, None)
         key_mask, leftpad = allowed_keys(key_mask, plan.keys)
-        plan.quantize_query(query, k_shift, None, None, cu_seqlens_q, q, q_codes, q_scales, q_dot_k_shift)
-        plan.quantize_key(key, k_shift, key_mask, leftpad, cu_seqlens_k, k, k_codes, k_scales, None)
+        cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
+        at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
         quantized, unquantized = (v, kept) if plan.quantizes_value else (None, v)
-        plan.quantize_value(value, key_mask, leftpad, cu_seqlens_k, quantized, unquantized, v_codes, v_scales)
+        plan.prepare((
+            (pointer(query), at_shift, None, None, cu_q, q, q_codes, q_scales, at_products),
+            (pointer(key), at_shift, at_mask, at_leftpad, cu_k, k, k_codes, k_scales, None),
+            (pointer(value), at_mask, at_leftpad, cu_k, quantized, unquantized, v_codes, v_scales),
+        ))  # fmt: skip
         plan.attend(
-            q, k, v, kept, key_mask, leftpad, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, mean_scores, lower, upper, sinks,
-            out, out_hp, lse, stats,
+            q, k, v, kept, at_mask, at_leftpad, at_products, cu_q, cu_k,
+            *map(pointer, (mean_scores, lower, upper, sinks, out, out_hp, lse, stats)),
         )  # fmt: skip
     return Forward(out, out_hp, lse, stats, codes)

@@ -259,8 +259,8 @@ def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr):
     Each takes the lowest bit of the column index and puts it back as the highest: after the last one, all columns are
     where they belong.
     """
-    stages: tl.constexpr = tl.constexpr(SIZE.bit_length() - 1)
-    for _ in tl.static_range(stages):
-        even, odd = tl.split(tl.reshape(x, (ROWS, SIZE // 2, 2)))
-        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, SIZE))
+    for stage in tl.static_range(8):
+        if (2 << stage) <= SIZE:
+            even, odd = tl.split(tl.reshape(x, (ROWS, SIZE // 2, 2)))
+            x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), (ROWS, SIZE))
     return x * _HADAMARD

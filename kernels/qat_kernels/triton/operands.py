@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 from qat_kernels.mask import Bounds
 from qat_kernels.spec import GROUP_SIZE, Formats, NVFP4Format
@@ -14,13 +16,13 @@ from qat_kernels.varlen import Packing
 
 from .layout import PAD
 from .nvfp4 import INTERPRET
-from .precompiled import Launch, Pointer
-from .quantize import allowed_keys_kernel, fake_quantize_kv_kernel, quantize_rows_kernel, quantize_tokens_kernel, unpack_kernel
+from .precompiled import Launch, Number, Pointer, pointer
+from .quantize import allowed_keys_kernel, fake_quantize_kv_kernel, prepare_kernel
 
 PLANS = 1024
 """How many are kept: calls of so many shapes and options cost little on the host."""
-_ELEMENTS = 4096
-"""Elements of a tile: 32 for each thread of four warps."""
+_ELEMENTS = 1024
+"""Elements of a tile: 32 for each thread of a warp."""
 
 
 class Layout(NamedTuple):
@@ -117,7 +119,7 @@ def allowed_keys(key_mask: torch.Tensor | None, keys: Sequences) -> tuple[torch.
     allowed = torch.empty((keys.batch, keys.rows), dtype=torch.uint8, device=key_mask.device)
     leftpad = torch.empty(keys.batch, dtype=torch.int32, device=key_mask.device)
     launch = _allowed_keys_launch(key_mask.device, key_mask.stride(), key_mask.data_ptr() % 16 == 0, keys)
-    launch(key_mask, allowed, leftpad)
+    launch(*map(pointer, (key_mask, allowed, leftpad)))
     return allowed, leftpad
 
 
@@ -182,8 +184,7 @@ class Given(NamedTuple):
 
     def bound_pointers(self) -> tuple[Pointer | None, Pointer | None]:
         """The same for `lower_ptr` and `upper_ptr`."""
-        pointer = self.pointer(torch.int32, self.bounds_stride is not None)
-        return pointer, pointer
+        return (self.pointer(torch.int32, self.bounds_stride is not None),) * 2
 
 
 _NOTHING = Given()
@@ -211,14 +212,42 @@ def given_tensors(
     return given, k_shift, lower, upper, sinks
 
 
-def rounding(how: NVFP4Format | str | None) -> dict[str, bool]:
-    """The constants of kernels that round to this format."""
-    if not isinstance(how, NVFP4Format):
-        return {"FOUR_OVER_SIX": False, "RECIPROCAL": False}
-    return {"FOUR_OVER_SIX": how.four_over_six, "RECIPROCAL": how.scale == "reciprocal"}
+def _rounding(how: NVFP4Format | str | None) -> tuple[bool, bool]:
+    """FOUR_OVER_SIX and RECIPROCAL of kernels that round to this format."""
+    return (how.four_over_six, how.scale == "reciprocal") if isinstance(how, NVFP4Format) else (False, False)
 
 
-def rows_launch(
+class Job(NamedTuple):
+    """A part of the work of `prepare_kernel`."""
+
+    place: int
+    """Of its function in the kernel."""
+    programs: int
+    tensors: tuple[Pointer | None, ...]
+    numbers: tuple[Number, ...]
+    constants: tuple[Any, ...]
+
+
+def together(*jobs: Job) -> Launch:
+    """One launch of jobs that do not depend on each other. It takes a tuple: for each job one of its tensors."""
+    ends = tuple(itertools.accumulate(job.programs for job in jobs))
+    constants = tuple((tl.constexpr(job.place), _constexprs(job.constants)) for job in jobs)
+    return Launch.of(
+        prepare_kernel,
+        ends[-1:],
+        [tuple(job.tensors for job in jobs)],
+        [tuple(job.numbers for job in jobs), ends],
+        {"JOBS": constants},
+        num_warps=1,
+    )
+
+
+def _constexprs(x: Any) -> Any:
+    """As Triton takes constants in a tuple."""
+    return tuple(map(_constexprs, x)) if type(x) is tuple else tl.constexpr(x)
+
+
+def rows_job(
     x: Layout,
     sequences: Sequences,
     given: Given,
@@ -231,7 +260,7 @@ def rows_launch(
     rotate: bool = False,
     operand: torch.dtype | None = None,
     codes: bool = False,
-) -> Launch:
+) -> Job:
     """Q or K, of any strides, quantized along the head dim: the operand unless its dtype is None, and `codes` if asked for.
 
     Its tensors: x, k_shift, the key mask by slot and leftpad, cu_seqlens, the operand, codes and scales, and q_dot_k_shift.
@@ -244,31 +273,33 @@ def rows_launch(
     head_dim, block_d = x.shape[-1], triton.next_power_of_2(x.shape[-1])
     block_l = _block_l(block_d)
     num_blocks = sequences.blocks(block_l)
-    key_mask = given.key_mask and is_k
-    shift = given.pointer(torch.float32, given.k_shift)
+    key_mask, is_shifted_q = given.key_mask and is_k, given.k_shift and not is_k
     uint8 = Pointer(torch.uint8) if codes else None
-    return Launch.of(
-        quantize_rows_kernel,
-        (sequences.batch * sequences.num_heads * num_blocks,),
-        [
-            x.pointer, shift, *(given.key_mask_pointers() if key_mask else (None, None)),
+    return Job(
+        0,
+        sequences.batch * sequences.num_heads * num_blocks,
+        (
+            x.pointer, given.pointer(torch.float32, given.k_shift), *(given.key_mask_pointers() if key_mask else (None, None)),
             given.pointer(torch.int32, sequences.packed), Pointer(operand) if operand else None, uint8, uint8,
-            Pointer(torch.float32) if given.k_shift and not is_k else None,
-        ],
-        [
-            *x.strides, sequences.rows if key_mask else 0, *(head_strides(sequences) if given.k_shift and not is_k else (0, 0)),
-            sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows, heads_per_k_shift, -1.0 if negate else 1.0,
-        ],
-        {
-            "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "LEAD": sequences.lead, "ORDER": order, "IS_K": is_k,
-            "HAS_K_SHIFT": given.k_shift, "HAS_KEY_MASK": key_mask, "VARLEN": sequences.packed, "ROTATE": rotate,
-            **rounding(how), "STORE_OPERAND": operand is not None, "STORE_CODES": codes,
-        },
-        num_warps=4,
+            Pointer(torch.float32) if is_shifted_q else None,
+        ),
+        (
+            x.strides, _sizes(sequences, num_blocks, key_mask), head_strides(sequences) if is_shifted_q else (0, 0),
+            heads_per_k_shift, -1.0 if negate else 1.0,
+        ),
+        (
+            head_dim, block_d, block_l, sequences.lead, order, is_k, given.k_shift, key_mask, sequences.packed, rotate,
+            _rounding(how), operand is not None, codes,
+        ),
     )  # fmt: skip
 
 
-def tokens_launch(
+def _sizes(sequences: Sequences, num_blocks: int, key_mask: bool) -> tuple[int, ...]:
+    """`sequences` of a kernel."""
+    return sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows, sequences.rows if key_mask else 0
+
+
+def tokens_job(
     x: Layout,
     sequences: Sequences,
     given: Given,
@@ -279,55 +310,65 @@ def tokens_launch(
     order: int = 0,
     codes: bool = False,
     col_major: bool = False,
-) -> Launch:
+) -> Job:
     """V, of any strides: the operand quantized along the tokens and the one as it is, each unless its dtype is None, and `codes`.
 
     Its tensors: x, the key mask by slot and leftpad, cu_seqlens, both operands, codes and scales: by rows or `col_major`
-    (`Codes.shapes`), always in the order of the slots. `order` as in `rows_launch`.
+    (`Codes.shapes`), always in the order of the slots. `order` as in `rows_job`.
     """
     head_dim, block_d = x.shape[-1], triton.next_power_of_2(x.shape[-1])
-    # One warp holds whole groups of 16 tokens, so that their maxima are found without shared memory.
-    block_c = min(block_d, 64)
-    block_l = min(PAD, 1024 // block_c)
+    block_c, block_l = _columns_and_slots(block_d)
     num_blocks = sequences.blocks(block_l)
     uint8 = Pointer(torch.uint8) if codes else None
-    return Launch.of(
-        quantize_tokens_kernel,
-        (sequences.batch * sequences.num_heads * num_blocks, block_d // block_c),
-        [
+    return Job(
+        1,
+        sequences.batch * sequences.num_heads * num_blocks * (block_d // block_c),
+        (
             x.pointer, *given.key_mask_pointers(), given.pointer(torch.int32, sequences.packed),
-            *(dtype and Pointer(dtype) for dtype in (quantized, unquantized)), uint8, uint8,
-        ],
-        [
-            *x.strides, sequences.rows if given.key_mask else 0,
-            sequences.num_heads, sequences.max_seqlen, num_blocks, sequences.rows,
-        ],
-        {
-            "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_C": block_c, "BLOCK_L": block_l, "LEAD": sequences.lead,
-            "HAS_KEY_MASK": given.key_mask, "VARLEN": sequences.packed, **rounding(how), "ORDER": order,
-            "STORE_QUANTIZED": quantized is not None, "STORE_UNQUANTIZED": unquantized is not None, "STORE_CODES": codes,
-            "COL_MAJOR": col_major,
-        },
-        num_warps=1,
+            *(Pointer(dtype) if dtype else None for dtype in (quantized, unquantized)), uint8, uint8,
+        ),
+        (x.strides, _sizes(sequences, num_blocks, given.key_mask)),
+        (
+            head_dim, block_d, block_c, block_l, sequences.lead, given.key_mask, sequences.packed, _rounding(how), order,
+            quantized is not None, unquantized is not None, codes, col_major,
+        ),
     )  # fmt: skip
 
 
-def unpack_launch(sequences: Sequences, head_dim: int, operand: torch.dtype, *, along_tokens: bool) -> Launch:
+def unpack_job(sequences: Sequences, head_dim: int, operand: torch.dtype, *, along_tokens: bool) -> Job:
     """Codes into an operand, slots in their own order; groups lie along the tokens (V) or along the head dim (Q, K).
 
     Its tensors: codes, scales, and the operand.
     """
-    block_d = triton.next_power_of_2(head_dim)
-    block_l = _block_l(block_d)
-    uint8 = Pointer(torch.uint8)
-    return Launch.of(
-        unpack_kernel,
-        (sequences.all_rows // block_l,),
-        [uint8, uint8, Pointer(operand)],
-        [],
-        {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_L": block_l, "ALONG_TOKENS": along_tokens},
-        num_warps=4,
-    )
+    block_d, uint8 = triton.next_power_of_2(head_dim), Pointer(torch.uint8)
+    block_c, block_l = _columns_and_slots(block_d) if along_tokens else (block_d, _block_l(block_d))
+    constants = (head_dim, block_d, block_c, block_l) if along_tokens else (head_dim, block_d, block_l)
+    programs = sequences.all_rows // block_l * (block_d // block_c)
+    return Job(3 if along_tokens else 2, programs, (uint8, uint8, Pointer(operand)), (), constants)
+
+
+def preprocess_job(grad_out: Layout, out_hp: Layout, queries: Sequences, given: Given, operand: torch.dtype, kept: bool) -> Job:
+    """What of dO and O' the sums of a backward need (preprocess.py); `kept`: dO as it is, too.
+
+    Its tensors: dO, O', stats, cu_seqlens of Q, the operands of dO / l and of dO, and delta.
+    """
+    block_d = triton.next_power_of_2(grad_out.shape[-1])
+    block_m = _block_l(block_d)
+    num_blocks = queries.blocks(block_m)
+    float32 = Pointer(torch.float32)
+    return Job(
+        4,
+        queries.batch * queries.num_heads * num_blocks,
+        (
+            grad_out.pointer, out_hp.pointer, float32, given.pointer(torch.int32, queries.packed),
+            Pointer(operand), Pointer(operand) if kept else None, float32,
+        ),
+        (
+            grad_out.strides, out_hp.strides,
+            queries.num_heads, queries.max_seqlen, num_blocks, queries.rows, queries.all_rows,
+        ),
+        (grad_out.shape[-1], block_d, block_m, queries.packed, kept),
+    )  # fmt: skip
 
 
 def fake_quantize_kv(
@@ -344,7 +385,8 @@ def fake_quantize_kv(
     if not key.numel():
         return outs
     head_dim, block_d = key.shape[-1], triton.next_power_of_2(key.shape[-1])
-    block_l, num_rows = _block_l(block_d), key.numel() // head_dim
+    # Elements of a tile: 32 for each thread of four warps.
+    block_l, num_rows = min(PAD, 4096 // block_d), key.numel() // head_dim
     # Of packed sequences a row is a head of a token: as if heads were tokens.
     sizes = (key.shape[1], key.shape[2], num_rows) if key.ndim == 4 else (1, key.shape[1], num_rows)
     strides = [x.stride() if x.ndim == 4 else (x.stride(0), 0, x.stride(1), x.stride(2)) for x in (key, value)]
@@ -358,5 +400,11 @@ def fake_quantize_kv(
 
 
 def _block_l(block_d: int) -> int:
-    """Slots of a tile."""
-    return min(PAD, max(GROUP_SIZE, _ELEMENTS // block_d))
+    """Slots of a tile of whole rows."""
+    return min(PAD, _ELEMENTS // block_d)
+
+
+def _columns_and_slots(block_d: int) -> tuple[int, int]:
+    """Of a tile of whole groups along the tokens."""
+    columns = min(block_d, 64)
+    return columns, min(PAD, _ELEMENTS // columns)

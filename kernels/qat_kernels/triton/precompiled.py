@@ -18,9 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .nvfp4 import INTERPRET
 
 Grid = tuple[int, int, int]
-Argument = torch.Tensor | int | None | tuple[torch.Tensor | int | None, ...]
-"""What a kernel gets where it takes a pointer: a tensor, an address, or nothing. Kernels in Gluon take tuples too."""
-Number = int | float | None | tuple[int, ...]
+Argument = Any
+"""What a kernel gets where it takes a pointer: `pointer` of a tensor, or a tuple of them."""
+Number = int | float | None | tuple["Number", ...]
 _MOST_DESCRIPTORS = 512
 """How many a kernel keeps: PyTorch gives the same addresses again and again."""
 
@@ -31,11 +31,16 @@ def starts(sizes: Sequence[int]) -> tuple[list[int], int]:
     return begin, end
 
 
-def parts(x: torch.Tensor, begin: Sequence[int]) -> list[Any]:
-    """Where parts of a tensor of one dimension begin, as kernels take it: addresses, which cost less than views.
+def pointer(x: torch.Tensor | None) -> Any:
+    """What a kernel takes of a tensor: its address (of a tensor, Triton would ask the driver), or under the interpreter itself.
 
-    Whoever launches with them keeps the tensor alive until then.
+    Whoever launches with it keeps the tensor alive until then.
     """
+    return x if x is None or INTERPRET.value else x.data_ptr()
+
+
+def parts(x: torch.Tensor, begin: Sequence[int]) -> list[Any]:
+    """`pointer` of the parts of a tensor of one dimension that begin there."""
     if INTERPRET.value:
         return [x[start:] for start in begin]
     address, size = x.data_ptr(), x.element_size()
@@ -101,47 +106,39 @@ class PrecompiledKernel:
         assert [*constants] == kernel.arg_names[len(arguments) :], "constants in the order of the parameters"
         self._constants = tuple(constants.values())
         self._kernel, self._options = kernel, options
-        # The last one first: each becomes several arguments in its place.
-        self._tiles = [(place, x) for place, x in enumerate(arguments) if isinstance(x, Tiles)][::-1]
-        self._descriptors: list[dict[int, list[Any]]] = [{} for _ in self._tiles]
-        self._has_tuples = any(type(x) is tuple for x in arguments)
+        self._tiles = {place: x for place, x in enumerate(arguments) if isinstance(x, Tiles)}
+        self._first_plain = max(self._tiles, default=-1) + 1
+        self._described: dict[tuple[Argument, ...], tuple[Any, ...]] = {}
         if not INTERPRET.value:
             given = [x.descriptor(Pointer(x.dtype)) if isinstance(x, Tiles) else x for x in arguments]
             self._kernel, self._options = kernel.warmup(*given, *self._constants, grid=(1,), **options), {}
 
-    def __call__(self, grid: Grid, tensors: Sequence[Argument], numbers: Sequence[Number] = ()) -> Any:
+    def __call__(self, grid: Grid, pointers: tuple[Argument, ...], numbers: Sequence[Number] = ()) -> Any:
         """Launch it on the current device and stream; returns the compiled kernel."""
-        if INTERPRET.value or _is_watched() or (launcher := self._launcher) is None:
-            arguments: list[Any] = [*tensors]
-            for place, tiles in self._tiles:
-                arguments[place] = tiles.descriptor(tensors[place])
+        if _is_watched() or (launcher := self._launcher) is None:
+            arguments = [self._tiles[n].descriptor(x) if n in self._tiles else x for n, x in enumerate(pointers)]
             self._kernel[grid](*arguments, *numbers, *self._constants, **self._options)
             return self._kernel
-        # With tensors Triton would ask the driver about each of them.
-        arguments = [*map(_address, tensors)]
-        for (place, tiles), known in zip(self._tiles, self._descriptors, strict=True):
-            address = arguments[place]
-            described = known.get(address)
-            if described is None:
-                if len(known) >= _MOST_DESCRIPTORS:
-                    known.clear()
-                described = known[address] = launcher.described(tiles.descriptor(address), place)
-            arguments[place : place + 1] = described
-        launcher.launch(grid, (*arguments, *numbers, *self._constants))
+        in_tiles, plain = pointers[: self._first_plain], pointers[self._first_plain :]
+        described = self._described.get(in_tiles)
+        if described is None:
+            if len(self._described) >= _MOST_DESCRIPTORS:
+                self._described.clear()
+            described = self._described[in_tiles] = self._describe(launcher, in_tiles)
+        launcher.launch(grid, (*described, *plain, *numbers, *self._constants))
         return self._kernel
+
+    def _describe(self, launcher: _Launcher, pointers: tuple[Argument, ...]) -> tuple[Any, ...]:
+        """What the launcher takes in place of the first arguments, the last of which are tiles."""
+        arguments: list[Any] = []
+        for place, x in enumerate(pointers):
+            tiles = self._tiles.get(place)
+            arguments += [x] if tiles is None else launcher.described(tiles.descriptor(x), place)
+        return tuple(arguments)
 
     @functools.cached_property
     def _launcher(self) -> _Launcher | None:
-        if self._has_tuples and not triton.__version__.startswith("3.6."):
-            return None
-        return _Launcher.of(self._kernel, [place for place, _ in self._tiles][::-1])
-
-
-def _address(x: Argument) -> Any:
-    """Of a tensor, also in a tuple."""
-    if isinstance(x, torch.Tensor):
-        return x.data_ptr()
-    return tuple(map(_address, x)) if type(x) is tuple else x
+        return None if INTERPRET.value else _Launcher.of(self._kernel, [*self._tiles])
 
 
 class _Launcher:
@@ -149,7 +146,7 @@ class _Launcher:
 
     def __init__(self, launch: Callable[[Grid, int, tuple[Any, ...]], None], tiles: dict[int, Any]) -> None:
         self._launch, self._tiles = launch, tiles
-        self._device = driver.active.get_current_device()
+        self._device, self._stream_of = driver.active.get_current_device(), driver.active.get_current_stream
 
     @classmethod
     def of(cls, kernel: Any, places: Sequence[int]) -> _Launcher | None:
@@ -181,7 +178,7 @@ class _Launcher:
 
     def launch(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
         """Launch it on the current stream of the device for which it was compiled, which is the current one."""
-        self._launch(grid, driver.active.get_current_stream(self._device), arguments)
+        self._launch(grid, self._stream_of(self._device), arguments)
 
     def described(self, descriptor: TensorDescriptor, place: int) -> list[Any]:
         """What the launcher takes in place of a descriptor."""
@@ -194,8 +191,8 @@ class _Launcher:
 
 def _is_watched() -> bool:
     """Whether a profiler wants to hear of launches."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 class Launch(NamedTuple):
@@ -223,6 +220,6 @@ class Launch(NamedTuple):
         compiled = PrecompiledKernel(kernel, [*tensors, *numbers], ordered, enable_fp_fusion=True, **options)
         return cls(compiled, (x, y, z), numbers)
 
-    def __call__(self, *tensors: Argument) -> Any:
+    def __call__(self, *pointers: Argument) -> Any:
         """Launch it on the current device and stream; returns the compiled kernel."""
-        return self.kernel(self.grid, tensors, self.numbers)
+        return self.kernel(self.grid, pointers, self.numbers)

@@ -1,6 +1,7 @@
 """What the backward of docs/NUMERICS.md, section 5, computes before its sums: dO / l and the row sums D.
 
-The reference is reference.py. The backward is three kernels: this one, dQ (grad_query.py), and dK and dV (grad_key_value.py).
+The reference is reference.py. The backward is three kernels: `quantize.prepare_kernel`, of which this is a
+part, dQ (grad_query.py), and dK and dV (grad_key_value.py).
 Every gradient is summed by one program in a fixed order: the same bits in every run. P and P~ are recomputed from the quantized
 Q and K and the row statistics of the forward (forward.py), so P~ is quantized on the grid that the forward used. dQ needs P
 alone; only dV sees the quantized one.
@@ -24,18 +25,18 @@ _PAD = tl.constexpr(PAD)
 
 
 @triton.jit
-def preprocess_kernel(
-    grad_out_ptr, out_hp_ptr, stats_ptr, cu_seqlens_q_ptr, scaled_grad_out_ptr, grad_out_operand_ptr, delta_ptr,
-    grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d,
-    out_hp_stride_b, out_hp_stride_h, out_hp_stride_l, out_hp_stride_d,
-    num_heads, seqlen_q, num_blocks, q_rows, all_q_rows,
+def preprocess(
+    program, tensors, grad_out_strides, out_hp_strides, num_heads, seqlen_q, num_blocks, q_rows, all_q_rows,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, VARLEN: tl.constexpr, STORE_GRAD_OUT: tl.constexpr,
 ):  # fmt: skip
     """dO / l as an operand, and with STORE_GRAD_OUT dO too; delta float32 [2, all_q_rows]: D, from dO and from dO / l.
 
-    grad_out, out_hp: dO and O' in any layout; stats as `forward.attention_forward_kernel` leaves them.
+    dO and O' have any layout; stats are as `forward.attention_forward_kernel` leaves them.
     """
-    batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    grad_out_ptr, out_hp_ptr, stats_ptr, cu_seqlens_q_ptr, scaled_grad_out_ptr, grad_out_operand_ptr, delta_ptr = tensors
+    grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d = grad_out_strides
+    out_hp_stride_b, out_hp_stride_h, out_hp_stride_l, out_hp_stride_d = out_hp_strides
+    batch_head, block = program // num_blocks, program % num_blocks
     batch, head = batch_head // num_heads, batch_head % num_heads
     start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     if block * BLOCK_M >= tl.cdiv(seqlen_q, _PAD) * _PAD:

@@ -1,7 +1,8 @@
-"""The kernels that quantize Q, K and V: into operands of the attention kernels (layout.py), into 4.5 bits a value, and back.
-And the one that brings a key mask into the order of their rows.
+"""What is done before attention itself: Q, K and V are quantized into operands of its kernels (layout.py) and into 4.5 bits a
+value, and back; a key mask is brought into the order of their rows.
 
-operands.py launches them.
+`prepare_kernel` does several of these in one launch, because to the host a launch costs more than the work does for short
+sequences. operands.py launches the kernels.
 """
 
 from __future__ import annotations
@@ -11,19 +12,48 @@ import triton.language as tl
 
 from .layout import PAD, first_row, row_of, sequence
 from .nvfp4 import GROUP, cast_rn, e2m1_codes, e2m1_to_float, e4m3_bits, e4m3_to_float, hadamard, round_groups, signed_values
+from .preprocess import preprocess
 
 _PAD = tl.constexpr(PAD)
 
 
 @triton.jit
+def prepare_kernel(tensors, numbers, ends, JOBS):
+    """Jobs that do not depend on each other: job n is that of the programs before ends[n] which no job before it has.
+
+    JOBS: for each the place of its function below, and the constants of that; tensors and numbers: for each what its function
+    takes. A program has one warp: it holds whole groups of 16 tokens, whose maxima are found without shared memory.
+    """
+    program = tl.program_id(0)
+    start = 0
+    for n in tl.static_range(len(JOBS)):
+        if (program >= start) & (program < ends[n]):
+            if JOBS[n][0] == 0:
+                _quantize_rows(program - start, tensors[n], *numbers[n], *JOBS[n][1])
+            elif JOBS[n][0] == 1:
+                _quantize_tokens(program - start, tensors[n], *numbers[n], *JOBS[n][1])
+            elif JOBS[n][0] == 2:
+                _unpack_rows(program - start, tensors[n], *numbers[n], *JOBS[n][1])
+            elif JOBS[n][0] == 3:
+                _unpack_tokens(program - start, tensors[n], *numbers[n], *JOBS[n][1])
+            else:
+                preprocess(program - start, tensors[n], *numbers[n], *JOBS[n][1])
+        start = ends[n]
+
+
+@triton.jit
 def _load_slots(
-    x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr,
-    stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows, columns,
-    HEAD_DIM: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
+    program, columns, x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, strides, sequences, HEAD_DIM: tl.constexpr,
+    BLOCK_L: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """The BLOCK_L slots of this program: the values of these columns in float32, zero for what is no allowed token, which
-    slots are allowed, sequence and head, the token of each slot, the first row of the head, the slots, and whether to stop."""
-    batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    """The BLOCK_L slots of a program: the values of these columns in float32, zero for what is no allowed token, which
+    slots are allowed, sequence and head, the token of each slot, the first row of the head, the slots, and whether to stop.
+
+    sequences: heads, tokens, blocks of a head, its rows, and the stride of the key mask from one sequence to the next.
+    """
+    num_heads, seqlen, num_blocks, rows, key_mask_stride = sequences
+    stride_b, stride_h, stride_l, stride_d = strides
+    batch_head, block = program // num_blocks, program % num_blocks
     batch, head = batch_head // num_heads, batch_head % num_heads
     start, seqlen = sequence(cu_seqlens_ptr, batch, seqlen, VARLEN)
     leftpad = 0
@@ -64,23 +94,20 @@ def _store_columns(ptr, rows, columns, values, WIDTH: tl.constexpr, HEIGHT: tl.c
 
 
 @triton.jit
-def quantize_rows_kernel(
-    x_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, operand_ptr, codes_ptr, scales_ptr, q_dot_k_shift_ptr,
-    stride_b, stride_h, stride_l, stride_d, key_mask_stride, q_dot_k_shift_stride_b, q_dot_k_shift_stride_h,
-    num_heads, seqlen, num_blocks, rows, heads_per_k_shift, sign,
+def _quantize_rows(
+    program, tensors, strides, sequences, q_dot_k_shift_strides, heads_per_k_shift, sign,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, ORDER: tl.constexpr,
     IS_K: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
-    ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, RECIPROCAL: tl.constexpr,
-    STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
+    ROTATE: tl.constexpr, ROUNDING, STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
 ):  # fmt: skip
     """K (IS_K) minus its shift, or Q times `sign`, quantized along the head dim.
 
     For Q, q_dot_k_shift takes the product of each row with the shift.
     """
+    x_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, operand_ptr, codes_ptr, scales_ptr, q_dot_k_shift_ptr = tensors
     columns = tl.arange(0, BLOCK_D)
     x, present, batch, head, token, row, slots, past_end = _load_slots(
-        x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr,
-        stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows, columns,
+        program, columns, x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, strides, sequences,
         HEAD_DIM, BLOCK_L, LEAD, HAS_KEY_MASK, VARLEN,
     )  # fmt: skip
     if past_end:
@@ -90,14 +117,15 @@ def quantize_rows_kernel(
         if IS_K:
             x = tl.where(present[:, None], x - k_shift[None, :], 0.0)
         else:  # what the log-sum-exp lacks when the keys are shifted
-            q_dot_k_shift_ptr += batch.to(tl.int64) * q_dot_k_shift_stride_b + head.to(tl.int64) * q_dot_k_shift_stride_h
+            stride_b, stride_h = q_dot_k_shift_strides
+            q_dot_k_shift_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
             tl.store(q_dot_k_shift_ptr + token, tl.sum(x * k_shift[None, :], 1), mask=present)
     if not IS_K:
         x = x * sign
     if ROTATE:
         x = hadamard(x, BLOCK_L, BLOCK_D)
     groups = tl.reshape(x, (BLOCK_L, BLOCK_D // GROUP, GROUP))
-    magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX, RECIPROCAL)
+    magnitude, scale, finite = round_groups(groups, 2, *ROUNDING)
     ordered = row + row_of(slots, ORDER)
     if STORE_CODES:
         where = row + slots if STORE_OPERAND else ordered
@@ -113,19 +141,17 @@ def quantize_rows_kernel(
 
 
 @triton.jit
-def quantize_tokens_kernel(
-    x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, quantized_ptr, unquantized_ptr, codes_ptr, scales_ptr,
-    stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows,
+def _quantize_tokens(
+    program, tensors, strides, sequences,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, RECIPROCAL: tl.constexpr,
-    ORDER: tl.constexpr, STORE_QUANTIZED: tl.constexpr, STORE_UNQUANTIZED: tl.constexpr, STORE_CODES: tl.constexpr,
-    COL_MAJOR: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROUNDING, ORDER: tl.constexpr,
+    STORE_QUANTIZED: tl.constexpr, STORE_UNQUANTIZED: tl.constexpr, STORE_CODES: tl.constexpr, COL_MAJOR: tl.constexpr,
 ):  # fmt: skip
     """V, quantized along the tokens from the first allowed one on, and as it is: BLOCK_C columns of BLOCK_L slots."""
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, quantized_ptr, unquantized_ptr, codes_ptr, scales_ptr = tensors
+    columns = program % (BLOCK_D // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
     x, _, _, _, _, row, slots, past_end = _load_slots(
-        x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr,
-        stride_b, stride_h, stride_l, stride_d, key_mask_stride, num_heads, seqlen, num_blocks, rows, columns,
+        program // (BLOCK_D // BLOCK_C), columns, x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, strides, sequences,
         HEAD_DIM, BLOCK_L, LEAD, HAS_KEY_MASK, VARLEN,
     )  # fmt: skip
     if past_end:
@@ -135,7 +161,7 @@ def quantize_tokens_kernel(
         _store_rows(unquantized_ptr, where, columns, cast_rn(x, unquantized_ptr.dtype.element_ty), BLOCK_D, False)
     if STORE_QUANTIZED or STORE_CODES:
         groups = tl.reshape(x, (BLOCK_L // GROUP, GROUP, BLOCK_C))
-        magnitude, scale, finite = round_groups(groups, 1, FOUR_OVER_SIX, RECIPROCAL)
+        magnitude, scale, finite = round_groups(groups, 1, *ROUNDING)
         if STORE_QUANTIZED:
             values = tl.reshape(signed_values(groups, magnitude, scale, finite), (BLOCK_L, BLOCK_C))
             _store_rows(quantized_ptr, where, columns, cast_rn(values, quantized_ptr.dtype.element_ty), BLOCK_D, False)
@@ -187,31 +213,35 @@ def fake_quantize_kv_kernel(
 
 
 @triton.jit
-def unpack_kernel(
-    codes_ptr, scales_ptr, operand_ptr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, ALONG_TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Codes and scales into an operand: groups along the tokens (ALONG_TOKENS) or along the head dim."""
-    first_slot = tl.program_id(0).to(tl.int64) * BLOCK_L
-    slots, columns = first_slot + tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
-    if ALONG_TOKENS:
-        valid = (columns < HEAD_DIM)[None, :]
-        pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
-        codes = tl.load(codes_ptr + pairs[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0).to(tl.int32)
-        codes = tl.reshape(tl.permute(tl.join(codes & 15, codes >> 4), (0, 2, 1)), (BLOCK_L // GROUP, GROUP, BLOCK_D))
-        group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
-        scales = tl.load(scales_ptr + group[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0)
-        values = e2m1_to_float(codes) * e4m3_to_float(scales)[:, None, :]
-    else:
-        pairs, group = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D // GROUP)
-        valid = (pairs < HEAD_DIM // 2)[None, :]
-        codes = tl.load(codes_ptr + slots[:, None] * (HEAD_DIM // 2) + pairs[None, :], mask=valid, other=0).to(tl.int32)
-        codes = tl.reshape(tl.join(codes & 15, codes >> 4), (BLOCK_L, BLOCK_D // GROUP, GROUP))
-        valid = (group < HEAD_DIM // GROUP)[None, :]
-        scales = tl.load(scales_ptr + slots[:, None] * (HEAD_DIM // GROUP) + group[None, :], mask=valid, other=0)
-        values = e2m1_to_float(codes) * e4m3_to_float(scales)[:, :, None]
-    values = cast_rn(tl.reshape(values, (BLOCK_L, BLOCK_D)), operand_ptr.dtype.element_ty)
-    _store_rows(operand_ptr, slots, columns, values, BLOCK_D, False)
+def _unpack_rows(program, tensors, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Codes and scales of groups along the head dim into an operand, slots in their own order."""
+    codes_ptr, scales_ptr, operand_ptr = tensors
+    slots = program.to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    pairs, group = tl.arange(0, BLOCK_D // 2), tl.arange(0, BLOCK_D // GROUP)
+    valid = (pairs < HEAD_DIM // 2)[None, :]
+    codes = tl.load(codes_ptr + slots[:, None] * (HEAD_DIM // 2) + pairs[None, :], mask=valid, other=0).to(tl.int32)
+    codes = tl.reshape(tl.join(codes & 15, codes >> 4), (BLOCK_L, BLOCK_D // GROUP, GROUP))
+    valid = (group < HEAD_DIM // GROUP)[None, :]
+    scales = tl.load(scales_ptr + slots[:, None] * (HEAD_DIM // GROUP) + group[None, :], mask=valid, other=0)
+    values = tl.reshape(e2m1_to_float(codes) * e4m3_to_float(scales)[:, :, None], (BLOCK_L, BLOCK_D))
+    _store_rows(operand_ptr, slots, tl.arange(0, BLOCK_D), cast_rn(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
+
+
+@triton.jit
+def _unpack_tokens(program, tensors, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr):
+    """The same of groups along the tokens: BLOCK_C columns of BLOCK_L slots."""
+    codes_ptr, scales_ptr, operand_ptr = tensors
+    columns = program % (BLOCK_D // BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first_slot = (program // (BLOCK_D // BLOCK_C)).to(tl.int64) * BLOCK_L
+    valid = (columns < HEAD_DIM)[None, :]
+    pairs = first_slot // 2 + tl.arange(0, BLOCK_L // 2)
+    codes = tl.load(codes_ptr + pairs[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0).to(tl.int32)
+    codes = tl.reshape(tl.permute(tl.join(codes & 15, codes >> 4), (0, 2, 1)), (BLOCK_L // GROUP, GROUP, BLOCK_C))
+    group = first_slot // GROUP + tl.arange(0, BLOCK_L // GROUP)
+    scales = tl.load(scales_ptr + group[:, None] * HEAD_DIM + columns[None, :], mask=valid, other=0)
+    values = tl.reshape(e2m1_to_float(codes) * e4m3_to_float(scales)[:, None, :], (BLOCK_L, BLOCK_C))
+    slots = first_slot + tl.arange(0, BLOCK_L)
+    _store_rows(operand_ptr, slots, columns, cast_rn(values, operand_ptr.dtype.element_ty), BLOCK_D, False)
 
 
 @triton.jit(do_not_specialize=["seqlen"])

@@ -80,6 +80,8 @@ def make_mask(
     **kwargs: Any,
 ) -> Any:
     """transformers' mask interface: a compact mask if it is causal; else the mask of `original`, which patched modules refuse."""
+    from transformers.utils.import_utils import is_cuda_stream_capturing
+
     kind = _kind_of(mask_function, kwargs)
     first_query = int(q_offset)
     filled = first_query + q_length - kv_offset
@@ -107,7 +109,7 @@ def make_mask(
         last = _last_of_block(kind.blocks[:batch_size, kv_offset : kv_offset + filled])
         last = last + 1 if allowed is None else torch.where(allowed, last + 1, 0)
         return last.to(BLOCKS)[:, None, None].expand(shape)
-    if allowed is not None and (torch.compiler.is_compiling() or kv_offset or not allowed.all()):
+    if allowed is not None and (torch.compiler.is_compiling() or is_cuda_stream_capturing() or kv_offset or not allowed.all()):
         return allowed.to(PADDED)[:, None, None].expand(shape)
     return torch.empty(1, 1, 1, 1, dtype=PLAIN, device=kwargs.get("device")).expand(shape)
 

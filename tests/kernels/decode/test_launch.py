@@ -66,6 +66,7 @@ def record_steps(
         mock.patch.object(Recorder, "__getitem__", CompiledKernel.__getitem__, create=True),
         mock.patch.object(JITFunction, "_do_compile", compile_),
         mock.patch.object(decode_launch, "PrecompiledKernel", Both),
+        mock.patch.object(decode_launch, "pointer", lambda x: x),
         mock.patch.object(decode_launch, "check_device", lambda _: None),
         mock.patch.object(decode_launch, "arch_of", lambda _: 90),
     ):

@@ -88,9 +88,7 @@ def launches_in_both_ways(calls: list[dict]) -> list[tuple[str, bool, bool]]:
 
     def both(self, grid, tensors, numbers):
         launch(self, grid, tensors, numbers)
-        arguments = [*tensors]
-        for place, tiles in self._tiles:
-            arguments[place] = tiles.descriptor(arguments[place])
+        arguments = [self._tiles[n].descriptor(x) if n in self._tiles else x for n, x in enumerate(tensors)]
         self.by_triton(grid, (*arguments, *numbers))
         (ours, *other), (theirs, *expected) = launches[-2:]
         found.append((self.name, ours is theirs, other[0] == expected[0] and len(other[1]) == len(expected[1])))
@@ -104,6 +102,9 @@ def launches_in_both_ways(calls: list[dict]) -> list[tuple[str, bool, bool]]:
         mock.patch.object(precompiled.PrecompiledKernel, "__call__", both),
         mock.patch.object(forward_launch, "parts", views),
         mock.patch.object(backward_launch, "parts", views),
+        mock.patch.object(forward_launch, "pointer", lambda x: x),
+        mock.patch.object(backward_launch, "pointer", lambda x: x),
+        mock.patch.object(operands, "pointer", lambda x: x),
         mock.patch.object(forward_launch, "check_device", lambda _: None),
         mock.patch.object(forward_launch, "arch_of", lambda _: 90),
         mock.patch.object(backward_launch, "arch_of", lambda _: 90),
@@ -160,7 +161,7 @@ def described_addresses(addresses: list[int]) -> tuple[list[int], list[tuple]]:
     kernel = precompiled.PrecompiledKernel.__new__(precompiled.PrecompiledKernel)
     tiles = precompiled.Tiles(torch.bfloat16, (128, 64), 32)
     kernel.__dict__.update(_kernel=None, _constants=(True,), _options={}, _launcher=Launcher())
-    kernel.__dict__.update(_tiles=[(2, tiles), (0, tiles)], _descriptors=[{}, {}])
+    kernel.__dict__.update(_tiles={0: tiles, 2: tiles}, _first_plain=3, _described={})
     for address in addresses:
         kernel((1, 1, 1), (address, None, address + 16), (7,))
     return made, launched

@@ -5,11 +5,8 @@ import pytest
 from support.kernels.aot import SHARED_MEMORY, Compiled, compile_kernels
 
 KERNELS = {
-    "unpack_kernel",
-    "quantize_rows_kernel",
-    "quantize_tokens_kernel",
+    "prepare_kernel",
     "attention_forward_kernel",
-    "preprocess_kernel",
     "grad_query_kernel",
     "grad_key_value_kernel",
 }

@@ -1,9 +1,11 @@
 """Where queries stand among the keys is what the model says, never what lengths suggest."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import AttentionMaskInterface, GPT2Config, GPT2LMHeadModel, StaticCache
 from transformers.masking_utils import causal_mask_function
 
@@ -112,6 +114,20 @@ def test_compact_masks_become_what_the_host_makes(original, queries, before, emp
     # The last rows of a compact mask are the mask of the last queries.
     cut = masks.restore(compact[:, :, -1:], "eager", filled + empty, torch.float32)
     assert torch.equal(cut, AttentionMaskInterface()["eager"](**arguments)[:, :, -1:])
+
+
+def test_a_mask_is_not_read_while_a_cuda_graph_is_captured(monkeypatch):
+    """Fake tensors, too, stop whoever asks for their values. What is replayed may have padding, so the mask says all of it."""
+    make = partial(masks.make_mask, 2, 6, 6, mask_function=causal_mask_function)
+    with FakeTensorMode():
+        given = torch.ones(2, 6, dtype=torch.bool)
+        with pytest.raises(DataDependentOutputException):
+            make(attention_mask=given)
+        monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+        assert make(attention_mask=given).dtype == masks.PADDED
+    given = torch.tensor([[False] * 2 + [True] * 4, [True] * 6])
+    assert torch.equal(masks.read(make(attention_mask=given), 6, 6, from_the_first=True).key_mask, given)
+    assert masks.read(make(), 6, 6, from_the_first=True).key_mask is None
 
 
 def test_no_mask_is_no_position():

@@ -11,9 +11,10 @@ from qat_kernels.triton.operands import (
     allowed_keys,
     given_tensors,
     operand_dtype,
-    rows_launch,
-    tokens_launch,
-    unpack_launch,
+    rows_job,
+    together,
+    tokens_job,
+    unpack_job,
 )
 
 
@@ -44,14 +45,14 @@ def quantize_rows(
     """The operand of Q or K; codes are written where they are given."""
     given, *_ = given_tensors(mask, k_shift, None, None, None)
     operand = _operand(x, sequences)
-    launch = rows_launch(
+    job = rows_job(
         Layout.of(x), sequences, given, _format(four_over_six, reciprocal), is_k=is_k, order=order, negate=negate, rotate=rotate,
         heads_per_k_shift=1 if k_shift is None else sequences.num_heads // len(k_shift), operand=operand.dtype,
         codes=codes is not None,
     )  # fmt: skip
     if k_shift is not None and not is_k and q_dot_k_shift is None:
         q_dot_k_shift = torch.empty(x.shape[:3], device=x.device)
-    launch(x, k_shift, *allowed_keys(mask, sequences), None, operand, *(codes or (None, None)), q_dot_k_shift)
+    together(job)(((x, k_shift, *allowed_keys(mask, sequences), None, operand, *(codes or (None, None)), q_dot_k_shift),))
     return operand
 
 
@@ -68,11 +69,11 @@ def quantize_tokens(
     """The operand of V; codes are written where they are given."""
     given, *_ = given_tensors(mask, None, None, None, None)
     operand = _operand(x, sequences)
-    launch = tokens_launch(
+    job = tokens_job(
         Layout.of(x), sequences, given, _format(four_over_six, reciprocal), order=order, quantized=operand.dtype,
         codes=codes is not None,
     )  # fmt: skip
-    launch(x, *allowed_keys(mask, sequences), None, operand, None, *(codes or (None, None)))
+    together(job)(((x, *allowed_keys(mask, sequences), None, operand, None, *(codes or (None, None))),))
     return operand
 
 
@@ -80,5 +81,5 @@ def unpack(codes: Codes, sequences: Sequences, head_dim: int, dtype: torch.dtype
     """The operand that these codes stand for."""
     columns = triton.next_power_of_2(head_dim)
     operand = torch.empty(sequences.all_rows, columns, dtype=dtype, device=codes.codes.device)
-    unpack_launch(sequences, head_dim, dtype, along_tokens=along_tokens)(*codes, operand)
+    together(unpack_job(sequences, head_dim, dtype, along_tokens=along_tokens))(((*codes, operand),))
     return operand
