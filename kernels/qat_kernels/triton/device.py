@@ -18,7 +18,6 @@ _OLDEST_TRITON = {range(100, 120): (3, 8)}
 """For some architectures: 3.6 and 3.7 stop with an error at the forward for sm_100, on FP4 units or not."""
 
 
-@lru_cache
 def check_device(device: torch.device) -> None:
     """Raises ValueError where the kernels cannot run. Under Triton's interpreter they run everywhere."""
     if INTERPRET.value:

@@ -208,13 +208,18 @@ def test_forward_of_packed_documents(head_dim, causal):
     assert torch.equal(packed.lse[None, :, -lq:], result.lse)
 
 
-@pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
-def test_forward_of_other_options(preset):
-    """Rotated and shifted in float16; BF16 P and V in float32."""
-    options = {"rotate": True, "four_over_six": True, "shift": True, "scale": -0.2} if preset == "nvfp4" else {}
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_forward_rotated_and_shifted(head_dim):
+    options = {"rotate": True, "four_over_six": True, "shift": True, "scale": -0.2}
+    for causal, with_gradient in itertools.product((False, True), (False, True)):
+        for case in cases(Case(head_dim=head_dim, causal=causal, **options)):
+            check_forward(Call(case, torch.float16), with_gradient)
+
+
+def test_forward_with_bf16_p_and_v():
     for causal in (False, True):
-        for case in cases(Case(head_dim=128, causal=causal, preset=preset, **options)):
-            check_forward(Call(case, torch.float16 if options else torch.float32), True)
+        for case in cases(Case(head_dim=128, causal=causal, preset="nvfp4_qk")):
+            check_forward(Call(case, torch.float32), True)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -1,5 +1,7 @@
 """Which kernel serves a call on Hopper: one list for forward and backward, by Triton version."""
 
+import itertools
+
 from qat_kernels import QuantSpec
 from qat_kernels.triton import tiles
 
@@ -18,24 +20,23 @@ BACKWARD = ALL - {"forward"}
 
 
 def test_plain_calls_run_in_gluon():
-    for head_dim, causal in ((64, False), (128, False), (128, True)):
-        assert served(head_dim=head_dim, causal=causal) == ALL
-    assert served(causal=True, packed=True) == ALL
+    for head_dim, causal in itertools.product((64, 128), (False, True)):
+        for call in ({}, {"packed": True}, {"bounds": True}):
+            assert served(head_dim=head_dim, causal=causal, **call) == ALL
+        assert "forward" in served(head_dim=head_dim, causal=causal, with_gradient=False)
+        assert served(head_dim=head_dim, causal=causal, k_shift=True, spec=QuantSpec(rotate=True)) == {"forward"}
+        assert served(head_dim=head_dim, causal=causal, key_mask=True) == BACKWARD
 
 
 def test_what_has_not_been_compared_on_a_gpu_runs_in_triton():
     for call in (
-        {"with_gradient": False},
-        {"head_dim": 64, "causal": True},
-        {"packed": True},
-        {"causal": True, "bounds": True},
-        {"head_dim": 64, "packed": True},
-        {"key_mask": True},
+        {"head_dim": 64, "causal": True, "bounds": True, "packed": True},
+        {"bounds": True, "key_mask": True},
         {"k_shift": True},
         {"sinks": True},
         {"head_dim": 96},
         {"spec": QuantSpec(rotate=True)},
-        {"spec": QuantSpec(preset="nvfp4_qk")},
+        {"head_dim": 64, "spec": QuantSpec(preset="nvfp4_qk")},
     ):
         assert served(**call) == set(), call
         options = tiles.options_of(
