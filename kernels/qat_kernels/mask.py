@@ -65,6 +65,11 @@ class Mask:
         """Whether `causal` describes the whole mask."""
         return self == Mask(causal=self.causal)
 
+    @property
+    def is_irregular(self) -> bool:
+        """Whether no formula of the query alone describes the mask: it has a prefix, or bounds of its own."""
+        return self.bounded or self.prefix > 0
+
     def bounds(
         self, seqlen_q: int, seqlen_k: int, leftpad: torch.Tensor | None, given: Bounds | None, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

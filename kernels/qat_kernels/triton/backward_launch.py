@@ -57,6 +57,8 @@ class _Plan(NamedTuple):
     """Whether V is needed quantized, and as it is for the kept groups."""
     grad_query: Any
     grad_key_value: Any
+    splits: int
+    """In how many parts dK and dV are computed, one for some of the queries each."""
     softmax_scale: float
 
 
@@ -78,7 +80,8 @@ def _plan(
     query_shape, _, value_shape = gradient_shapes(grad_out.shape, key_shape)
     problem = Problem.of(query_shape, value_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     options = tiles.options_of(
-        spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+        spec, bounds=not mask.is_plain, irregular=mask.is_irregular, softcap=softcap is not None, packed=packed is not None,
+        key_mask=given.key_mask,
         sinks=has_sinks, unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip
     chosen = tiles.choose(arch_of(device), problem.head_dim, mask.hides_keys, options, gluon_version())
@@ -87,6 +90,7 @@ def _plan(
     two_values = quantizes_value and kept
     grad_query: object
     grad_key_value: object
+    splits = 1
     if isinstance(tile := chosen.grad_query, tiles.HopperTile):
         from .hopper.backward_launch import grad_query_launch
 
@@ -97,6 +101,7 @@ def _plan(
         from .hopper.backward_launch import grad_key_value_launch
 
         grad_key_value = grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+        splits = grad_key_value.splits
     else:
         grad_key_value = _grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
     if value is None:
@@ -118,7 +123,7 @@ def _plan(
             prepare_value,
             preprocess_job(grad_out, out_hp, queries, given, operand, kept),
         ),
-        quantizes_value, two_values, grad_query, grad_key_value, problem.softmax_scale,
+        quantizes_value, two_values, grad_query, grad_key_value, splits, problem.softmax_scale,
     )  # fmt: skip
 
 
@@ -272,10 +277,18 @@ def backward(
         plan.grad_query(
             q, k, v, v_kept, *seen, at_scores, at_sums, *at_bounds, at_grad_out, at_delta, at_stats, pointer(grad_query)
         )
+        parts_of_key, parts_of_value = grad_key, grad_value
+        if plan.splits > 1:
+            parts_of_key, parts_of_value = (
+                new((plan.splits, *shape), dtype=torch.float32, device=device) for shape in shapes[1:]
+            )
         plan.grad_key_value(
             q, k, v, scaled_grad_out, v_kept, grad_out_operand, *seen, at_scores, *at_bounds, at_delta, at_stats,
-            pointer(grad_key), pointer(grad_value),
+            pointer(parts_of_key), pointer(parts_of_value),
         )  # fmt: skip
+        if plan.splits > 1:
+            grad_key.copy_(parts_of_key.sum(0))
+            grad_value.copy_(parts_of_value.sum(0))
         if grad_sums is not None:
             tiles_of_block = grad_sums.shape[2] * SMOOTH_BLOCK // side.blocks(1)
             grad_sums = grad_sums.unflatten(2, (-1, tiles_of_block)).sum(3) * plan.softmax_scale

@@ -100,7 +100,8 @@ def _plan(
 ) -> _Plan:
     problem = Problem.of(query.shape, value.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     options = tiles.options_of(
-        spec, bounds=not mask.is_plain, softcap=softcap is not None, packed=packed is not None, key_mask=given.key_mask,
+        spec, bounds=not mask.is_plain, irregular=mask.is_irregular, softcap=softcap is not None, packed=packed is not None,
+        key_mask=given.key_mask,
         k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
         unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip

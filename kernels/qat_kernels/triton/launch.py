@@ -49,8 +49,9 @@ def remark(
         return f" (in Triton instead of Gluon: {reason}{f'; {slow}' if spills else ''})"
     of_values = {"softcap", "sinks", UNEQUAL_HEAD_DIMS}
     options = tiles.options_of(
-        spec, bounds=not of_values.issuperset(asked), softcap="softcap" in asked, sinks="sinks" in asked,
-        with_gradient=needs_gradient, unequal_head_dims=UNEQUAL_HEAD_DIMS in asked,
+        spec, bounds=not of_values.issuperset(asked), irregular=not {"prefix", "bounds"}.isdisjoint(asked),
+        softcap="softcap" in asked, sinks="sinks" in asked, with_gradient=needs_gradient,
+        unequal_head_dims=UNEQUAL_HEAD_DIMS in asked,
     )  # fmt: skip
     reasons = {kernel: tiles.why_not_hopper(kernel, TRITON, head_dim, causal, options) for kernel in kernels}
     in_gluon = [kernel for kernel, reason in reasons.items() if reason is None]

@@ -21,22 +21,23 @@ BACKWARD = ALL - {"forward"}
 
 def test_plain_calls_run_in_gluon():
     for head_dim, causal in itertools.product((64, 128), (False, True)):
-        for call in ({}, {"packed": True}, {"bounds": True}):
-            assert served(head_dim=head_dim, causal=causal, **call) == ALL
+        assert served(head_dim=head_dim, causal=causal) == ALL
         assert "forward" in served(head_dim=head_dim, causal=causal, with_gradient=False)
-        assert served(head_dim=head_dim, causal=causal, k_shift=True, spec=QuantSpec(rotate=True)) == {"forward"}
-        assert served(head_dim=head_dim, causal=causal, key_mask=True) == BACKWARD
+        assert served(head_dim=head_dim, causal=causal, packed=True) == {"forward"}
+    assert served(head_dim=64, key_mask=True) == BACKWARD
+    assert served(causal=True, bounds=True) == ALL
 
 
 def test_what_has_not_been_compared_on_a_gpu_runs_in_triton():
     for call in (
-        {"head_dim": 64, "causal": True, "bounds": True, "packed": True},
-        {"bounds": True, "key_mask": True},
+        {"head_dim": 64, "causal": True, "bounds": True},
+        {"causal": True, "bounds": True, "irregular": True},
+        {"key_mask": True},
         {"k_shift": True},
         {"sinks": True},
         {"head_dim": 96},
         {"spec": QuantSpec(rotate=True)},
-        {"head_dim": 64, "spec": QuantSpec(preset="nvfp4_qk")},
+        {"spec": QuantSpec(preset="nvfp4_qk")},
     ):
         assert served(**call) == set(), call
         options = tiles.options_of(

@@ -50,15 +50,9 @@ class GradKeyValue:
     splits: int
 
     def __call__(self, *tensors: Any) -> Any:
-        """Launch it on the current device and stream."""
+        """Launch it on the current device and stream. With splits, results are float32 [splits, ...], to be summed."""
         operands, sequences, (delta, stats, *results) = tensors[:6], (*tensors[6:10], *tensors[11:13]), tensors[13:]
-        if self.splits == 1:
-            return self.launch(*operands, stats, delta, tuple(results), sequences)
-        partial = [x.new_empty((self.splits, *x.shape), dtype=torch.float32) for x in results]
-        launched = self.launch(*operands, stats, delta, tuple(partial), sequences)
-        for x, each in zip(results, partial, strict=True):
-            x.copy_(each.sum(0))
-        return launched
+        return self.launch(*operands, stats, delta, tuple(results), sequences)
 
 
 def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, given: Given) -> GradQuery:
