@@ -28,9 +28,7 @@ def run_inference(case: Case, tensors, *, device: str):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if "fp4" in case.spec().rules.impls and case.head_dim_v is None], ids=str
-)
+@pytest.mark.parametrize("case", FP4_CASES, ids=str)
 def test_within_the_bounds_of_the_forward_and_bit_equal_twice(case, device):
     tensors = case.tensors(torch.bfloat16)
     (out, lse), again = on(device, run_inference, case, tensors)
