@@ -147,7 +147,7 @@ def spec_problem(
 
     `head_dim_v`: that of V; None: the same as that of Q and K.
     """
-    if head_dim_v is not None and (head_dim_v % GROUP_SIZE or head_dim_v > MAX_HEAD_DIM):
+    if head_dim_v not in (None, head_dim) and (head_dim_v % GROUP_SIZE or head_dim_v > MAX_HEAD_DIM):
         return f"values of {head_dim_v} elements; expected a multiple of {GROUP_SIZE} up to {MAX_HEAD_DIM}"
     if head_dim is not None:
         expected = None

@@ -51,7 +51,7 @@ def layer_kind(module: Any) -> str | None:
     """
     if hasattr(module, KIND):
         return getattr(module, KIND)
-    kinds, number = getattr(module.config, "layer_types", None) or [], module.layer_idx
+    kinds, number = getattr(module.config, "layer_types", None) or [], getattr(module, "layer_idx", None)
     return kinds[number] if number is not None and number < len(kinds) else None
 
 

@@ -64,7 +64,8 @@ class WeightAverage:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.is_writer = accelerator.is_main_process
         self.average: EMAModel = EMAModel(self._here(), decay=decay, foreach=True)
-        self.average.to(accelerator.device)
+        self.device = accelerator.device
+        self.average.to(self.device)
 
     def step(self) -> None:
         """Update the average with the current weights."""
@@ -90,6 +91,7 @@ class WeightAverage:
         """Load this process's part of the main process's tensors."""
         pairs = zip(state["shadow_params"], self.parameters, strict=True)
         self.average.load_state_dict(state | {"shadow_params": [_part(whole, parameter) for whole, parameter in pairs]})
+        self.average.to(self.device)  # checkpoints are read into the CPU's memory
 
     def _here(self) -> list[torch.nn.Parameter]:
         """The local parts of the weights, in the same memory."""

@@ -22,6 +22,7 @@ import finetune_qwen3
 from qat_patch.checkpoint import integrity
 from qat_recipes.training import restore
 from qat_recipes.training.calibration import Calibration
+from qat_recipes.training.optimization import WeightAverage
 from support.runs.qwen3_runs import BARE, settings
 from support.runs.runs import RECIPES, assert_same_run, run
 
@@ -265,3 +266,13 @@ def test_nothing_else_unpickles():
     sources = [*RECIPES.rglob("*.py"), *RECIPES.parent.glob("scripts/**/*.py"), *RECIPES.parent.glob("qat_patch/**/*.py")]
     assert len(sources) > 50
     assert [source for source in sources if unsafe.search(source.read_text(encoding="utf-8"))] == []
+
+
+def test_an_average_goes_back_to_the_device_of_the_run():
+    """Checkpoints are read into the CPU's memory. The meta device stands for a GPU."""
+    model = torch.nn.Linear(2, 2)
+    there = SimpleNamespace(device=torch.device("meta"), is_main_process=True)
+    state = WeightAverage(model, 0.5, SimpleNamespace(device=torch.device("cpu"), is_main_process=True)).state_dict()
+    average = WeightAverage(model, 0.5, there)
+    average.load_state_dict(state)
+    assert {x.device.type for x in average.average.shadow_params} == {"meta"}

@@ -76,4 +76,4 @@ def test_documents_are_read_without_markup_and_held_out_whole(tmp_path):
     assert not any(held in text for part in ("test", "validation") for text in again[part].values())
     with pytest.raises(ValueError, match="expected unpacked packages with documentation, and there is none"):
         (tmp_path / "model").mkdir()
-        documents.prepare(tmp_path, tmp_path / "model")
+        documents.prepare(tmp_path, tmp_path / "model", gguf=tmp_path / "none.gguf")
