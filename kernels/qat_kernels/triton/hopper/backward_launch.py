@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qat_kernels.triton import tiles
 from qat_kernels.triton.operands import Given, Layout, contiguous_strides
 from qat_kernels.triton.precompiled import Launch, Number, Pointer
 from qat_kernels.triton.problem import Problem
@@ -110,18 +111,19 @@ def _splits(problem: Problem, blocks: int, tile: int) -> int:
     """Into how many parts the queries of each block of keys are cut, so that few keys fill the GPU.
 
     Those that take the least time, which is counted in that of a tile: of the programs that a multiprocessor runs one after the
-    other, and of the sums over splits. The order of sums depends on it, so it depends on nothing but the problem.
+    other, and of the sums over splits. The order of sums depends on it, so it depends on nothing but the problem. It is 1
+    until results in parts have been compared on a GPU (`tiles.is_compared`).
     """
-    if problem.causal or problem.query.packed:
+    if problem.causal or problem.query.packed or not tiles.is_compared("grad_key_value", problem.block_d, ("splits",)):
         return 1
-    tiles = problem.query.blocks(tile) * problem.query.num_heads // problem.key.num_heads
+    tiles_of_queries = problem.query.blocks(tile) * problem.query.num_heads // problem.key.num_heads
     bytes_of_split = blocks * _BLOCK_BYTES * problem.block_d
 
     def cost(splits: int) -> float:
         rounds = -(-blocks * splits // _MULTIPROCESSORS)
-        return rounds * (tiles / splits + _TILES_OF_PROLOGUE) + (splits > 1) * splits * bytes_of_split / _BYTES_OF_TILE
+        return rounds * (tiles_of_queries / splits + _TILES_OF_PROLOGUE) + (splits > 1) * splits * bytes_of_split / _BYTES_OF_TILE
 
-    most = max(1, min(_MOST_SPLITS, tiles // _LEAST_TILES))
+    most = max(1, min(_MOST_SPLITS, tiles_of_queries // _LEAST_TILES))
     return min(range(1, most + 1), key=cost)
 
 
