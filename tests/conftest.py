@@ -57,6 +57,7 @@ def fresh_accelerate(monkeypatch):
     reset_accelerate()
     yield
     reset_accelerate()
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
