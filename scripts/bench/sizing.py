@@ -48,6 +48,7 @@ from scripts.bench.sizing_report import FILE, report
 
 LORA = LoraSettings(rank=16, alpha=32.0)
 ACTIVATIONS = {"offload_activations": True}
+KEPT = {"keep_attention": True}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
     "distillation": {"distillation": 1.0},
@@ -65,6 +66,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA, layers, activations": {"lora": replace(LORA, offload="layers"), **ACTIVATIONS},
     "LoRA, float8, expert": {"lora": replace(LORA, base_dtype="float8", offload="expert")},
     "LoRA, float8, expert, activations": {"lora": replace(LORA, base_dtype="float8", offload="expert"), **ACTIVATIONS},
+    "full, kept attention": KEPT,
+    "LoRA, kept attention": {"lora": LORA, **KEPT},
 }
 """Settings of a run, by what docs/SIZING.md calls them."""
 NEEDS_A_GPU = {"optimizer": "paged_adamw", "offload_activations": True}
@@ -226,15 +229,18 @@ MODELS, TINY = _models(CONFIGS), _models(TINY_CONFIGS)
 _VIDEO, _TEXT = (7800, 17_160, 32_760), (4096, 8192, 16_384)
 _WHOLE = (7800, 32_760)
 CASES = [
-    Case(model="Wan 2.1 14B", method="LoRA, NF4, activations", tokens=_VIDEO, cap_gib=24, is_timed=True),
+    Case(model="Wan 2.1 14B", method="LoRA, NF4, activations", tokens=_WHOLE, cap_gib=24, is_timed=True),
     Case(model="Wan 2.1 1.3B", method="LoRA, activations", tokens=_WHOLE, cap_gib=8, is_timed=True),
-    Case(model="Wan 2.1 14B", method="LoRA, layers, activations", tokens=_WHOLE, cap_gib=24),
-    Case(model="Wan 2.1 14B", method="LoRA, float8, activations", tokens=_WHOLE, cap_gib=32),
+    Case(model="Wan 2.1 1.3B", method="full, kept attention", tokens=_WHOLE, is_timed=True),
     Case(model="Wan 2.1 1.3B", method="full, 8-bit AdamW, activations", tokens=_WHOLE, cap_gib=24, is_timed=True),
     Case(model="Qwen3 8B", method="LoRA, NF4", tokens=(4096, 8192), cap_gib=24, is_timed=True),
+    Case(model="Qwen3 8B", method="LoRA, kept attention", tokens=(4096, 16_384), is_timed=True),
+    Case(model="Wan 2.1 14B", method="LoRA, layers, activations", tokens=_WHOLE, cap_gib=24),
+    Case(model="Wan 2.1 14B", method="LoRA, float8, activations", tokens=_WHOLE, cap_gib=32),
     Case(model="Wan 2.1 1.3B", method="LoRA, NF4", tokens=_WHOLE, cap_gib=8),
     Case(model="Qwen3 14B", method="LoRA, NF4, activations", tokens=(4096, 8192), cap_gib=24),
     Case(model="Qwen3 1.7B", method="full, 8-bit AdamW", tokens=(4096, 8192), cap_gib=24),
+    Case(model="Wan 2.1 14B", method="LoRA, kept attention", tokens=(4680, 20_280), is_timed=True),
     Case(model="Wan 2.2 A14B", method="LoRA, float8, expert, activations", tokens=_WHOLE, cap_gib=32),
     Case(model="Qwen3 8B", method="LoRA, float8, activations", tokens=(4096, 8192), cap_gib=24),
     Case(model="Wan 2.1 1.3B", method="full, paged AdamW", tokens=_WHOLE),
@@ -365,14 +371,15 @@ def measured(case: Case, model: Model) -> dict[str, Any]:
     is_measured = torch.cuda.is_available()
     steps = (case.tokens[0], *case.tokens, *case.tokens[len(case.tokens) - case.is_timed :])
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        changes = METHODS[case.method]
+        changes = dict(METHODS[case.method])
+        keep_attention = changes.pop("keep_attention", False)
         settings = model.kind.settings_type(
             output_dir=folder,
             steps=len(steps),
             batch_size=1,
             learning_rate=1e-6,
             mixed_precision="bf16",
-            model=ModelSettings(path=case.model, gradient_checkpointing=True),
+            model=ModelSettings(path=case.model, gradient_checkpointing=True, keep_attention=keep_attention),
             fused_optimizer="optimizer" not in changes,
             **changes,
         )

@@ -30,9 +30,11 @@ STATIC = {
     "full, paged AdamW": 8,
     "full, 8-bit AdamW": 10,
     "full, 8-bit AdamW, activations": 10,
+    "full, kept attention": 16,
     "distillation": 20,
     "LoRA": 2,
     "LoRA, activations": 2,
+    "LoRA, kept attention": 2,
     "LoRA, float8": 1,
     "LoRA, float8, activations": 1,
     "LoRA, NF4": 0.5,
@@ -72,6 +74,10 @@ What makes it smaller:
 - **layers** (`lora.offload=layers`): frozen weights of the blocks wait in CPU memory until they are needed;
 - **expert** (`lora.offload=expert`): of Wan 2.2 the transformer that is not in use waits there;
 - **activations** (`offload_activations=true`): the inputs of the blocks wait there for the backward pass.
+
+What makes it larger, and steps shorter:
+
+- **kept attention** (`model.keep_attention=true`): the results of 4-bit attention are kept, which otherwise runs twice a step.
 
 What fits takes at most {used:.0f} % of so many GiB: the rest is for the CUDA context and fragmentation, and because a GPU has a
 little less than its number. Measuring on held-out data, and `samples`, may take more.
