@@ -35,6 +35,8 @@ BOOKKEEPING = frozenset({"output_dir", "resume", "checkpoint_every", "keep_check
 """Settings that a resumed run may change: where and how often it is saved, and when it gives up."""
 _PATIENCE = timedelta(hours=2)
 """How long processes wait for each other: one alone reads weights, hashes checkpoints and exports, minutes for large models."""
+_NOT_SUPPORTED = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+"""What `accelerate launch` may ask for, by the environment variables ACCELERATE_USE_..., and this loop was not made for."""
 _STATE = {"step": int, "tokens": int, "skipped_steps": int, "processes": int, "settings": dict, "inputs": dict}
 
 
@@ -44,6 +46,13 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     Raises:
         ValueError: `accelerate launch` asks for something else, or for something that this loop cannot do.
     """
+    # Before Accelerate acts on them: DeepSpeed would connect the processes first, and may wait for ever there.
+    for name in _NOT_SUPPORTED:
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate launch asks for {name}, which this loop was not made for; start it with ddp.yaml or fsdp2.yaml of "
+                "recipes/accelerate_configs, and share a clip among processes with the setting parallel.ulysses"
+            )
     if settings.deterministic:
         # cuBLAS reads this when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
