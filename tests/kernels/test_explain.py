@@ -196,6 +196,7 @@ def test_which_kernels_run_on_hopper():
         assert "grad_query in Triton: Gluon's, it does not compute softcap" in words_for(softcap=30.0, needs_gradient=True)
         words = words_for(sinks=torch.zeros(2), needs_gradient=True)
         assert "forward in Triton: Gluon's, it does not compute sinks" in words
+        words = words_for(112, needs_gradient=True)
         assert "grad_query in Triton: Gluon's, its results for such calls have not been compared on a GPU yet" in words
         assert "forward in Triton: Gluon's, it does not take head_dim 96" in words_for(96, needs_gradient=True)
         words = words_for(spec=QuantSpec(preset="nvfp4_qk"), needs_gradient=True)

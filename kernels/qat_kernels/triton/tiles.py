@@ -112,18 +112,22 @@ _HOPPER_OPTIONS = {
 """What they know of `options`."""
 HOPPER_TRITON = (3, 6)
 """The version of Triton whose Gluon they are written for, and have run with."""
-_FORWARD: set[tuple[str, ...]] = {(), ("out_hp",), ("packed",), ("packed", "out_hp")}
-_FORWARD_128: set[tuple[str, ...]] = {("packed", "k_shift"), ("packed", "k_shift", "out_hp"), ("bounds",), ("bounds", "out_hp")}
-_BACKWARD_64: set[tuple[str, ...]] = {("out_hp",), ("key_mask", "out_hp")}
-_BACKWARD_128: set[tuple[str, ...]] = {("out_hp",), ("bounds", "out_hp")}
+_MASKS: tuple[tuple[str, ...], ...] = ((), ("bounds",), ("bounds", "irregular"))
+_FORWARD = {(*mask, *gradient) for mask in (*_MASKS, ("packed",)) for gradient in ((), ("out_hp",))}
+_ROTATED = {("k_shift", "rotate"), ("k_shift", "rotate", "out_hp")}
+_OF_128 = {("packed", "k_shift"), ("packed", "k_shift", "out_hp"), ("bounds", "packed", "out_hp"), ("bf16_pv",)}
+_OF_128 |= {("bounds", "irregular", "packed", "out_hp")}
+_BACKWARD = {(*mask, "out_hp") for mask in (*_MASKS, ("packed",), ("key_mask",), ("sinks",), ("bounds", "sinks"))}
+_SPLITS: set[tuple[str, ...]] = {("splits",)}
+_BACKWARD_128 = {(*mask, "packed", "out_hp") for mask in _MASKS}
+_PADDED: set[tuple[str, ...]] = {("out_hp",)}
 _COMPARED: dict[tuple[str, int], set[tuple[str, ...]]] = {
-    ("forward", 64): _FORWARD,
-    ("forward", 128): _FORWARD | _FORWARD_128,
-    ("grad_query", 64): _BACKWARD_64,
-    ("grad_query", 128): _BACKWARD_128,
-    ("grad_key_value", 64): _BACKWARD_64,
-    ("grad_key_value", 128): _BACKWARD_128,
+    ("forward", 64): _FORWARD | _ROTATED,
+    ("forward", 128): _FORWARD | _ROTATED | _OF_128,
 }
+for _kernel, _parts in (("grad_query", set()), ("grad_key_value", _SPLITS)):
+    _COMPARED |= {(_kernel, 64): _BACKWARD | _parts, (_kernel, 128): _BACKWARD | _BACKWARD_128 | _parts}
+    _COMPARED |= {(_kernel, head_dim): _PADDED for head_dim in (40, 80, 96)}
 """The options of the calls, by kernel and head dim, whose results have been compared on an H200 with those of the Triton kernels
 (tests/kernels/triton/test_hopper_gpu.py) since these kernels last changed."""
 

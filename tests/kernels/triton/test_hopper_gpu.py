@@ -208,12 +208,13 @@ def test_forward_of_packed_documents(head_dim, causal):
     assert torch.equal(packed.lse[None, :, -lq:], result.lse)
 
 
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", [128, 64])
-def test_forward_rotated_and_shifted(head_dim):
+def test_forward_rotated_and_shifted(head_dim, causal, with_gradient):
     options = {"rotate": True, "four_over_six": True, "shift": True, "scale": -0.2}
-    for causal, with_gradient in itertools.product((False, True), (False, True)):
-        for case in cases(Case(head_dim=head_dim, causal=causal, **options)):
-            check_forward(Call(case, torch.float16), with_gradient)
+    for case in cases(Case(head_dim=head_dim, causal=causal, **options)):
+        check_forward(Call(case, torch.float16), with_gradient)
 
 
 def test_forward_with_bf16_p_and_v():
@@ -283,25 +284,32 @@ def test_bounds_of_packed_documents(options):
     check_backward(call)
 
 
-def test_few_keys_and_many_queries_are_summed_in_parts():
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_few_keys_and_many_queries_are_summed_in_parts(head_dim):
     """In another order than by the Triton kernel."""
     from qat_kernels.triton.hopper.backward_launch import GradKeyValue
 
-    call = Call(Case(head_dim=128, lq=17_000, lk=301, heads=(2, 1), batch=1), torch.bfloat16)
+    call = Call(Case(head_dim=head_dim, lq=17_000, lk=301, heads=(2, 1), batch=1), torch.bfloat16)
     with mock.patch.object(GradKeyValue, "__call__", autospec=True, side_effect=GradKeyValue.__call__) as launched:
         call.backward(call.forward())
     assert launched.call_args.args[0].splits > 1
     check_backward(call, same_bits=False)
 
 
-def test_backward_with_sinks_in_float16():
-    for case in cases(Case(head_dim=96, causal=True, sinks=True)):
-        check_backward(Call(case, torch.float16))
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "window": 200}], ids=str)
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_backward_with_sinks_in_float16(head_dim, options):
+    for case in cases(Case(head_dim=head_dim, sinks=True, **options)):
+        same_order = head_dim == 128 or not options or case.heads[0] == case.heads[1]
+        check_backward(Call(case, torch.float16), same_bits=same_order)
 
 
-def test_backward_for_a_padded_head_dim_in_float32():
-    for case in cases(Case(head_dim=40)):
-        check_backward(Call(case, torch.float32))
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [40, 80, 96])
+def test_backward_for_a_padded_head_dim(head_dim, causal):
+    for case in cases(Case(head_dim=head_dim, causal=causal)):
+        same_order = head_dim > 64 or not causal or case.heads[0] == case.heads[1]
+        check_backward(Call(case, torch.float32 if causal else torch.float16), same_bits=same_order)
 
 
 def check_graph(call: Call) -> None:

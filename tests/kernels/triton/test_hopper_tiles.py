@@ -19,32 +19,33 @@ ALL = {"forward", "grad_query", "grad_key_value"}
 BACKWARD = ALL - {"forward"}
 
 
-def test_plain_calls_run_in_gluon():
+def test_what_has_been_compared_on_a_gpu_runs_in_gluon():
     for head_dim, causal in itertools.product((64, 128), (False, True)):
         assert served(head_dim=head_dim, causal=causal) == ALL
         assert "forward" in served(head_dim=head_dim, causal=causal, with_gradient=False)
-        assert served(head_dim=head_dim, causal=causal, packed=True) == {"forward"}
-    assert served(head_dim=64, key_mask=True) == BACKWARD
-    assert served(causal=True, bounds=True) == ALL
+        assert served(head_dim=head_dim, causal=causal, packed=True) == ALL
+        assert served(head_dim=head_dim, causal=causal, key_mask=True) == BACKWARD
+        assert served(head_dim=head_dim, causal=causal, sinks=True, bounds=True) == BACKWARD
+        for irregular in (False, True):
+            assert served(head_dim=head_dim, causal=causal, bounds=True, irregular=irregular) == ALL
+        assert served(head_dim=head_dim, causal=causal, spec=QuantSpec(rotate=True), k_shift=True) == {"forward"}
+    assert served(bounds=True, packed=True) == ALL
+    assert served(head_dim=96) == BACKWARD
 
 
 def test_what_has_not_been_compared_on_a_gpu_runs_in_triton():
     for call in (
-        {"head_dim": 64, "causal": True, "bounds": True},
-        {"causal": True, "bounds": True, "irregular": True},
-        {"key_mask": True},
+        {"head_dim": 64, "bounds": True, "packed": True},
+        {"bounds": True, "key_mask": True},
         {"k_shift": True},
-        {"sinks": True},
-        {"head_dim": 96},
+        {"head_dim": 72},
         {"spec": QuantSpec(rotate=True)},
-        {"spec": QuantSpec(preset="nvfp4_qk")},
+        {"head_dim": 64, "spec": QuantSpec(preset="nvfp4_qk")},
     ):
-        assert served(**call) == set(), call
-        options = tiles.options_of(
-            **{"spec": QuantSpec(), **NOTHING, **{k: v for k, v in call.items() if k not in ("head_dim", "causal")}}
-        )
-        reason = tiles.why_not_hopper("grad_query", (3, 6), call.get("head_dim", 128), call.get("causal", False), options)
-        assert reason and ("compared" in reason or "does not compute" in reason)
+        options = tiles.options_of(**{"spec": QuantSpec(), **NOTHING, **{k: v for k, v in call.items() if k != "head_dim"}})
+        reason = tiles.why_not_hopper("forward", (3, 6), call.get("head_dim", 128), False, options)
+        assert served(**call) <= BACKWARD, call
+        assert reason and ("compared" in reason or "does not" in reason)
 
 
 def test_what_hopper_does_not_compute_runs_in_triton(monkeypatch):
