@@ -103,8 +103,8 @@ class Measured(FineTuning[FineTuningSettings]):
         return BatchSampler(range(start, stop), 1, drop_last=True)
 
     def after_step(self, step: int) -> dict[str, float]:
-        """What the allocator had reserved at most."""
-        return {"reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if self.device.type == "cuda" else {}
+        """What the allocator had reserved at most; nothing before the first step, which has no record then."""
+        return {"reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if step and self.device.type == "cuda" else {}
 
     def export(self, *_: Any) -> None:
         """Nobody needs random weights."""
@@ -394,6 +394,7 @@ def measured(case: Case, model: Model) -> dict[str, Any]:
             print(f"{case}: {error}", file=sys.stderr, flush=True)
         log = Path(folder) / "metrics.jsonl"
         records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+        assert [record["step"] for record in records] == [*range(1, len(records) + 1)], "one record a step"
     last = records[-1] if is_measured and case.is_timed and len(records) == len(steps) else {}
     records = records[1 : len(case.tokens) + 1]
     absent = [None] * (len(case.tokens) - len(records))
