@@ -11,7 +11,7 @@ from .arguments import Features, Impl, PackingArguments, check
 from .derivatives import attention_under_transforms, attention_with_gradient
 from .dispatch import resolve, why_not_sdpa
 from .mask import Bounds
-from .ops import Extras, Options, attention_forward, forward, op_arguments, seen_by_others
+from .ops import NO_EXTRAS, Extras, attention_forward, forward, op_arguments, seen_by_others
 from .spec import INFERENCE_KERNELS, NVFP4, QuantSpec
 from .transforms import transformed
 from .varlen import Packing
@@ -168,8 +168,10 @@ def attention(
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
     under_transforms = transformed()
-    packing = None if packed is None else Packing(*packed)  # type: ignore[arg-type]  # checked
-    extras = Extras(key_mask, k_shift, packing, None if bounds is None else Bounds(*bounds), sinks)
+    packing, extras = None, NO_EXTRAS
+    if not (key_mask is k_shift is packed is bounds is sinks is None):
+        packing = None if packed is None else Packing(*packed)  # type: ignore[arg-type]  # checked
+        extras = Extras(key_mask, k_shift, packing, None if bounds is None else Bounds(*bounds), sinks)
     if isinstance(impl, Verdicts) and impl.win and not call.asked:  # features were not checked
         chosen = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing)
     if chosen == "auto":
@@ -184,7 +186,7 @@ def attention(
             return kv_only.attention(q, k, v, key_mask, packing, spec=spec, causal=causal, scale=call.scale)
     if under_transforms and chosen not in INFERENCE_KERNELS:  # which of them wants a derivative cannot be seen from here
         needs_gradient = torch.is_grad_enabled()
-    options = Options(spec, call.mask, call.scale, call.softcap, chosen, needs_gradient)
+    options = call.options(chosen, needs_gradient)
     if under_transforms:
         out, _, lse, *_ = attention_under_transforms(return_lse, *op_arguments(q, k, v, extras, options))
     elif seen_by_others(q, k, v):

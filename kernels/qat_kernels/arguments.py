@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
@@ -235,14 +237,51 @@ class Features(NamedTuple):
                 _refuse(f"bounds: {name}", f"torch.int32 [{batch} or 1, {seqlen}] on {q.device}", got)
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What of a call is no tensor."""
+
+    spec: QuantSpec
+    mask: Mask
+    scale: float
+    softcap: float | None
+    impl: str
+    needs_gradient: bool = False
+
+    @functools.cached_property
+    def has_out_hp(self) -> bool:
+        """Whether the forward returns O' beside O."""
+        return self.needs_gradient and self.spec.quantizes_pv
+
+    @functools.cached_property
+    def reads_query(self) -> bool:
+        """Whether the backward reads Q and K as they are; that of `triton` reads codes instead, if it can."""
+        return self.impl != "triton" or self.spec.reads_query
+
+    @functools.cached_property
+    def reads_value(self) -> bool:
+        """The same for V."""
+        return self.impl != "triton" or self.spec.reads_value(self.mask.hides_keys)
+
+
 class Checked(NamedTuple):
     """What there is to know about a call whose arguments go together, beside its tensors."""
 
+    spec: QuantSpec
     mask: Mask
     scale: float
     softcap: float | None
     asked: tuple[str, ...]
     """Which of FEATURES it asks for, and UNEQUAL_HEAD_DIMS."""
+    made: dict[tuple[str, bool], Options]
+
+    def options(self, impl: str, needs_gradient: bool) -> Options:
+        """Those of such a call, made once."""
+        options = self.made.get((impl, needs_gradient))
+        if options is None:
+            options = Options(self.spec, self.mask, self.scale, self.softcap, impl, needs_gradient)
+            self.made[impl, needs_gradient] = options
+        return options
 
 
 def asked_of(features: Features, q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
@@ -271,19 +310,27 @@ def check(
 ) -> Checked:
     """`validate` and `Features.checked`. They see no values of tensors, so what they found right once is not looked at again."""
     found, key = None, None
+    scale = None if scale is None else float(scale)
     if not torch.compiler.is_compiling():
-        given = (q, k, v, spec, key_mask, k_shift, packed, *features, impl, causal, scale, return_lse)
-        key = tuple(map(_described, given))
+        window, block_size, prefix, bounds, softcap, sinks = features
         try:
+            key = (
+                q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device, spec, impl, causal, scale,
+                return_lse, window, block_size, prefix, softcap,
+                # True is 1, and is refused where 1 is not.
+                window.__class__, block_size.__class__, prefix.__class__, softcap.__class__,
+                None if key_mask is k_shift is packed is bounds is sinks is None
+                else tuple(map(_described, (key_mask, k_shift, packed, bounds, sinks))),
+            )  # fmt: skip
             found = _CHECKED.get(key)
-        except TypeError:  # something that has no hash: it will be refused
+        except (AttributeError, TypeError):  # no tensors, or something that has no hash: it will be refused
             key = None
     if found is None:
         validate(q, k, v, spec, key_mask, k_shift, packed, impl, causal=causal, scale=scale, return_lse=return_lse)
         mask = features.checked(q, spec, impl, causal=causal, packed=packed is not None, k_shift=k_shift)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         softcap = None if features.softcap is None else float(features.softcap)
-        found = Checked(mask, scale, softcap, asked_of(features, q, v))
+        found = Checked(spec, mask, scale, softcap, asked_of(features, q, v), {})
         if key is not None:
             if len(_CHECKED) >= _MOST_CHECKED:
                 _CHECKED.clear()
@@ -292,7 +339,7 @@ def check(
 
 
 def _described(x: object) -> object:
-    """All of an argument that is checked. Of a number its type, too: True is 1, and is refused where 1 is not."""
+    """All of an argument that is checked."""
     if isinstance(x, torch.Tensor):
         return x.shape, x.dtype, x.device
     if isinstance(x, tuple | list):

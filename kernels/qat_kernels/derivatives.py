@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 import torch
 
 from . import ops
+from .arguments import Options
 from .ops import (
+    NO_EXTRAS,
     Extras,
-    Options,
     attention_backward,
     attention_forward,
     attention_tangent,
     backward_arguments,
     extras_and_options,
-    has_out_hp,
     tangent_arguments,
 )
 from .spec import INFERENCE_KERNELS
@@ -90,11 +90,15 @@ class _Plain(torch.autograd.Function):
         return *_gradient(ctx, grad_out, seen=torch.is_grad_enabled() or ops.seen_by_others(grad_out)), None, None
 
 
+# `Function.apply` looks for transforms of `torch.func` and for what left them: `ops.seen_by_others` has done so.
+_apply_plain = super(torch.autograd.Function, _Plain).apply
+
+
 def attention_with_gradient(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O and LSE, with a gradient of O."""
-    return _Plain.apply(q, k, v, extras.sinks, extras, options)
+    return _apply_plain(q, k, v, extras.sinks, extras, options)
 
 
 class _Attention(torch.autograd.Function):
@@ -160,10 +164,8 @@ def _needed_again(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Which of Q, K and V the backward reads."""
-    if options.impl != "triton":
-        return q, k, v
-    spec = options.spec  # it reads codes instead
-    return *((q, k) if spec.reads_query else (None, None)), v if spec.reads_value(options.mask.hides_keys) else None
+    value = v if options.reads_value else None
+    return (q, k, value) if options.reads_query else (None, None, value)
 
 
 def _keep(
@@ -171,18 +173,18 @@ def _keep(
 ) -> tuple[torch.Tensor | None, ...]:
     """Sets what a derivative needs and is no tensor; returns the tensors that are to be saved behind Q, K and V."""
     out, out_hp, _, stats, codes = results
-    if not has_out_hp(options.spec, options.needs_gradient):
+    if not options.has_out_hp:
         out_hp = out  # nothing of P or V was rounded, so O is O'
     ctx.options, ctx.key_shape = options, k.shape
     ctx.max_seqlens = (0, 0) if extras.packing is None else extras.packing[2:]
     ctx.set_materialize_grads(False)  # no zeros for the outputs that nobody differentiates
-    return out_hp, stats, codes, *extras.tensors
+    return (out_hp, stats, codes) if extras is NO_EXTRAS else (out_hp, stats, codes, *extras.tensors)
 
 
 def _kept(ctx: Any) -> tuple[Any, ...]:
     """What was saved: Q, K, V, O', stats, codes, and the `Extras`."""
     q, k, v, out_hp, stats, codes, *tensors = ctx.saved_tensors
-    return q, k, v, out_hp, stats, codes, Extras.of(tensors, ctx.max_seqlens)
+    return q, k, v, out_hp, stats, codes, Extras.of(tensors, ctx.max_seqlens) if tensors else NO_EXTRAS
 
 
 def _gradient(ctx: Any, grad_out: torch.Tensor, *, seen: bool = True) -> tuple[torch.Tensor | None, ...]:

@@ -61,7 +61,7 @@ def fp4_kernels() -> ModuleType:
 def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool, asked: tuple[str, ...] = ()) -> Impl:
     """What `auto` takes; `asked`: what of COMPUTED the call needs."""
     kernel = "sdpa" if _kv_only(preset) else "triton"
-    if any(name not in COMPUTED[kernel] for name in asked):
+    if asked and any(name not in COMPUTED[kernel] for name in asked):
         if device.type != "cpu":
             _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(asked)}")
         return "eager"

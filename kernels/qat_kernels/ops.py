@@ -5,29 +5,19 @@ Where nobody has to see a node, a call does without (derivatives.py): the layers
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch._C._functorch import is_legacy_batchedtensor as is_batched  # of autograd's `is_grads_batched`
 
 from . import ran, reference, sageattn3, varlen
+from .arguments import Options
 from .dispatch import fp4_kernels, training_kernels
 from .mask import Bounds, Mask
 from .spec import QuantSpec
 from .varlen import Packing
-
-
-class Options(NamedTuple):
-    """What of a call is no tensor."""
-
-    spec: QuantSpec
-    mask: Mask
-    scale: float
-    softcap: float | None
-    impl: str
-    needs_gradient: bool = False
 
 
 class Extras(NamedTuple):
@@ -57,22 +47,23 @@ class Extras(NamedTuple):
         return cls(key_mask, k_shift, packing, bounds, sinks)
 
 
+NO_EXTRAS = Extras(None, None, None, None, None)
+
+
 def seen_by_others(*tensors: torch.Tensor) -> bool:
     """Whether somebody has to see a node for a call with these: torch.compile and export, modes (fakes, selective checkpointing,
-    counters of operations), vmap, torch.jit.trace, or the class of a tensor."""
+    counters of operations), vmap, torch.jit.trace, the class of a tensor, or what left a transform of `torch.func`."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or not all(map(_is_plain, tensors))
+        or not all([type(x) in _PLAIN and not (x.is_meta or is_wrapped(x) or is_batched(x)) for x in tensors])
     )
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    # Autograd's `is_grads_batched` has tensors of its own, which look like any other.
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta and not is_legacy_batchedtensor(x)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def forward(
@@ -82,15 +73,14 @@ def forward(
 
     O' is None or empty where O serves, or no gradient is needed; the last two where the backward reads nothing of them.
     """
-    spec, mask, scale, softcap, impl, needs_gradient = options
+    spec, mask, scale, softcap, impl = options.spec, options.mask, options.scale, options.softcap, options.impl
     key_mask, k_shift, packing, bounds, sinks = extras
     ran.note("eager" if impl == "sdpa" else impl)  # which comes here for tangents alone
     if impl == "triton":
-        with _for_smoothing(q.device, spec):
-            return training_kernels().forward(
-                q, k, v, key_mask, k_shift, packing,
-                spec=spec, mask=mask, scale=scale, with_gradient=needs_gradient, bounds=bounds, softcap=softcap, sinks=sinks,
-            )  # fmt: skip
+        return training_kernels().forward(
+            q, k, v, key_mask, k_shift, packing,
+            spec=spec, mask=mask, scale=scale, with_gradient=options.needs_gradient, bounds=bounds, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
         out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec, mask=mask, scale=scale)
@@ -100,7 +90,7 @@ def forward(
             out, lse = sageattn3.forward(q, k, v, key_mask, k_shift, packing, spec=spec, mask=mask, scale=scale)
             return out, q.new_empty(0), lse, lse.new_empty(0), nothing
         numerics: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
-        numerics["with_out_hp"] = has_out_hp(spec, needs_gradient)
+        numerics["with_out_hp"] = options.has_out_hp
         if packing is None:
             out, out_hp, lse = reference.forward(q, k, v, key_mask, k_shift, bounds=bounds, **numerics)
         else:
@@ -124,27 +114,20 @@ def backward(
 
     `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again.
     """
-    spec, mask, scale, softcap, impl, _ = options
+    spec, mask, scale, softcap = options.spec, options.mask, options.scale, options.softcap
     key_mask, k_shift, packing, bounds, sinks = extras
-    if impl == "triton":
-        with _for_smoothing(grad_out.device, spec):
-            return training_kernels().backward(
-                grad_out, v, out_hp, stats, codes, key_mask, packing,
-                key_shape=key_shape, spec=spec, mask=mask, scale=scale, bounds=bounds, softcap=softcap, sinks=sinks,
-                query=q, key=k,
-            )  # fmt: skip
+    if options.impl == "triton":
+        return training_kernels().backward(
+            grad_out, v, out_hp, stats, codes, key_mask, packing,
+            key_shape=key_shape, spec=spec, mask=mask, scale=scale, bounds=bounds, softcap=softcap, sinks=sinks,
+            query=q, key=k,
+        )  # fmt: skip
     assert q is not None and k is not None and v is not None, "eager reads its inputs again"
     numerics: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
     with torch.autocast(grad_out.device.type, enabled=False):
         if packing is None:
             return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, bounds=bounds, **numerics)
         return varlen.backward(grad_out, q, k, v, out_hp, k_shift, packing, **numerics)
-
-
-def _for_smoothing(device: torch.device, spec: QuantSpec) -> contextlib.AbstractContextManager[None]:
-    """Without autocast where Q and K are smoothed, which has matrix products of its own."""
-    smooths = spec.formats.smooth is not None
-    return torch.autocast(device.type, enabled=False) if smooths else contextlib.nullcontext()
 
 
 @torch.library.custom_op("qat_kernels::attention_forward", mutates_args=())
@@ -201,7 +184,7 @@ def _(
     spec_ = QuantSpec.from_json(spec)
     packing = Extras.of((None, None, cu_seqlens_q, cu_seqlens_k, None, None, None), (max_seqlen_q, max_seqlen_k)).packing
     out = reference.empty_out(q, v.shape[-1])
-    out_hp = torch.empty_like(out) if has_out_hp(spec_, needs_gradient) else q.new_empty(0)
+    out_hp = torch.empty_like(out) if needs_gradient and spec_.quantizes_pv else q.new_empty(0)
     lse = q.new_empty(varlen.lse_shape(q.shape, packing), dtype=reference.accumulator(q.dtype))
     stats_shape = codes_shape = (0,)
     if impl == "triton":
@@ -324,9 +307,8 @@ def _(q: torch.Tensor, _: torch.Tensor, v: torch.Tensor, *__: object, **___: obj
 
 def op_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options) -> tuple[Any, ...]:
     """Those of `attention_forward`."""
-    spec, mask, scale, softcap, impl, needs_gradient = options
-    plain = (spec.to_json(), mask.to_json(), scale, needs_gradient, impl)
-    return q, k, v, extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap)
+    plain = (options.spec.to_json(), options.mask.to_json(), options.scale, options.needs_gradient, options.impl)
+    return q, k, v, extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, options.softcap)
 
 
 def extras_and_options(inputs: Sequence[Any]) -> tuple[Extras, Options]:
@@ -339,16 +321,15 @@ def extras_and_options(inputs: Sequence[Any]) -> tuple[Extras, Options]:
 
 def backward_arguments(key_shape: torch.Size, extras: Extras, options: Options) -> tuple[Any, ...]:
     """Those of `attention_backward` from the key mask on."""
-    spec, mask, scale, softcap, impl, _ = options
     keys = key_shape[-2 if len(key_shape) == 4 else 0]
-    plain = (keys, key_shape[1], spec.to_json(), mask.to_json(), scale, impl)
-    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, softcap), key_shape[-1]
+    plain = (keys, key_shape[1], options.spec.to_json(), options.mask.to_json(), options.scale, options.impl)
+    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, options.softcap), key_shape[-1]
 
 
 def tangent_arguments(extras: Extras, options: Options) -> tuple[Any, ...]:
     """Those of `attention_tangent` from the key mask to the sinks."""
-    spec, mask, scale, softcap, _, _ = options
-    return extras.key_mask, extras.k_shift, spec.to_json(), mask.to_json(), scale, *_last_arguments(extras, softcap)
+    plain = (options.spec.to_json(), options.mask.to_json(), options.scale)
+    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, options.softcap)
 
 
 def _last_arguments(extras: Extras, softcap: float | None) -> tuple[Any, ...]:
@@ -363,7 +344,3 @@ def _key_shape(grad_out: torch.Tensor, keys: int, num_heads_k: int, head_dim: in
     head_dim = grad_out.shape[-1] if head_dim is None else head_dim
     return torch.Size((grad_out.shape[0], num_heads_k, keys, head_dim) if grad_out.ndim == 4 else (keys, num_heads_k, head_dim))
 
-
-def has_out_hp(spec: QuantSpec, needs_gradient: bool) -> bool:
-    """Whether the forward returns O' beside O."""
-    return needs_gradient and spec.quantizes_pv

@@ -8,12 +8,27 @@ Shapes: B batch, H heads, N = ceil(Lq / 128) blocks, D head dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from .spec import SMOOTH_BLOCK
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def _without_autocast(function: Callable[Concatenate[torch.Tensor, P], T]) -> Callable[Concatenate[torch.Tensor, P], T]:
+    """Its matrix products have the dtypes of their factors."""
+
+    @functools.wraps(function)
+    def call(x: torch.Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return call
 
 
 class Smoothed(NamedTuple):
@@ -29,6 +44,7 @@ class Smoothed(NamedTuple):
     """float32 [B, H, N, Lk]: the scores of the means."""
 
 
+@_without_autocast
 def smooth(query: torch.Tensor, key: torch.Tensor) -> Smoothed:
     """Q and K [B, H, L, D] smoothed. A last, shorter block of queries counts as one of 128, as if zeros followed."""
     dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
@@ -51,6 +67,7 @@ def per_row(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.repeat_interleave(SMOOTH_BLOCK, dim=-2)[..., :rows, :]
 
 
+@_without_autocast
 def grad_query(grad: torch.Tensor, grad_score_sums: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """dQ through the smoothing.
 
@@ -63,6 +80,7 @@ def grad_query(grad: torch.Tensor, grad_score_sums: torch.Tensor, key: torch.Ten
     return grad + per_row(of_means, grad.shape[-2])
 
 
+@_without_autocast
 def grad_key(grad: torch.Tensor, grad_score_sums: torch.Tensor, query_mean: torch.Tensor) -> torch.Tensor:
     """dK through the smoothing; its own mean gets nothing, for every row of dS sums to zero. Arguments as in `grad_query`."""
     return grad + grad_score_sums.mT @ query_mean

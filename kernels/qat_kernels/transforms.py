@@ -14,4 +14,5 @@ def transformed() -> bool:
 
 @torch.compiler.assume_constant_result
 def _under_torch_func() -> bool:
-    return any(each.key() != TransformType.Vmap for each in get_interpreter_stack() or ())
+    stack = get_interpreter_stack()
+    return stack is not None and any(each.key() != TransformType.Vmap for each in stack)

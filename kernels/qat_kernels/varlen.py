@@ -37,8 +37,8 @@ class Packing(NamedTuple):
         return zip(queries, _slices("k", self.cu_seqlens_k.tolist(), total_k, self.max_seqlen_k), strict=True)
 
 
-def lse_shape(query: torch.Size, packing: Packing | None) -> tuple[int, ...]:
-    """[B, H, Lq], or [H, total] of packed sequences."""
+def lse_shape(query: torch.Size, packing: tuple[Any, ...] | None) -> tuple[int, ...]:
+    """[B, H, Lq], or [H, total] of packed sequences, of which there is something."""
     return tuple(query[:3]) if packing is None else (query[1], query[0])
 
 

@@ -20,6 +20,7 @@ from .grad_key_value import grad_key_value_kernel
 from .grad_query import grad_query_kernel
 from .layout import PAD
 from .operands import (
+    NOTHING,
     PLANS,
     Given,
     Layout,
@@ -33,7 +34,7 @@ from .operands import (
     tokens_job,
     unpack_job,
 )
-from .precompiled import Launch, Pointer, Tiles, parts, pointer, starts
+from .precompiled import Launch, New, Pointer, Tiles, new, parts, pointer, starts
 from .problem import PackedSizes, Problem, is_empty
 
 
@@ -43,13 +44,16 @@ class _Plan(NamedTuple):
     queries: Sequences
     keys: Sequences
     tiles: tiles.Tiles
+    new_grad_query: New
+    new_grad_key: New
+    new_grad_value: New
     codes: list[int]
     """Where codes and scales of Q, K and V begin."""
-    operand: torch.dtype
+    new_operands: New
     operands: list[int]
     """Where each begins in the memory that they share: Q, K, V, dO with the factor of its rows, and where groups are kept dO and,
     if V is quantized, V as they are."""
-    operands_size: int
+    new_delta: New
     prepare: Launch
     """Unpacks Q, K and V, or where V is read again quantizes it; `preprocess_job`."""
     quantizes_value: bool
@@ -76,8 +80,11 @@ def _plan(
     scale: float,
     softcap: float | None,
     has_sinks: bool,
-) -> _Plan:
-    query_shape, _, value_shape = gradient_shapes(grad_out.shape, key_shape)
+) -> _Plan | None:
+    """None if there is nothing to compute."""
+    if is_empty(grad_out.shape, key_shape, packed):
+        return None
+    query_shape, _, value_shape = shapes = gradient_shapes(grad_out.shape, key_shape)
     problem = Problem.of(query_shape, value_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     options = tiles.options_of(
         spec, bounds=not mask.is_plain, irregular=mask.is_irregular, softcap=softcap is not None, packed=packed is not None,
@@ -114,9 +121,13 @@ def _plan(
     rows_q, rows_k, block_d, block_dv = queries.all_rows, keys.all_rows, problem.block_d, problem.block_dv
     of_grad_out, of_value = rows_q * block_dv, rows_k * block_dv
     sizes = [rows_q * block_d, rows_k * block_d, of_value, of_grad_out, *[of_grad_out] * kept, *[of_value] * two_values]
+    operands, operands_size = starts(sizes)
+    # With a mask, keys that no query may see are not visited.
+    new_grads = (new(shape, grad_out.dtype, device, zeros=n > 0 and given.key_mask) for n, shape in enumerate(shapes))
     return _Plan(
-        queries, keys, chosen, starts(problem.code_sizes())[0],
-        operand, *starts(sizes),
+        queries, keys, chosen, *new_grads, starts(problem.code_sizes())[0], new((operands_size,), operand, device), operands,
+        # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
+        new((2, rows_q), torch.float32, device, zeros=has_sinks),
         together(
             unpack_job(queries, problem.head_dim, operand, along_tokens=False),
             unpack_job(keys, problem.head_dim, operand, along_tokens=False),
@@ -228,36 +239,36 @@ def backward(
         out_hp: O', or O with BF16 PV.
         stats, codes: of `forward`.
     """
-    device, dtype, packed = grad_out.device, grad_out.dtype, PackedSizes.of(packing)
-    shapes = gradient_shapes(grad_out.shape, key_shape)
-    grad_query = torch.empty(shapes[0], dtype=dtype, device=device)
-    # With a mask, keys that no query may see are not visited.
-    new = torch.empty if key_mask is None else torch.zeros
-    grad_key, grad_value = (new(shape, dtype=dtype, device=device) for shape in shapes[1:])
-    grad_sinks = None if sinks is None else torch.zeros_like(sinks)
-    if is_empty(grad_out.shape, key_shape, packed):
-        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_sinks
+    device, dtype = grad_out.device, grad_out.dtype
     with on_device(device):
-        mean_scores = grad_sums = None
+        given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
+        plan = _plan(
+            device, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape,
+            PackedSizes.of(packing), given, spec, mask, scale, softcap, sinks is not None,
+        )  # fmt: skip
+        if plan is None:
+            grads = (grad_out.new_zeros(shape) for shape in gradient_shapes(grad_out.shape, key_shape))
+            return *grads, None if sinks is None else torch.zeros_like(sinks)
+        grad_query, grad_key, grad_value = plan.new_grad_query(), plan.new_grad_key(), plan.new_grad_value()
+        operands, delta, grad_sinks = plan.new_operands(), plan.new_delta(), None
+        q, k, v, scaled_grad_out, *others = parts(operands, plan.operands)
+        grad_out_operand, v_kept, *_ = *others, None, None
+        q_codes, q_scales, k_codes, k_scales, *v_codes = parts(codes, plan.codes)
+        at_grad_out, at_delta, at_stats = pointer(grad_out), pointer(delta), pointer(stats)
+        grad_sums = None
+        at_mask = at_leftpad = cu_q = cu_k = at_scores = at_sums = at_lower = at_upper = None
+        if given is not NOTHING:
+            key_mask, leftpad = allowed_keys(key_mask, plan.keys)
+            cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
+            at_mask, at_leftpad, at_lower, at_upper = map(pointer, (key_mask, leftpad, lower, upper))
         if spec.formats.smooth is not None:
             assert query is not None and key is not None, "Q and K are read again"
             smoothed = smoothing.smooth(query, key)
-            mean_scores = smoothed.scores
-        given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
-        plan = _plan(
-            device, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape, packed, given,
-            spec, mask, scale, softcap, sinks is not None,
-        )  # fmt: skip
-        side = plan.queries
-        operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
-        q, k, v, scaled_grad_out, *others = parts(operands, plan.operands)
-        grad_out_operand, v_kept, *_ = *others, None, None
-        # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
-        delta = torch.empty_like(stats) if sinks is None else torch.zeros_like(stats)
-        key_mask, leftpad = allowed_keys(key_mask, plan.keys)
-        cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
-        at_mask, at_leftpad, at_grad_out, at_delta, at_stats = map(pointer, (key_mask, leftpad, grad_out, delta, stats))
-        q_codes, q_scales, k_codes, k_scales, *v_codes = parts(codes, plan.codes)
+            if isinstance(plan.tiles.grad_query, tiles.Tile):
+                blocks = plan.queries.blocks(plan.tiles.grad_query.block_m)
+                shape = plan.queries.batch, plan.queries.num_heads, blocks, plan.keys.max_seqlen
+                grad_sums = grad_query.new_zeros(shape, dtype=torch.float32)
+            at_scores, at_sums = pointer(smoothed.scores), pointer(grad_sums)
         if value is None:
             of_value: tuple[Any, ...] = (*v_codes, v)
         else:
@@ -269,33 +280,31 @@ def backward(
             of_value,
             (at_grad_out, pointer(out_hp), at_stats, cu_q, scaled_grad_out, grad_out_operand, at_delta),
         ))  # fmt: skip
-        if mean_scores is not None and isinstance(plan.tiles.grad_query, tiles.Tile):
-            blocks = (side.batch, side.num_heads, side.blocks(plan.tiles.grad_query.block_m), plan.keys.max_seqlen)
-            grad_sums = grad_query.new_zeros(blocks, dtype=torch.float32)
-        seen = at_mask, at_leftpad, cu_q, cu_k
-        at_scores, at_sums, *at_bounds = map(pointer, (mean_scores, grad_sums, lower, upper))
         plan.grad_query(
-            q, k, v, v_kept, *seen, at_scores, at_sums, *at_bounds, at_grad_out, at_delta, at_stats, pointer(grad_query)
-        )
+            q, k, v, v_kept, at_mask, at_leftpad, cu_q, cu_k, at_scores, at_sums, at_lower, at_upper,
+            at_grad_out, at_delta, at_stats, pointer(grad_query),
+        )  # fmt: skip
         parts_of_key, parts_of_value = grad_key, grad_value
         if plan.splits > 1:
+            like = torch.empty_like if key_mask is None else torch.zeros_like
             parts_of_key, parts_of_value = (
-                new((plan.splits, *shape), dtype=torch.float32, device=device) for shape in shapes[1:]
+                like(x.expand(plan.splits, *x.shape), dtype=torch.float32, memory_format=torch.contiguous_format)
+                for x in (grad_key, grad_value)
             )
         plan.grad_key_value(
-            q, k, v, scaled_grad_out, v_kept, grad_out_operand, *seen, at_scores, *at_bounds, at_delta, at_stats,
-            pointer(parts_of_key), pointer(parts_of_value),
+            q, k, v, scaled_grad_out, v_kept, grad_out_operand, at_mask, at_leftpad, cu_q, cu_k, at_scores, at_lower, at_upper,
+            at_delta, at_stats, pointer(parts_of_key), pointer(parts_of_value),
         )  # fmt: skip
         if plan.splits > 1:
             grad_key.copy_(parts_of_key.sum(0))
             grad_value.copy_(parts_of_value.sum(0))
         if grad_sums is not None:
-            tiles_of_block = grad_sums.shape[2] * SMOOTH_BLOCK // side.blocks(1)
+            tiles_of_block = grad_sums.shape[2] * SMOOTH_BLOCK // plan.queries.blocks(1)
             grad_sums = grad_sums.unflatten(2, (-1, tiles_of_block)).sum(3) * plan.softmax_scale
             grad_query = smoothing.grad_query(grad_query.float(), grad_sums, smoothed.key.float()).to(dtype)
             grad_key = smoothing.grad_key(grad_key.float(), grad_sums, smoothed.query_mean.float()).to(dtype)
         if sinks is not None:
-            by_head = (1 if packing is not None else side.batch, side.num_heads, side.rows)
+            by_head = (1 if packing is not None else plan.queries.batch, plan.queries.num_heads, plan.queries.rows)
             shares = torch.exp2((sinks.float() * LOG2_E)[:, None] - stats[1].view(by_head))
             grad_sinks = -(shares * delta[0].view(by_head)).sum((0, 2)).to(sinks.dtype)
     return grad_query, grad_key, grad_value, grad_sinks

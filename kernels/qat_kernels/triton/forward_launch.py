@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from . import tiles
 from .device import arch_of, check_device, gluon_version, on_device
 from .forward import attention_forward_kernel
 from .operands import (
+    NOTHING,
     PLANS,
     Given,
     Layout,
@@ -31,7 +32,7 @@ from .operands import (
     together,
     tokens_job,
 )
-from .precompiled import Launch, Pointer, Tiles, parts, pointer, starts
+from .precompiled import Launch, New, Pointer, Tiles, new, parts, pointer, starts
 from .problem import PackedSizes, Problem, is_empty
 
 
@@ -57,10 +58,7 @@ def output_shapes(
     packed = PackedSizes.of(packing)
     if is_empty(query, value, packed):
         return (0,), (0,)
-    return _saved_shapes(Problem.of(query, value, packed, spec=spec, mask=mask, scale=1.0), with_gradient)
-
-
-def _saved_shapes(problem: Problem, with_gradient: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    problem = Problem.of(query, value, packed, spec=spec, mask=mask, scale=1.0)
     return ((2, problem.query.all_rows), (sum(problem.code_sizes()),)) if with_gradient else ((0,), (0,))
 
 
@@ -68,19 +66,21 @@ class _Plan(NamedTuple):
     """All of a forward but its tensors."""
 
     keys: Sequences
-    stats_shape: tuple[int, int]
+    new_out: New
+    new_out_hp: New | None
+    new_lse: New
+    new_stats: New | None
+    new_codes: New | None
     codes: list[int]
     """Where codes and scales of Q, K and V begin."""
-    codes_size: int
+    new_operands: New
+    operands: list[int]
+    """Where each begins in the memory that they share: Q, K, V and, where groups are kept, V as it is."""
+    quantizes_value: bool
     prepare: Launch
     """Quantizes Q, K and V."""
     attend: Any
     """A `Launch`, or an `Attend` of hopper/, which takes the same tensors; so are those of a backward."""
-    quantizes_value: bool
-    operand: torch.dtype
-    operands: list[int]
-    """Where each begins in the memory that they share: Q, K, V and, where groups are kept, V as it is."""
-    operands_size: int
 
 
 @lru_cache(PLANS)
@@ -89,7 +89,7 @@ def _plan(
     query: Layout,
     key: Layout,
     value: Layout,
-    out_strides: tuple[int, ...],
+    stride: tuple[int, ...],
     packed: PackedSizes | None,
     given: Given,
     spec: QuantSpec,
@@ -97,7 +97,11 @@ def _plan(
     scale: float,
     softcap: float | None,
     with_gradient: bool,
-) -> _Plan:
+) -> _Plan | None:
+    """None if there is nothing to compute. `stride`: of Q as the caller gave it."""
+    check_device(device)
+    if is_empty(query.shape, value.shape, packed):
+        return None
     problem = Problem.of(query.shape, value.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     options = tiles.options_of(
         spec, bounds=not mask.is_plain, irregular=mask.is_irregular, softcap=softcap is not None, packed=packed is not None,
@@ -111,16 +115,30 @@ def _plan(
     two_values = quantizes_value and problem.key.lead > 0
     rows_q, rows_k = problem.query.all_rows, problem.key.all_rows
     sizes = [rows_q * problem.block_d, rows_k * problem.block_d, *[rows_k * problem.block_dv] * (2 if two_values else 1)]
+    out = empty_out(torch.empty_strided(query.shape, stride, dtype=value.dtype, device="meta"), value.shape[-1])
     attend: object
     if isinstance(tile, tiles.HopperTile):
         from .hopper.forward_launch import attend_launch
 
-        attend = attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
+        attend = attend_launch(problem, tile, strides_of(out), value.dtype, given, with_gradient)
     else:
-        attend = _attend_launch(problem, tile, out_strides, value.dtype, given, with_gradient)
+        attend = _attend_launch(problem, tile, strides_of(out), value.dtype, given, with_gradient)
+    codes, codes_size = starts(problem.code_sizes())
+    operands, operands_size = starts(sizes)
+    new_out, saved = new(out.shape, out.dtype, device, stride=out.stride()), partial(new, device=device, zeros=packed is not None)
     return _Plan(
-        problem.key, (2, problem.query.all_rows), *starts(problem.code_sizes()),
-        together(
+        keys=problem.key,
+        new_out=new_out,
+        new_out_hp=new_out if with_gradient and spec.quantizes_pv else None,
+        new_lse=new(lse_shape(query.shape, packed), torch.float32, device),
+        # Packed sequences leave gaps between them, which no kernel writes or reads.
+        new_stats=saved((2, rows_q), torch.float32) if with_gradient else None,
+        new_codes=saved((codes_size,), torch.uint8) if with_gradient else None,
+        codes=codes,
+        new_operands=new((operands_size,), operand, device),
+        operands=operands,
+        quantizes_value=quantizes_value,
+        prepare=together(
             rows_job(
                 query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
                 heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
@@ -137,7 +155,7 @@ def _plan(
                 codes=with_gradient and len(problem.code_sizes()) > 4,
             ),
         ),
-        attend, quantizes_value, operand, *starts(sizes),
+        attend=attend,
     )  # fmt: skip
 
 
@@ -197,42 +215,35 @@ def forward(
     Raises:
         ValueError: the tensors are not on an NVIDIA GPU from sm_80 on.
     """
-    device, packed = query.device, PackedSizes.of(packing)
-    check_device(device)
-    out = empty_out(query, value.shape[-1])
-    out_hp = torch.empty_like(out) if with_gradient and spec.quantizes_pv else None
-    lse = torch.empty(lse_shape(query.shape, packing), dtype=torch.float32, device=device)
-    if is_empty(query.shape, value.shape, packed):
-        if sinks is not None:
-            lse.copy_(sinks[:, None])
-        else:
-            lse.fill_(-torch.inf)
-        nothing = (query.new_empty(0, dtype=dtype) if with_gradient else None for dtype in (torch.float32, torch.uint8))
-        return Forward(out.zero_(), out_hp if out_hp is None else out_hp.zero_(), lse, *nothing)
+    device, stride = query.device, query.stride()
     with on_device(device):
         mean_scores = None
-        if spec.formats.smooth is not None:
+        if spec.formats.smooth is not None and query.numel() and key.numel():
             query, key, _, mean_scores = smoothing.smooth(query, key)
         given, k_shift, lower, upper, sinks = given_tensors(key_mask, k_shift, packing, bounds, sinks)
         plan = _plan(
-            device, Layout.of(query), Layout.of(key), Layout.of(value), strides_of(out), packed, given,
+            device, Layout.of(query), Layout.of(key), Layout.of(value), stride, PackedSizes.of(packing), given,
             spec, mask, scale, softcap, with_gradient,
         )  # fmt: skip
+        if plan is None:
+            return _nothing(query, value, packing, sinks, with_gradient=with_gradient, has_out_hp=spec.quantizes_pv)
+        out, lse = plan.new_out(), plan.new_lse()
+        out_hp = plan.new_out_hp and plan.new_out_hp()
         stats = codes = None
         q_codes = q_scales = k_codes = k_scales = v_codes = v_scales = None
-        if with_gradient:
-            # Packed sequences leave gaps between them, which no kernel writes or reads.
-            new = torch.empty if packed is None else torch.zeros
-            stats = new(plan.stats_shape, dtype=torch.float32, device=device)
-            codes = new(plan.codes_size, dtype=torch.uint8, device=device)
+        if plan.new_stats and plan.new_codes:
+            stats, codes = plan.new_stats(), plan.new_codes()
             q_codes, q_scales, k_codes, k_scales, *v_parts = parts(codes, plan.codes)
             v_codes, v_scales = v_parts or (None, None)
-        operands = torch.empty(plan.operands_size, dtype=plan.operand, device=device)
+        operands = plan.new_operands()
         q, k, v, kept, *_ = *parts(operands, plan.operands), None
-        q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
-        key_mask, leftpad = allowed_keys(key_mask, plan.keys)
-        cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
-        at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
+        at_mask = at_leftpad = at_shift = at_products = cu_q = cu_k = at_scores = at_lower = at_upper = at_sinks = None
+        if given is not NOTHING or mean_scores is not None:
+            q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
+            key_mask, leftpad = allowed_keys(key_mask, plan.keys)
+            cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
+            at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
+            at_scores, at_lower, at_upper, at_sinks = map(pointer, (mean_scores, lower, upper, sinks))
         quantized, unquantized = (v, kept) if plan.quantizes_value else (None, v)
         plan.prepare((
             (pointer(query), at_shift, None, None, cu_q, q, q_codes, q_scales, at_products),
@@ -240,7 +251,26 @@ def forward(
             (pointer(value), at_mask, at_leftpad, cu_k, quantized, unquantized, v_codes, v_scales),
         ))  # fmt: skip
         plan.attend(
-            q, k, v, kept, at_mask, at_leftpad, at_products, cu_q, cu_k,
-            *map(pointer, (mean_scores, lower, upper, sinks, out, out_hp, lse, stats)),
+            q, k, v, kept, at_mask, at_leftpad, at_products, cu_q, cu_k, at_scores, at_lower, at_upper, at_sinks,
+            pointer(out), pointer(out_hp), pointer(lse), pointer(stats),
         )  # fmt: skip
     return Forward(out, out_hp, lse, stats, codes)
+
+
+def _nothing(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing | None,
+    sinks: torch.Tensor | None,
+    *,
+    with_gradient: bool,
+    has_out_hp: bool,
+) -> Forward:
+    """Where there is nothing to compute."""
+    out = empty_out(query, value.shape[-1]).zero_()
+    lse = out.new_full(lse_shape(query.shape, packing), -torch.inf, dtype=torch.float32)
+    if sinks is not None:
+        lse.copy_(sinks[:, None])
+    if not with_gradient:
+        return Forward(out, None, lse, None, None)
+    return Forward(out, torch.zeros_like(out) if has_out_hp else None, lse, lse.new_empty(0), out.new_empty(0, dtype=torch.uint8))

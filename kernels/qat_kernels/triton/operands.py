@@ -29,8 +29,8 @@ class Layout(NamedTuple):
     """A tensor as kernels are compiled for it: [B, H, L, D], or [total, H, D] of packed sequences."""
 
     shape: torch.Size
-    strides: tuple[int, ...]
-    """Of batch, heads, tokens and head dim; packed tensors have no batch."""
+    stride: tuple[int, ...]
+    """As PyTorch has it."""
     dtype: torch.dtype
     aligned: bool
     """Whether it begins at a multiple of 16."""
@@ -38,7 +38,12 @@ class Layout(NamedTuple):
     @classmethod
     def of(cls, x: torch.Tensor) -> Layout:
         """That of a tensor."""
-        return cls(x.shape, strides_of(x), x.dtype, x.data_ptr() % 16 == 0)
+        return cls(x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of batch, heads, tokens and head dim; packed tensors have no batch."""
+        return _strides(self.stride)
 
     @property
     def pointer(self) -> Pointer:
@@ -139,8 +144,11 @@ def _allowed_keys_launch(device: torch.device, strides: tuple[int, int], aligned
 
 def strides_of(x: torch.Tensor) -> tuple[int, ...]:
     """Strides of batch, heads, tokens and head dim; packed tensors [total, H, D] have no batch."""
-    strides = x.stride()
-    return strides if len(strides) == 4 else (0, strides[1], strides[0], strides[2])
+    return _strides(x.stride())
+
+
+def _strides(stride: tuple[int, ...]) -> tuple[int, ...]:
+    return stride if len(stride) == 4 else (0, stride[1], stride[0], stride[2])
 
 
 def contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
@@ -187,7 +195,7 @@ class Given(NamedTuple):
         return (self.pointer(torch.int32, self.bounds_stride is not None),) * 2
 
 
-_NOTHING = Given()
+NOTHING = Given()
 
 
 def given_tensors(
@@ -199,7 +207,7 @@ def given_tensors(
 ) -> tuple[Given, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """What is there; and as kernels read them: k_shift, lower and upper bounds with as many rows as the longer has, sinks."""
     if key_mask is None and k_shift is None and packing is None and bounds is None and sinks is None:
-        return _NOTHING, None, None, None, None
+        return NOTHING, None, None, None, None
     lower = upper = bounds_stride = None
     if bounds is not None:
         lower, upper = (x.contiguous() for x in torch.broadcast_tensors(*bounds))

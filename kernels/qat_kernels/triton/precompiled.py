@@ -25,6 +25,22 @@ _MOST_DESCRIPTORS = 512
 """How many a kernel keeps: PyTorch gives the same addresses again and again."""
 
 
+New = Callable[[], torch.Tensor]
+"""Makes a tensor of a shape that is known. To read a shape, above all a `torch.Size`, takes PyTorch longer than to find memory."""
+
+
+def new(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, stride: tuple[int, ...] | None = None, zeros: bool = False
+) -> New:
+    """Empty memory, contiguous or with these strides; or contiguous zeros."""
+    shape = tuple(shape)
+    if zeros:
+        return functools.partial(torch.zeros, shape, dtype=dtype, device=device)
+    if stride is None:
+        stride = torch.empty(shape, device="meta").stride()
+    return functools.partial(torch.empty_strided, shape, stride, dtype=dtype, device=device)
+
+
 def starts(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Where parts of these sizes begin that lie one behind the other, and where the last one ends."""
     *begin, end = itertools.accumulate(sizes, initial=0)
@@ -113,19 +129,19 @@ class PrecompiledKernel:
             given = [x.descriptor(Pointer(x.dtype)) if isinstance(x, Tiles) else x for x in arguments]
             self._kernel, self._options = kernel.warmup(*given, *self._constants, grid=(1,), **options), {}
 
-    def __call__(self, grid: Grid, pointers: tuple[Argument, ...], numbers: Sequence[Number] = ()) -> Any:
+    def __call__(self, grid: Grid, pointers: tuple[Argument, ...], numbers: tuple[Number, ...] = ()) -> Any:
         """Launch it on the current device and stream; returns the compiled kernel."""
-        if _is_watched() or (launcher := self._launcher) is None:
+        launcher = self._launcher
+        if launcher is None or _is_watched():
             arguments = [self._tiles[n].descriptor(x) if n in self._tiles else x for n, x in enumerate(pointers)]
             self._kernel[grid](*arguments, *numbers, *self._constants, **self._options)
             return self._kernel
-        in_tiles, plain = pointers[: self._first_plain], pointers[self._first_plain :]
-        described = self._described.get(in_tiles)
-        if described is None:
-            if len(self._described) >= _MOST_DESCRIPTORS:
-                self._described.clear()
-            described = self._described[in_tiles] = self._describe(launcher, in_tiles)
-        launcher.launch(grid, (*described, *plain, *numbers, *self._constants))
+        if count := self._first_plain:
+            in_tiles = pointers[:count]
+            described = self._described.get(in_tiles) or self._describe(launcher, in_tiles)
+            launcher.launch(grid, (*described, *pointers[count:], *numbers, *self._constants))
+        else:
+            launcher.launch(grid, (*pointers, *numbers, *self._constants))
         return self._kernel
 
     def _describe(self, launcher: _Launcher, pointers: tuple[Argument, ...]) -> tuple[Any, ...]:
@@ -134,7 +150,10 @@ class PrecompiledKernel:
         for place, x in enumerate(pointers):
             tiles = self._tiles.get(place)
             arguments += [x] if tiles is None else launcher.described(tiles.descriptor(x), place)
-        return tuple(arguments)
+        if len(self._described) >= _MOST_DESCRIPTORS:
+            self._described.clear()
+        described = self._described[pointers] = tuple(arguments)
+        return described
 
     @functools.cached_property
     def _launcher(self) -> _Launcher | None:
@@ -144,9 +163,10 @@ class PrecompiledKernel:
 class _Launcher:
     """Triton's launcher in C, without the layers of Python around it, which look at every argument again."""
 
-    def __init__(self, launch: Callable[[Grid, int, tuple[Any, ...]], None], tiles: dict[int, Any]) -> None:
-        self._launch, self._tiles = launch, tiles
-        self._device, self._stream_of = driver.active.get_current_device(), driver.active.get_current_stream
+    def __init__(self, launch: Callable[[Grid, tuple[Any, ...]], None], tiles: dict[int, Any]) -> None:
+        self.launch, self._tiles = launch, tiles
+        """Takes grid and arguments. Launches on the current stream of the device for which the kernel was compiled, which is the
+        current one."""
 
     @classmethod
     def of(cls, kernel: Any, places: Sequence[int]) -> _Launcher | None:
@@ -157,28 +177,25 @@ class _Launcher:
         if getattr(python, "gsan_enabled", False) or python.global_scratch_size or python.profile_scratch_size:
             return None
         in_c = inspect.getclosurevars(python.launch).nonlocals["launcher"] if places else python.launch
+        device, stream_of = driver.active.get_current_device(), driver.active.get_current_stream
         first: tuple[Any, ...] = kernel.function, python.launch_cooperative_grid, python.launch_pdl
         no_hooks, no_scratch = (None, None, None), (None, None)
         if triton.__version__.startswith("3.6."):
             first = *first, *no_scratch, kernel.packed_metadata, *no_hooks
 
-            def launch(grid: Grid, stream: int, arguments: tuple[Any, ...]) -> None:
-                in_c(*grid, stream, *first, *arguments)
+            def launch(grid: Grid, arguments: tuple[Any, ...]) -> None:
+                in_c(*grid, stream_of(device), *first, *arguments)
 
         elif triton.__version__.startswith("3.9."):
             first = *first, kernel.packed_metadata, *no_hooks, *no_scratch, python.arg_annotations, python.kernel_signature
 
-            def launch(grid: Grid, stream: int, arguments: tuple[Any, ...]) -> None:
-                in_c(*grid, stream, *first, arguments)
+            def launch(grid: Grid, arguments: tuple[Any, ...]) -> None:
+                in_c(*grid, stream_of(device), *first, arguments)
 
         else:
             return None
         about = kernel.metadata.tensordesc_meta or [None] * len(places)
         return cls(launch, dict(zip(places, about, strict=True)))
-
-    def launch(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
-        """Launch it on the current stream of the device for which it was compiled, which is the current one."""
-        self._launch(grid, self._stream_of(self._device), arguments)
 
     def described(self, descriptor: TensorDescriptor, place: int) -> list[Any]:
         """What the launcher takes in place of a descriptor."""
