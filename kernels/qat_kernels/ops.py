@@ -59,11 +59,12 @@ def seen_by_others(*tensors: torch.Tensor) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or not all([type(x) in _PLAIN and not (x.is_meta or is_wrapped(x) or is_batched(x)) for x in tensors])
+        or not all(map(_is_plain, tensors))
     )
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+def _is_plain(x: torch.Tensor) -> bool:
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not (x.is_meta or is_wrapped(x) or is_batched(x))
 
 
 def forward(
@@ -343,4 +344,3 @@ def _key_shape(grad_out: torch.Tensor, keys: int, num_heads_k: int, head_dim: in
     """Of K: [B, Hk, Lk, D], or [total, Hk, D] of packed sequences."""
     head_dim = grad_out.shape[-1] if head_dim is None else head_dim
     return torch.Size((grad_out.shape[0], num_heads_k, keys, head_dim) if grad_out.ndim == 4 else (keys, num_heads_k, head_dim))
-

@@ -1,34 +1,19 @@
 """SageAttention3's smoothing of Q and K (docs/NUMERICS.md, section 9): K without its mean, Q without those of blocks of 128 rows.
 
 What the means of Q take from the scores, a number for each block and key, is added to them again. All of it is rounded where the
-server rounds: to the 16 bits of its inputs, bfloat16 here for inputs of other dtypes.
+server rounds: to the 16 bits of its inputs, bfloat16 here for inputs of other dtypes. Matrix products are without autocast.
 
 Shapes: B batch, H heads, N = ceil(Lq / 128) blocks, D head dim.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .spec import SMOOTH_BLOCK
-
-P, T = ParamSpec("P"), TypeVar("T")
-
-
-def _without_autocast(function: Callable[Concatenate[torch.Tensor, P], T]) -> Callable[Concatenate[torch.Tensor, P], T]:
-    """Its matrix products have the dtypes of their factors."""
-
-    @functools.wraps(function)
-    def call(x: torch.Tensor, *args: P.args, **kwargs: P.kwargs) -> T:
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **kwargs)
-
-    return call
 
 
 class Smoothed(NamedTuple):
@@ -44,16 +29,16 @@ class Smoothed(NamedTuple):
     """float32 [B, H, N, Lk]: the scores of the means."""
 
 
-@_without_autocast
 def smooth(query: torch.Tensor, key: torch.Tensor) -> Smoothed:
     """Q and K [B, H, L, D] smoothed. A last, shorter block of queries counts as one of 128, as if zeros followed."""
     dtype = query.dtype if query.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-    query, key = query.to(dtype), key.to(dtype)
-    key = key - key.mean(-2, keepdim=True)
-    mean = block_sums(query.float()) / SMOOTH_BLOCK
-    query_mean = mean.to(dtype)
-    query = (query.float() - per_row(mean, query.shape[-2])).to(dtype)
-    return Smoothed(query, key, query_mean, (query_mean @ key.mT).float())
+    with _no_autocast(query):
+        query, key = query.to(dtype), key.to(dtype)
+        key = key - key.mean(-2, keepdim=True)
+        mean = block_sums(query.float()) / SMOOTH_BLOCK
+        query_mean = mean.to(dtype)
+        query = (query.float() - per_row(mean, query.shape[-2])).to(dtype)
+        return Smoothed(query, key, query_mean, (query_mean @ key.mT).float())
 
 
 def block_sums(x: torch.Tensor) -> torch.Tensor:
@@ -67,7 +52,6 @@ def per_row(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.repeat_interleave(SMOOTH_BLOCK, dim=-2)[..., :rows, :]
 
 
-@_without_autocast
 def grad_query(grad: torch.Tensor, grad_score_sums: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """dQ through the smoothing.
 
@@ -76,11 +60,16 @@ def grad_query(grad: torch.Tensor, grad_score_sums: torch.Tensor, key: torch.Ten
         grad_score_sums: that of `Smoothed.scores`, which is dS summed over blocks, [..., N, Lk].
         key: `Smoothed.key` in the dtype of `grad`, [..., Lk, D].
     """
-    of_means = (grad_score_sums @ key - block_sums(grad)) / SMOOTH_BLOCK
-    return grad + per_row(of_means, grad.shape[-2])
+    with _no_autocast(grad):
+        of_means = (grad_score_sums @ key - block_sums(grad)) / SMOOTH_BLOCK
+        return grad + per_row(of_means, grad.shape[-2])
 
 
-@_without_autocast
 def grad_key(grad: torch.Tensor, grad_score_sums: torch.Tensor, query_mean: torch.Tensor) -> torch.Tensor:
     """dK through the smoothing; its own mean gets nothing, for every row of dS sums to zero. Arguments as in `grad_query`."""
-    return grad + grad_score_sums.mT @ query_mean
+    with _no_autocast(grad):
+        return grad + grad_score_sums.mT @ query_mean
+
+
+def _no_autocast(x: torch.Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)

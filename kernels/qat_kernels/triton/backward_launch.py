@@ -84,7 +84,7 @@ def _plan(
     """None if there is nothing to compute."""
     if is_empty(grad_out.shape, key_shape, packed):
         return None
-    query_shape, _, value_shape = shapes = gradient_shapes(grad_out.shape, key_shape)
+    query_shape, _, value_shape = gradient_shapes(grad_out.shape, key_shape)
     problem = Problem.of(query_shape, value_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
     options = tiles.options_of(
         spec, bounds=not mask.is_plain, irregular=mask.is_irregular, softcap=softcap is not None, packed=packed is not None,
@@ -123,9 +123,12 @@ def _plan(
     sizes = [rows_q * block_d, rows_k * block_d, of_value, of_grad_out, *[of_grad_out] * kept, *[of_value] * two_values]
     operands, operands_size = starts(sizes)
     # With a mask, keys that no query may see are not visited.
-    new_grads = (new(shape, grad_out.dtype, device, zeros=n > 0 and given.key_mask) for n, shape in enumerate(shapes))
+    new_grad_key, new_grad_value = (
+        new(shape, grad_out.dtype, device, zeros=given.key_mask) for shape in (key_shape, value_shape)
+    )
     return _Plan(
-        queries, keys, chosen, *new_grads, starts(problem.code_sizes())[0], new((operands_size,), operand, device), operands,
+        queries, keys, chosen, new(query_shape, grad_out.dtype, device), new_grad_key, new_grad_value,
+        starts(problem.code_sizes())[0], new((operands_size,), operand, device), operands,
         # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
         new((2, rows_q), torch.float32, device, zeros=has_sinks),
         together(
@@ -247,8 +250,8 @@ def backward(
             PackedSizes.of(packing), given, spec, mask, scale, softcap, sinks is not None,
         )  # fmt: skip
         if plan is None:
-            grads = (grad_out.new_zeros(shape) for shape in gradient_shapes(grad_out.shape, key_shape))
-            return *grads, None if sinks is None else torch.zeros_like(sinks)
+            grad_query, grad_key, grad_value = map(grad_out.new_zeros, gradient_shapes(grad_out.shape, key_shape))
+            return grad_query, grad_key, grad_value, None if sinks is None else torch.zeros_like(sinks)
         grad_query, grad_key, grad_value = plan.new_grad_query(), plan.new_grad_key(), plan.new_grad_value()
         operands, delta, grad_sinks = plan.new_operands(), plan.new_delta(), None
         q, k, v, scaled_grad_out, *others = parts(operands, plan.operands)

@@ -26,7 +26,7 @@ _MOST_DESCRIPTORS = 512
 
 
 New = Callable[[], torch.Tensor]
-"""Makes a tensor of a shape that is known. To read a shape, above all a `torch.Size`, takes PyTorch longer than to find memory."""
+"""Makes a tensor of a known shape. To read a shape, above all a `torch.Size`, takes PyTorch longer than to find memory."""
 
 
 def new(
@@ -135,13 +135,12 @@ class PrecompiledKernel:
         if launcher is None or _is_watched():
             arguments = [self._tiles[n].descriptor(x) if n in self._tiles else x for n, x in enumerate(pointers)]
             self._kernel[grid](*arguments, *numbers, *self._constants, **self._options)
-            return self._kernel
-        if count := self._first_plain:
+        elif count := self._first_plain:
             in_tiles = pointers[:count]
             described = self._described.get(in_tiles) or self._describe(launcher, in_tiles)
-            launcher.launch(grid, (*described, *pointers[count:], *numbers, *self._constants))
+            launcher.launch(grid, *described, *pointers[count:], *numbers, *self._constants)
         else:
-            launcher.launch(grid, (*pointers, *numbers, *self._constants))
+            launcher.launch(grid, *pointers, *numbers, *self._constants)
         return self._kernel
 
     def _describe(self, launcher: _Launcher, pointers: tuple[Argument, ...]) -> tuple[Any, ...]:
@@ -163,7 +162,7 @@ class PrecompiledKernel:
 class _Launcher:
     """Triton's launcher in C, without the layers of Python around it, which look at every argument again."""
 
-    def __init__(self, launch: Callable[[Grid, tuple[Any, ...]], None], tiles: dict[int, Any]) -> None:
+    def __init__(self, launch: Callable[..., None], tiles: dict[int, Any]) -> None:
         self.launch, self._tiles = launch, tiles
         """Takes grid and arguments. Launches on the current stream of the device for which the kernel was compiled, which is the
         current one."""
@@ -183,13 +182,13 @@ class _Launcher:
         if triton.__version__.startswith("3.6."):
             first = *first, *no_scratch, kernel.packed_metadata, *no_hooks
 
-            def launch(grid: Grid, arguments: tuple[Any, ...]) -> None:
+            def launch(grid: Grid, *arguments: Any) -> None:
                 in_c(*grid, stream_of(device), *first, *arguments)
 
         elif triton.__version__.startswith("3.9."):
             first = *first, kernel.packed_metadata, *no_hooks, *no_scratch, python.arg_annotations, python.kernel_signature
 
-            def launch(grid: Grid, arguments: tuple[Any, ...]) -> None:
+            def launch(grid: Grid, *arguments: Any) -> None:
                 in_c(*grid, stream_of(device), *first, arguments)
 
         else:

@@ -155,7 +155,7 @@ def described_addresses(addresses: list[int]) -> tuple[list[int], list[tuple]]:
             made.append(descriptor.base.data_ptr())
             return [("map", descriptor.base.data_ptr()), *descriptor.shape, *descriptor.strides]
 
-        def launch(self, grid, arguments):
+        def launch(self, grid, *arguments):
             launched.append(arguments)
 
     kernel = precompiled.PrecompiledKernel.__new__(precompiled.PrecompiledKernel)

@@ -37,10 +37,13 @@ class GradQuery:
 
     launch: Launch
 
-    def __call__(self, *tensors: Any) -> Any:
+    def __call__(
+        self, q: Any, k: Any, v: Any, v_kept: Any, key_mask: Any, leftpad: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
+        mean_scores: Any, grad_sums: Any, lower: Any, upper: Any, *results: Any,
+    ) -> Any:  # fmt: skip
         """Launch it on the current device and stream."""
-        operands, sequences, results = tensors[:4], (*tensors[4:8], *tensors[10:12]), tensors[12:]
-        return self.launch(*operands, results, sequences)
+        sequences = key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, lower, upper
+        return self.launch(q, k, v, v_kept, results, sequences)
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,13 @@ class GradKeyValue:
     launch: Launch
     splits: int
 
-    def __call__(self, *tensors: Any) -> Any:
+    def __call__(
+        self, q: Any, k: Any, v: Any, grad_out: Any, v_kept: Any, grad_out_kept: Any, key_mask: Any, leftpad: Any,
+        cu_seqlens_q: Any, cu_seqlens_k: Any, mean_scores: Any, lower: Any, upper: Any, delta: Any, stats: Any, *results: Any,
+    ) -> Any:  # fmt: skip
         """Launch it on the current device and stream. With splits, results are float32 [splits, ...], to be summed."""
-        operands, sequences, (delta, stats, *results) = tensors[:6], (*tensors[6:10], *tensors[11:13]), tensors[13:]
-        return self.launch(*operands, stats, delta, tuple(results), sequences)
+        sequences = key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, lower, upper
+        return self.launch(q, k, v, grad_out, v_kept, grad_out_kept, stats, delta, results, sequences)
 
 
 def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, given: Given) -> GradQuery:

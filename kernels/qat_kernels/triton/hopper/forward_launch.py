@@ -23,9 +23,11 @@ class Attend:
 
     launch: Launch
 
-    def __call__(self, q: Any, k: Any, v: Any, v_kept: Any, *others: Any) -> Any:
+    def __call__(
+        self, q: Any, k: Any, v: Any, v_kept: Any, key_mask: Any, leftpad: Any, q_dot_k_shift: Any, cu_seqlens_q: Any,
+        cu_seqlens_k: Any, mean_scores: Any, lower: Any, upper: Any, sinks: Any, out: Any, out_hp: Any, lse: Any, stats: Any,
+    ) -> Any:  # fmt: skip
         """Launch it on the current device and stream."""
-        _, _, q_dot_k_shift, cu_seqlens_q, cu_seqlens_k, _, lower, upper, _, out, out_hp, lse, stats = others
         cu_seqlens = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
         return self.launch(q, k, v, v_kept, cu_seqlens, (out, out_hp, lse, stats, q_dot_k_shift, lower, upper))
 
