@@ -1,20 +1,21 @@
 """Time a training step through 4-bit attention against one through PyTorch's SDPA, interleaved, in the same model.
 
-python -m scripts.bench.training wan2.1-1.3b --json wan.json
-python -m scripts.bench.training qwen3-14b-lora --json qwen3.json
-python -m scripts.bench.training smollm2-135m --json smollm2.json
+python -m scripts.bench.training --json training.json
+python -m scripts.bench.training smollm2-135m qwen3-0.6b-lora --json small.json
 
 A step is forward, backward and AdamW in bfloat16, with random weights and inputs of the real sizes: Wan 2.1 T2V 1.3B, all
 weights, 81 frames of 480x832; Qwen3-14B and Qwen3-0.6B with LoRA of rank 16, 4096 tokens; SmolLM2-135M, all weights, 8 x 1024
 tokens. All but the last use gradient checkpointing. It prints the median and quartiles of a step's seconds, the peak memory,
 and both as multiples of SDPA's. Then it prints the host time of one call of attention with the model's heads and 256 tokens,
 for inference (without a gradient) and for training (forward and backward); a small model pays this in every layer. Nothing is
-timed unless the two losses agree and all gradients are finite. `--tiny` runs small models, as a test.
+timed unless the two losses agree and all gradients are finite. Without a name all models run, one after the other, and the JSON
+is written after each. `--tiny` runs small models, as a test.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -118,34 +119,47 @@ PROBLEMS: dict[str, Callable[[str, bool], Problem]] = {
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Check, time and print. Returns the measurements."""
     parser = new_parser("scripts.bench.training", __doc__)
-    parser.add_argument("problem", choices=PROBLEMS)
+    parser.add_argument("problem", nargs="*", metavar="PROBLEM", help=f"default: {', '.join(PROBLEMS)}")
     parser.add_argument("--rounds", type=int, default=5, help="how often each attention is timed (default: 5)")
     parser.add_argument("--tiny", action="store_true", help="small models")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds: expected at least 2, got {options.rounds}")
+    for name in options.problem:
+        if name not in PROBLEMS:
+            parser.error(f"PROBLEM: expected {', '.join(PROBLEMS)}, got {name}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = machine(device, "bfloat16") | {"problem": options.problem, "tiny": options.tiny}
+    about = machine(device, "bfloat16")
     print(", ".join(f"{key} {value}" for key, value in about.items()), flush=True)
-    problem = PROBLEMS[options.problem](device, options.tiny)
-    print(problem.what, flush=True)
+    results = []
+    for name in options.problem or PROBLEMS:
+        described = about | {"problem": name, "tiny": options.tiny}
+        results += [described | result for result in measured(name, device, options.rounds, options.tiny)]
+        write(results, options.json)
+        gc.collect()  # so that the peak of the next one has nothing of this one
+    return results
+
+
+def measured(name: str, device: str, rounds: int, tiny: bool) -> list[dict[str, Any]]:
+    """Check, time and print one of `PROBLEMS`."""
+    problem = PROBLEMS[name](device, tiny)
+    print(f"{name}: {problem.what}", flush=True)
     handle = qat_patch.patch_model(problem.model)
     attentions = {"sdpa": handle.disabled, "4-bit": contextlib.nullcontext}
     check(problem, attentions)
-    results = []
-    for name, (seconds, peak) in measure(problem, attentions, device, options.rounds).items():
+    results: list[dict[str, Any]] = []
+    for which, (seconds, peak) in measure(problem, attentions, device, rounds).items():
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        results.append(about | {"name": name, "seconds": [low, median, high], "peak_bytes": peak})
-        print(f"  {name:6} {median:9.3f} s ({low:.3f} to {high:.3f})" + (f"  peak {peak / 2**30:.2f} GiB" if peak else ""))
+        results.append({"name": which, "seconds": [low, median, high], "peak_bytes": peak})
+        print(f"  {which:6} {median:9.3f} s ({low:.3f} to {high:.3f})" + (f"  peak {peak / 2**30:.2f} GiB" if peak else ""))
     sdpa, ours = results
     memory = f", {ours['peak_bytes'] / sdpa['peak_bytes']:.3f} x the memory" if sdpa["peak_bytes"] else ""
     print(f"  4-bit is {ours['seconds'][1] / sdpa['seconds'][1]:.3f} x the time{memory}")
-    for name, seconds in host_time(problem, device, 20 if options.tiny else 200).items():
+    for which, seconds in host_time(problem, device, 20 if tiny else 200).items():
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        results.append(about | {"name": f"host, {name}", "seconds": [low, median, high]})
-        print(f"  host time of a call, {name:16} {1e6 * median:7.1f} us ({1e6 * low:.1f} to {1e6 * high:.1f})")
-    write(results, options.json)
+        results.append({"name": f"host, {which}", "seconds": [low, median, high]})
+        print(f"  host time of a call, {which:16} {1e6 * median:7.1f} us ({1e6 * low:.1f} to {1e6 * high:.1f})", flush=True)
     return results
 
 
