@@ -334,6 +334,7 @@ WRONG_CALLS = [
     ({"window": True, "causal": True}, r"window: expected an int from 1 on, .*, got True"),
     ({"block_size": 0, "causal": True}, r"block_size: expected an int from 1 on, .*, got 0"),
     ({"prefix": -1, "causal": True}, r"prefix: expected an int from 0 on, .*, got -1"),
+    ({"block_size": True, "causal": True}, r"block_size: expected an int from 1 on, .*, got True"),
     ({"window": 4}, r"window without causal: expected causal=True; .*, got causal=False"),
     ({"block_size": 4}, r"block_size without causal: expected causal=True"),
     ({"prefix": 4}, r"prefix without causal: expected causal=True"),
@@ -378,6 +379,7 @@ WRONG_CALLS = [
 
 @pytest.mark.parametrize(("changes", "message"), WRONG_CALLS)
 def test_wrong_calls_say_what_was_expected(changes, message):
+    attention(Q, KV, KV, causal=True)  # a right one; its block size is 1, and True is not
     with pytest.raises(ValueError, match=rf"^attention: ({message})"):
         attention(Q, KV, KV, **changes)
 

@@ -209,6 +209,12 @@ def test_who_has_to_see_a_node_sees_one():
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return graph.forward
 
+    left = []  # a tensor that outlives its transform
+    torch.func.grad(lambda x: left.append(x) or x.sum())(tensors[0].detach())
+    out = attention(*left, *tensors[1:], causal=True)
+    assert "attention_forward" in type(out.grad_fn).__name__
+    assert_same_bits(out, plain)
+
     out = torch.compile(lambda *x: attention(*x, causal=True), backend=look, fullgraph=True)(*tensors)
     assert sum("qat_kernels.attention_forward" in target for target in graphs[0]) == 1
     assert_same_bits((out, torch.autograd.grad(out, tensors, plain.detach())), (plain, expected))
