@@ -79,8 +79,8 @@ ROOMS = {
         "qat_kernels.self_check": {"spec", "mask", "reference", "varlen", "verdicts", "triton", "fp4", "sageattn3"},
         "qat_kernels.dispatch": {"spec", "verdicts", "arguments", "triton", "fp4", "sageattn3"},
         "qat_kernels.kv_only": {"spec", "nvfp4", "ran", "varlen", "dispatch", "derivatives"},
-        "qat_kernels.ops": {"spec", "mask", "ran", "reference", "varlen", "dispatch", "sageattn3"},
-        "qat_kernels.derivatives": {"spec", "mask", "transforms", "ops"},
+        "qat_kernels.ops": {"spec", "mask", "ran", "reference", "varlen", "arguments", "dispatch", "sageattn3"},
+        "qat_kernels.derivatives": {"spec", "mask", "transforms", "arguments", "ops"},
         "qat_kernels.api": {
             "spec",
             "mask",
