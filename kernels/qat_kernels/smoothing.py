@@ -8,6 +8,7 @@ Shapes: B batch, H heads, N = ceil(Lq / 128) blocks, D head dim.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -71,5 +72,5 @@ def grad_key(grad: torch.Tensor, grad_score_sums: torch.Tensor, query_mean: torc
         return grad + grad_score_sums.mT @ query_mean
 
 
-def _no_autocast(x: torch.Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+def _no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # "meta" has none
