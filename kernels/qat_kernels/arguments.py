@@ -121,6 +121,8 @@ def validate(
             _refuse(name, expected, each)
     if spec.rotate and head_dim & (head_dim - 1):
         _refuse("head_dim with QuantSpec(rotate=True)", "a power of two", head_dim)
+    if scale is not None and not math.isfinite(scale):
+        _refuse("scale", "a finite number, or None for head_dim ** -0.5", scale)
     _check("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[-2]), q.device, ", True where a key may be seen")
     _check("k_shift", k_shift, torch.float32, (num_heads_k, head_dim), q.device)
     for problem in served_problems(
@@ -310,7 +312,8 @@ def check(
 ) -> Checked:
     """`validate` and `Features.checked`. They see no values of tensors, so what they found right once is not looked at again."""
     found, key = None, None
-    scale = None if scale is None else float(scale)
+    if scale is not None and scale.__class__ is not float:
+        scale = _number("scale", scale)
     if not torch.compiler.is_compiling():
         window, block_size, prefix, bounds, softcap, sinks = features
         try:
@@ -391,6 +394,18 @@ def _check(
     got = f"{x.dtype} {list(x.shape)} on {x.device}" if isinstance(x, torch.Tensor) else repr(x)
     if not isinstance(x, torch.Tensor) or (x.dtype, tuple(x.shape), x.device) != (dtype, shape, device):
         _refuse(name, f"{dtype} {list(shape)} on {device}{meaning}", got)
+
+
+def _number(name: str, x: Any) -> float:
+    """A number as a float."""
+    if isinstance(x, torch.Tensor) and x.requires_grad:
+        _refuse(name, "a number without a gradient, which would be lost; multiply q by it instead", "a tensor that requires one")
+    if isinstance(x, str):
+        _refuse(name, "a number", repr(x))
+    try:
+        return float(x)
+    except (TypeError, ValueError, RuntimeError):
+        _refuse(name, "a number", repr(x))
 
 
 def _refuse(what: str, expected: str, got: object) -> NoReturn:

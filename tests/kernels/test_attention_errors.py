@@ -70,6 +70,16 @@ WRONG_CALLS = {
         {"q": tensor(2, 2, 7, 64), "k": tensor(2, 2, 7, 64), "v": tensor(2, 2, 7, 128), "spec": QuantSpec(preset="sage3")},
         r"head_dim of v .*: expected 64, as of q and k, got 128",
     ),
+    **{
+        f"scale {name}": ({"scale": scale}, rf"scale: expected a (finite )?number.*, got {got}")
+        for name, scale, got in (
+            ("of text", "0.2", "'0.2'"),
+            ("in a list", [0.2], r"\[0.2\]"),
+            ("that is no number", float("nan"), "nan"),
+            ("without end", float("inf"), "inf"),
+            ("with a gradient", torch.tensor(0.2, requires_grad=True), "a tensor that requires one"),
+        )
+    },
     "mixed dtypes": (
         {"k": tensor(*KV, dtype=torch.bfloat16)},
         r"dtypes of q, k, v: expected one of .* for all three; cast them first, got torch.float32, torch.bfloat16, torch.float32",
