@@ -1,6 +1,6 @@
-"""New tokens of the packed cache of cache.py in Triton: K is quantized and stored, V where a group of 16 is complete.
+"""Adds new tokens to the packed cache of cache.py, in Triton: quantizes and stores K, and V of complete groups of 16.
 
-With groups of V along the head dim (KV_ONLY), V is stored as K is.
+With groups of V along the head dim (KV_ONLY), V is stored like K.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SCANNED = tl.constexpr(1024)
 
 @triton.jit
 def _byte(first, second):
-    """Two codes, int32, in one byte: as byte_layout.py has it."""
+    """Two codes, int32, in one byte, in the layout of byte_layout.py."""
     return (((first & 7) << 1) | ((first & 8) << 4) | ((second & 7) << 4) | (second >> 3)).to(tl.uint8)
 
 
