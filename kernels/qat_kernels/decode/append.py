@@ -32,7 +32,7 @@ def _store_tokens(
     """Quantize x float32 [16, 32 BLOCK_WORDS], one token a row, along the head dim into `rows`, where they are `stored`."""
     groups = tl.reshape(x, (GROUP, 2 * BLOCK_WORDS, GROUP))
     magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX, RECIPROCAL)
-    bits = e4m3_bits(scale, finite)  # before the codes: with Triton 3.8 it would be put aside in memory on sm_80
+    bits = e4m3_bits(scale, finite)  # before the codes: else Triton 3.8 spills it on sm_80
     # From (i, t, half, pair, element) to (t, i, element, half), two pairs a byte.
     codes = tl.reshape(e2m1_codes(groups, magnitude, finite), (GROUP, BLOCK_WORDS, 4, 2, 2, 2))
     first, second = tl.split(tl.permute(codes, (0, 2, 1, 5, 3, 4)))
