@@ -36,11 +36,13 @@ def test_the_table_has_plain_options_trained_and_control(tmp_path, monkeypatch, 
     changes = {"DATA": tmp_path, "OUTPUT": tmp_path / "out", "ROOT": tmp_path, "CONFIG": tmp_path / "demo.yaml", "NEW_TOKENS": 4}
     changes |= {"launch": launch, "prepare_text": prepare_text, "packaged_gguf": lambda: None}
     changes |= {"prepare_model": lambda folder, file: write_inputs(tmp_path)}
-    changes["qat_patch"] = lambda *arguments: pytest.fail(f"failed: {arguments}") if cli.main(arguments) else None
+    commands = []
+    changes["qat_patch"] = lambda *arguments: commands.append(arguments) or cli.main(arguments)
     for name, value in changes.items():
         monkeypatch.setattr(demo, name, value)
 
     demo.main()
+    assert [(command[0], command[2]) for command in commands] == [("evaluate", "--attention=nvfp4"), ("generate", "--prompt")]
     rows = re.findall(r"^\| ([^|]*[^| ]) \| ([\d.]+) \| ([\d.]+) \| ([-+][\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
     plain, options, trained, control = [[float(number) for number in row[1:]] for row in rows]
     assert [row[0].split(",")[0] for row in rows[:2]] == ["not trained", "not trained"] and rows[3][0].endswith("(control)")
