@@ -21,7 +21,7 @@ from scripts.evidence.report.summary import (
     psnr_of,
     video_rows,
 )
-from scripts.evidence.report.tables_and_figures import table
+from scripts.evidence.report.tables_and_figures import devices_of, table
 from scripts.evidence.report.trained import column
 from scripts.evidence.servers import STEPS
 from scripts.evidence.trained import ALL, PLAIN
@@ -236,7 +236,15 @@ def _quality(results: Results) -> str:
         ),
         (f"NVFP4 attention: gap in loss to original attention, {steps} steps", "H100", *_numbers(gaps(PLAIN)), command),
         ("the same with all three options", "H100", *_numbers(gaps(ALL)), command),
-        ("the same, distilled: KL to the original model", "H100", f"{kls[0]:.3f}", "", f"**{kls[1]:.3f}**", command),
+        *long_quality(results("length")),
+        (
+            f"all three options, {steps} steps, distilled: KL to the original model",
+            "H100",
+            f"{kls[0]:.3f}",
+            "",
+            f"**{kls[1]:.3f}**",
+            command,
+        ),
         (
             "SageAttention3 on a small Wan: PSNR to its original samples",
             "H200",
@@ -248,6 +256,20 @@ def _quality(results: Results) -> str:
     ]
     head = ("what", "GPU", "not trained", "trained without 4 bits", "trained through 4 bits", "command: `python -m`")
     return table(head, rows)
+
+
+def long_quality(entries: Entries) -> list[Sequence[str]]:
+    """The row for all three options at the longest length that control and task loss were both run at, or no row."""
+    for size in (length.LONGEST, length.LONG):
+        arm = report_length.Arm(size, "full", "task", ALL)
+        _, controls = report_length.with_control(entries, arm)
+        if controls:
+            before = report_length.above_its_own([entries["untrained/main"]], ALL)
+            after = [report_length.above_its_own(controls, ALL), estimate(report_length.above_control(entries, arm, ALL))]
+            what = f"the same, {arm.steps:,} steps on documentation"
+            device = devices_of(entries.values()).removeprefix("NVIDIA ")
+            return [(what, device, *_numbers([before.mean, *(gap.mean for gap in after)]), "`scripts.evidence.length`")]
+    return []
 
 
 def _numbers(values: Sequence[float]) -> list[str]:

@@ -181,6 +181,7 @@ def test_training_at_length_is_compared_with_controls_of_equal_steps(tmp_path):
     put("untrained/main", [3.0, 5.0], [3.2, 5.4], [3.1, 5.1])
     first = report.load(tmp_path)
     table = report_length.TABLES["length-losses"](first)
+    assert report_advice.long_quality(first("length")) == []
     assert table.count("not run") == 13 and "| 0 | untrained |" in table
     advised = report_advice.advice_at_length(first("length"))
     assert advised[2] == "not known yet"
@@ -199,6 +200,8 @@ def test_training_at_length_is_compared_with_controls_of_equal_steps(tmp_path):
     assert "seed=0,2`" in task
     advised = report_advice.advice_at_length(last("length"))
     assert advised[2] == "train through the three options" and "0.120 → 0.050" in advised[4] and "one seed" in advised[4]
+    ((_, device, *quality, _),) = report_advice.long_quality(last("length"))
+    assert device == "GPU 9" and quality == ["0.100", "0.120", "**0.050**"]
     assert "0.17 ± " in "".join(f"{value.mean:.2f} ± " for value, _ in report_advice.long_targets(last("length"), "task"))
     report_length.FIGURES[report_length.CURVES](last, tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").read_bytes().startswith(b"\x89PNG")
