@@ -22,8 +22,8 @@ PLANNED = (
     *((LONG, "lora", *arm) for arm in FIRST),
 )
 """Size, weights, method, and what it trains through: a row each."""
-_LOSS = ("loss, original attention", "plain: above its own", "plain: above the control", "all three: above its own")
-_LOSS += ("all three: above the control", "of the untrained plain gap")
+_LOSS = ("loss, original attention", "plain: above its own", "plain: above the control", "of the untrained plain gap")
+_LOSS += ("all three: above its own", "all three: above the control", "of the untrained plain gap")
 _KL = ("loss, original attention", "plain: KL to the start", "of the untrained plain KL", "all three: KL to the start")
 _KL += ("of the untrained plain KL", "all three: KL to its own original")
 
@@ -100,9 +100,9 @@ def _losses(results: Results) -> str:
         found = [str(estimate(column(runs)("loss_original")))]
         for option in OPTIONS:
             gap = above_control(entries, arm, option)
-            found += [above_its_own(runs, option).signed(), estimate(gap).signed() if gap else "no control yet"]
-        gap = above_control(entries, arm, ALL)
-        return [*found, share(gap, untrained_gap(entries)) if gap else ""]
+            found.append(above_its_own(runs, option).signed())
+            found += [estimate(gap).signed(), share(gap, untrained_gap(entries))] if gap else ["no control yet", ""]
+        return found
 
     return _finish(results, _LOSS, cells, ("control", "task", "mix"), picture(CURVES, "What 4-bit attention costs over steps"))
 
@@ -146,10 +146,10 @@ def _untrained_cells(entry: dict[str, Any], head: tuple[str, ...]) -> list[str]:
     measured = column([entry])
     found = [str(estimate(measured("loss_original")))]
     if head == _LOSS:
+        gaps = {option: difference(measured(f"loss_{option}"), measured("loss_original")) for option in OPTIONS}
         for option in OPTIONS:
-            found += [above_its_own([entry], option).signed(), ""]
-        gaps = [difference(measured(f"loss_{option}"), measured("loss_original")) for option in (ALL, PLAIN)]
-        return [*found, share(gaps[0], gaps[1][0])]
+            found += [estimate(gaps[option]).signed(), "", share(gaps[option], gaps[PLAIN][0])]
+        return found
     for option in OPTIONS:
         found += [str(estimate(measured(f"kl_{option}"))), share(measured(f"kl_{option}"), measured(f"kl_{PLAIN}")[0])]
     return [*found, ""]
