@@ -46,7 +46,7 @@ $(VERSIONS:%=test-with-%): test-with-%: $(VENV)/versions/%
 bench: $(VENV)/installed  ## time attention against PyTorch's own, after checking that it is right
 	$(BIN)/python -m scripts.bench attention
 
-evidence: $(VENV)/installed  ## write the tables and figures of docs/evidence from the results there
+evidence: $(VENV)/installed  ## write the tables and figures of the experiments into the documents, from docs/evidence
 	$(BIN)/python -m scripts.evidence.report
 
 check: types  ## lint, check the format and the types; edits nothing

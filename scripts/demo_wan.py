@@ -68,7 +68,8 @@ def main() -> None:
     (OUTPUT / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(qat, control, OUTPUT / "curves.png")
     untrained, trained = (record["eval_velocity_error_fp4"] for record in (qat[0], qat[-1]))
-    print(f"\n{table(qat, control)}\n\nsquared error of the 4-bit velocity against that of the model before training:")
+    print(f"\n{table({'not trained': qat[0]}, qat, control)}\n")
+    print("squared error of the 4-bit velocity against that of the model before training:")
     print(f"  untrained: {untrained:.5f}\n  trained: {trained:.5f}")
     print("\nPSNR of the samples to those of the model before training, in original attention:")
     for name, value in distances.items():

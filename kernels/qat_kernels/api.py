@@ -95,14 +95,14 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """4-bit attention with the straight-through gradient of docs/NUMERICS.md.
 
-    Derivatives: `backward`, and `torch.func`'s `grad`, `vjp`, `jacrev`; forward mode, which is `torch.func`'s `jvp`, `jacfwd`,
-    `linearize` and `torch.autograd.forward_ad`; `vmap` over any of them, one sample after the other. The gradient may go through
-    the output of a `jvp`, with its tangent detached. Under `torch.compile` all but `backward` and `vmap` break the graph.
-    Refused: second derivatives of any kind, any tangent with `impl="fp4"`, `impl="sageattn3"` or `return_lse`.
+    These derivatives exist: `backward`, and `torch.func`'s `grad`, `vjp`, `jacrev`; forward mode, which is `torch.func`'s `jvp`,
+    `jacfwd`, `linearize` and `torch.autograd.forward_ad`; `vmap` over any of them, one sample after the other. The gradient may
+    go through the output of a `jvp`, with its tangent detached. Under `torch.compile` all except `backward` and `vmap` break the
+    graph. Second derivatives are refused, and so is a tangent with `impl="fp4"`, `impl="sageattn3"` or `return_lse`.
 
     Args:
         q: queries [B, H, Lq, D], or packed [total_q, H, D]; D a multiple of 16 up to 256; float32, float16, bfloat16 (float64
-            for tests). Any strides: transposed views are fine and cost no copy.
+            for tests). Strides may be any: a transposed view costs no copy.
         k, v: keys and values [B, Hk, Lk, D], or packed [total_k, Hk, D], of the same dtype and device; H is a multiple of Hk
             (grouped-query attention: query head h reads key head h // (H / Hk)). `v` may have another head dim Dv than `q` and
             `k`, also a multiple of 16 up to 256 (MLA: 192 and 128).
@@ -110,53 +110,52 @@ def attention(
         causal: query i may see key j if j <= i + (Lk - Lq). The query's own group of 16 keys and the first group of the
             sequence stay in high precision (section 4), which makes the result strictly causal.
         scale: factor of the scores; default D ** -0.5.
-        key_mask: bool [B, Lk], True where a key may be seen. Excluded keys and values are never computed with, whatever
-            they hold. Groups along tokens are counted from the first allowed key. Not with packed sequences: pack the allowed
-            tokens alone.
+        key_mask: bool [B, Lk], True where a key may be seen. Excluded keys and values are never used, and may hold anything,
+            also NaN. Groups along tokens are counted from the first allowed key. Not with packed sequences: pack only the
+            allowed tokens.
         k_shift: float32 [Hk, D], subtracted from the keys before quantization; does not change the exact scores.
         cu_seqlens_q, cu_seqlens_k: packed sequences, in the convention of FlashAttention's varlen functions: int32
             [documents + 1] on the device of `q`, starting at 0, never decreasing and ending at total_q (total_k). Document n
             is the tokens from entry n to entry n + 1, and may be empty. Its queries see its keys, and the result is that
             of the document alone: Lq and Lk above, groups of 16 along tokens and kept groups are those of each document.
-        max_seqlen_q, max_seqlen_k: with packed sequences, the length of the longest document (or more).
+        max_seqlen_q, max_seqlen_k: with packed sequences, at least the length of the longest document.
         window: with `causal`, how many keys a query sees, counted back from the last one that it may see: with block size 1
-            its own and `window - 1` before it, as `sliding_window` of Transformers has it. The group of 16 in which a window
+            its own and `window - 1` before it, like `sliding_window` of Transformers. The group of 16 in which a window
             begins is not kept: a V scale may have been set by up to 15 tokens that the query does not see (section 4).
-        block_size: with `causal`, tokens of a block (a frame, a chunk of frames): a query sees its own block to the end, and
+        block_size: with `causal`, the tokens of a block (a frame, a chunk of frames). A query sees its own block to the end, and
             with `window` that many keys counted back from there. Blocks are counted from the first allowed key. Default 1.
-        prefix: with `causal` or `bounds`, so many of the first keys (from the first allowed one on) are seen by every query,
-            whatever else it sees: attention sinks of video models, prefixes of images.
+        prefix: with `causal` or `bounds`, every query also sees this many first keys, counted from the first allowed one:
+            attention sinks of video models, prefixes of images.
         bounds: (lower, upper), the first and the last key that each query sees, int32 [B, Lq] or [1, Lq] on the device of `q`,
             neither ever decreasing along the queries, lower from 0 to Lk, upper from -1 to Lk - 1; lower > upper sees none.
-            In place of `causal`, `window` and `block_size`; `key_mask` and `prefix` come on top. Positions are those of `k`
-            as it is given, with padding: query i of a causal call has upper i + (Lk - Lq), whatever the padding. Not with
-            packed sequences. Groups are kept whatever the values.
+            They replace `causal`, `window` and `block_size`; `key_mask` and `prefix` apply too. Positions are those of `k`
+            as given, padding included: query i of a causal call has upper i + (Lk - Lq) with any padding. Not with
+            packed sequences. Groups are kept for all values of the bounds.
         softcap: scores become softcap * tanh(scores / softcap), after `scale` and before softmax (Gemma 2). Not with `k_shift`.
-        sinks: one logit for each query head, [H] in float32 or the dtype of `q`: it enters the denominator of the softmax and
-            the log-sum-exp, and has a gradient (gpt-oss). Not with `k_shift`.
+        sinks: one logit for each query head, [H] in float32 or the dtype of `q`. It is part of the denominator of the softmax and
+            of the log-sum-exp, and has a gradient (gpt-oss). Not with `k_shift`.
         return_lse: also return the log-sum-exp of the true scores, not differentiable.
-        impl: `eager` is PyTorch on any device; `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes but
-            float64; their matrix products take bfloat16 operands, which is exact for what is quantized, and sum in float32.
-            `fp4` is the kernel for FP4 units, without a gradient, which other GPUs from sm_80 on emulate. `sageattn3` is
-            SageAttention3's own kernel where it is installed: for the preset `sage3` in 16 bits, without a gradient, on GPUs with
-            FP4 units. `sdpa` is PyTorch's own attention, for specs that quantize K and V alone (`QuantSpec.kv_only`), and takes
-            these only. `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere; `Verdicts` are `auto` that takes
-            `fp4` or `sageattn3` where a self-check on this GPU found it right and faster, and no derivative is asked for.
+        impl: `eager` is PyTorch on any device. `triton` is the fused kernels, for NVIDIA GPUs from sm_80 on and all dtypes except
+            float64; their matrix products take bfloat16 operands, which hold quantized values exactly, and sum in float32.
+            `fp4` is the kernel for FP4 units, without a gradient; other GPUs from sm_80 on emulate it. `sageattn3` is
+            SageAttention3's own kernel if it is installed: for the preset `sage3` in 16 bits, without a gradient, on GPUs with
+            FP4 units. `sdpa` is PyTorch's own attention, only for specs that quantize K and V alone (`QuantSpec.kv_only`).
+            `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere. `Verdicts` are like `auto`, but take
+            `fp4` or `sageattn3` if a self-check on this GPU found it right and faster, and the call needs no derivative.
             Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and take values
-            of another head dim; `auto` knows that, and with `Verdicts` too. `explain` says what runs, and why.
+            of another head dim; `auto` and `Verdicts` choose accordingly. `explain` says what runs, and why.
 
     Returns:
         The output in the shape (with Dv), dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse`
         also float32 [B, H, Lq] (float64 for float64 inputs), packed [H, total_q] as FlashAttention's varlen functions return it:
-        the rows of a head lie together in both layouts, so that one head stride addresses them. Rows that may see no key are 0,
-        their log-sum-exp is -inf, or with `sinks` that of their head.
+        the rows of a head lie together in both layouts, so that one head stride addresses them. Rows that may see no key are 0;
+        their log-sum-exp is -inf, or with `sinks` the sink of their head.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, `impl` cannot run here, or the derivative asked for does not exist (a
-            second one: where it is computed); the message says what was expected. The
-            values of `cu_seqlens` and `bounds` are checked where they are read, which is in `eager`, on any device. A kernel on a
-            GPU never brings them to the host, because that would wait for all work queued before; there, wrong values are not
-            noticed.
+        ValueError: shapes, dtypes or devices do not fit, `impl` cannot run here, or the derivative does not exist (for a
+            second one: when it is computed). The message says what was expected. Only `eager` checks the
+            values of `cu_seqlens` and `bounds`, on any device. Kernels on a GPU never copy them to the host, because that would
+            wait for all work queued before, so they do not notice wrong values.
     """
     packed = None
     if not (cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None):
@@ -184,7 +183,7 @@ def attention(
             raise ValueError(f"attention: impl='sdpa': {reason}; use impl='eager'")
         if not under_transforms:
             return kv_only.attention(q, k, v, key_mask, packing, spec=spec, causal=causal, scale=call.scale)
-    if under_transforms and chosen not in INFERENCE_KERNELS:  # which of them wants a derivative cannot be seen from here
+    if under_transforms and chosen not in INFERENCE_KERNELS:  # nothing here shows which transform needs a derivative
         needs_gradient = torch.is_grad_enabled()
     options = call.options(chosen, needs_gradient)
     if under_transforms:
@@ -207,7 +206,7 @@ def _with_verdicts(
     needs_derivative: bool,
     packing: Packing | None,
 ) -> Impl:
-    """The kernel for inference where it was checked and wins. Of packed sequences the mean length counts: most are short."""
+    """The kernel for inference, if it was checked and wins. For packed sequences the mean length counts: most are short."""
     kernel = spec.inference_kernel
     if needs_derivative or kernel is None:
         return "auto"

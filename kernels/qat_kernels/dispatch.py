@@ -59,7 +59,7 @@ def fp4_kernels() -> ModuleType:
 
 @torch.compiler.assume_constant_result
 def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool, asked: tuple[str, ...] = ()) -> Impl:
-    """What `auto` takes; `asked`: what of COMPUTED the call needs."""
+    """The implementation that `auto` takes; `asked`: which of COMPUTED the call needs."""
     kernel = "sdpa" if _kv_only(preset) else "triton"
     if asked and any(name not in COMPUTED[kernel] for name in asked):
         if device.type != "cpu":

@@ -110,7 +110,7 @@ class _FakeQuantize(torch.autograd.Function):
 def fake_quantize_kv(
     k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, spec: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V in the formats of `spec`, in their dtype, contiguous; zero where `key_mask` excludes them, whatever they hold."""
+    """K and V in the formats of `spec`, in their dtype, contiguous; zero where `key_mask` excludes them, also NaN."""
     ran.note("sdpa")
     formats = QuantSpec.from_json(spec).formats
     if k.device.type == "cuda" and why_not("triton", k.device, k.dtype, NVFP4, False) is None:

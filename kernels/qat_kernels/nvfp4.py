@@ -1,7 +1,7 @@
 """NVFP4 in eager PyTorch: quantize, dequantize, fake-quantize, pack, unpack. docs/NUMERICS.md, section 1, in code.
 
 Values are OCP E2M1 ({0, .5, 1, 1.5, 2, 3, 4, 6} with sign), scales are E4M3, one for each group of 16 consecutive
-elements along an axis. All arithmetic is float32, whatever the dtype of the input; float64 input is rounded to it first.
+elements along an axis. All arithmetic is float32 for inputs of every dtype; float64 input is rounded to it first.
 """
 
 from __future__ import annotations

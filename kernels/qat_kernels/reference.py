@@ -1,11 +1,11 @@
-"""Attention of docs/NUMERICS.md in eager PyTorch: the specification in code, and what runs where Triton cannot.
+"""Attention of docs/NUMERICS.md in eager PyTorch: the specification in code. It also runs where Triton cannot.
 
 Rows of queries are processed in chunks against all of their keys, so memory is linear in the length. Forward and backward
 build each chunk with the same function and so see the same quantized probabilities. Arithmetic is float32, and float64
 for float64 inputs; the quantization itself is float32 throughout.
 
-Shapes: B batch, H query heads, K key heads, G = H / K query heads that share a key head, D head dim (of values it may
-be another one), r rows of a chunk.
+Shapes: B batch, H query heads, K key heads, G = H / K query heads that share a key head, D head dim (values may have
+another one), r rows of a chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LN_2 = math.log(2)
 _SCORES_PER_CHUNK = 1 << 24
 """Scores held at once: 64 MiB of float32."""
 _CAUSAL_ROWS = 128
-"""Most rows of a chunk that does not see every key. Keys outside of all its bounds are never touched: short chunks save work."""
+"""The most rows of a chunk that does not see every key. Keys outside all of its bounds are skipped, so short chunks save work."""
 _MAX_RESCALE = 126.0
 """Largest exponent by which quantized keys are scaled up beside a dominant kept key. Beyond it they weigh less than 2^-126."""
 
@@ -48,10 +48,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """docs/NUMERICS.md, sections 3 and 4: O, O' in high precision (empty unless `with_out_hp`) and LSE.
 
-    O and O' are as `query` (`empty_out`); LSE is [B, H, Lq] in the dtype of the arithmetic.
+    O and O' are like `query` (`empty_out`); LSE is [B, H, Lq] in the dtype of the arithmetic.
 
     Raises:
-        ValueError: the values of `bounds` are no bounds.
+        ValueError: the values of `bounds` are not bounds.
     """
     ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
     return _forward(ops, query, k_shift, scale, with_out_hp)
@@ -72,10 +72,11 @@ def forward_cached(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """O and LSE of the last tokens of sequences whose keys and values were quantized before: causal `forward`, of which `key_fq`
-    and `value_fq` [B, K, n, D] are the quantized operands, `value` what the kept groups take (elsewhere it may hold anything
-    finite), all of them counted from each sequence's first allowed key, as `key_mask` [B, n] and `positions` [B, Lq] are.
-    With a window they may be counted from a later group that nobody sees.
+    """O and LSE of the last tokens of sequences whose keys and values were quantized before: causal `forward`.
+
+    `key_fq` and `value_fq` [B, K, n, D] are its quantized operands; `value` has the values of the kept groups, and anything
+    finite elsewhere. All of them, `key_mask` [B, n] and `positions` [B, Lq] are counted from each sequence's first allowed key.
+    With a window they may be counted from a later group that no query sees.
     """
     dtype = accumulator(query.dtype)
     queries = query.contiguous()
@@ -202,7 +203,7 @@ def tangent(
     query_tangent, key_tangent, value_tangent = _prepare_tangents(*tangents, key_mask, spec, ops)
     out = empty_out(query, ops.value.shape[-1]).zero_()
     smooth_tangent = None
-    if ops.smooth is not None:  # the tangent of the mean of K changes every score of a row alike, and so nothing
+    if ops.smooth is not None:  # the tangent of the mean of K adds the same to every score of a row, which changes nothing
         mean = smoothing.block_sums(query_tangent) / SMOOTH_BLOCK
         query_tangent = query_tangent - smoothing.per_row(mean, query.shape[2])
         smooth_tangent = mean @ ops.smooth.key.mT + ops.smooth.query_mean @ key_tangent[:, :, None].mT
@@ -251,7 +252,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(kw_only=True)
 class _Operands:
-    """What a call computes with. Keys are counted from the first allowed one, as section 3 asks."""
+    """The operands of a call. Keys are counted from the first allowed one (section 3)."""
 
     query: torch.Tensor  # [B, K, G, Lq, D], quantized
     key_fq: torch.Tensor  # [B, K, Lk, D], quantized
@@ -344,9 +345,9 @@ def _prepare(
     if key_mask is not None:
         leftpad, order = _alignment(key_mask)
         key, value = (_align(x, key_mask) for x in (key, value))
-        key_mask = key_mask.gather(1, order)  # what wraps around is excluded, being before the first allowed key
+        key_mask = key_mask.gather(1, order)  # keys that wrap around are before the first allowed key, so they are excluded
     lower, upper = mask.bounds(query.shape[2], key.shape[2], leftpad, bounds, query.device)
-    # Contiguous, because a matrix product of strided operands may sum in another order: strides must not show in the bits.
+    # Contiguous, because a matrix product of strided operands may sum in another order, and strides must not change bits.
     query, key, value = query.contiguous(), key.float().contiguous(), value.to(dtype).contiguous()
     formats, smooth = spec.formats, None
     if formats.smooth is not None:
@@ -380,7 +381,7 @@ def _prepare(
 def _prepare_tangents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None, spec: QuantSpec, ops: _Operands
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tangents as `ops` has what they belong to: aligned, rotated, by key head; never quantized."""
+    """Tangents in the form of their operands in `ops`: aligned, rotated, by key head; never quantized."""
     if key_mask is not None:
         key, value = (_align(x, key_mask) for x in (key, value))
     query, key, value = (x.to(ops.query.dtype).contiguous() for x in (query, key, value))
@@ -391,7 +392,7 @@ def _prepare_tangents(
 
 
 def rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Queries or keys in float32 as they are quantized: rotated if `spec` says so."""
+    """Queries or keys in float32 before they are quantized: rotated if `spec` says so."""
     return x @ _hadamard(x.shape[-1], x.device) if spec.rotate else x
 
 
@@ -417,7 +418,7 @@ def _chunks(ops: _Operands) -> Iterator[_Chunk]:
 
 
 def _width(ops: _Operands, rows: int) -> int:
-    """No fewer keys than any chunk of so many rows may see."""
+    """At least as many keys as any chunk of so many rows may see."""
     assert ops.lower is not None and ops.upper is not None
     lower, upper = ops.lower.amin(0), ops.upper.amax(0)
     return max(1, ops.prefix + int((upper[rows - 1 :] - lower[: len(lower) - rows + 1]).max()) + 2 * GROUP_SIZE)
@@ -480,7 +481,7 @@ def _chunk(ops: _Operands, rows: slice) -> _Chunk | None:
     p = scores.sub_(row_max).exp2_()
     p_fq = p
     if (how := ops.spec.formats.probabilities) is not None:
-        # Codes are those against the maximum of the keys that are quantized; kept keys and sinks rescale, by a power of two.
+        # Codes are relative to the maximum of the quantized keys; kept keys and sinks only rescale, by a power of two.
         rescaled = p if rescale is None else p * rescale
         rescaled = rescaled if kept is None else _fill(ops, rescaled, kept, 0.0)
         p_fq, too_large = p_in_format(rescaled, how)

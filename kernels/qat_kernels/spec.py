@@ -57,7 +57,7 @@ class NVFP4Format:
 
 
 class Formats(NamedTuple):
-    """What a spec does to each tensor; None leaves it as it is."""
+    """What a spec does to each tensor; None: not quantized."""
 
     query: NVFP4Format | Literal["e4m3"] | None
     key: NVFP4Format
@@ -65,7 +65,7 @@ class Formats(NamedTuple):
     probabilities: Literal["two_level", "sage", "sage_one_level"] | None
     """`two_level`: g = 2688. `sage`: the same, but codes use the scale before its rounding. `sage_one_level`: that with g = 1."""
     smooth: Literal["sage3"] | None = None
-    """`sage3`: subtract from K its mean and from Q the mean of each 128 rows; add the part of Q's means to the scores again."""
+    """`sage3`: subtract its mean from K, and from Q the mean of each 128 rows; add the part of Q's means back to the scores."""
 
 
 class _Rules(NamedTuple):
@@ -75,7 +75,7 @@ class _Rules(NamedTuple):
     what: str
     """A description: what is quantized, and which server does so."""
     options: bool = False
-    """Whether `rotate`, `four_over_six` and K shifts are allowed: no server has them."""
+    """Whether `rotate`, `four_over_six` and K shifts are allowed. No server has them."""
     causal: bool = True
     mask: bool = True
     """A key mask, packed sequences, and query heads that share a key head."""
@@ -104,7 +104,7 @@ _TABLE: dict[str, _Rules] = {
     ),
     "nvfp4_qk": _Rules(
         Formats(_DIVIDE, _DIVIDE, None, None),
-        "Q and K in NVFP4, on this package's own grid, P and V as they are",
+        "Q and K in NVFP4, on this package's own grid, P and V unquantized",
         options=True,
         features=FEATURES,
     ),
@@ -128,11 +128,11 @@ _TABLE: dict[str, _Rules] = {
     ),
     "fa4_fp4": _Rules(
         Formats(_RECIPROCAL, _RECIPROCAL, None, None),
-        "Q and K in NVFP4, P and V as they are, as FlashAttention-4 with FP4 QK^T",
+        "Q and K in NVFP4, P and V unquantized, as FlashAttention-4 with FP4 QK^T",
     ),
     "sage3": _Rules(
         Formats(_RECIPROCAL, _RECIPROCAL, _RECIPROCAL_KEYS, "sage", "sage3"),
-        "Q, K, P and V in NVFP4, Q and K centred, as SageAttention3",
+        "Q, K, P and V in NVFP4, Q and K without their means, as SageAttention3",
         causal=False, mask=False, own_scale=False, head_dims=(64, 128), impls=("triton", "sageattn3"),
     ),
     "fastvideo_sm120": _Rules(
@@ -157,17 +157,17 @@ class QuantSpec:
     preset: Preset = "nvfp4"
     """Whose grid:
 
-    - `nvfp4`: this package's own. Q, K, V and P in NVFP4, V and P along the key tokens; kept groups where it is causal.
-    - `nvfp4_qk`: this package's own with P and V as they are (FP4 QK^T, BF16 PV).
-    - `kv_nvfp4`: an NVFP4 KV cache. K and V along the head dim; Q and P as they are. vLLM's `--kv-cache-dtype nvfp4` on sm_80,
-      sm_90 and sm_120 (equal but for ties; not head dim 64 and not sinks there); SGLang's `nvfp4` and FlashInfer (alike).
-    - `kv_nvfp4_fp8`: the same on sm_100, where Q is E4M3 and code * scale is rounded to E4M3. Alike; eager only.
-    - `kv_nvfp4_4over6`: vLLM's `nvfp4_4over6` on sm_100: the same with four-over-six scales. Alike; eager only.
-    - `fa4_fp4`: FlashAttention-4 with FP4 QK^T on a B200 (FastVideo, xDiT): Q and K in NVFP4, P and V as they are. Alike.
-    - `sage3`: SageAttention3 on RTX 50 and B200, in diffusers and SGLang: all in NVFP4, K and Q centred. Alike: codes of Q, K
-      and V equal but for ties; the scale of P is rounded against the row's maximum, not the running one. Not causal, no
-      mask, head dims 64 and 128.
-    - `fastvideo_sm120`: FastVideo's `attn_qat_infer` on RTX 50: P with one level of scales. Alike; not causal; eager only.
+    - `nvfp4`: this package's own. Q, K, V and P in NVFP4, V and P along the key tokens; causal calls keep groups.
+    - `nvfp4_qk`: this package's own, with P and V unquantized (FP4 QK^T, BF16 PV).
+    - `kv_nvfp4`: an NVFP4 KV cache. K and V along the head dim; Q and P unquantized. vLLM's `--kv-cache-dtype nvfp4` on sm_80,
+      sm_90 and sm_120 (equal except for ties; no head dim 64 and no sinks there); SGLang's `nvfp4` and FlashInfer (similar).
+    - `kv_nvfp4_fp8`: the same on sm_100, where Q is E4M3 and code * scale is rounded to E4M3. Similar; eager only.
+    - `kv_nvfp4_4over6`: vLLM's `nvfp4_4over6` on sm_100: the same with four-over-six scales. Similar; eager only.
+    - `fa4_fp4`: FlashAttention-4 with FP4 QK^T on a B200 (FastVideo, xDiT): Q and K in NVFP4, P and V unquantized. Similar.
+    - `sage3`: SageAttention3 on RTX 50 and B200, in diffusers and SGLang: all in NVFP4, K and Q without their means. Similar:
+      codes of Q, K and V equal except for ties; the scale of P is rounded against the row's maximum, not the running one. Not
+      causal, no mask, head dims 64 and 128.
+    - `fastvideo_sm120`: FastVideo's `attn_qat_infer` on RTX 50: P with one level of scales. Similar; not causal; eager only.
     """
     rotate: bool = False
     """Multiply Q and K by a Hadamard matrix before quantization. Needs a head dim that is a power of two. No server has it."""
@@ -230,16 +230,16 @@ class QuantSpec:
 
     @property
     def reads_query(self) -> bool:
-        """Whether the backward of the kernels reads Q and K as they are, besides their codes."""
+        """Whether the backward of the kernels reads Q and K themselves, besides their codes."""
         return self.rules.formats.smooth is not None
 
     def reads_value(self, causal: bool) -> bool:
-        """Whether kernels read V as it is, so that their backward needs it."""
+        """Whether kernels read V itself, so that their backward needs it."""
         return causal or not self.quantizes_pv
 
     def to_json(self) -> str:
         """One line of JSON with every field; `from_json` is its inverse."""
-        # Written out because torch.compile can trace this and cannot trace json.dumps.
+        # Not json.dumps, which torch.compile cannot trace.
         four_over_six, rotate = str(self.four_over_six).lower(), str(self.rotate).lower()
         return f'{{"four_over_six": {four_over_six}, "preset": "{self.preset}", "rotate": {rotate}}}'
 

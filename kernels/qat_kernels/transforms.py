@@ -1,4 +1,4 @@
-"""Whether somebody takes derivatives in a way that a tensor does not show: `torch.func` and forward mode."""
+"""Whether derivatives are taken in a way that a tensor does not show: `torch.func` and forward mode."""
 
 from __future__ import annotations
 

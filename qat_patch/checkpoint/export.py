@@ -81,7 +81,7 @@ def export_checkpoint(
             folders of this machine are left out.
         metrics: what was measured, for the model card: name -> value.
         base_model: name or folder of the model that was fine-tuned; needed to export adapters alone.
-        dtype: cast floating-point weights to it, but for those that the host library keeps in float32; default: as they are.
+        dtype: cast floating-point weights to it, except those that the host library keeps in float32; default: no cast.
         merge_adapters: add PEFT adapters to the exported weights, as strongly as they act now and not at all where they are
             switched off (the model itself keeps them). False: export the one adapter that is in force alone; its strength is
             multiplied into its weights, and its name becomes `default`. `load_checkpoint` then loads `base_model` too.
@@ -272,7 +272,7 @@ def _complete_config(folder: Path, class_name: str, entries: dict[str, Any]) -> 
 
 
 def _plain(model: Any, dtype: torch.dtype | None, kept: set[str]) -> Any:
-    """The model to save: itself, or a copy of its skeleton with adapters merged and weights cast, but for those that are kept."""
+    """The model to save: itself, or a copy of its skeleton with adapters merged and weights cast, except those that are kept."""
     adapters, state = adapter_layers(model), model.state_dict()
     is_offloaded = any(x.is_meta for x in state.values())
     if not adapters and dtype is None and not is_offloaded:

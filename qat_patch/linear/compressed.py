@@ -1,4 +1,4 @@
-"""NVFP4 as compressed-tensors computes and stores it. All computations are in float32, whatever the input's dtype."""
+"""NVFP4 as compressed-tensors computes and stores it. All computations are in float32, for inputs of every dtype."""
 
 from __future__ import annotations
 

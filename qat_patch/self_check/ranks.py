@@ -23,7 +23,7 @@ def read_by_rank_0(read: Callable[[], list[dict[str, Any]]]) -> list[dict[str, A
     """The result of `read`. With several ranks, its first result on rank 0, as long as the process group lasts.
 
     Only the first: ranks read when they patch, and a later reading could differ between them. This uses the store of the process
-    group and is not a collective, so rank 0 waits for nobody if it loads a model alone.
+    group and is not a collective, so rank 0 does not wait if it loads a model alone.
     """
     if not in_a_distributed_run():
         return read()

@@ -30,7 +30,7 @@ def report(results: list[Result], png: Path | None) -> str:
         tabulate = generation_table
     lines, bars, axis = tabulate(results)
     if png is not None:
-        draw(bars, axis, png, title=about["device"])
+        draw(bars, axis, png, title=f"{about['device']}: a longer bar is better")
     head = ", ".join(f"{key} {about[key]}" for key in ("device", "torch", "triton", "dtype") if key in about)
     return "\n".join((head, "", *lines))
 

@@ -8,7 +8,7 @@ All arms run the eager implementation of `scripts.evidence.attention.baselines`,
 - definition: docs/NUMERICS.md
 - d_from_o: D from the quantized output, without the high-precision twin (the paper's fix 1 undone)
 - p_unquantized_in_dv: dV from the unquantized probabilities (its fix 2 undone)
-- normalized_p_backward: dV from normalized probabilities that are rounded anew, as the public kernel does
+- normalized_p_backward: dV from normalized probabilities that are rounded again, as the public kernel does
 - public_pair: trained on the public training kernel's grid with its backward, served on the public inference kernel's
 - public_serving: the same backward on the serving grid, trained and served
 - control: trained in original attention, served in the definition

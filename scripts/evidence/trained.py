@@ -256,7 +256,7 @@ class Trainer:
         return self.language.windows(split, size.length, count).to(self.device)
 
     def settings(self, run: Run, size: Size) -> TrainingSettings:
-        """The paper's, but for what a short run needs: a schedule that ends at zero."""
+        """The paper's settings, except that a short run needs a schedule that ends at zero."""
         on_gpu = self.device.type == "cuda"
         return TrainingSettings(
             output_dir="",

@@ -1,4 +1,4 @@
-"""Export folders that someone who means harm has made, manifest and all: other tensors, names that lead out, code."""
+"""Malicious export folders with a valid manifest: other tensors, names that point outside, code."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Exports of strangers: what may lie in a folder, what is read of it while others write there, and what reaches a terminal."""
+"""Exports of strangers: which files a folder may hold, what is read while others write to it, and what reaches a terminal."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A folder belongs to one process at a time, and to nobody when that process is dead."""
+"""A folder belongs to one process at a time, and is free again when that process is dead."""
 
 import fcntl
 import json

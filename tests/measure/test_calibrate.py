@@ -1,4 +1,4 @@
-"""calibrate and sensitivity: what they measure, on which inputs, and what becomes of it."""
+"""calibrate and sensitivity: what they measure, on which inputs, and how the result is used."""
 
 import copy
 import json

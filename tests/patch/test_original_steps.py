@@ -37,7 +37,7 @@ def test_original_steps(first, last, two_transformers, expected, steps_in_4_bits
     handle = patch_model(pipe)
     with handle.original_steps(first=first, last=last) as callback:
         assert steps_in_4_bits(pipe, callback) == expected
-        assert steps_in_4_bits(pipe, callback) == expected  # a second call of the pipeline begins anew
+        assert steps_in_4_bits(pipe, callback) == expected  # a second call of the pipeline begins again
     assert all(layer.enabled for layer in handle.patched.values())
     assert steps_in_4_bits(pipe, lambda pipe, step, timestep, tensors: tensors) == [0, 1, 2, 3, 4]
 

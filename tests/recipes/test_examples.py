@@ -1,4 +1,4 @@
-"""The scripts of recipes/examples as they are, on a tiny model and small files: each ends with an export that loads."""
+"""The scripts of recipes/examples, unchanged, on a tiny model and small files: each ends with an export that loads."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The short scripts and the notebook of recipes/examples as they are, on tiny models: what they print, and what they leave."""
+"""The short scripts and the notebook of recipes/examples, unchanged, on tiny models: their output and their files."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The shipped YAML files as they are, but for a tiny model, small data and few steps: what a user starts ends with an export."""
+"""The shipped YAML files, unchanged except for a tiny model, small data and few steps: each run ends with an export."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""From patch_model to the FP4 units: what `auto` takes after which verdict, and that everything that tells agrees."""
+"""From patch_model to the FP4 units: what `auto` takes after which verdict, and that all reports agree."""
 
 import contextlib
 import copy

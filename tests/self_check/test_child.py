@@ -1,4 +1,4 @@
-"""What becomes of the child process, and what that means for the case that it was at."""
+"""How the child process ends, and what that means for the case that it was checking."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The whole way on a real GPU: what a check finds there, and FP4 attention on what models really pass.
+"""From check to model on a real GPU: what the check finds there, and FP4 attention on the inputs of real models.
 
 On a GPU without FP4 units the kernel is emulated: right, and slower than the training forward, so `auto` takes that. With a
 Triton whose `tl.dot_scaled` runs there too, the kernel for FP4 units itself goes the whole way, though not on FP4 units.

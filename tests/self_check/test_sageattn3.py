@@ -31,7 +31,7 @@ with fake_gpu(), small_check(("gaussian", "long")):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of this test's own, and SageAttention3 loaded anew."""
+    """A cache of this test's own, and SageAttention3 loaded again."""
     monkeypatch.setenv(store.FOLDER, str(tmp_path / "cache"))
     with fresh():
         yield tmp_path / "cache"

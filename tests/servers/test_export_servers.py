@@ -332,7 +332,7 @@ def test_saving_over_an_export_leaves_nothing_of_it(tmp_path):
 
 
 def test_every_preset_of_a_server_has_one():
-    """Each preset but our own is served by somebody, and each that is served can be exported for it."""
+    """Some server has each preset except our own, and each such preset can be exported for it."""
     ours = {"nvfp4", "nvfp4_qk"}
     served = {offer.preset for about in SERVERS.values() for offer in about.offers}
     names = QuantSpec.__dataclass_fields__["preset"].type

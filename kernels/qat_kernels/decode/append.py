@@ -1,6 +1,6 @@
-"""New tokens of the packed cache of cache.py in Triton: K is quantized and stored, V where a group of 16 is complete.
+"""Adds new tokens to the packed cache of cache.py, in Triton: quantizes and stores K, and V of complete groups of 16.
 
-With groups of V along the head dim (KV_ONLY), V is stored as K is.
+With groups of V along the head dim (KV_ONLY), V is stored like K.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SCANNED = tl.constexpr(1024)
 
 @triton.jit
 def _byte(first, second):
-    """Two codes, int32, in one byte: as byte_layout.py has it."""
+    """Two codes, int32, in one byte, in the layout of byte_layout.py."""
     return (((first & 7) << 1) | ((first & 8) << 4) | ((second & 7) << 4) | (second >> 3)).to(tl.uint8)
 
 
@@ -32,7 +32,7 @@ def _store_tokens(
     """Quantize x float32 [16, 32 BLOCK_WORDS], one token a row, along the head dim into `rows`, where they are `stored`."""
     groups = tl.reshape(x, (GROUP, 2 * BLOCK_WORDS, GROUP))
     magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX, RECIPROCAL)
-    bits = e4m3_bits(scale, finite)  # before the codes: with Triton 3.8 it would be put aside in memory on sm_80
+    bits = e4m3_bits(scale, finite)  # before the codes: else Triton 3.8 spills it on sm_80
     # From (i, t, half, pair, element) to (t, i, element, half), two pairs a byte.
     codes = tl.reshape(e2m1_codes(groups, magnitude, finite), (GROUP, BLOCK_WORDS, 4, 2, 2, 2))
     first, second = tl.split(tl.permute(codes, (0, 2, 1, 5, 3, 4)))

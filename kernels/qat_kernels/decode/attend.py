@@ -1,6 +1,6 @@
 """Attention over the packed cache of cache.py in Triton: split over keys, then combined in a fixed order.
 
-A program takes the query heads that share a key head as the rows of one tile, so that the cache is read once for all of them.
+A program takes the query heads that share a key head as the rows of one tile, so the cache is read once for all of them.
 The reference is eager.py; the layout of the cache is that of byte_layout.py.
 """
 
@@ -29,14 +29,14 @@ LN_2 = tl.constexpr(0.6931471805599453)
 BLOCK = tl.constexpr(BLOCK_TOKENS)
 """Tokens of a block of packed values."""
 _EXPONENT_BITS = tl.constexpr(23)
-"""Of a float32 the exponent stands above so many bits."""
+"""The exponent of a float32 is above this many bits."""
 
 
 @triton.jit
 def _fake_quantize_q(
     x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTATE: tl.constexpr, FOUR_OVER_SIX: tl.constexpr
 ):  # fmt: skip
-    """Q float32 [ROWS, COLUMNS], zero behind the head dim, quantized and back: the bits are those of `quantize_rows`."""
+    """Q float32 [ROWS, COLUMNS], zero behind the head dim, fake-quantized: the bits are those of `quantize_rows`."""
     if ROTATE:
         x = hadamard(x, ROWS, COLUMNS)
         if HEAD_DIM < COLUMNS:  # a head dim of 16 is half of the tile: the other half of the product is not wanted
@@ -51,7 +51,7 @@ def _scale_to_float16(x):
     """Q float32 [R, C] as float16, each row times a power of two that brings its largest value to 2^14 or just above; and what
     undoes it, float32 [R, 1].
 
-    Values of bfloat16 and float16 stay as they are, unless they are less than 2^-28 of the largest.
+    Values of bfloat16 and float16 stay exact, unless they are less than 2^-28 of the largest.
     """
     # As integers, magnitudes have the same order, and unlike the maximum of floats this one keeps NaN.
     exponent = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True) >> _EXPONENT_BITS

@@ -1,13 +1,13 @@
 """How KVCache stores codes and scales: rows, permuted so that a GPU's tensor cores take them without moving data.
 
 A row holds the codes along the axis that a matrix product contracts: the head dim for a key, 128 tokens for one column of the
-values. (With `kv_nvfp4` a row of the values is a token's too; it is turned before the product.) It is padded to a multiple of
-32 elements with code 0. Element 32 i + 8 t + e (t < 4, e < 8) is what lane t of a quad feeds to the i-th pair of matrix
+values. (With `kv_nvfp4` a row of the values is one token too, and is transposed before the product.) It is padded to a multiple
+of 32 elements with code 0. Lane t of a quad feeds element 32 i + 8 t + e (t < 4, e < 8) to the i-th pair of matrix
 instructions, so the row is stored lane by lane: byte 4 (I t + i) begins the 32-bit word of the eight elements e, where I is the
 number of 32s. In a word, the codes of elements 2 p and 2 p + 1 are 16 bits apart: one instruction decodes two codes, side by side
-as float16. Bytes 0 to 3 hold elements 0 and 2, 4 and 6, 1 and 3, 5 and 7. Of a byte's first code the magnitude is at bits 1 to 3
-and the sign at bit 7, where the upper byte of a float16 has them; of its second code the magnitude is at bits 4 to 6, the sign at
-bit 0. The scale of group 2 i + h stands at byte I h + i of the row's scales, so that a lane reads those of its words in one
+as float16. Bytes 0 to 3 hold elements 0 and 2, 4 and 6, 1 and 3, 5 and 7. The first code of a byte has its magnitude at bits 1
+to 3 and its sign at bit 7, like the upper byte of a float16. The second code has its magnitude at bits 4 to 6 and its sign at
+bit 0. The scale of group 2 i + h is at byte I h + i of the row's scales, so a lane reads the scales of its words in one
 piece.
 """
 
@@ -27,12 +27,12 @@ BLOCK_BYTES, BLOCK_SCALES = BLOCK_TOKENS // 2, BLOCK_TOKENS // GROUP_SIZE
 
 
 class CacheTensors(NamedTuple):
-    """What a `KVCache` holds, as the kernels take it."""
+    """The contents of a `KVCache`, as the kernels read them."""
 
     packed: dict[str, torch.Tensor]
     """`key_codes`, `key_scales` [B, Hk, capacity, bytes]; `value_codes`, `value_scales` [B, Hk, blocks, D, bytes]; and `sink`, V
-    of the sink group [B, Hk, 16, D]. With `kv_nvfp4` the values lie as the keys do, and there is no sink group. All but the sink
-    group are rings: token j is in the place of token j % capacity, which matters with a window only, where fewer are kept."""
+    of the sink group [B, Hk, 16, D]. With `kv_nvfp4` values are stored like keys, and there is no sink group. All except the sink
+    group are rings: token j is in the place of token j % capacity. This matters only with a window, which keeps fewer tokens."""
     recent: torch.Tensor | None
     """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n. None with `kv_nvfp4`."""
     leftpad: torch.Tensor | None
@@ -45,7 +45,7 @@ class CacheTensors(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """For how many tokens there is room."""
+        """The number of tokens that there is room for."""
         return self.packed["key_codes"].shape[2]
 
     @property
@@ -55,7 +55,7 @@ class CacheTensors(NamedTuple):
 
     @property
     def stored(self) -> tuple[torch.Tensor | None, ...]:
-        """What the kernels read and change, in the order in which they take it."""
+        """The tensors that the kernels read and change, in the order of their arguments."""
         names = ("key_codes", "key_scales", "value_codes", "value_scales", "sink")
         return (*(self.packed.get(name) for name in names), self.recent)
 

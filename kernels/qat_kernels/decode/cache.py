@@ -1,11 +1,11 @@
 """The keys and values of one attention layer in NVFP4, for generation: docs/NUMERICS.md, section 4, token by token.
 
-K is quantized as it arrives, V as soon as a group of 16 tokens is complete. The values of the kept groups stay as they are:
-those of the sink group, and of the last tokens, among them the open group. So attention over the cache is causal attention
-over all of its tokens, computed once or again.
+K is quantized as it arrives, V as soon as a group of 16 tokens is complete. The values of the kept groups stay unquantized:
+those of the sink group, and of the last tokens, which include the open group. So attention over the cache gives the same as
+causal attention over all of its tokens.
 
-With a window of w keys a query sees no others, and tokens are kept that may be seen again: a ring of w tokens and some more. The
-group in which a window begins is there as a whole, as its codes of V were when it was complete.
+With a window of w keys the cache keeps only the tokens that may be seen again: a ring of w tokens and some more. The
+group in which a window begins is kept as a whole, with the codes of V from when it was complete.
 
 With `kv_nvfp4` groups of V lie along the head dim too, as in the caches of servers (section 9): V is quantized as it arrives, and
 nothing is kept.
@@ -31,23 +31,23 @@ from . import eager
 from .byte_layout import BLOCK_BYTES, BLOCK_SCALES, BLOCK_TOKENS, CacheTensors, row_words
 
 RECENT_TOKENS = 48
-"""The last tokens, whose values are also kept as they are: the open group, and enough that `crop` can go back some steps."""
+"""The last tokens, whose values are also kept unquantized: the open group, and enough for `crop` to go back some steps."""
 _WITH_A_WINDOW = 64
-"""So many tokens, or a few more, are attended from at once where there is a window: their windows have to be there together. As
-many can be taken back."""
+"""With a window, about this many tokens attend at once, because the keys of all their windows must be in the cache. `crop` can
+remove as many."""
 _GROW = 64
-"""Room for new tokens is made for 1/64 of the tokens at a time, in whole blocks: a copy now and then, little memory unused."""
+"""The cache grows by 1/64 of its tokens at a time, in whole blocks: few copies, and little unused memory."""
 
 
 class KVCache:
     """Packed keys and values of one layer, which `attention` extends and attends to.
 
     Slots are the columns of a batch, padding included. Inside, tokens are counted from each sequence's first allowed slot, as
-    groups along tokens are. 4.5 bits a value, and 64 tokens of V in the dtype of the inputs, which `kv_nvfp4` does without.
+    groups along tokens are. It takes 4.5 bits a value, and except with `kv_nvfp4` also 64 tokens of V in the dtype of the inputs.
     """
 
     presets = ("nvfp4", "kv_nvfp4")
-    """Of the specs that it can hold."""
+    """The presets of the specs that it can hold."""
 
     def __init__(self) -> None:
         self.reset()
@@ -62,12 +62,12 @@ class KVCache:
         self._packed: dict[str, torch.Tensor] = {}
         """As in `CacheTensors`."""
         self._recent = torch.empty(0, 0, 0, 0)
-        """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n. At first n is 0, and with
-        `kv_nvfp4` it stays so."""
+        """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: slot s is at s % n. At first n is 0; with `kv_nvfp4` it
+        stays 0."""
         self._recent_start = 0
         """The first slot whose V is in the ring."""
         self._first = 0
-        """The first slot whose place in the ring no later one has taken."""
+        """The first slot whose place in the ring is not overwritten."""
         self._leftpad: torch.Tensor | None = None
         """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
 
@@ -133,22 +133,22 @@ class KVCache:
         return_lse: bool = False,
         impl: Impl | Verdicts = "auto",
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Add k and v to the cache; causal `qat_kernels.attention` from q to all that it holds then.
+        """Add k and v to the cache, then compute causal `qat_kernels.attention` from q to all that it holds.
 
         Args:
             q, k, v: [B, H, n, D] and [B, Hk, n, D]: the next n slots of each sequence.
-            key_mask: bool [B, length + n], over all slots; it may not change where it was given before.
+            key_mask: bool [B, length + n], over all slots; the part that was given before may not change.
             window: as for `qat_kernels.attention`, the same at every call. Keys that are in no window are not read.
-            softcap, sinks: as for `qat_kernels.attention`, where the preset has them.
-            impl: `auto`, `eager` or `triton`, and for `nvfp4` also `fp4`, which computes the first call.
+            softcap, sinks: as for `qat_kernels.attention`, if the preset has them.
+            impl: `auto`, `eager` or `triton`; for `nvfp4` also `fp4`, for the first call only.
             Others: as for `qat_kernels.attention`, the same at every call.
 
         Returns:
-            As `qat_kernels.attention`, with no gradient.
+            Like `qat_kernels.attention`, without a gradient.
 
         Raises:
-            ValueError: as `qat_kernels.attention`; the inputs do not continue what the cache holds; the preset is none of
-                `presets`; or a derivative is asked for. The cache is as it was then.
+            ValueError: as `qat_kernels.attention`; the inputs do not continue what the cache holds; the preset is not one of
+                `presets`; or an input requires a derivative. The cache does not change then.
         """
         features = Features(window=window, softcap=softcap, sinks=sinks)
         for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, features, impl)
@@ -176,17 +176,17 @@ class KVCache:
         window: int | None = None,
         impl: Impl | Verdicts = "auto",
     ) -> None:
-        """Add k and v without attending: what `attention` does first, with its arguments and errors."""
+        """Add k and v without attending, with the arguments and errors of `attention`."""
         impl = self._check(k, k, v, spec, key_mask, k_shift, Features(window=window), impl)
         self._extend(k, v, key_mask, k_shift, spec, window, impl)
         self._trim()
 
     def crop(self, tokens: int) -> None:
-        """Take back the last `tokens` slots.
+        """Remove the last `tokens` slots.
 
         Raises:
-            ValueError: this would reopen a group whose values are only left in NVFP4, which cannot be with `kv_nvfp4`; or with a
-                window it asks for tokens that are not kept; or there are not so many slots. The cache is as it was then.
+            ValueError: this would reopen a group whose values are left in NVFP4 only (not with `kv_nvfp4`); or with a
+                window it needs tokens that are not kept; or there are not so many slots. The cache does not change then.
         """
         if not 0 <= tokens <= self.length:
             raise ValueError(f"KVCache.crop: expected a number of slots from 0 to {self.length}, got {tokens}")
@@ -205,20 +205,20 @@ class KVCache:
         self.length, self._recent_start = length, min(self._recent_start, length)
 
     def _check_crop(self, tokens: int) -> None:
-        """Raise a ValueError if without the last `tokens` slots a group is open whose values are not at hand."""
+        """Raise a ValueError if without the last `tokens` slots a group would be open whose values are not kept."""
         length = self.length - tokens
         leftpad = torch.zeros(1, dtype=torch.int32) if self._leftpad is None else self._leftpad.cpu()
         opened = (length - leftpad).clamp(min=0) // GROUP_SIZE * GROUP_SIZE
         needed = (opened + leftpad)[(opened > 0) & (leftpad + opened < length)].tolist()
         if needed and min(needed) < self._recent_start:
             raise ValueError(
-                f"KVCache.crop: {tokens} slots reach into a group of {GROUP_SIZE} whose values are only left in NVFP4: of the "
-                f"last {self.length - self._recent_start} slots the values are at hand; crop fewer (in assisted generation guess "
+                f"KVCache.crop: {tokens} slots reach into a group of {GROUP_SIZE} whose values are only left in NVFP4: those of "
+                f"the last {self.length - self._recent_start} slots are kept; crop fewer (in assisted generation guess "
                 "fewer tokens, num_assistant_tokens), or start again from an empty cache"
             )
 
     def select(self, rows: torch.Tensor) -> None:
-        """Make the batch consist of these rows (int64 indices, repeated or left out as you like)."""
+        """Make the batch consist of these rows (int64 indices; rows may be repeated or left out)."""
         if self.length:
             self._packed = {name: x.index_select(0, rows.to(x.device)) for name, x in self._packed.items()}
             self._recent = self._recent.index_select(0, rows.to(self._recent.device))
@@ -299,7 +299,7 @@ class KVCache:
         features: Features,
         impl: Impl | Verdicts,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What attention over a cache of these alone computes, in one piece: O, and but for `kv_nvfp4` LSE."""
+        """Attention over a cache of these tokens alone, in one piece: O, and except for `kv_nvfp4` LSE."""
         with torch.no_grad():
             if spec.kv_only:
                 at_once: Impl = "eager" if impl == "eager" else "sdpa"
@@ -321,7 +321,7 @@ class KVCache:
         features: Features,
         impl: Impl,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add K and V and attend to what is there then, O and LSE; with a window some tokens after the other."""
+        """Add K and V and attend to all tokens: O and LSE; with a window, some tokens at a time."""
         kernels, start, new = _implementation(impl), self.length, q.shape[2]
         ran.note("eager" if impl == "eager" else "decode")
         softcap = None if features.softcap is None else float(features.softcap)
@@ -351,7 +351,7 @@ class KVCache:
         """K and V of the next slots; afterwards `_recent` reaches back far enough to attend from as many queries."""
         start, new = self.length, k.shape[2]
         self.spec, self.window = spec, window
-        # No new slot may take the place of what belongs to the group that is open.
+        # No new slot may overwrite a slot of the open group.
         self._resize(max(RECENT_TOKENS, new + GROUP_SIZE - 1) if start else RECENT_TOKENS, v)
         self.length = start + new
         self._grow(k)
@@ -366,7 +366,7 @@ class KVCache:
         self._resize(RECENT_TOKENS, self._recent)
 
     def _resize(self, slots: int, like: torch.Tensor) -> None:
-        """Make `_recent` a ring of so many slots; of none where no group is kept."""
+        """Make `_recent` a ring of so many slots; of 0 if no group is kept."""
         assert self.spec is not None, "something is added"
         slots = 0 if self.spec.kv_only else slots
         old = self._recent
@@ -407,7 +407,7 @@ class KVCache:
             self._packed["sink"] = k.new_zeros(batch, num_heads_k, GROUP_SIZE, head_dim)
 
     def _tensors(self, spec: QuantSpec) -> CacheTensors:
-        """What implementations read and change."""
+        """The tensors that implementations read and change."""
         recent = None if spec.kv_only else self._recent
         return CacheTensors(self._packed, recent, self._leftpad, self.length, spec, self.window)
 

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
         result, may_go_on = decided(case, device)
         _say({"case": each, "identity": about_case} | result)
         if not may_go_on:
-            sys.exit(1)  # what an exception leaves behind on a GPU, nobody knows
+            sys.exit(1)  # after an exception the state of the GPU is unknown
 
 
 def _say(result: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def _errors_of_rows(a: torch.Tensor, b: torch.Tensor) -> float:
 def _sampled_rows(problem: problems.Attended, found: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """O of some rows, and what the definition makes of them: of a causal call they begin its tail.
 
-    Rows are independent, but for those that are smoothed together: these are computed together.
+    Rows are independent, except those that are smoothed together: these are computed together.
     """
     (batch, heads, queries, head_dim), (_, heads_k, keys, _) = problem.q.shape, problem.k.shape
     smooth = problem.spec.formats.smooth is not None

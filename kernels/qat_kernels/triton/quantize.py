@@ -62,7 +62,7 @@ def _load_slots(
     slots = block * BLOCK_L + tl.arange(0, BLOCK_L)
     key = slots - LEAD
     present = (key >= 0) & (key < seqlen - leftpad)
-    if HAS_KEY_MASK:  # excluded keys are never computed with, whatever they hold
+    if HAS_KEY_MASK:  # excluded keys are never used: they may hold anything
         present = present & (tl.load(key_mask_ptr + batch.to(tl.int64) * key_mask_stride + slots) != 0)
     token = start + leftpad + key
     columns = columns.to(tl.int64)
@@ -190,7 +190,7 @@ def fake_quantize_kv_kernel(
 ):  # fmt: skip
     """K (program_id 1 = 0) or V, [B, H, L, D] of any strides, quantized along the head dim and back, into contiguous tensors.
 
-    A row is one token of one head; key_mask uint8 [B, L]: rows that it excludes are zero, whatever they hold.
+    A row is one token of one head; key_mask uint8 [B, L]: rows that it excludes become zero, also if they hold NaN.
     """
     rows, columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L).to(tl.int64), tl.arange(0, BLOCK_D)
     batch, head, token = rows // seqlen // num_heads, rows // seqlen % num_heads, rows % seqlen

@@ -2,7 +2,7 @@
 
 The host libraries get a private folder. Small files in it are copies of the hashed bytes. Weights are too large to copy: on
 systems with /proc they are links to descriptors that stay open, so no other file can take their place, and after loading we
-check that nobody wrote into them. On other systems weights are copied too.
+check that they were not written to. On other systems weights are copied too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OpenFile:
     """Within the folder."""
     descriptor: int
     state: tuple[int, ...]
-    """File attributes that change when somebody writes to the file."""
+    """File attributes that change when the file is written to."""
 
     @property
     def size(self) -> int:
@@ -88,7 +88,7 @@ class PrivateCopy:
         for file in self.files.values() if _BY_DESCRIPTOR else ():
             if is_weights(file.name) and _state(file.descriptor) != file.state:
                 raise ValueError(
-                    f"load_checkpoint: {self.source / file.name} changed while it was loaded; load it when nobody writes there"
+                    f"load_checkpoint: {self.source / file.name} changed while it was loaded; load it when nothing writes there"
                 )
 
     def _take(self, name: str) -> tuple[int, str]:

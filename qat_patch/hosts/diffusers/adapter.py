@@ -122,7 +122,7 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
 
 
 def switch(model: Any, layers: list[AttentionLayer]) -> None:
-    """Give each module the processor that its layer asks for now. A processor that somebody else set stays."""
+    """Give each module the processor that its layer asks for now. A processor that other code has set stays."""
     for layer in layers:
         module = model.get_submodule(layer.name)
         if replaced(module, layer) is None:

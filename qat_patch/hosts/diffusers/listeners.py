@@ -1,4 +1,4 @@
-"""Perturbed attention and similar code: whatever intercepts `scaled_dot_product_attention` intercepts 4-bit attention too.
+"""Perturbed attention and similar code: if code intercepts `scaled_dot_product_attention`, it intercepts 4-bit attention too.
 
 Hooks of diffusers (`layer_skip`) and similar code put a TorchFunctionMode around an attention module, and replace the result of
 `torch.nn.functional.scaled_dot_product_attention` or let the call pass. A patched module makes a call of that name too; its

@@ -64,7 +64,7 @@ def _attention_code(kind: Any) -> AttentionCode | None:
                 default="eager_attention_forward" if tree is None else _default(tree),
                 keywords=None if tree is None else _keywords(tree),
                 uses_mask=None if tree is None else _uses_mask(tree),
-                touches_cached=f"the source of {kind.__name__} is not at hand" if tree is None else _touches_cached(tree),
+                touches_cached=f"the source of {kind.__name__} cannot be found" if tree is None else _touches_cached(tree),
             )
     return None
 
@@ -96,7 +96,7 @@ def _opens_caches(kind: Any) -> str | None:
     try:
         tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
     except (KeyError, OSError, TypeError):
-        return f"the source of {kind.__name__} is not at hand"
+        return f"the source of {kind.__name__} cannot be found"
     nodes = list(ast.walk(tree))
     own = {x.name for x in nodes if isinstance(x, ast.ClassDef) and any(ast.unparse(base).endswith("Cache") for base in x.bases)}
     made = {ast.unparse(x.func) for x in nodes if isinstance(x, ast.Call)} & own

@@ -88,9 +88,7 @@ def _encode(where: str, messages: Any, tokenizer: PreTrainedTokenizerBase) -> tu
     prompt = write(messages[:-1], add_generation_prompt=True, tokenize=True, return_dict=False)
     tokens = write(messages, tokenize=True, return_dict=False)
     if tokens[: len(prompt)] != prompt or len(tokens) == len(prompt):
-        raise ValueError(
-            f"{where}: the chat template does not write the prompt as it stands before the answer; set another template"
-        )
+        raise ValueError(f"{where}: the chat template changes the prompt when an answer follows; set another template")
     return prompt, tokens
 
 

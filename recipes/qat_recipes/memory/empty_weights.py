@@ -25,7 +25,7 @@ def receives_weights() -> bool:
 def without_weights(make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
     """A model like that of `from_pretrained`, but with parameters on the meta device; buffers are real.
 
-    `from_pretrained` of Transformers and Diffusers reads all weights in every process, whatever Accelerate's settings are.
+    `from_pretrained` of Transformers and Diffusers reads all weights in every process, for all settings of Accelerate.
     """
     with init_empty_weights(include_buffers=False):
         model = make().eval()

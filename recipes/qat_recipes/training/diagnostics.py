@@ -65,7 +65,7 @@ def quantization_errors(
     """
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         report = sensitivity(CalledWithBatch(objective, model), batches)
-    # By their names in the task's model, whatever is around it here.
+    # By their names in the task's model, without the wrappers around it.
     return {f"quantization_error/{name}": layer.error for name, layer in zip(handle.patched, report.layers, strict=True)}
 
 

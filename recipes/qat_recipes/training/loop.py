@@ -132,7 +132,7 @@ class _Run:
         if linears is not None and settings.linear_batches:
             self.linear_calibration = LinearCalibration(linears, task.handle, accelerator)
         if settings.processes_a_sample > 1:
-            self._seed()  # the processes of a group add the same noise, whatever each has drawn during loading
+            self._seed()  # the processes of a group add the same noise, although loading drew different random numbers
         registered = [self.scheduler, self.average, self.calibration, self.linear_calibration]
         registered = [each for each in registered if each is not None]
         accelerator.register_for_checkpointing(*registered)

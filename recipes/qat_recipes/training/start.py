@@ -158,7 +158,7 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
     saved = checkpoints.steps_in(output_dir)
     if settings.resume is None:
         if (output_dir / METRICS).exists() or saved:
-            go_on = "goes on with it" if saved else "starts it anew, since it has saved nothing"
+            go_on = "continues it" if saved else "starts it again, because it has saved nothing"
             raise ValueError(f"output_dir: {output_dir} holds a run; resume=latest {go_on}; else choose another folder")
         return None, new
     checkpoint = checkpoints.find(output_dir, settings.resume)

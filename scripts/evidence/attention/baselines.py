@@ -51,7 +51,7 @@ class Baseline:
     delta: Delta = "twin"
     """D = rowsum(dO * O') from the high-precision `twin` O', or from the quantized `out` O."""
     value_gradient: ValueGradient = "forward"
-    """dV = X^T dO, where X is the P that the `forward` multiplied V by, the `unquantized` P, or the `normalized` P rounded anew
+    """dV = X^T dO, where X is the P that the `forward` multiplied V by, the `unquantized` P, or the `normalized` P rounded again
     as the public kernel does: g = 1, no floor of the scales."""
 
     def __post_init__(self) -> None:

@@ -185,7 +185,7 @@ class _Operands:
         return _round(scaled, -1, self.baseline.scale_floor).to(chunk.weights.dtype)
 
     def add_value_gradient(self, grad_value: torch.Tensor, chunk: _Chunk, grad: torch.Tensor) -> None:
-        """dV += P^T dO with the P of the rule; kept groups are unquantized whatever the rule. Consumes the weights."""
+        """dV += P^T dO with the P of the rule; kept groups are unquantized under every rule. Consumes the weights."""
         target, rule, grad_norm = grad_value[:, :, : chunk.keys], self.baseline.value_gradient, grad / chunk.norm
         if rule == "unquantized" or not self.baseline.quantize_p:
             target += chunk.weights.mT @ grad_norm

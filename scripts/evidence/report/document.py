@@ -1,6 +1,6 @@
-"""The documents in docs/evidence with every table and figure as the JSON beside them has it.
+"""Every table and figure of the experiments in the documents, as the JSON in docs/evidence has it.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->` in one of the documents; what stands there is replaced. Figures
+A table stands between `<!-- table NAME -->` and `<!-- end -->` in one of DOCUMENTS; what stands there is replaced. Figures
 are PNG files in docs/evidence. An experiment has a module with TABLES and FIGURES, by name: functions of the results,
 `results(FILE)` being the entries of docs/evidence/FILE.json.
 """
@@ -13,21 +13,36 @@ from functools import lru_cache
 from pathlib import Path
 
 from scripts.evidence.report import ablations as report_ablations
+from scripts.evidence.report import advice as report_advice
+from scripts.evidence.report import length as report_length
 from scripts.evidence.report import serve as report_serve
 from scripts.evidence.report import servers as report_servers
+from scripts.evidence.report import summary as report_summary
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.report import untrained as report_untrained
 from scripts.evidence.report import video as report_video
-from scripts.evidence.results import Entry, Results
+from scripts.evidence.results import FOLDER, Entry, Results
+from scripts.paths import DOCS, ROOT
 
-EXPERIMENTS = (report_untrained, report_trained, report_ablations, report_serve, report_video, report_servers)
+DOCUMENTS = (ROOT / "README.md", DOCS / "EVIDENCE.md", *sorted(FOLDER.glob("*.md")))
+EXPERIMENTS = (
+    report_untrained,
+    report_trained,
+    report_ablations,
+    report_serve,
+    report_video,
+    report_servers,
+    report_length,
+    report_summary,
+    report_advice,
+)
 Load = Callable[[str], dict[str, Entry]]
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def read(folder: Path) -> dict[Path, str]:
-    """The documents of a folder."""
-    return {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md"))}
+def read() -> dict[Path, str]:
+    """The documents as they are."""
+    return {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
 
 
 def render(documents: Mapping[Path, str], results: Load) -> dict[Path, str]:
@@ -39,7 +54,7 @@ def render(documents: Mapping[Path, str], results: Load) -> dict[Path, str]:
     tables = {name: make for experiment in EXPERIMENTS for name, make in experiment.TABLES.items()}
     wanted = [match[1] for text in documents.values() for match in _TABLE.findall(text)]
     if sorted(wanted) != sorted(tables):
-        raise ValueError(f"docs/evidence: expected each of the tables {sorted(tables)} once, got {sorted(wanted)}")
+        raise ValueError(f"documents: expected each of the tables {sorted(tables)} once, got {sorted(wanted)}")
 
     def filled(match: re.Match[str]) -> str:
         return f"{match[1]}{tables[match[2]](results) or '*Not measured yet.*'}\n{match[4]}"
@@ -52,11 +67,11 @@ def load(folder: Path) -> Load:
     return lru_cache(maxsize=None)(lambda name: Results(folder / f"{name}.json").entries())
 
 
-def write(documents: Path, folder: Path) -> None:
-    """Write the tables into the documents of a folder, and the figures into the folder that the results come from."""
-    results = load(folder)
-    for path, text in render(read(documents), results).items():
+def write() -> None:
+    """Write the tables into the documents, and the figures beside the results."""
+    results = load(FOLDER)
+    for path, text in render(read(), results).items():
         path.write_text(text, encoding="utf-8")
     for experiment in EXPERIMENTS:
         for name, draw in experiment.FIGURES.items():
-            draw(results, folder / f"{name}.png")
+            draw(results, FOLDER / f"{name}.png")

@@ -43,16 +43,21 @@ def _language(results: Results) -> str:
     return _with_notes(table(HEAD, rows), entries, plan_language(entries), "servers_language") + shown
 
 
-def costs_of_the_cache(results: Results) -> dict[str, Estimate]:
-    """What the cache adds to the loss of a model's own original attention, by what was done to the model. Empty until all ran."""
+def tests_of_the_cache(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """What runs measured through the cache, by what was done to the model: one a seed. Empty until all ran."""
     entries = results("servers_language")
     tests = {name: [entries[key]["test"] for key in _keys(entries, name) if key in entries] for name in IN_WORDS}
-    if not all(tests.values()):
-        return {}
-    return {
-        IN_WORDS[name]: estimate(difference([test[f"loss_{CACHE}"] for test in each], [test["loss_original"] for test in each]))
-        for name, each in tests.items()
-    }
+    return tests if all(tests.values()) else {}
+
+
+def cost_of_the_cache(tests: list[dict[str, Any]]) -> Estimate:
+    """What the cache adds to the loss of the model's own original attention."""
+    return estimate(difference([test[f"loss_{CACHE}"] for test in tests], [test["loss_original"] for test in tests]))
+
+
+def costs_of_the_cache(results: Results) -> dict[str, Estimate]:
+    """By what was done to the model, in words. Empty until all ran."""
+    return {IN_WORDS[name]: cost_of_the_cache(tests) for name, tests in tests_of_the_cache(results).items()}
 
 
 def _keys(entries: Mapping[str, Any], method: str) -> list[str]:

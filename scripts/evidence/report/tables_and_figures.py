@@ -35,7 +35,7 @@ _IN_WORDS = {
     "definition": "this package",
     "d_from_o": "D from the quantized output",
     "p_unquantized_in_dv": "dV from unquantized P",
-    "normalized_p_backward": "dV from P that is rounded anew",
+    "normalized_p_backward": "dV from normalized P, rounded again",
     "control": "fine-tuned in original attention",
     "task": "fine-tuned through 4 bits",
     "distill": "distilled through 4 bits",

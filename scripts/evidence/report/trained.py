@@ -73,7 +73,7 @@ def column(entries: Iterable[dict[str, Any]]) -> Callable[[str], Matrix]:
 
 
 def _cells(measured: Callable[[str], Matrix], reference: Matrix, option: str, before: dict[str, Any]) -> list[str]:
-    """Losses, gaps and KLs; shares are of what the starting model has in plain NVFP4, whatever the option: one yardstick."""
+    """Losses, gaps and KLs; shares are always of the starting model in plain NVFP4, for every option."""
     start = column([before])
     whole_gap, whole_kl = difference(start(f"loss_{PLAIN}"), start("loss_original"))[0], start(f"kl_{PLAIN}")[0]
     fp4, original, kl = measured(f"loss_{option}"), measured("loss_original"), measured(f"kl_{option}")

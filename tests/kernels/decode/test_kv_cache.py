@@ -158,7 +158,7 @@ def test_crop_beyond_the_values_at_hand_is_refused():
     assert error(out, attention(q, k, v, causal=True)[:, :, 129:]) < 1e-12
     cache.crop(34)  # to 96: no group is open
     assert cache.length == 96
-    cache.crop(80)  # into the sink group, whose values are always at hand
+    cache.crop(80)  # into the sink group, whose values are always kept
     out = cache.attention(*(x[:, :, 16:] for x in (q, k, v)))
     assert error(out, attention(q, k, v, causal=True)[:, :, 16:]) < 1e-12
     cache.crop(130)

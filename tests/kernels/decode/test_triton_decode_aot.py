@@ -81,7 +81,7 @@ def compile_decode(
 
 
 def assert_fits(arch: int, compiled: list[Code], spilled: int = 0) -> None:
-    """`spilled`: bytes that may be put aside before a loop and taken back behind it."""
+    """`spilled`: bytes that may be spilled before a loop and loaded after it."""
     assert [kernel.name for kernel in compiled] == KERNELS
     for kernel in compiled:
         assert kernel.spilled <= spilled and not any(name.startswith(("LDL", "STL")) for name in kernel.loop), (arch, kernel)

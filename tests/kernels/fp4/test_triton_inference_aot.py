@@ -11,7 +11,7 @@ TABLE = [(arch, head_dim, preset) for arch in (100, 103, 120, 121) for head_dim 
 def assert_on_fp4_units(arch: int, head_dim: int, preset: str, compiled: dict) -> None:
     names = compiled["names"]
     packed = sum(n for name, n in names.items() if name.startswith("F2FP.SATFINITE.E2M1"))
-    # What is put aside before the loops and taken back behind them, a few numbers, costs nothing.
+    # A few numbers that are spilled before the loops and loaded after them cost nothing.
     assert compiled["spilled in loops"] == 0 and compiled["spilled"] <= 64
     shared = SHARED_MEMORY[arch // 10 * 10]
     assert compiled["registers"] > 16 and compiled["shared"] <= shared * 1024 and compiled["tensor memory"] <= 512

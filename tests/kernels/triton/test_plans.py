@@ -1,4 +1,4 @@
-"""Calls that cost little on the host: planned once, launched as Triton would, and without a node where nobody sees one."""
+"""Calls that cost little on the host: planned once, launched as Triton would, and without an op node where none is needed."""
 
 from collections import Counter
 from functools import partial

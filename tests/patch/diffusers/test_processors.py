@@ -1,4 +1,4 @@
-"""Processors of every kind: users' own, of IP adapters, with a backend of their own: patched, skipped with a reason, or loud."""
+"""Processors of every kind: users' own, of IP adapters, with a backend of their own: patched, skipped or refused."""
 
 import copy
 import pickle

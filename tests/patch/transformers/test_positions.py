@@ -1,4 +1,4 @@
-"""Where queries stand among the keys is what the model says, never what lengths suggest."""
+"""The positions of queries among the keys come from the model, never from the lengths."""
 
 import itertools
 from functools import partial

@@ -1,4 +1,4 @@
-"""TRL's trainers as they are, with patched models: what they pass to attention, the models that they make, their rollouts."""
+"""TRL's trainers, unchanged, with patched models: what they pass to attention, the models that they make, their rollouts."""
 
 import contextlib
 import copy

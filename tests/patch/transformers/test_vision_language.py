@@ -1,4 +1,4 @@
-"""Models that see: their language model is patched, and the receipt says what is left."""
+"""Vision-language models: their language model is patched, and the receipt lists the modules that are not."""
 
 import copy
 

@@ -140,7 +140,7 @@ def test_templates_that_do_not_fit(tmp_path, capsys):
     with pytest.raises(ValueError, match="data.chat: the tokenizer has no chat template"):
         load_chat(source, made, 64)
     made.chat_template = "{{ messages | length }}" + TEMPLATE
-    with pytest.raises(ValueError, match="does not write the prompt as it stands before the answer"):
+    with pytest.raises(ValueError, match="the chat template changes the prompt when an answer follows"):
         load_chat(source, made, 64)
     assert len(load_chat(source, tokenizer(), 64)) == 1
     assert "1 of 2 conversations are longer than 64 tokens and left out" in capsys.readouterr().out

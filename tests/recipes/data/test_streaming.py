@@ -158,7 +158,7 @@ def test_text_that_has_changed_is_not_gone_on_from(tmp_path):
         return rows(other, range(8, 12))
 
     expected = goes_on(lines)
-    # What has not been read yet may be mended; before that a word, a row less, one more, another order, the end.
+    # Text that was not read yet can be corrected. Before that, no word, row, order or end may change.
     assert goes_on([*lines[:25], *lines[26:]]) == expected
     other = json.dumps({"text": "other"}) + "\n"
     for changed in (

@@ -72,7 +72,7 @@ def test_killed_before_the_first_checkpoint(whole, inputs, tmp_path, capsys):
     (tmp_path / "run" / "checkpoint-2.incomplete").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "checkpoint-1.incomplete").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="holds a run; resume=latest starts it anew, since it has saved nothing; else choose"):
+    with pytest.raises(ValueError, match="holds a run; resume=latest starts it again, because it has saved nothing; else choose"):
         finetune(inputs, tmp_path / "run")
     finetune(inputs, tmp_path / "run", resume="latest")
     assert f"nothing has been saved in {tmp_path / 'run'}; the run starts from the beginning" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""docs/evidence/*.md say what the JSON says, and its statistics are right on numbers that are known."""
+"""The documents say what the JSON says, and its statistics are right on numbers that are known."""
 
 import json
 import math
@@ -6,37 +6,66 @@ import math
 import pytest
 
 from scripts.evidence.estimates import Estimate, difference, estimate, ratio, share
+from scripts.evidence.report import advice as report_advice
 from scripts.evidence.report import document as report
+from scripts.evidence.report import length as report_length
 from scripts.evidence.report import servers as report_servers
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.results import FOLDER, Results
 from scripts.evidence.servers import CACHE
-from scripts.evidence.trained import RATES
+from scripts.evidence.trained import ALL, PLAIN, RATES
+from scripts.paths import ROOT
+
+ALL_UNTRAINED = "nvfp4+rotate+four_over_six+k_shift"
 
 
 def test_the_documents_are_fresh():
-    documents = report.read(FOLDER)
+    documents = report.read()
     assert documents == report.render(documents, report.load(FOLDER)), "run make evidence"
 
 
-def test_a_changed_number_makes_a_document_stale(tmp_path):
+def test_the_claims_of_the_readme_are_measured():
+    results = report.load(FOLDER)
+    cache = {name: cost.mean for name, cost in report_servers.costs_of_the_cache(results).items()}
+    untrained = {name: estimate([results("untrained_language")[name]["kl"]]).mean for name in ("nvfp4", ALL_UNTRAINED)}
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("## Install")[0].split())
+    assert f"loses {cache['fine-tuned without the cache']:.3f} nats per token" in text
+    assert f"and {cache['fine-tuned through the cache']:.3f} after" in text
+    assert f": {cache['not trained']:.3f} nats untrained" in text
+    assert f"falls from {untrained['nvfp4']:.3f} to {untrained[ALL_UNTRAINED]:.3f}" in text
+
+
+def test_a_changed_number_makes_a_document_stale():
+    stored, documents = report.load(FOLDER), report.read()
+
+    def changed(name):
+        entries = stored(name)
+        if name != "trained":
+            return entries
+        before = entries["untrained/main"]
+        losses = [loss + 1.0 for loss in before["test"]["loss_nvfp4"]]
+        return entries | {"untrained/main": before | {"test": before["test"] | {"loss_nvfp4": losses}}}
+
+    rendered = report.render(documents, changed)
+    stale = {path.name for path in documents if rendered[path] != documents[path]}
+    assert stale == {"README.md", "EVIDENCE.md", "trained.md"}
+    assert rendered == report.render(rendered, changed)
+
+
+def test_a_row_of_a_table(tmp_path):
     results = Results(tmp_path / "trained.json")
     test = {"loss_original": [3.0, 5.0]}
     test |= {f"{name}_{option}": [4.0, 6.5] for option in report_trained.OPTIONS for name in ("loss", "kl", "between")}
     results.put("untrained/main", {"test": test, "machine": {"device": "X", "torch": "2"}})
-    documents = report.render(report.read(FOLDER), report.load(tmp_path))
-    text = documents[FOLDER / "trained.md"]
+    text = report_trained.TABLES["trained-methods"](report.load(tmp_path))
     assert "| untrained | 4.0000 ± 1.0000 | 5.2500 ± 1.2500 | +1.2500 ± 0.2500 | 1.00 ± 0.00 |" in text
     assert "| `untrained/main` |" in text and "Measured on X, torch 2." in text
-    assert documents == report.render(documents, report.load(tmp_path))
-    test["loss_nvfp4"] = [4.0, 6.6]
-    results.put("untrained/main", {"test": test, "machine": {"device": "X", "torch": "2"}})
-    assert documents != report.render(documents, report.load(tmp_path))
 
 
 def test_tables_that_nobody_makes_are_refused():
-    documents = report.read(FOLDER)
-    documents[FOLDER / "serve.md"] = documents[FOLDER / "serve.md"].replace("<!-- table serve -->", "<!-- table served -->")
+    documents = report.read()
+    serve = FOLDER / "serve.md"
+    documents[serve] = documents[serve].replace("<!-- table serve -->", "<!-- table served -->")
     with pytest.raises(ValueError, match=r"expected each of the tables .*'serve'"):
         report.render(documents, report.load(FOLDER))
 
@@ -137,3 +166,42 @@ def test_the_cost_of_the_cache_is_each_models_own(tmp_path):
     draw(report.load(tmp_path), tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
     assert f"({report_servers.COST}.png)" in report_servers.TABLES["servers_language"](report.load(tmp_path))
+
+
+def test_training_at_length_is_compared_with_controls_of_equal_steps(tmp_path):
+    results, machine = Results(tmp_path / "length.json"), {"machine": {"device": "GPU 9", "torch": "2"}}
+
+    def put(key, original, plain, options):
+        test = {"loss_original": original}
+        for option, losses in ((PLAIN, plain), (ALL, options)):
+            test |= {f"loss_{option}": losses, f"kl_{option}": [0.1, 0.2], f"between_{option}": [0.1, 0.2]}
+        curve = {f"{name}_{where}": 1.0 for name in ("loss", "kl") for where in ("original", PLAIN, ALL)}
+        results.put(key, machine | {"test": test, "curve": [curve]})
+
+    put("untrained/main", [3.0, 5.0], [3.2, 5.4], [3.1, 5.1])
+    first = report.load(tmp_path)
+    table = report_length.TABLES["length-losses"](first)
+    assert report_advice.long_quality(first("length")) == []
+    assert table.count("not run") == 13 and "| 0 | untrained |" in table
+    advised = report_advice.advice_at_length(first("length"))
+    assert advised[2] == "not known yet"
+
+    for method, seeds, losses in (("control", (0, 1), ([2.0, 4.0], [2.2, 4.2], [2.12, 4.12])), ("task", (0,), None)):
+        for seed in seeds:
+            run = report_trained.Run(method=method, option=ALL, size="2000-steps", rate=3e-4, seed=seed)
+            put(run.key, *(losses or ([2.01, 4.01], [2.1, 4.1], [2.04, 4.06])))
+    # A seed without control says nothing against controls.
+    lonely = report_trained.Run(method="task", option=ALL, size="2000-steps", rate=3e-4, seed=2)
+    put(lonely.key, [2.01, 4.01], [9.0, 9.0], [9.0, 9.0])
+    last = report.load(tmp_path)
+    rows = report_length.TABLES["length-losses"](last).splitlines()
+    (task,) = [row for row in rows if row.startswith("| 2,000 | task, all three | 0.0003 (of 1) | 2 |")]
+    assert "| +0.0500 ± 0.0100 | 0.17 ± " in task, "in 4 bits 0.05 above the control's original attention, of a gap of 0.3"
+    assert "seed=0,2`" in task
+    advised = report_advice.advice_at_length(last("length"))
+    assert advised[2] == "train through the three options" and "0.120 → 0.050" in advised[4] and "one seed" in advised[4]
+    ((_, device, *quality, _),) = report_advice.long_quality(last("length"))
+    assert device == "GPU 9" and quality == ["0.100", "0.120", "**0.050**"]
+    assert "0.17 ± " in "".join(f"{value.mean:.2f} ± " for value, _ in report_advice.long_targets(last("length"), "task"))
+    report_length.FIGURES[report_length.CURVES](last, tmp_path / "gaps.png")
+    assert (tmp_path / "gaps.png").read_bytes().startswith(b"\x89PNG")

@@ -43,7 +43,7 @@ def install(folder, code="", version="1.0.0"):
 
 @contextlib.contextmanager
 def fresh():
-    """Inside, SageAttention3 is loaded anew."""
+    """Inside, SageAttention3 is loaded again."""
 
     def forget():
         sageattn3._loaded.cache_clear()

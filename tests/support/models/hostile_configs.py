@@ -1,4 +1,4 @@
-"""Exports whose configs were changed by someone who means harm, and a record of all that a process does to load them.
+"""Exports with malicious configs, and a record of all that a process does to load them.
 
 Run as a program: `python -m support.models.hostile_configs ORIGINALS FOLDER NUMBER` loads NUMBER such exports one after the other
 under an audit hook, prints how many loaded, and everything that it did besides reading the export and the installed packages.
