@@ -12,7 +12,7 @@ from support.kernels.aot import SHARED_MEMORY, believe_in, compile_kernels
 pytestmark = pytest.mark.skipif(TRITON != tiles.HOPPER_TRITON, reason="they are written for the Gluon of another Triton")
 
 
-FEW = {"masked": 16, "bounded": 24, "window": 8}
+FEW = {"masked": 16, "bounded": 24, "window": 12}
 
 
 def assert_clean(compiler, *calls: tuple[int, bool, dict]) -> None:
@@ -24,8 +24,8 @@ def assert_clean(compiler, *calls: tuple[int, bool, dict]) -> None:
             in_gluon += kernel.in_gluon
             if kernel.in_gluon:
                 # With a key mask or bounds a few numbers may be put aside, in loops over tiles at an edge; else causal dK and dV
-                # may do that with one, over kept groups only.
-                few = 2 if call[1] and kernel.name == "grad_key_value_kernel" else 0
+                # may do that with two.
+                few = 4 if call[1] and kernel.name == "grad_key_value_kernel" else 0
                 few = next((most for option, most in FEW.items() if call[2].get(option)), few)
                 assert kernel.spilled_in_loops <= few, (call, kernel)
                 assert kernel.warnings == "", (call, kernel)

@@ -154,10 +154,11 @@ def _attend_halves(
     out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, stop, softmax_scale_log2,
     CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Steps `start` to `stop` over quantized slots in tiles of 128, with O' or without; `seen` as in `_attend_ahead`.
+    """Steps `start` to `stop` over quantized slots in tiles of 128 or 64, with O' or without; `seen` as in `_attend_ahead`.
 
     The tensor cores multiply the first half of a tile while the second one is rounded.
     """
+    N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
     gl.assume(start >= 0)
     for step in range(start, stop):
@@ -169,14 +170,18 @@ def _attend_halves(
         out = rescale(out, rows_of(factor, D))
         if OUT_HP:
             out_hp = rescale(out_hp, rows_of(factor, D))
-        p_first, max_first, p_last, max_last = halves(p, group_max)
-        wait_full(v_ring, step)
+        if N == 128:
+            p_first, max_first, p, group_max = halves(p, group_max)
+            wait_full(v_ring, step)
+            if OUT_HP:
+                out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
+            out = warpgroup_mma(to_operand(round_p(p_first, max_first, QUANTIZE_PV), D), v.slice(0, 64), out, is_async=True)
+            v = v.slice(64, 64)
+        else:
+            wait_full(v_ring, step)
         if OUT_HP:
-            out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
-        out = warpgroup_mma(to_operand(round_p(p_first, max_first, QUANTIZE_PV), D), v.slice(0, 64), out, is_async=True)
-        if OUT_HP:
-            out_hp = warpgroup_mma(to_operand(p_last.to(gl.bfloat16), D), v.slice(64, 64), out_hp, is_async=True)
-        out = warpgroup_mma(to_operand(round_p(p_last, max_last, QUANTIZE_PV), D), v.slice(64, 64), out, is_async=True)
+            out_hp = warpgroup_mma(to_operand(p.to(gl.bfloat16), D), v, out_hp, is_async=True)
+        out = warpgroup_mma(to_operand(round_p(p, group_max, QUANTIZE_PV), D), v, out, is_async=True)
         if OUT_HP:
             out_hp, out = warpgroup_mma_wait(0, [out_hp, out])
         else:
@@ -187,42 +192,40 @@ def _attend_halves(
 
 @gluon.jit
 def _attend_kept(
-    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, lower, prefix_stop, first_slot, slots, step, softmax_scale_log2,
+    out, out_hp, row_max, row_sum, q, k, v, last, lower, prefix_stop, first_slot, slots, softmax_scale_log2,
     LEAD: gl.constexpr, MASK: gl.constexpr, OUT_HP: gl.constexpr,
 ):  # fmt: skip
-    """One tile of kept groups, with unquantized P~ and V: of slots below LEAD + 16 the sink group, else open groups.
+    """ORDER slots of kept groups from `first_slot` on, with unquantized P~ and V: those of the sink group, or open groups.
 
     The open group of a row holds its `last` slot. lower, prefix_stop: as in `mask_scores`.
     """
-    N: gl.constexpr = k_ring[0].shape[1]
-    D: gl.constexpr = k_ring[0].shape[2]
-    zero = gl.zeros((WARP_GROUP_ROWS, N), gl.float32, accumulator(N))
-    wait_full(k_ring, step)
-    scores = warpgroup_mma(q, tile_at(k_ring, step).permute((1, 0)), zero, use_acc=False, is_async=True)
+    D: gl.constexpr = k.shape[1]
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(ORDER))
+    last = gl.convert_layout(last, ROWS, assert_trivial=True)
+    scores = gl.zeros((WARP_GROUP_ROWS, ORDER), gl.float32, accumulator(ORDER))
+    scores = warpgroup_mma(q, k.permute((1, 0)), scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, [scores])
-    release(k_ring, step)
-    slot = first_slot + slot_of(gl.arange(0, N, gl.SliceLayout(0, accumulator(N))), ORDER)
+    slot = first_slot + slot_of(gl.arange(0, ORDER, gl.SliceLayout(0, accumulator(ORDER))), ORDER)
     kept_from = gl.where(first_slot < LEAD, LEAD, gl.maximum(last & -GROUP, LEAD + GROUP))
     allowed = (slot[None, :] >= kept_from[:, None]) & (slot[None, :] <= last[:, None]) & (slot < slots)[None, :]
     if has_lower_bounds(MASK):
+        lower = gl.convert_layout(lower, ROWS, assert_trivial=True)
         allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
     scores = gl.where(allowed, scores, float("-inf"))
-    weights, _, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, True)
+    weights, _, factor, new_max, new_sum = softmax_step(
+        scores, gl.convert_layout(row_max, no_keys_yet(ORDER)[0].type.layout, assert_trivial=True),
+        gl.convert_layout(row_sum, no_keys_yet(ORDER)[1].type.layout, assert_trivial=True), softmax_scale_log2, True,
+    )  # fmt: skip
     p = to_operand(weights.to(gl.bfloat16), D)
     factor = rows_of(factor, D)
-    out = rescale(out, factor)
+    out = warpgroup_mma(p, v, rescale(out, factor), is_async=True)
     if OUT_HP:
-        out_hp = rescale(out_hp, factor)
-    wait_full(v_ring, step)
-    v = tile_at(v_ring, step)
-    out = warpgroup_mma(p, v, out, is_async=True)
-    if OUT_HP:
-        out_hp = warpgroup_mma(p, v, out_hp, is_async=True)
+        out_hp = warpgroup_mma(p, v, rescale(out_hp, factor), is_async=True)
         out_hp, out = warpgroup_mma_wait(0, [out_hp, out])
     else:
         out = warpgroup_mma_wait(0, [out])
-    release(v_ring, step)
-    return out, out_hp, row_max, row_sum
+    row_max = gl.convert_layout(new_max, row_max.type.layout, assert_trivial=True)
+    return out, out_hp, row_max, gl.convert_layout(new_sum, row_sum.type.layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -303,9 +306,8 @@ def _consumer(
     first += WG * WARP_GROUP_ROWS
     rows = first + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(N)))
     last, upper, lower, prefix_stop = row_bounds(rows, sequence, LEAD, CAUSAL, MASK)
-    _, my_first, full_first, full_stop, stop, my_open_start, my_open_stop, _ = tile_ranges(
-        first, sequence, WARP_GROUP_ROWS, N, LEAD, CAUSAL, MASK
-    )  # fmt: skip
+    _, my_first, full_first, full_stop, stop, _, _, _ = tile_ranges(first, sequence, WARP_GROUP_ROWS, N, LEAD, CAUSAL, MASK)
+    _, _, _, _, _, open_start, open_stop, _ = tile_ranges(first, sequence, WARP_GROUP_ROWS, ORDER, LEAD, CAUSAL, MASK)
     inside = first < sequence[0]  # else all of these are padding
     start = main - gl.maximum(stop - block_first, 0) // N
     end = steps
@@ -322,7 +324,7 @@ def _consumer(
         skip(k_ring, v_ring, step)
     full_start = main - (full_stop - block_first) // N
     seen = (upper, lower, prefix_stop, order, full_start, main - (full_first - block_first) // N)
-    if N == 128:
+    if N == 128 or OUT_HP:
         if MASK is None:
             # Without a causal mask the first tile alone may be cut off.
             out, out_hp, row_max, row_sum = _attend_halves(
@@ -335,7 +337,6 @@ def _consumer(
             MASK is not None, QUANTIZE_PV, OUT_HP, LEAD, MASK,
         )  # fmt: skip
     else:
-        gl.static_assert(not OUT_HP)
         if start < end:
             out, row_max, row_sum = _attend_quantized(
                 out, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
@@ -348,19 +349,23 @@ def _consumer(
     if LEAD > 0:
         if QUANTIZE_PV:
             out = out * (1.0 / P_GLOBAL_SCALE)
-        sink, open_start, all_steps = kept
+        sink, block_open_start, all_steps = kept
         for step in range(steps, all_steps):
-            first_slot = _kept_slot_at(step - steps, sink, open_start, LEAD, N)
-            mine = (first_slot >= my_open_start) & (first_slot < my_open_stop)
-            if block_size_of(MASK) >= WARP_GROUP_ROWS:  # at most two groups are open
-                mine = mine & ((first_slot == my_open_start) | (first_slot + N >= my_open_stop))
-            if inside & (mine | (first_slot < LEAD)):
-                out, out_hp, row_max, row_sum = _attend_kept(
-                    out, out_hp, row_max, row_sum, q, k_ring, v_ring, last, lower, prefix_stop, first_slot, slots, step,
-                    softmax_scale_log2, LEAD, MASK, OUT_HP,
-                )  # fmt: skip
-            else:
-                skip(k_ring, v_ring, step)
+            wait_full(k_ring, step)
+            wait_full(v_ring, step)
+            for part in gl.static_range(N // ORDER):
+                first_slot = _kept_slot_at(step - steps, sink, block_open_start, LEAD, N) + part * ORDER
+                mine = (first_slot >= open_start) & (first_slot < open_stop)
+                if block_size_of(MASK) >= WARP_GROUP_ROWS:  # at most two groups are open
+                    mine = mine & ((first_slot == open_start) | (first_slot + ORDER >= open_stop))
+                if inside & (mine | (first_slot == LEAD + GROUP - ORDER)):
+                    out, out_hp, row_max, row_sum = _attend_kept(
+                        out, out_hp, row_max, row_sum, q, tile_at(k_ring, step).slice(part * ORDER, ORDER),
+                        tile_at(v_ring, step).slice(part * ORDER, ORDER), last, lower, prefix_stop, first_slot, slots,
+                        softmax_scale_log2, LEAD, MASK, OUT_HP,
+                    )  # fmt: skip
+            release(k_ring, step)
+            release(v_ring, step)
     _store(
         out, out_hp, quantized_max, row_max, row_sum, WG * WARP_GROUP_ROWS, arguments, BLOCK_M, CAUSAL, QUANTIZE_PV and LEAD == 0
     )  # fmt: skip

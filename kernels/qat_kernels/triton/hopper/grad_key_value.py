@@ -1,8 +1,9 @@
 """dK and dV on Hopper (docs/NUMERICS.md, section 5): the sums of the kernel in triton/grad_key_value.py.
 
 A block is two warp groups of 64 slots each of one key head, and a warp that copies tiles of Q and dO, with their row
-statistics, ahead of them. Scores are [slots, queries]: a warp has the 16 rows of one group. Two tiles
-are one step of the loop: the products of the first run beside the scores of the second. P and dS are operands from registers.
+statistics, ahead of them. Scores are [slots, queries]: a warp has the 16 rows of one group. Two tiles are one step of the loop:
+the products of the first run beside the scores of the second. P and dS are operands from registers. Kept groups come last, one
+tile a step; each warp group takes only the tiles whose queries see its own slots there.
 
 The order of the sums, and so the bits, are those of triton/grad_key_value.py with tiles of 128 slots or without a causal mask;
 else they are the same where no query heads share a key head.
@@ -30,11 +31,11 @@ from .ranges import bounds_of, has_lower_bounds, mask_of
 from .rounding import quantize_p_along_rows
 
 _PAD = gl.constexpr(PAD)
-_TILE = gl.constexpr(64)
-"""Queries of a tile."""
 _WARP_GROUPS = gl.constexpr(2)
 _ROWS = gl.constexpr(_WARP_GROUPS.value * WARP_GROUP_ROWS.value)
 """Slots of a block."""
+_TILE = gl.constexpr(64)
+"""Queries of a tile."""
 _PAIR = gl.constexpr(2)
 _NEVER = gl.constexpr(2**30)
 """Behind every query."""
@@ -42,24 +43,19 @@ _INV_P_GLOBAL_SCALE = gl.constexpr(1 / P_GLOBAL_SCALE)
 
 
 @gluon.jit
-def _query_ranges(first_slot, seqlen_q, slots, LEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
-    """Of the block of slots from `first_slot` on: the tiles of queries that see some of them (begin to full), those that see
-    all (full to stop), and those that see kept ones (kept_start to kept_stop). All are whole tiles.
+def _query_ranges(
+    first_slot, seqlen_q, slots, LEAD: gl.constexpr, CAUSAL: gl.constexpr, HAS_KEY_MASK: gl.constexpr
+):  # fmt: skip
+    """Of the block of slots from `first_slot` on: the tiles of queries that see some of them (begin to full), and those that
+    see all (full to stop). Both are whole tiles.
     """
     until = gl.cdiv(seqlen_q, _TILE) * _TILE
-    q_pos_offset = slots - seqlen_q
-    first_query = first_slot - q_pos_offset  # the one at the first slot
+    first_query = first_slot - (slots - seqlen_q)  # the one at the first slot
     begin = 0
     full = 0
-    stop = until
-    kept_start = 0
-    kept_stop = 0
     if LEAD > 0:
         begin = gl.maximum(first_query + GROUP, 0) // _TILE * _TILE
         full = first_query + _ROWS
-        kept_start = gl.maximum(first_query, 0) // _TILE * _TILE
-        kept_stop = gl.minimum(gl.maximum(first_query + _ROWS, 0), seqlen_q)
-        kept_stop = kept_start + gl.cdiv(gl.maximum(kept_stop - kept_start, 0), _TILE) * _TILE
     elif CAUSAL:
         begin = gl.maximum(first_query, 0) // _TILE * _TILE
         full = first_query + _ROWS - 1
@@ -67,40 +63,21 @@ def _query_ranges(first_slot, seqlen_q, slots, LEAD: gl.constexpr, CAUSAL: gl.co
     if HAS_KEY_MASK:
         full = until
     full = gl.minimum(begin + gl.cdiv(gl.maximum(full - begin, 0), _TILE) * _TILE, gl.maximum(until, begin))
-    if LEAD > 0:  # the block of the sink group: all its queries are those of a kept group
-        sink = first_slot < LEAD
-        begin = gl.where(sink, until, begin)
-        full = gl.where(sink, until, full)
-        kept_stop = gl.where(sink, gl.maximum(until, kept_start), kept_stop)
-    absent = first_slot >= slots
-    stop = gl.where(absent, begin, gl.maximum(stop, full))
-    full = gl.where(absent, begin, full)
-    kept_stop = gl.where(absent, kept_start, kept_stop)
-    return begin, full, stop, kept_start, kept_stop
+    nothing = (first_slot >= slots) | (first_slot < LEAD)  # or the block of the sink group, which is kept
+    begin = gl.where(nothing, until, begin)
+    full = gl.where(nothing, begin, full)
+    return begin, full, gl.where(nothing, begin, gl.maximum(until, full))
 
 
 @gluon.jit
-def _masked_query_ranges(first_slot, sequence, LEAD: gl.constexpr, MASK: gl.constexpr, HAS_KEY_MASK: gl.constexpr):
+def _masked_query_ranges(
+    first_slot, sequence, LEAD: gl.constexpr, MASK: gl.constexpr, HAS_KEY_MASK: gl.constexpr
+):  # fmt: skip
     """`_query_ranges` with MASK. Tiles of queries that see all end before those that only see slots behind the first (late)."""
     seqlen_q, slots, leftpad, lower_ptr, upper_ptr = sequence
     q_pos_offset = slots - seqlen_q
-    until = queries_that_reach(
-        gl.minimum(first_slot + _ROWS, slots) - 1, seqlen_q, q_pos_offset, leftpad, lower_ptr,
-        LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0,
-    )  # fmt: skip
-    if MASK[2] > 0:
-        until = gl.where(first_slot < MASK[2] + LEAD, seqlen_q, until)
+    until = _last_query(first_slot, sequence, _ROWS, LEAD, MASK)
     late = queries_that_reach(first_slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], 0, MASK[3] > 0)
-    kept_start = 0
-    kept_stop = 0
-    if LEAD > 0:
-        kept_start = first_query_to_see(
-            gl.maximum(first_slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
-        ) // _TILE * _TILE  # fmt: skip
-        kept_stop = first_query_to_see(
-            first_slot + _ROWS, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
-        )  # fmt: skip
-        kept_stop = gl.where(first_slot < LEAD, until, gl.minimum(kept_stop, until))
     begin = first_query_to_see(
         first_slot + (GROUP if LEAD > 0 else 0), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
         LEAD, MASK[1], MASK[2], MASK[3] > 0,
@@ -112,11 +89,56 @@ def _masked_query_ranges(first_slot, sequence, LEAD: gl.constexpr, MASK: gl.cons
     full = seqlen_q if HAS_KEY_MASK else gl.where(slots < first_slot + _ROWS, seqlen_q, full)
     nothing = (first_slot >= slots) | (first_slot < LEAD)  # or the block of the sink group, which is kept
     until = gl.where(nothing, begin, until)
-    kept_stop = gl.where(first_slot >= slots, kept_start, kept_stop)
     full = begin + gl.cdiv(gl.maximum(gl.minimum(full, until) - begin, 0), _TILE) * _TILE
     late = full + gl.maximum(gl.minimum(late, until) - full, 0) // _TILE * _TILE
-    stop = late + gl.cdiv(gl.maximum(until - late, 0), _TILE) * _TILE
-    return begin, full, late, stop, kept_start, kept_start + gl.cdiv(gl.maximum(kept_stop - kept_start, 0), _TILE) * _TILE
+    return begin, full, late, late + gl.cdiv(gl.maximum(until - late, 0), _TILE) * _TILE
+
+
+@gluon.jit
+def _last_query(first_slot, sequence, ROWS: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr):
+    """The end of the queries that see some of ROWS slots from `first_slot` on, by their lower bounds."""
+    seqlen_q, slots, leftpad, lower_ptr, _ = sequence
+    until = queries_that_reach(
+        gl.minimum(first_slot + ROWS, slots) - 1, seqlen_q, slots - seqlen_q, leftpad, lower_ptr,
+        LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0,
+    )  # fmt: skip
+    if MASK[2] > 0:
+        until = gl.where(first_slot < MASK[2] + LEAD, seqlen_q, until)
+    return until
+
+
+@gluon.jit
+def _kept_range(first_slot, sequence, ROWS: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr):
+    """The queries that see ROWS slots from `first_slot` on in kept groups: in their own groups, or in the sink group."""
+    seqlen_q, slots, leftpad, _, upper_ptr = sequence
+    q_pos_offset = slots - seqlen_q
+    if MASK is None:
+        until = seqlen_q
+        start = gl.minimum(gl.maximum(gl.maximum(first_slot, LEAD) - q_pos_offset, 0), seqlen_q)
+        stop = gl.maximum(first_slot + ROWS - q_pos_offset, 0)
+    else:
+        until = _last_query(first_slot, sequence, ROWS, LEAD, MASK)
+        start = first_query_to_see(
+            gl.maximum(first_slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+        )  # fmt: skip
+        stop = first_query_to_see(
+            first_slot + ROWS, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+        )  # fmt: skip
+    stop = gl.where(first_slot < LEAD, until, gl.minimum(stop, until))
+    nothing = (first_slot >= slots) | (first_slot + ROWS <= LEAD)
+    return start, gl.where(nothing, start, gl.maximum(start, stop))
+
+
+@gluon.jit
+def _kept_tiles(first_slot, sequence, LEAD: gl.constexpr, MASK: gl.constexpr):
+    """Where the tiles of `_kept_range` start, at a multiple of 16 as all sums over queries, and where they end.
+
+    None lies behind the tiles of the sequence.
+    """
+    start, stop = _kept_range(first_slot, sequence, _ROWS, LEAD, MASK)
+    count = gl.where(stop > start, gl.cdiv(stop - start // GROUP * GROUP, _TILE), 0)
+    start = gl.minimum(start // GROUP * GROUP, (gl.cdiv(sequence[0], _TILE) - count) * _TILE)
+    return start, start + count * _TILE
 
 
 @gluon.jit
@@ -125,63 +147,70 @@ def _ranges(
 ):  # fmt: skip
     """Those of a call. Without MASK `late` is `stop`."""
     if MASK is None:
-        begin, full, stop, kept_start, kept_stop = _query_ranges(first_slot, sequence[0], sequence[1], LEAD, CAUSAL, HAS_KEY_MASK)
+        begin, full, stop = _query_ranges(first_slot, sequence[0], sequence[1], LEAD, CAUSAL, HAS_KEY_MASK)
         late = stop
     else:
-        begin, full, late, stop, kept_start, kept_stop = _masked_query_ranges(first_slot, sequence, LEAD, MASK, HAS_KEY_MASK)
-    return begin, full, late, stop, kept_start, kept_stop
+        begin, full, late, stop = _masked_query_ranges(first_slot, sequence, LEAD, MASK, HAS_KEY_MASK)
+    return begin, full, late, stop
+
+
+@gluon.constexpr_function
+def _sees_whole_diagonal(mask, has_key_mask):
+    """Whether queries that do not see all of a block yet, and those in their tiles, still see its first slot."""
+    window, block_size, _, bounded = mask
+    return not (has_key_mask or bounded) and (window == 0 or window >= _ROWS.value + _TILE.value + block_size)
 
 
 @gluon.jit
 def _query_bounds(slot, sequence, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr):
-    """The queries that see a slot: the first that does where its group is not kept, the last, the first and the last of its own
-    group, which is kept.
-    """
+    """The first query that sees a slot, where its group is not kept, and the last one."""
     seqlen_q, slots, leftpad, lower_ptr, upper_ptr = sequence
     q_pos_offset = slots - seqlen_q
-    group_stop = slot + GROUP - slot % GROUP
+    behind = slot + GROUP - slot % GROUP if LEAD > 0 else slot  # the first slot whose queries see it
     if MASK is None:
-        own = slot - q_pos_offset
-        own_last = group_stop - 1 - q_pos_offset
-        first = slot * 0
+        first = behind - q_pos_offset if CAUSAL else slot * 0
         last = slot * 0 + _NEVER
-        if LEAD > 0:
-            first = own_last + 1
-        elif CAUSAL:
-            first = own
     else:
-        own = first_query_to_see(
-            gl.maximum(slot, LEAD), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+        first = first_query_to_see(
+            behind, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
         )  # fmt: skip
-        first = own
-        if LEAD > 0:
-            first = first_query_to_see(
-                group_stop, seqlen_q, q_pos_offset, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
-            )  # fmt: skip
         last = slot * 0 + seqlen_q - 1
         if has_lower_bounds(MASK):
             last = queries_that_reach(
                 slot, seqlen_q, q_pos_offset, leftpad, lower_ptr, LEAD, MASK[0], MASK[1], MASK[2], MASK[3] > 0
             ) - 1  # fmt: skip
-        own_last = gl.minimum(first - 1, last)
-    return first, last, own, own_last
+    return first, last
 
 
 @gluon.jit
-def _tiles(start, stop, heads):
-    """How many tiles of `heads` heads these queries are, made even: a last one of nothing goes with an odd one."""
-    return gl.cdiv((stop - start) // _TILE * heads, _PAIR) * _PAIR
+def _kept_query_bounds(slot, first, last, sequence, LEAD: gl.constexpr, MASK: gl.constexpr):
+    """The first and the last query of a slot's own group, which is kept, by its `_query_bounds`; in the sink group `last`."""
+    seqlen_q, slots, leftpad, _, upper_ptr = sequence
+    if MASK is None:
+        own = slot - (slots - seqlen_q)
+    else:
+        own = first_query_to_see(
+            gl.maximum(slot, LEAD), seqlen_q, slots - seqlen_q, slots, leftpad, upper_ptr, LEAD, MASK[1], MASK[2], MASK[3] > 0
+        )  # fmt: skip
+    return gl.where(first == _NEVER, _NEVER, own), gl.where(slot < LEAD + GROUP, last, gl.minimum(first - 1, last))
+
+
+@gluon.jit
+def _tiles(start, stop, heads, EACH: gl.constexpr = _PAIR):
+    """How many tiles of `heads` heads these queries are. Made even with `EACH` 2: a last one of nothing goes with an odd one."""
+    return gl.cdiv((stop - start) // _TILE * heads, EACH) * EACH
 
 
 @gluon.jit
 def _sum_tiles(
     grad_key, grad_value, step, tiles, start, stop, part, k_tiles, v_tiles, first, last, buffers, softmax_scale_log2,
-    BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, QUANTIZE: gl.constexpr,
+    BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, QUANTIZE: gl.constexpr, EACH: gl.constexpr = _PAIR,
 ):  # fmt: skip
-    """dS^T QF and PF~^T (dO / l), or with kept groups P^T dO, over the next tiles of queries.
+    """dS^T QF and PF~^T (dO / l), or with kept groups P^T dO, over the next tiles of queries, EACH a step of the loop.
 
     Tiles begin with the query `start`; at `stop` they begin anew, for the next head. A slot is seen by the queries from `first`
-    to `last`, int32 [64]; None: by all in front or behind. Without CAUSAL it is seen by all or, with `first` _NEVER, by none.
+    to `last`, int32 [64]; None: all of these tiles are behind its first one, or in front of its last one.
+    Without CAUSAL it is seen by all or, with `first` _NEVER, by none.
     """
     q_tiles, grad_out_tiles, row_max_tiles, delta_tiles, q_full, grad_out_full, empty = buffers
     STAGES: gl.constexpr = q_tiles.shape[0]
@@ -189,8 +218,8 @@ def _sum_tiles(
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     zeros = gl.zeros((WARP_GROUP_ROWS, _TILE), gl.float32, SCORES)
     query = start
-    for _ in range(tiles // _PAIR):
-        for i in gl.static_range(_PAIR):
+    for _ in range(tiles // EACH):
+        for i in gl.static_range(EACH):
             stage, phase = step % STAGES, step // STAGES & 1
             q, grad_out = q_tiles.index(stage), grad_out_tiles.index(stage)  # [TILE, BLOCK_D]
             mbarrier.wait(q_full.index(stage), phase)
@@ -203,30 +232,29 @@ def _sum_tiles(
             scores = warpgroup_mma_wait(1, [scores])
             row_max = row_max_tiles.index(stage).load(COLUMNS)  # [TILE]
             p = gl.exp2(scores * softmax_scale_log2 - row_max[None, :])
+            column = gl.arange(0, _TILE, COLUMNS)[None, :]
             if first is not None:
-                column = gl.arange(0, _TILE, COLUMNS)[None, :]
-                allowed = column >= (first - query)[:, None]
-                if last is not None:
-                    allowed = allowed & (column <= (last - query)[:, None])
-                p = gl.where(allowed, p, 0.0)
+                p = gl.where(column >= (first - query)[:, None], p, 0.0)
+            if last is not None:
+                p = gl.where(column <= (last - query)[:, None], p, 0.0)
             rounded = quantize_p_along_rows(p) if QUANTIZE else p.to(gl.bfloat16)
             grad_p = warpgroup_mma_wait(0, [grad_p])
             delta = delta_tiles.index(stage).load(COLUMNS)  # [TILE]
             grad_scores = (p * (grad_p - delta[None, :])).to(gl.bfloat16)
             grad_key = warpgroup_mma(left_operand(grad_scores, BLOCK_D), q, grad_key, is_async=True)
             grad_value = warpgroup_mma(left_operand(rounded, BLOCK_D), grad_out, grad_value, is_async=True)
-            if i == _PAIR - 1:
+            if i == EACH - 1:
                 grad_key, grad_value = warpgroup_mma_wait(0, [grad_key, grad_value])
                 mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-            if CAUSAL and first is not None:
+            if CAUSAL and (first is not None or last is not None):
                 query = gl.where(query + _TILE < stop, query + _TILE, start)
     return grad_key, grad_value, step
 
 
 @gluon.jit
 def _skip_tiles(step, tiles, buffers):
-    """Gives back the next tiles, which only the other warp group needs."""
+    """Gives back the next tiles, which only other warp groups need."""
     q_tiles, _, _, _, q_full, grad_out_full, empty = buffers
     STAGES: gl.constexpr = q_tiles.shape[0]
     for _ in range(tiles):
@@ -235,6 +263,27 @@ def _skip_tiles(step, tiles, buffers):
         mbarrier.wait(grad_out_full.index(stage), phase)
         mbarrier.arrive(empty.index(stage), count=1)
         step += 1
+    return step
+
+
+@gluon.jit
+def _sum_kept(
+    grad_key, grad_value, step, tiles, start, stop, part, k_tiles, v_tiles, mine, own, own_last, buffers, softmax_scale_log2,
+    BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr,
+):  # fmt: skip
+    """`_sum_tiles` over kept groups. mine: `_kept_range` of this warp group; tiles without such queries are given back."""
+    first, last = mine
+    query = start
+    for _ in range(tiles):
+        if (query < last) & (query + _TILE > first):
+            grad_key, grad_value, step = _sum_tiles(
+                grad_key, grad_value, step, 1, query, query + _TILE, part, k_tiles, v_tiles, own, own_last, buffers,
+                softmax_scale_log2, BLOCK_D, CAUSAL, False, 1,
+            )  # fmt: skip
+        else:
+            step = _skip_tiles(step, 1, buffers)
+        query = gl.where(query + _TILE < stop, query + _TILE, start)
+    return grad_key, grad_value
 
 
 @gluon.jit
@@ -249,32 +298,33 @@ def _compute(
     k_tiles, v_tiles, v_kept_tiles = kv_tiles
     HAS_KEY_MASK: gl.constexpr = key_mask_ptr is not None
     slots = sequence[1]
-    begin, full, late, stop, kept_start, kept_stop = _ranges(first_slot, sequence, LEAD, CAUSAL, MASK, HAS_KEY_MASK)
-    sink = first_slot < LEAD
+    block_first_slot = first_slot
+    begin, full, late, stop = _ranges(first_slot, sequence, LEAD, CAUSAL, MASK, HAS_KEY_MASK)
     first_slot += PART * WARP_GROUP_ROWS
     slot = first_slot + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(_TILE)))
     present = (slot >= LEAD) & (slot < slots)
     if HAS_KEY_MASK:
         present = present & (gl.load(key_mask_ptr + slot, mask=present, other=0) != 0)
-    first, last, own, own_last = _query_bounds(slot, sequence, LEAD, CAUSAL, MASK)
-    first, own = gl.where(present, first, _NEVER), gl.where(present, own, _NEVER)
-    own_last = gl.where(sink, last, own_last)
+    first, last = _query_bounds(slot, sequence, LEAD, CAUSAL, MASK)
+    first = gl.where(present, first, _NEVER)
     grad_key = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
     grad_value = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
     bounded, whole = _tiles(begin, full, heads), _tiles(full, late, heads)
-    after, kept = _tiles(late, stop, heads), _tiles(kept_start, kept_stop, heads)
+    after = _tiles(late, stop, heads)
+    step = gl.to_tensor(0)
     if (first_slot >= slots) | (first_slot + WARP_GROUP_ROWS <= LEAD):
-        _skip_tiles(gl.to_tensor(0), bounded + whole + after + kept, buffers)
-        bounded, whole, after, kept = 0, 0, 0, 0
+        step = _skip_tiles(step, bounded + whole + after, buffers)
+        bounded, whole, after = 0, 0, 0
     mbarrier.wait(kv_full.index(PART), 0)
     if MASK is None:
         grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, gl.to_tensor(0), bounded, begin, full, PART, k_tiles, v_tiles, first, None, buffers,
+            grad_key, grad_value, step, bounded, begin, full, PART, k_tiles, v_tiles, first, None, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL, True,
         )  # fmt: skip
     else:
+        last_of_bounded = None if _sees_whole_diagonal(MASK, HAS_KEY_MASK) else last
         grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, gl.to_tensor(0), bounded, begin, full, PART, k_tiles, v_tiles, first, last, buffers,
+            grad_key, grad_value, step, bounded, begin, full, PART, k_tiles, v_tiles, first, last_of_bounded, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL, True,
         )  # fmt: skip
     grad_key, grad_value, step = _sum_tiles(
@@ -283,14 +333,17 @@ def _compute(
     )  # fmt: skip
     if MASK is not None:
         grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, step, after, late, stop, PART, k_tiles, v_tiles, first, last, buffers,
+            grad_key, grad_value, step, after, late, stop, PART, k_tiles, v_tiles, None, last, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL, True,
         )  # fmt: skip
     grad_value *= _INV_P_GLOBAL_SCALE
     if LEAD > 0:
-        grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, step, kept, kept_start, kept_stop, PART, k_tiles, v_kept_tiles, own, own_last, buffers,
-            softmax_scale_log2, BLOCK_D, CAUSAL, False,
+        kept_start, kept_stop = _kept_tiles(block_first_slot, sequence, LEAD, MASK)
+        own, own_last = _kept_query_bounds(slot, first, last, sequence, LEAD, MASK)
+        kept, mine = _tiles(kept_start, kept_stop, heads, 1), _kept_range(first_slot, sequence, WARP_GROUP_ROWS, LEAD, MASK)
+        grad_key, grad_value = _sum_kept(
+            grad_key, grad_value, step, kept, kept_start, kept_stop, PART, k_tiles, v_kept_tiles, mine, own, own_last, buffers,
+            softmax_scale_log2, BLOCK_D, CAUSAL,
         )  # fmt: skip
 
     slot = first_slot + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_D)))
@@ -305,8 +358,8 @@ def _compute(
 
 
 @gluon.jit
-def _copy_tiles(sources, rows, step, start, stop, heads, buffers, BLOCK_D: gl.constexpr):
-    """Tiles of the queries from `start` to `stop` of all heads, and at the end one of zeros where their number is odd.
+def _copy_tiles(sources, rows, step, start, stop, heads, buffers, BLOCK_D: gl.constexpr, EACH: gl.constexpr = _PAIR):
+    """Tiles of the queries from `start` to `stop` of all heads, and at the end one of zeros where `_tiles` counts it.
 
     rows: the first one of Q, rows of a head, how much further down the statistics are, and one behind all tensors.
     """
@@ -316,7 +369,7 @@ def _copy_tiles(sources, rows, step, start, stop, heads, buffers, BLOCK_D: gl.co
     STAGES: gl.constexpr = q_tiles.shape[0]
     number = (stop - start) // _TILE * heads
     query = start
-    for i in range(_tiles(start, stop, heads)):
+    for i in range(_tiles(start, stop, heads, EACH)):
         stage, phase = step % STAGES, step // STAGES & 1 ^ 1
         row = gl.where(i < number, q_row + query, nothing)
         mbarrier.wait(empty.index(stage), phase)
@@ -341,7 +394,7 @@ def _copy(
     descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, first_slot, sequence, heads = work
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc = descriptors
     k_tiles, v_tiles, v_kept_tiles = kv_tiles
-    begin, full, late, stop, kept_start, kept_stop = _ranges(first_slot, sequence, LEAD, CAUSAL, MASK, HAS_KEY_MASK)
+    begin, full, late, stop = _ranges(first_slot, sequence, LEAD, CAUSAL, MASK, HAS_KEY_MASK)
     for part in gl.static_range(_WARP_GROUPS):
         row = k_row + first_slot + part * WARP_GROUP_ROWS
         mbarrier.expect(kv_full.index(part), WARP_GROUP_ROWS * BLOCK_D * 2 * (3 if LEAD > 0 else 2))
@@ -357,9 +410,10 @@ def _copy(
     if MASK is not None:
         step = _copy_tiles(sources, rows, step, late, stop, heads, buffers, BLOCK_D)
     if LEAD > 0:
+        kept_start, kept_stop = _kept_tiles(first_slot, sequence, LEAD, MASK)
         sources = (q_desc, grad_out_desc, stats_desc, delta_desc)
         rows = (q_row, q_rows, all_q_rows, 0, nothing)  # the log-sum-exp, and the row sums of dO
-        _copy_tiles(sources, rows, step, kept_start, kept_stop, heads, buffers, BLOCK_D)
+        _copy_tiles(sources, rows, step, kept_start, kept_stop, heads, buffers, BLOCK_D, 1)
 
 
 # Else each length would be compiled anew.
