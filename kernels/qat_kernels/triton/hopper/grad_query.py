@@ -39,6 +39,12 @@ _TILE = gl.constexpr(64)
 """Slots of a tile."""
 
 
+@gluon.constexpr_function
+def _is_wide(mask):
+    """Whether the windows of a warp group's queries begin in tiles that are in front of the last slot of each of them."""
+    return mask is not None and not mask[3] and mask[0] >= 2 * WARP_GROUP_ROWS.value + GROUP.value + mask[1]
+
+
 @gluon.jit
 def _sum_tiles(
     grad_query, step, start, stop, upper, kept_from, lower, prefix_stop, key_mask_ptr, operands, rings, softmax_scale_log2,
@@ -47,7 +53,7 @@ def _sum_tiles(
     """dS KF over the slots from `start` to `stop`, whose tiles come next.
 
     Rows see those before `upper`, from `kept_from` on, and from `lower` on or before `prefix_stop`; int32 [64], but the last one
-    is a number. None: all of them.
+    is a number; None: all of these, or no prefix.
     """
     q, grad_out, lse_log2, delta = operands
     k_ring, v_ring = rings
@@ -61,16 +67,18 @@ def _sum_tiles(
         grad_p = warpgroup_mma(grad_out, v.permute((1, 0)), zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
         p = gl.exp2(scores * softmax_scale_log2 - lse_log2[:, None])
+        slot = first_slot + gl.arange(0, _TILE, gl.SliceLayout(0, SCORES))
         if upper is not None:
-            slot = first_slot + gl.arange(0, _TILE, gl.SliceLayout(0, SCORES))
-            allowed = slot[None, :] < upper[:, None]
-            if kept_from is not None:
-                allowed = allowed & (slot[None, :] >= kept_from[:, None])
-            if lower is not None:
-                allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
-            if key_mask_ptr is not None:
-                allowed = allowed & (gl.load(key_mask_ptr + slot) != 0)[None, :]
-            p = gl.where(allowed, p, 0.0)
+            p = gl.where(slot[None, :] < upper[:, None], p, 0.0)
+        if kept_from is not None:
+            p = gl.where(slot[None, :] >= kept_from[:, None], p, 0.0)
+        if lower is not None:
+            reached = slot[None, :] >= lower[:, None]
+            if prefix_stop is not None:
+                reached = reached | (slot < prefix_stop)[None, :]
+            p = gl.where(reached, p, 0.0)
+        if key_mask_ptr is not None:
+            p = gl.where((gl.load(key_mask_ptr + slot) != 0)[None, :], p, 0.0)
         grad_p = warpgroup_mma_wait(0, [grad_p])
         release(v_ring, step)
         grad_scores = (p * (grad_p - delta[:, None])).to(gl.bfloat16)
@@ -93,11 +101,11 @@ def _skip_tiles(step, start, stop, rings):
 @gluon.jit
 def _sum_quantized(
     grad_query, bounds, block, mine, inside, key_mask_ptr, operands, rings, softmax_scale_log2,
-    ORIGIN: gl.constexpr, WINDOWED: gl.constexpr, PREFIX: gl.constexpr, BLOCK_D: gl.constexpr,
+    ORIGIN: gl.constexpr, WINDOWED: gl.constexpr, WIDE: gl.constexpr, PREFIX: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """dS KF over the slots that are not kept. block, mine: `tile_ranges` of the block and of this warp group.
 
-    WINDOWED: whether rows have lower bounds. Tiles that only other warp groups need are given back.
+    WINDOWED: whether rows have lower bounds; WIDE: `_is_wide`. Tiles that only other warp groups need are given back.
     """
     upper, lower, prefix_stop = bounds
     block_head_stop, block_first, block_stop = block[0], block[1], block[4]
@@ -123,20 +131,20 @@ def _sum_quantized(
         full = gl.maximum(gl.minimum(full, stop), begin)
         if WINDOWED:
             grad_query, step = _sum_tiles(
-                grad_query, step, first, begin, upper, None, lower, prefix_stop, None, operands, rings,
+                grad_query, step, first, begin, None if WIDE else upper, None, lower, prefix_stop, None, operands, rings,
                 softmax_scale_log2, BLOCK_D,
             )  # fmt: skip
         grad_query, step = _sum_tiles(
-            grad_query, step, begin, full, None, None, None, 0, None, operands, rings, softmax_scale_log2, BLOCK_D
+            grad_query, step, begin, full, None, None, None, None, None, operands, rings, softmax_scale_log2, BLOCK_D
         )  # fmt: skip
-    if WINDOWED:
+    if WINDOWED and key_mask_ptr is not None:
         grad_query, step = _sum_tiles(
             grad_query, step, full, stop, upper, None, lower, prefix_stop, key_mask_ptr, operands, rings,
             softmax_scale_log2, BLOCK_D,
         )  # fmt: skip
-    else:
+    else:  # all see the first slot of these tiles
         grad_query, step = _sum_tiles(
-            grad_query, step, full, stop, upper, None, None, 0, key_mask_ptr, operands, rings, softmax_scale_log2, BLOCK_D
+            grad_query, step, full, stop, upper, None, None, None, key_mask_ptr, operands, rings, softmax_scale_log2, BLOCK_D
         )  # fmt: skip
     return grad_query, _skip_tiles(step, stop, block_stop, rings)
 
@@ -158,7 +166,7 @@ def _sum_kept(
         )  # fmt: skip
     else:
         grad_query, step = _sum_tiles(
-            grad_query, step, sink, ORIGIN, last, upper * 0 + LEAD, None, 0, key_mask_ptr, operands, rings,
+            grad_query, step, sink, ORIGIN, last, upper * 0 + LEAD, None, None, key_mask_ptr, operands, rings,
             softmax_scale_log2, BLOCK_D,
         )  # fmt: skip
     step = _skip_tiles(step, block_open_start, gl.minimum(open_start, block_open_stop), rings)
@@ -170,7 +178,7 @@ def _sum_kept(
         )  # fmt: skip
     else:
         grad_query, step = _sum_tiles(
-            grad_query, step, open_start, open_stop, last, kept_from, None, 0, key_mask_ptr, operands, rings,
+            grad_query, step, open_start, open_stop, last, kept_from, None, None, key_mask_ptr, operands, rings,
             softmax_scale_log2, BLOCK_D,
         )  # fmt: skip
     _skip_tiles(step, open_stop, block_open_stop, rings)
@@ -206,14 +214,14 @@ def _compute(
     lse_log2 = gl.load(stats_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
     delta = gl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
     last, upper, lower, prefix_stop = row_bounds(rows, sequence, LEAD, CAUSAL, MASK)
-    bounds = (upper, lower, prefix_stop)
+    bounds = (upper, lower, prefix_stop if prefix_of(MASK) > 0 else None)
 
     operands = (q_tiles.index(PART), grad_out, lse_log2, delta)
     grad_query = gl.zeros((WARP_GROUP_ROWS, BLOCK_D), gl.float32, accumulator(BLOCK_D))
     mbarrier.wait(q_full.index(PART), 0)
     grad_query, step = _sum_quantized(
         grad_query, bounds, block, mine, start < seqlen_q, key_mask_ptr, operands, rings, softmax_scale_log2,
-        ORIGIN, has_lower_bounds(MASK), prefix_of(MASK) > 0, BLOCK_D,
+        ORIGIN, has_lower_bounds(MASK), _is_wide(MASK), prefix_of(MASK) > 0, BLOCK_D,
     )  # fmt: skip
     if LEAD > 0:
         grad_query = _sum_kept(
