@@ -154,11 +154,10 @@ def _attend_halves(
     out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, stop, softmax_scale_log2,
     CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Steps `start` to `stop` over quantized slots in tiles of 128 or 64, with O' or without; `seen` as in `_attend_ahead`.
+    """Steps `start` to `stop` over quantized slots in tiles of 128, with O' or without; `seen` as in `_attend_ahead`.
 
     The tensor cores multiply the first half of a tile while the second one is rounded.
     """
-    N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
     gl.assume(start >= 0)
     for step in range(start, stop):
@@ -170,18 +169,14 @@ def _attend_halves(
         out = rescale(out, rows_of(factor, D))
         if OUT_HP:
             out_hp = rescale(out_hp, rows_of(factor, D))
-        if N == 128:
-            p_first, max_first, p, group_max = halves(p, group_max)
-            wait_full(v_ring, step)
-            if OUT_HP:
-                out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
-            out = warpgroup_mma(to_operand(round_p(p_first, max_first, QUANTIZE_PV), D), v.slice(0, 64), out, is_async=True)
-            v = v.slice(64, 64)
-        else:
-            wait_full(v_ring, step)
+        p_first, max_first, p_last, max_last = halves(p, group_max)
+        wait_full(v_ring, step)
         if OUT_HP:
-            out_hp = warpgroup_mma(to_operand(p.to(gl.bfloat16), D), v, out_hp, is_async=True)
-        out = warpgroup_mma(to_operand(round_p(p, group_max, QUANTIZE_PV), D), v, out, is_async=True)
+            out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
+        out = warpgroup_mma(to_operand(round_p(p_first, max_first, QUANTIZE_PV), D), v.slice(0, 64), out, is_async=True)
+        if OUT_HP:
+            out_hp = warpgroup_mma(to_operand(p_last.to(gl.bfloat16), D), v.slice(64, 64), out_hp, is_async=True)
+        out = warpgroup_mma(to_operand(round_p(p_last, max_last, QUANTIZE_PV), D), v.slice(64, 64), out, is_async=True)
         if OUT_HP:
             out_hp, out = warpgroup_mma_wait(0, [out_hp, out])
         else:
@@ -324,7 +319,7 @@ def _consumer(
         skip(k_ring, v_ring, step)
     full_start = main - (full_stop - block_first) // N
     seen = (upper, lower, prefix_stop, order, full_start, main - (full_first - block_first) // N)
-    if N == 128 or OUT_HP:
+    if N == 128:
         if MASK is None:
             # Without a causal mask the first tile alone may be cut off.
             out, out_hp, row_max, row_sum = _attend_halves(
@@ -337,6 +332,7 @@ def _consumer(
             MASK is not None, QUANTIZE_PV, OUT_HP, LEAD, MASK,
         )  # fmt: skip
     else:
+        gl.static_assert(not OUT_HP)
         if start < end:
             out, row_max, row_sum = _attend_quantized(
                 out, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
