@@ -15,6 +15,7 @@ docs/SIZING.md. `--tiny` runs small models, to see that all of it works.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -243,14 +244,12 @@ def _measured(run: Run, values: dict[str, Any], launched: list[str]) -> dict[str
     log = folder.with_name(f"{run.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        # In its own session, so that all of it can be killed at once.
-        process = subprocess.Popen(launched, cwd=ROOT, env=_environment(), stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(launched, cwd=ROOT, env=_environment(), stdout=out, stderr=out)
     try:
         stages = _watch(run, process, folder, first)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
     if process.returncode != (-signal.SIGKILL if run.stage == "killed" else 0):
         raise SystemExit(
             f"{run.name} failed with {process.returncode}:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}"
@@ -258,6 +257,24 @@ def _measured(run: Run, values: dict[str, Any], launched: list[str]) -> dict[str
     found = _of_log(read_metrics(folder)) | {"stages": stages}
     print(f"{run.name}: " + ", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, float)), flush=True)
     return found
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it has started. Each worker of torchrun has a session of its own, so no signal reaches all."""
+    family = list(_family(process.pid))
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    while any(map(_is_running, family)):
+        time.sleep(_POLL)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _environment() -> dict[str, str]:

@@ -123,7 +123,7 @@ def test_on_a_gpu(name):
 
 @pytest.mark.gpu
 def test_activations_wait_in_the_memory_of_the_cpu(inputs, tmp_path, monkeypatch):
-    """The runs are deterministic ones: without that, two runs on a GPU may differ by the order in which PyTorch sums gradients."""
+    """The runs are deterministic ones: without that, two runs on a GPU may differ by the order of sums."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     changes = {"model.gradient_checkpointing": "true", "deterministic": "true"}
     plain = finetune(inputs, tmp_path / "plain", **changes)
