@@ -38,7 +38,7 @@ from qat_patch.checkpoint.golden_output import check_reference
 from qat_patch.checkpoint.trust.file_names import REFERENCE
 from scripts.arguments import new_parser
 from scripts.bench.full_size_inputs import SIZES, TINY_SIZES, Size, write_data, write_model
-from scripts.bench.full_size_report import MARK, check_machine, needs, section, table_of_needs, tables
+from scripts.bench.full_size_report import GIB, MARK, check_machine, needs, section, table_of_needs, tables
 from scripts.bench.sizing import machine
 from scripts.bench.sizing_report import FILE
 from scripts.demo_tools import read_metrics
@@ -146,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="run everything that FILE does not have yet")
     measuring.add_argument("file", type=Path, metavar="FILE")
+    measuring.add_argument("--host-gib", type=float, help="host memory in GiB (default: what the container or the system says)")
     planning = commands.add_parser("plan", help="print the commands and the memory and disk space they need")
     for each in (measuring, planning):
         each.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
@@ -177,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(yaml.safe_dump(settings(run, size, options.gpus, options.work)).strip())
         return
     for size in sizes.values():
-        check_machine(size, options.gpus, options.layers, options.work)
+        host = None if options.host_gib is None else int(options.host_gib * GIB)
+        check_machine(size, options.gpus, options.layers, options.work, host_bytes=host)
     measure(options.file, sizes, options.gpus, options.layers, options.work)
 
 

@@ -151,7 +151,7 @@ def test_too_small_a_machine_is_refused(tmp_path):
     there = {"gpu_bytes": 141 * GIB, "host_bytes": 560 * GIB, "disk_bytes": 235 * GIB}
     wan, place = SIZES["wan"], tmp_path / "new"
     full_size_report.check_machine(wan, 8, None, place, **there)
-    message = r"14B of 40 layers on 2 GPUs: expected memory of each GPU: 188 GiB, got 127 .*layers would fit"
+    message = r"14B of 40 layers on 2 GPUs: expected memory of each GPU: 191 GiB, got 127 .*layers would fit"
     with pytest.raises(ValueError, match=message) as error:
         full_size_report.check_machine(wan, 2, None, place, **there)
     fitting = int(str(error.value).partition("--layers ")[2].partition(")")[0])
@@ -162,6 +162,8 @@ def test_too_small_a_machine_is_refused(tmp_path):
     for name, message in (("host_bytes", "host memory: 192 GiB, got 90"), ("disk_bytes", "disk under .*: 192 GiB, got 100")):
         with pytest.raises(ValueError, match=message):
             full_size_report.check_machine(wan, 8, None, place, **there | {name: 100 * GIB})
+    with pytest.raises(ValueError, match="host memory: 8 GiB, got 4 .* more memory than it says, give --host-gib"):
+        full_size.main(["measure", str(tmp_path / "results.json"), "--tiny", "--gpus=2", f"--work={place}", "--host-gib=5"])
     assert not place.exists()
 
 
