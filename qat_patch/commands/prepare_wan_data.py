@@ -81,7 +81,10 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | 
     if kind is None:
         raise ValueError(f"--model: expected one of {', '.join(kinds)}, got {model}, a {config['_class_name']}")
     if kind is WanImageToVideoPipeline and config.get("expand_timesteps"):
-        raise ValueError(f"--model: {model} puts the first frame into the latents (expand_timesteps); that is not supported")
+        raise ValueError(
+            f"--model: {model} puts the first frame into the latents (expand_timesteps), which is not supported; give it as a "
+            "WanPipeline, for text to video"
+        )
     # Only the pipeline's own class can leave out the transformers; DiffusionPipeline would load them.
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
     return kind.from_pretrained(model, transformer=None, transformer_2=None, dtype=types).to(device)

@@ -163,7 +163,7 @@ def test_wrong_arguments(wan_models, clips, tmp_path, more, message):
             {"_class_name": "StableDiffusionPipeline"},
             "expected one of WanPipeline, WanImageToVideoPipeline, got .*StableDiffusion",
         ),
-        ({"_class_name": "WanImageToVideoPipeline", "expand_timesteps": True}, "expand_timesteps.*is not supported"),
+        ({"_class_name": "WanImageToVideoPipeline", "expand_timesteps": True}, "expand_timesteps.*is not supported; give it as a WanPipeline"),
     ],
 )
 def test_pipelines_that_cannot_be_used(clips, tmp_path, changes, message):

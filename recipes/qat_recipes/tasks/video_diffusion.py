@@ -228,8 +228,12 @@ class VideoDiffusion(FineTuning[Settings]):
                 raise ValueError(f"model.transformer: {model.path} has no {name}")
         if config is None and settings.samples is not None:
             raise ValueError(f"samples: {model.path} has no VAE to make videos with; give a whole pipeline, or leave them out")
-        if config is not None and config.get("expand_timesteps"):
-            raise ValueError(f"model.path: {model.path} has a timestep for each token (expand_timesteps); that is not supported")
+        # Wan 2.2 TI2V 5B. Without a first frame the timesteps of all tokens are equal, and one for each sample says the same.
+        if config is not None and config.get("expand_timesteps") and config["_class_name"] != "WanPipeline":
+            raise ValueError(
+                f"model.path: {model.path} puts the first frame into the latents (expand_timesteps), which is not supported; "
+                "train it as a WanPipeline, from text to video"
+            )
         boundary = None if config is None else config.get("boundary_ratio")
         if model.transformer == "both" and boundary is None:
             raise ValueError(f"model.transformer: {model.path} has no boundary_ratio, which would say what both are there for")

@@ -23,8 +23,9 @@ from qat_recipes.tasks.flow_matching import FlowMatching, HeldOutClips, noise_le
 from qat_recipes.training.adapters import LoraSettings, add_adapters
 from qat_recipes.training.objective import evaluate, losses, make_teacher
 from qat_recipes.training.optimization import make_optimizer
+from support.models.clips_to_prepare import moving_square, prepare, write_video
 from support.models.tiny_clips import batch, objective, write_clips
-from support.models.tiny_wan import tiny_pipeline, tiny_transformer
+from support.models.tiny_wan import tiny_pipeline, tiny_ti2v, tiny_transformer
 from support.runs.runs import (
     SHARDED,
     assert_same_run,
@@ -318,12 +319,37 @@ def test_each_expert_is_trained_on_its_part_of_the_schedule(inputs, tmp_path, mo
         assert max((start[key] - end[key]).abs().max().item() for key in start) < 0.01
 
 
+def test_ti2v_5b_from_a_video_to_an_export(tmp_path, monkeypatch):
+    """Its pipeline gives every token a timestep; the recipe gives one for all."""
+    tiny_ti2v().save_pretrained(tmp_path / "model")
+    for name in ("a", "b"):
+        write_video(tmp_path / f"clips/{name}.mp4", moving_square(5, 64, 96))
+        (tmp_path / f"clips/{name}.txt").write_text("a red square moves right")
+    index = prepare(tmp_path / "model", tmp_path / "clips", tmp_path / "data", "--resolutions", "64x96")
+    assert [clip["shapes"]["latents"] for clip in index["clips"]] == [[4, 2, 4, 6]] * 2
+    drawn, draw = [], FlowMatching.inputs
+    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    changes = {"model.path": tmp_path / "model", "data.train": tmp_path / "data", "samples.every": 1, "samples.prompts": "[a]"}
+    size = {"samples.height": 64, "samples.width": 96, "samples.num_frames": 5, "samples.inference_steps": 1}
+    finetune(tmp_path, tmp_path / "run", **BARE | changes | size)
+    with av.open(str(tmp_path / "run/samples/step-2/prompt-0-fp4.mp4")) as container:
+        assert next(container.decode(video=0)).to_ndarray().shape[1] == 96
+
+    model, arguments = load_checkpoint(tmp_path / "run/export"), dict(drawn[0].arguments)
+    one, each = arguments["timestep"], arguments["timestep"][:, None].expand(-1, 2 * 2 * 3)
+    assert one.unique().numel() == 2
+    with torch.no_grad(), get_handle(model).disabled():
+        outputs = [model(**arguments | {"timestep": timestep}).sample for timestep in (one, each)]
+    torch.testing.assert_close(*outputs)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model.path": "bare"}, r"timesteps\.flow_shift: model\.path has no scheduler"),
         ({"model.path": "bare", "samples.every": 2}, "samples: .*bare has no VAE to make videos with"),
         ({"model.path": "eval"}, "expected a Wan pipeline or transformer in Diffusers' format"),
+        ({"model.path": "ti2v"}, r"expand_timesteps\), which is not supported; train it as a WanPipeline"),
         ({"model.path": "bare", "model.transformer": "transformer_2"}, "bare has no transformer_2"),
         ({"model.transformer": "transformer_2"}, "t2v has no transformer_2"),
         ({"model.path": "i2v"}, r"does not fit the model: expected input channels 12, got 4"),
@@ -347,6 +373,10 @@ def test_each_expert_is_trained_on_its_part_of_the_schedule(inputs, tmp_path, mo
     ],
 )
 def test_what_cannot_be_done_is_refused(inputs, tmp_path, changes, message):
+    if changes.get("model.path") == "ti2v":
+        (inputs / "ti2v").mkdir()
+        config = {"_class_name": "WanImageToVideoPipeline", "expand_timesteps": True, "transformer": [None, "a"]}
+        (inputs / "ti2v" / "model_index.json").write_text(json.dumps(config))
     if "model.path" in changes:
         changes = changes | {"model.path": inputs / changes["model.path"]}
     with pytest.raises(ValueError, match=message):
