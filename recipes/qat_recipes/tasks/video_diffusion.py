@@ -138,6 +138,10 @@ class VideoDiffusion(FineTuning[Settings]):
         if settings.samples is not None:
             about = clips if self.held_out is None else self.held_out
             transformers = {name: model for name, model in self.parts.items() if name is not None}
+            if any(map(takes_last_frame, transformers.values())):
+                raise ValueError(
+                    f"samples: {settings.model.path} needs a last frame too, which samples do not have; leave them out"
+                )
             self.samples = Samples(settings.samples, self.source, transformers, self.handle, about)
 
     def load(self, component: str | None) -> torch.nn.Module:
@@ -264,17 +268,26 @@ class VideoDiffusion(FineTuning[Settings]):
         return (parts if self.settings.trains_in_turns else parts[self.settings.model.transformer]), steps
 
 
+def takes_last_frame(transformer: torch.nn.Module) -> bool:
+    """Whether it makes videos from a first and a last frame (Wan 2.1 FLF2V)."""
+    config: Any = transformer.config
+    return config.pos_embed_seq_len is not None
+
+
 def check_clips(model: torch.nn.Module, clips: EncodedClips, parts: int = 1) -> None:
     """Raise a ValueError if a transformer cannot take these clips, or their tokens cannot be split into equal parts."""
     config: Any = model.config
+    images = None if config.image_dim is None else 2 if takes_last_frame(model) else 1
     for clip in clips.clips:
         shapes = clip["shapes"]
         channels, *sizes = shapes["latents"]
+        *given, _, size = shapes.get("image_embeds", [None, None, None])
         needed = {
             "latent channels": (config.out_channels, channels),
             "input channels": (config.in_channels, channels + shapes.get("condition", [0])[0]),
             "text embeddings of size": (config.text_dim, shapes["prompt_embeds"][-1]),
-            "image embeddings of size": (config.image_dim, shapes.get("image_embeds", [None])[-1]),
+            "image embeddings of size": (config.image_dim, size),
+            "images as its condition:": (images, given[0] if given else 1),
             "latents beyond whole patches": ([0, 0, 0], [n % m for n, m in zip(sizes, config.patch_size, strict=True)]),
         }
         for what, (expected, got) in needed.items():

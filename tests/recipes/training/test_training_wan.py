@@ -319,19 +319,25 @@ def test_each_expert_is_trained_on_its_part_of_the_schedule(inputs, tmp_path, mo
         assert max((start[key] - end[key]).abs().max().item() for key in start) < 0.01
 
 
+def prepared_for(pipe, folder, size):
+    """Two videos as `qat-patch prepare-wan-data` encodes them for a pipeline; the index, and settings of a run."""
+    pipe.save_pretrained(folder / "model")
+    for number in (1, 2):
+        write_video(folder / f"clips/{number}.mp4", moving_square(5, *size)[::number].repeat(number, 0)[:5])
+        (folder / f"clips/{number}.txt").write_text("a red square moves right")
+    index = prepare(folder / "model", folder / "clips", folder / "data", "--resolutions", "x".join(map(str, size)))
+    return index, BARE | {"model.path": folder / "model", "data.train": folder / "data"}
+
+
 def test_ti2v_5b_from_a_video_to_an_export(tmp_path, monkeypatch):
     """Its pipeline gives every token a timestep; the recipe gives one for all."""
-    tiny_ti2v().save_pretrained(tmp_path / "model")
-    for name in ("a", "b"):
-        write_video(tmp_path / f"clips/{name}.mp4", moving_square(5, 64, 96))
-        (tmp_path / f"clips/{name}.txt").write_text("a red square moves right")
-    index = prepare(tmp_path / "model", tmp_path / "clips", tmp_path / "data", "--resolutions", "64x96")
+    index, changes = prepared_for(tiny_ti2v(), tmp_path, (64, 96))
     assert [clip["shapes"]["latents"] for clip in index["clips"]] == [[4, 2, 4, 6]] * 2
     drawn, draw = [], FlowMatching.inputs
     monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append(draw(*args)) or drawn[-1])
-    changes = {"model.path": tmp_path / "model", "data.train": tmp_path / "data", "samples.every": 1, "samples.prompts": "[a]"}
+    changes |= {"samples.every": 1, "samples.prompts": "[a]"}
     size = {"samples.height": 64, "samples.width": 96, "samples.num_frames": 5, "samples.inference_steps": 1}
-    finetune(tmp_path, tmp_path / "run", **BARE | changes | size)
+    finetune(tmp_path, tmp_path / "run", **changes | size)
     with av.open(str(tmp_path / "run/samples/step-2/prompt-0-fp4.mp4")) as container:
         assert next(container.decode(video=0)).to_ndarray().shape[1] == 96
 
@@ -341,6 +347,27 @@ def test_ti2v_5b_from_a_video_to_an_export(tmp_path, monkeypatch):
     with torch.no_grad(), get_handle(model).disabled():
         outputs = [model(**arguments | {"timestep": timestep}).sample for timestep in (one, each)]
     torch.testing.assert_close(*outputs)
+
+
+def test_first_and_last_frame(inputs, tmp_path, monkeypatch):
+    """FLF2V: a sample of a batch gets its own two frames."""
+    _, changes = prepared_for(tiny_pipeline(i2v=True, layers=1, pos_embed_seq_len=2 * 257), tmp_path, (32, 48))
+    own = {"samples.every": 1, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "samples.prompts": "[a]"}
+    with pytest.raises(ValueError, match="samples: .* needs a last frame too"):
+        finetune(tmp_path, tmp_path / "run", **changes | own)
+    drawn, draw = [], FlowMatching.inputs
+    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append((args[1], draw(*args))) or drawn[-1][1])
+    finetune(tmp_path, tmp_path / "run", **changes)
+    (batch, flow), model = drawn[0], load_checkpoint(tmp_path / "run/export")
+    images, arguments = batch["image_embeds"].float(), flow.arguments
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[:, 0], images[:, 1])
+    with torch.no_grad(), get_handle(model).disabled():
+        both = model(**arguments).sample
+        for number in range(2):
+            own = {name: value[number, None] for name, value in arguments.items()}
+            torch.testing.assert_close(model(**own | {"encoder_hidden_states_image": images[number]}).sample[0], both[number])
+    with pytest.raises(ValueError, match="does not fit the model: expected images as its condition: 2, got 1"):
+        finetune(tmp_path, tmp_path / "other", **changes | {"data.train": inputs / "i2v-train"})
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,11 @@ WORDS = [
 ]
 
 
-def tiny_transformer(i2v=False, layers=2, heads=2, head_dim=16, seed=0):
-    """A Wan transformer in float32; for image to video, one that takes a condition and image embeddings as Wan 2.1's does."""
+def tiny_transformer(i2v=False, layers=2, heads=2, head_dim=16, seed=0, pos_embed_seq_len=None):
+    """A Wan transformer in float32; for image to video, one that takes a condition and image embeddings as Wan 2.1's does.
+
+    With `pos_embed_seq_len` of 2 * 257 it takes a first and a last frame.
+    """
     torch.manual_seed(seed)
     return WanTransformer3DModel(
         num_attention_heads=heads,
@@ -50,6 +53,7 @@ def tiny_transformer(i2v=False, layers=2, heads=2, head_dim=16, seed=0):
         image_dim=IMAGE_DIM if i2v else None,
         added_kv_proj_dim=heads * head_dim if i2v else None,
         rope_max_seq_len=32,
+        pos_embed_seq_len=pos_embed_seq_len,
     ).eval()
 
 
