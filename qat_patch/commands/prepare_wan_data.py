@@ -92,8 +92,18 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | 
 
 
 def takes_last_frame(model: str) -> bool:
-    """Whether the transformer of a pipeline is one for a first and a last frame."""
-    return WanTransformer3DModel.load_config(model, subfolder="transformer").get("pos_embed_seq_len") is not None
+    """Whether the transformer of a pipeline is one for a first and a last frame.
+
+    Raises:
+        ValueError: its config is not there.
+    """
+    try:
+        config = WanTransformer3DModel.load_config(model, subfolder="transformer")
+    except OSError as error:
+        raise ValueError(
+            f"--model: {model} lacks transformer/config.json, which says whether it takes a last frame: {error}"
+        ) from error
+    return config.get("pos_embed_seq_len") is not None
 
 
 @torch.no_grad()
@@ -243,7 +253,7 @@ def _settings(args: argparse.Namespace, pipe: WanPipeline | WanImageToVideoPipel
         if getattr(pipe, name, None) is not None:
             encoders[name] = fingerprint(getattr(pipe, name))
     # Wan 2.1 FLF2V has the pipeline of image to video, and a transformer with positions for two images.
-    last_frame = isinstance(pipe, WanImageToVideoPipeline) and takes_last_frame(args.model)
+    last_frame = getattr(pipe, "image_encoder", None) is not None and takes_last_frame(args.model)
     return {
         "pipeline": type(pipe).__name__,
         **({"last_frame": True} if last_frame else {}),

@@ -120,6 +120,9 @@ def test_first_and_last_frame(clips, tmp_path):
     torch.testing.assert_close(tensors["condition"], condition[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(tensors["image_embeds"], pipe.encode_image(images), rtol=0, atol=1e-5)
     assert tensors["image_embeds"].shape == (2, 257, 16)
+    (tmp_path / "model/transformer/config.json").unlink()
+    with pytest.raises(ValueError, match=r"--model: .* lacks transformer/config\.json"):
+        prepare(tmp_path / "model", clips, tmp_path / "other")
 
 
 def test_bfloat16_is_stored_and_comes_from_the_same_float32_latents(wan_models, clips, prepared, tmp_path):
