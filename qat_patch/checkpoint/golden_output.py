@@ -41,7 +41,9 @@ def example_inputs(model: Any, host: str) -> dict[str, torch.Tensor] | None:
         "encoder_hidden_states": torch.randn(1, 512, config.text_dim, generator=generator),
     }
     if config.image_dim is not None:
-        inputs["encoder_hidden_states_image"] = torch.randn(1, 257, config.image_dim, generator=generator)
+        # The first frame; Wan 2.1 FLF2V has positions for two images.
+        images = 1 if config.pos_embed_seq_len is None else 2
+        inputs["encoder_hidden_states_image"] = torch.randn(images, 257, config.image_dim, generator=generator)
     return inputs
 
 

@@ -13,8 +13,9 @@ Unusable clips are reported and left out.
     latents        [C, F, h, w]      mean of the VAE's posterior, normalized as in the pipeline
     prompt_embeds  [tokens, D]       of the caption; the zeros that fill it up to 512 tokens are left out. Of further captions
                                      prompt_embeds.1 and so on
-    condition      [4 + C, F, h, w]  image to video only: mask and latents of the first frame
-    image_embeds   [257, D]          image to video only, and not in Wan 2.2: the first frame, by the image encoder
+    condition      [4 + C, F, h, w]  image to video only: mask and latents of the first frame, or of the first and the last
+    image_embeds   [257, D]          image to video only, and not in Wan 2.2: the first frame, by the image encoder;
+                                     [2, 257, D] with the last frame
 
 Run it again to continue after an interruption, or after adding clips, captions, windows, resolutions or lengths: clips whose
 captions and video have not changed are not encoded again. Files made with other encoders or settings are refused.
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.training_utils import free_memory
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -81,10 +82,28 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | 
     if kind is None:
         raise ValueError(f"--model: expected one of {', '.join(kinds)}, got {model}, a {config['_class_name']}")
     if kind is WanImageToVideoPipeline and config.get("expand_timesteps"):
-        raise ValueError(f"--model: {model} puts the first frame into the latents (expand_timesteps); that is not supported")
+        raise ValueError(
+            f"--model: {model} puts the first frame into the latents (expand_timesteps), which is not supported; give it as a "
+            "WanPipeline, for text to video"
+        )
     # Only the pipeline's own class can leave out the transformers; DiffusionPipeline would load them.
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}
     return kind.from_pretrained(model, transformer=None, transformer_2=None, dtype=types).to(device)
+
+
+def takes_last_frame(model: str) -> bool:
+    """Whether the transformer of a pipeline is one for a first and a last frame.
+
+    Raises:
+        ValueError: its config is not there.
+    """
+    try:
+        config = WanTransformer3DModel.load_config(model, subfolder="transformer")
+    except OSError as error:
+        raise ValueError(
+            f"--model: {model} lacks transformer/config.json, which says whether it takes a last frame: {error}"
+        ) from error
+    return config.get("pos_embed_seq_len") is not None
 
 
 @torch.no_grad()
@@ -94,6 +113,7 @@ def encode(
     caption: str,
     dtype: torch.dtype,
     variants: Sequence[str] = (),
+    last_frame: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The tensors of one clip, as at the top of this file, in `dtype` on the CPU.
 
@@ -103,6 +123,7 @@ def encode(
         caption: a description of the frames.
         dtype: dtype of the result; latents are computed in float32.
         variants: other captions.
+        last_frame: image to video is conditioned on the last frame too.
     """
     vae, device = pipe.vae, pipe.vae.device
     video = pipe.video_processor.normalize(frames.to(device).permute(3, 0, 1, 2)[None] / 255)
@@ -113,13 +134,15 @@ def encode(
     tensors = {"latents": latents[0], "prompt_embeds": encode_text(pipe, caption)}
     tensors |= {f"prompt_embeds.{number}": encode_text(pipe, text) for number, text in enumerate(variants, 1)}
     if isinstance(pipe, WanImageToVideoPipeline):
+        size, last = (*video.shape[3:], len(frames)), video[:, :, -1] if last_frame else None
         # With latents given, it draws no noise.
         _, condition = pipe.prepare_latents(
-            video[:, :, 0], 1, latents.shape[1], *video.shape[3:], len(frames), torch.float32, device, latents=latents
+            video[:, :, 0], 1, latents.shape[1], *size, torch.float32, device, latents=latents, last_image=last
         )
         tensors["condition"] = condition[0]
         if pipe.image_encoder is not None:
-            tensors["image_embeds"] = pipe.encode_image(frames[0].numpy(), device)[0]
+            embeds = pipe.encode_image([frames[number].numpy() for number in ((0, -1) if last_frame else (0,))], device)
+            tensors["image_embeds"] = embeds if last_frame else embeds[0]
     return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
 
 
@@ -198,7 +221,8 @@ def _encode_windows(
     for number, start in enumerate(windows.starts):
         record, there = record_of(clip, windows, number, args.fps), entry(args.output, clip, start, settings)
         if there is None or any(there[name] != record[name] for name in ("frames", "height", "width")):
-            tensors = encode(pipe, windows.frames[number], clip.caption, getattr(torch, args.dtype), clip.variants)
+            how = getattr(torch, args.dtype), clip.variants, settings.get("last_frame", False)
+            tensors = encode(pipe, windows.frames[number], clip.caption, *how)
             _write(file_of(args.output, clip, start), tensors, {"clip": json.dumps(record | {"settings": settings})})
             there = entry(args.output, clip, start, settings)
         if there is not None:
@@ -228,8 +252,11 @@ def _settings(args: argparse.Namespace, pipe: WanPipeline | WanImageToVideoPipel
     for name in ("text_encoder", "image_encoder"):
         if getattr(pipe, name, None) is not None:
             encoders[name] = fingerprint(getattr(pipe, name))
+    # Wan 2.1 FLF2V has the pipeline of image to video, and a transformer with positions for two images.
+    last_frame = getattr(pipe, "image_encoder", None) is not None and takes_last_frame(args.model)
     return {
         "pipeline": type(pipe).__name__,
+        **({"last_frame": True} if last_frame else {}),
         **encoders,
         "text_length": TEXT_LENGTH,
         "num_frames": sorted(args.num_frames),

@@ -15,6 +15,7 @@ docs/SIZING.md. `--tiny` runs small models, to see that all of it works.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,7 +38,7 @@ from qat_patch.checkpoint.golden_output import check_reference
 from qat_patch.checkpoint.trust.file_names import REFERENCE
 from scripts.arguments import new_parser
 from scripts.bench.full_size_inputs import SIZES, TINY_SIZES, Size, write_data, write_model
-from scripts.bench.full_size_report import MARK, check_machine, needs, section, table_of_needs, tables
+from scripts.bench.full_size_report import GIB, MARK, check_machine, needs, section, table_of_needs, tables
 from scripts.bench.sizing import machine
 from scripts.bench.sizing_report import FILE
 from scripts.demo_tools import read_metrics
@@ -145,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="run everything that FILE does not have yet")
     measuring.add_argument("file", type=Path, metavar="FILE")
+    measuring.add_argument("--host-gib", type=float, help="host memory in GiB (default: what the container or the system says)")
     planning = commands.add_parser("plan", help="print the commands and the memory and disk space they need")
     for each in (measuring, planning):
         each.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
@@ -176,7 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(yaml.safe_dump(settings(run, size, options.gpus, options.work)).strip())
         return
     for size in sizes.values():
-        check_machine(size, options.gpus, options.layers, options.work)
+        host = None if options.host_gib is None else int(options.host_gib * GIB)
+        check_machine(size, options.gpus, options.layers, options.work, host_bytes=host)
     measure(options.file, sizes, options.gpus, options.layers, options.work)
 
 
@@ -243,14 +246,12 @@ def _measured(run: Run, values: dict[str, Any], launched: list[str]) -> dict[str
     log = folder.with_name(f"{run.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        # In its own session, so that all of it can be killed at once.
-        process = subprocess.Popen(launched, cwd=ROOT, env=_environment(), stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(launched, cwd=ROOT, env=_environment(), stdout=out, stderr=out)
     try:
         stages = _watch(run, process, folder, first)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
     if process.returncode != (-signal.SIGKILL if run.stage == "killed" else 0):
         raise SystemExit(
             f"{run.name} failed with {process.returncode}:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}"
@@ -258,6 +259,24 @@ def _measured(run: Run, values: dict[str, Any], launched: list[str]) -> dict[str
     found = _of_log(read_metrics(folder)) | {"stages": stages}
     print(f"{run.name}: " + ", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, float)), flush=True)
     return found
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it has started. Each worker of torchrun has a session of its own, so no signal reaches all."""
+    family = list(_family(process.pid))
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    while any(map(_is_running, family)):
+        time.sleep(_POLL)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _environment() -> dict[str, str]:

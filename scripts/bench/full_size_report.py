@@ -24,8 +24,8 @@ ROOM = 0.9
 """The usable share of memory: the rest is for CUDA contexts, fragmentation, and files that the system keeps in memory."""
 MIB_A_TOKEN = {"wan": 0.693, "qwen3": 2.149}
 """GPU memory per token with gradient checkpointing, as measured with LoRA (section 3 of docs/SIZING.md)."""
-GATHERED = 4 * GIB
-"""bfloat16 weights of a few layers, embeddings and the head, while a GPU computes with them."""
+A_GATHERED_WEIGHT = 2 + 2 + 4
+"""Bytes of a weight that a GPU has whole: it and its gradient in bfloat16, and the float32 copy in which gradients are summed."""
 HOST_A_PROCESS = 4 * GIB
 """Python, PyTorch and a CUDA context."""
 BESIDE = 6 * GIB
@@ -33,9 +33,9 @@ BESIDE = 6 * GIB
 NOT = "not measured"
 
 TEXT = """
-FSDP2 over N GPUs (`recipes/accelerate_configs/fsdp2.yaml`) divides the bytes that weights take by N and adds the gathered weights
-of a layer or two. What a token takes stays, since each GPU has a sequence of its own; with `parallel.ulysses` the GPUs share one.
-DDP divides nothing. The first process alone reads the weights and gives each its part.
+FSDP2 over N GPUs (`recipes/accelerate_configs/fsdp2.yaml`) divides the bytes that weights take by N and adds what a GPU has whole
+while it computes with it. What a token takes stays, since each GPU has a sequence of its own; with `parallel.ulysses` the GPUs
+share one. DDP divides nothing. The first process alone reads the weights and gives each its part.
 
 `python -m scripts.bench.full_size measure {results}` runs the recipes on whole 14B models with random
 weights and samples of the real lengths (Wan: 81 frames of 720x1280, 75,600 tokens; Qwen3: 8,192), with the shipped configs, ten
@@ -43,7 +43,10 @@ steps each, and `report` writes the tables below.
 
 ### What it needs, by arithmetic
 
-Of {gpus} GPUs. Nothing here was measured but what a token takes (section 3).
+Of {gpus} GPUs. Nothing here was measured but what a token takes (section 3). A step needs 16 bytes a weight, over the number
+of GPUs, and 8 bytes on each GPU for every weight that it has whole: those of two layers, the embeddings and the head. These are a
+weight and its gradient in bfloat16, and the float32 copy in which gradients are summed. The sum is a bound: gradients of the
+embeddings are summed last, when most of what tokens take is free again.
 
 {needs}
 
@@ -95,9 +98,11 @@ class Needs(NamedTuple):
 
 def needs(size: Size, gpus: int, layers: int | None = None) -> Needs:
     """Calculated from 16 bytes per weight: float32 weights, gradients and two moments."""
-    weights = sum(parameter.numel() for parameter in size.empty(layers).parameters())
+    one, two = (sum(parameter.numel() for parameter in size.empty(number).parameters()) for number in (1, 2))
+    layer, others = two - one, 2 * one - two
+    weights = others + layer * (layers or size.layers)
     processes, tokens = gpus * HOST_A_PROCESS, size.tokens * MIB_A_TOKEN[size.kind] * 2**20
-    fixed = 16 * weights / gpus + GATHERED
+    fixed = 16 * weights / gpus + A_GATHERED_WEIGHT * (others + 2 * layer)
     teacher = 4 * weights / gpus
     stages = [
         Need("write weights, bfloat16", 5 * GIB, 2 * weights, 0),
@@ -114,7 +119,7 @@ def needs(size: Size, gpus: int, layers: int | None = None) -> Needs:
         Need("resume", 12 * weights + processes, 14 * weights, fixed),
         # The weights are gathered, put into another model, cast, and read back.
         Need("export, bfloat16", (4 + 4 + 2 + 2) * weights + processes, 4 * weights, fixed),
-        Need("verify, load", 4 * weights, 4 * weights, 2 * weights + GATHERED),
+        Need("verify, load", 4 * weights, 4 * weights, 2 * weights + GIB),
     ]
     stages = [need._replace(disk=need.disk + BESIDE) for need in stages]
     return Needs(size.name, weights, layers or size.layers, gpus, stages)
@@ -132,7 +137,7 @@ def _gib(number: float) -> str:
 
 
 def host_limit() -> int:
-    """The bytes of memory of this machine or container."""
+    """The bytes of memory of this container, or what the system says of the machine."""
     limits = [psutil.virtual_memory().total]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(file).is_file() and (text := Path(file).read_text(encoding="utf-8").strip()).isdecimal():
@@ -178,7 +183,8 @@ def check_machine(
         way_out = f"; {fitting} layers would fit (--layers {fitting})" if fitting else ""
         raise ValueError(
             f"full_size: {size.name} of {whole} layers on {gpus} GPUs: expected {'; '.join(lacks)} (of memory {ROOM:.0%} count). "
-            f"Take a larger machine or more GPUs, or another --work{way_out}; `plan` prints what each stage needs"
+            f"Take a larger machine or more GPUs, or another --work{way_out}; `plan` prints what each stage needs. "
+            "Some machines grow while they are used: if this one has more memory than it says, give --host-gib"
         )
 
 

@@ -106,6 +106,25 @@ def test_image_to_video_stores_what_the_pipeline_conditions_on(wan_models, clips
     assert velocity.shape == tensors["latents"][None].shape
 
 
+def test_first_and_last_frame(clips, tmp_path):
+    """FLF2V: what is stored is what the pipeline makes of both frames."""
+    tiny_pipeline(i2v=True, layers=1, pos_embed_seq_len=2 * 257).save_pretrained(tmp_path / "model")
+    index = prepare(tmp_path / "model", clips, tmp_path / "out")
+    assert index["settings"]["last_frame"] is True
+    tensors = EncodedClips(tmp_path / "out")[[clip["source"] for clip in index["clips"]].index("wide.mp4")]
+    pipe = WanImageToVideoPipeline.from_pretrained(tmp_path / "model")
+    images = [decoded(clips / "wide.mp4")[number] for number in (0, 4)]
+    # As in WanImageToVideoPipeline.__call__.
+    first, last = (pipe.video_processor.preprocess(image, height=32, width=48) for image in images)
+    _, condition = pipe.prepare_latents(first, 1, 4, 32, 48, 5, torch.float32, torch.device("cpu"), last_image=last)
+    torch.testing.assert_close(tensors["condition"], condition[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(tensors["image_embeds"], pipe.encode_image(images), rtol=0, atol=1e-5)
+    assert tensors["image_embeds"].shape == (2, 257, 16)
+    (tmp_path / "model/transformer/config.json").unlink()
+    with pytest.raises(ValueError, match=r"--model: .* lacks transformer/config\.json"):
+        prepare(tmp_path / "model", clips, tmp_path / "other")
+
+
 def test_bfloat16_is_stored_and_comes_from_the_same_float32_latents(wan_models, clips, prepared, tmp_path):
     prepare(wan_models / "t2v", clips, tmp_path, "--dtype", "bfloat16")
     for exact, rounded in zip(EncodedClips(prepared), EncodedClips(tmp_path), strict=True):
@@ -163,7 +182,7 @@ def test_wrong_arguments(wan_models, clips, tmp_path, more, message):
             {"_class_name": "StableDiffusionPipeline"},
             "expected one of WanPipeline, WanImageToVideoPipeline, got .*StableDiffusion",
         ),
-        ({"_class_name": "WanImageToVideoPipeline", "expand_timesteps": True}, "expand_timesteps.*is not supported"),
+        ({"_class_name": "WanImageToVideoPipeline", "expand_timesteps": True}, "expand_timesteps.*; give it as a WanPipeline"),
     ],
 )
 def test_pipelines_that_cannot_be_used(clips, tmp_path, changes, message):

@@ -62,7 +62,8 @@ class EncodedClips(Dataset):
     """Encoded clips by index, each a dict of tensors of the stored dtype.
 
     latents [C, F, h, w], normalized as in the pipeline; prompt_embeds [text length, D], padded with zeros; for image to video
-    condition [4 + C, F, h, w], to concatenate to noisy latents, and image_embeds [257, D] if the model takes them.
+    condition [4 + C, F, h, w], to concatenate to noisy latents, and image_embeds [257, D], or [2, 257, D] with the last
+    frame, if the model takes them.
 
     An index may be a pair: the clip, and a number that seeds the choice of its caption, if there are several or some are dropped.
 

@@ -120,7 +120,8 @@ class FlowMatching:
             arguments["expert"] = batch["expert"][0]
         arguments["encoder_hidden_states"] = batch["prompt_embeds"].float()
         if "image_embeds" in batch:
-            arguments["encoder_hidden_states_image"] = batch["image_embeds"].float()
+            # The first and the last frame of a clip follow each other: [2 * B, 257, D].
+            arguments["encoder_hidden_states_image"] = batch["image_embeds"].float().flatten(0, -3)
         return FlowInputs(arguments, levels, noise - latents)
 
     def outputs(self, model: torch.nn.Module, inputs: FlowInputs) -> torch.Tensor:

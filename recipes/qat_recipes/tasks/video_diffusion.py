@@ -138,6 +138,10 @@ class VideoDiffusion(FineTuning[Settings]):
         if settings.samples is not None:
             about = clips if self.held_out is None else self.held_out
             transformers = {name: model for name, model in self.parts.items() if name is not None}
+            if any(map(takes_last_frame, transformers.values())):
+                raise ValueError(
+                    f"samples: {settings.model.path} needs a last frame too, which samples do not have; leave them out"
+                )
             self.samples = Samples(settings.samples, self.source, transformers, self.handle, about)
 
     def load(self, component: str | None) -> torch.nn.Module:
@@ -228,8 +232,12 @@ class VideoDiffusion(FineTuning[Settings]):
                 raise ValueError(f"model.transformer: {model.path} has no {name}")
         if config is None and settings.samples is not None:
             raise ValueError(f"samples: {model.path} has no VAE to make videos with; give a whole pipeline, or leave them out")
-        if config is not None and config.get("expand_timesteps"):
-            raise ValueError(f"model.path: {model.path} has a timestep for each token (expand_timesteps); that is not supported")
+        # Wan 2.2 TI2V 5B. Without a first frame the timesteps of all tokens are equal, and one for each sample says the same.
+        if config is not None and config.get("expand_timesteps") and config["_class_name"] != "WanPipeline":
+            raise ValueError(
+                f"model.path: {model.path} puts the first frame into the latents (expand_timesteps), which is not supported; "
+                "train it as a WanPipeline, from text to video"
+            )
         boundary = None if config is None else config.get("boundary_ratio")
         if model.transformer == "both" and boundary is None:
             raise ValueError(f"model.transformer: {model.path} has no boundary_ratio, which would say what both are there for")
@@ -260,17 +268,26 @@ class VideoDiffusion(FineTuning[Settings]):
         return (parts if self.settings.trains_in_turns else parts[self.settings.model.transformer]), steps
 
 
+def takes_last_frame(transformer: torch.nn.Module) -> bool:
+    """Whether it makes videos from a first and a last frame (Wan 2.1 FLF2V)."""
+    config: Any = transformer.config
+    return config.pos_embed_seq_len is not None
+
+
 def check_clips(model: torch.nn.Module, clips: EncodedClips, parts: int = 1) -> None:
     """Raise a ValueError if a transformer cannot take these clips, or their tokens cannot be split into equal parts."""
     config: Any = model.config
+    images = None if config.image_dim is None else 2 if takes_last_frame(model) else 1
     for clip in clips.clips:
         shapes = clip["shapes"]
         channels, *sizes = shapes["latents"]
+        *given, _, size = shapes.get("image_embeds", [None, None, None])
         needed = {
             "latent channels": (config.out_channels, channels),
             "input channels": (config.in_channels, channels + shapes.get("condition", [0])[0]),
             "text embeddings of size": (config.text_dim, shapes["prompt_embeds"][-1]),
-            "image embeddings of size": (config.image_dim, shapes.get("image_embeds", [None])[-1]),
+            "image embeddings of size": (config.image_dim, size),
+            "images as its condition:": (images, given[0] if given else 1),
             "latents beyond whole patches": ([0, 0, 0], [n % m for n, m in zip(sizes, config.patch_size, strict=True)]),
         }
         for what, (expected, got) in needed.items():

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.autograd.graph import save_on_cpu
 
+from ..memory.activations import activations_on_cpu
 from .diagnostics import gradient_norms
 from .objective import Teacher, losses
 from .settings import TrainingSettings
@@ -49,7 +49,7 @@ class Stepper:
         with contextlib.nullcontext() if settings.attention == "fp4" else task.handle.disabled():
             for batch in batches:
                 with accelerator.accumulate(self.model):
-                    with save_on_cpu(pin_memory=True) if settings.offload_activations else contextlib.nullcontext():
+                    with activations_on_cpu() if settings.offload_activations else contextlib.nullcontext():
                         values = losses(task.objective, self.model, batch, self.teacher, settings.distillation)
                     # Gradients are averaged over processes, but those of a group are parts that must be summed.
                     accelerator.backward(values["loss"] * group)

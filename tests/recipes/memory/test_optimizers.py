@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import finetune_qwen3
+from qat_recipes.memory import activations
 from qat_recipes.memory.optimizers import check_optimizer, check_state, make_adamw
 from qat_recipes.training import step as step_module
 from support.runs.qwen3_runs import settings as qwen3_settings
@@ -122,25 +123,31 @@ def test_on_a_gpu(name):
 
 @pytest.mark.gpu
 def test_activations_wait_in_the_memory_of_the_cpu(inputs, tmp_path, monkeypatch):
-    """The runs are deterministic ones: without that, two runs on a GPU differ by the order in which PyTorch sums gradients."""
+    """The runs are deterministic ones: without that, two runs on a GPU may differ by the order of sums."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     changes = {"model.gradient_checkpointing": "true", "deterministic": "true"}
     plain = finetune(inputs, tmp_path / "plain", **changes)
-    saved, save = [], step_module.save_on_cpu
-    monkeypatch.setattr(step_module, "save_on_cpu", lambda **options: saved.append(options) or save(**options))
+    waiting, move = [], activations._to_cpu
+    monkeypatch.setattr(activations, "_to_cpu", lambda x: waiting.append(move(x)[1].is_pinned()) or move(x))
     offloaded = finetune(inputs, tmp_path / "offloaded", offload_activations="true", **changes)
     assert [record.get("loss") for record in offloaded] == [record.get("loss") for record in plain]
-    assert saved == [{"pin_memory": True}] * RUN["steps"]
+    assert any(waiting)
 
 
-def test_activations_are_packed_where_a_step_is_made(inputs, tmp_path, monkeypatch):
-    """As on a GPU, but for the copies: every tensor that the backward pass needs goes through, and the losses stay."""
+def test_what_waits_keeps_its_layout():
+    a, b = torch.randn(3, 5), torch.randn(3, 4, requires_grad=True)
+    with activations.activations_on_cpu():
+        product = a.t() @ b
+    back = product.grad_fn._saved_self
+    assert back.stride() == a.t().stride() != a.stride()
+    assert torch.equal(back, a.t()) and back.data_ptr() != a.data_ptr()
+
+
+def test_activations_wait_where_a_step_is_made(inputs, tmp_path, monkeypatch):
+    """As on a GPU, but not in pinned memory: every tensor that the backward pass needs goes through, and the losses stay."""
     plain = finetune(inputs, tmp_path / "plain", **{"model.gradient_checkpointing": "true"})
-    packed = []
-
-    def save_on_cpu(pin_memory):
-        assert pin_memory
-        return torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x)
+    moved, move = [], activations._to_cpu
+    monkeypatch.setattr(activations, "_to_cpu", lambda x: moved.append(x.shape) or move(x))
 
     # Settings that would be refused here.
     make = step_module.Stepper.__init__
@@ -149,10 +156,9 @@ def test_activations_are_packed_where_a_step_is_made(inputs, tmp_path, monkeypat
         values = vars(named["settings"]) | {"offload_activations": True, "processes_a_sample": 1}
         make(self, **named | {"settings": SimpleNamespace(**values)})
 
-    monkeypatch.setattr(step_module, "save_on_cpu", save_on_cpu)
     monkeypatch.setattr(step_module.Stepper, "__init__", offloading)
     offloaded = finetune(inputs, tmp_path / "offloaded", **{"model.gradient_checkpointing": "true"})
     assert [record.get("loss") for record in offloaded] == [record.get("loss") for record in plain]
     hidden = torch.Size((1, 64, 64))
     layers = 2
-    assert len([shape for shape in packed if shape == hidden]) >= layers * RUN["steps"]
+    assert len([shape for shape in moved if shape == hidden]) >= layers * RUN["steps"]

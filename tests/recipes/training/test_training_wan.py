@@ -23,8 +23,9 @@ from qat_recipes.tasks.flow_matching import FlowMatching, HeldOutClips, noise_le
 from qat_recipes.training.adapters import LoraSettings, add_adapters
 from qat_recipes.training.objective import evaluate, losses, make_teacher
 from qat_recipes.training.optimization import make_optimizer
+from support.models.clips_to_prepare import moving_square, prepare, write_video
 from support.models.tiny_clips import batch, objective, write_clips
-from support.models.tiny_wan import tiny_pipeline, tiny_transformer
+from support.models.tiny_wan import tiny_pipeline, tiny_ti2v, tiny_transformer
 from support.runs.runs import (
     SHARDED,
     assert_same_run,
@@ -318,12 +319,64 @@ def test_each_expert_is_trained_on_its_part_of_the_schedule(inputs, tmp_path, mo
         assert max((start[key] - end[key]).abs().max().item() for key in start) < 0.01
 
 
+def prepared_for(pipe, folder, size):
+    """Two videos as `qat-patch prepare-wan-data` encodes them for a pipeline; the index, and settings of a run."""
+    pipe.save_pretrained(folder / "model")
+    for number in (1, 2):
+        write_video(folder / f"clips/{number}.mp4", moving_square(5, *size)[::number].repeat(number, 0)[:5])
+        (folder / f"clips/{number}.txt").write_text("a red square moves right")
+    index = prepare(folder / "model", folder / "clips", folder / "data", "--resolutions", "x".join(map(str, size)))
+    return index, BARE | {"model.path": folder / "model", "data.train": folder / "data"}
+
+
+def test_ti2v_5b_from_a_video_to_an_export(tmp_path, monkeypatch):
+    """Its pipeline gives every token a timestep; the recipe gives one for all."""
+    index, changes = prepared_for(tiny_ti2v(), tmp_path, (64, 96))
+    assert [clip["shapes"]["latents"] for clip in index["clips"]] == [[4, 2, 4, 6]] * 2
+    drawn, draw = [], FlowMatching.inputs
+    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    changes |= {"samples.every": 1, "samples.prompts": "[a]"}
+    size = {"samples.height": 64, "samples.width": 96, "samples.num_frames": 5, "samples.inference_steps": 1}
+    finetune(tmp_path, tmp_path / "run", **changes | size)
+    with av.open(str(tmp_path / "run/samples/step-2/prompt-0-fp4.mp4")) as container:
+        assert next(container.decode(video=0)).to_ndarray().shape[1] == 96
+
+    model, arguments = load_checkpoint(tmp_path / "run/export"), dict(drawn[0].arguments)
+    one, each = arguments["timestep"], arguments["timestep"][:, None].expand(-1, 2 * 2 * 3)
+    assert one.unique().numel() == 2
+    with torch.no_grad(), get_handle(model).disabled():
+        outputs = [model(**arguments | {"timestep": timestep}).sample for timestep in (one, each)]
+    torch.testing.assert_close(*outputs)
+
+
+def test_first_and_last_frame(inputs, tmp_path, monkeypatch):
+    """FLF2V: a sample of a batch gets its own two frames."""
+    _, changes = prepared_for(tiny_pipeline(i2v=True, layers=1, pos_embed_seq_len=2 * 257), tmp_path, (32, 48))
+    own = {"samples.every": 1, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "samples.prompts": "[a]"}
+    with pytest.raises(ValueError, match="samples: .* needs a last frame too"):
+        finetune(tmp_path, tmp_path / "run", **changes | own)
+    drawn, draw = [], FlowMatching.inputs
+    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append((args[1], draw(*args))) or drawn[-1][1])
+    finetune(tmp_path, tmp_path / "run", **changes)
+    (batch, flow), model = drawn[0], load_checkpoint(tmp_path / "run/export")
+    images, arguments = batch["image_embeds"].float(), flow.arguments
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[:, 0], images[:, 1])
+    with torch.no_grad(), get_handle(model).disabled():
+        both = model(**arguments).sample
+        for number in range(2):
+            own = {name: value[number, None] for name, value in arguments.items()}
+            torch.testing.assert_close(model(**own | {"encoder_hidden_states_image": images[number]}).sample[0], both[number])
+    with pytest.raises(ValueError, match="does not fit the model: expected images as its condition: 2, got 1"):
+        finetune(tmp_path, tmp_path / "other", **changes | {"data.train": inputs / "i2v-train"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model.path": "bare"}, r"timesteps\.flow_shift: model\.path has no scheduler"),
         ({"model.path": "bare", "samples.every": 2}, "samples: .*bare has no VAE to make videos with"),
         ({"model.path": "eval"}, "expected a Wan pipeline or transformer in Diffusers' format"),
+        ({"model.path": "ti2v"}, r"expand_timesteps\), which is not supported; train it as a WanPipeline"),
         ({"model.path": "bare", "model.transformer": "transformer_2"}, "bare has no transformer_2"),
         ({"model.transformer": "transformer_2"}, "t2v has no transformer_2"),
         ({"model.path": "i2v"}, r"does not fit the model: expected input channels 12, got 4"),
@@ -347,6 +400,10 @@ def test_each_expert_is_trained_on_its_part_of_the_schedule(inputs, tmp_path, mo
     ],
 )
 def test_what_cannot_be_done_is_refused(inputs, tmp_path, changes, message):
+    if changes.get("model.path") == "ti2v":
+        (inputs / "ti2v").mkdir()
+        config = {"_class_name": "WanImageToVideoPipeline", "expand_timesteps": True, "transformer": [None, "a"]}
+        (inputs / "ti2v" / "model_index.json").write_text(json.dumps(config))
     if "model.path" in changes:
         changes = changes | {"model.path": inputs / changes["model.path"]}
     with pytest.raises(ValueError, match=message):

@@ -34,8 +34,11 @@ WORDS = [
 ]
 
 
-def tiny_transformer(i2v=False, layers=2, heads=2, head_dim=16, seed=0):
-    """A Wan transformer in float32; for image to video, one that takes a condition and image embeddings as Wan 2.1's does."""
+def tiny_transformer(i2v=False, layers=2, heads=2, head_dim=16, seed=0, pos_embed_seq_len=None):
+    """A Wan transformer in float32; for image to video, one that takes a condition and image embeddings as Wan 2.1's does.
+
+    With `pos_embed_seq_len` of 2 * 257 it takes a first and a last frame.
+    """
     torch.manual_seed(seed)
     return WanTransformer3DModel(
         num_attention_heads=heads,
@@ -50,10 +53,11 @@ def tiny_transformer(i2v=False, layers=2, heads=2, head_dim=16, seed=0):
         image_dim=IMAGE_DIM if i2v else None,
         added_kv_proj_dim=heads * head_dim if i2v else None,
         rope_max_seq_len=32,
+        pos_embed_seq_len=pos_embed_seq_len,
     ).eval()
 
 
-def tiny_vae(seed=0):
+def tiny_vae(seed=0, **options):
     """A Wan VAE, 8x8 pixels and 4 frames to one latent, with a mean and deviation that differ from channel to channel."""
     torch.manual_seed(seed)
     return AutoencoderKLWan(
@@ -63,6 +67,7 @@ def tiny_vae(seed=0):
         num_res_blocks=1,
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.5, 0.5, 2.0, 0.8],
+        **options,
     ).eval()
 
 
@@ -85,6 +90,14 @@ def tiny_image_encoder(seed=0):
     torch.manual_seed(seed)
     sizes = {"hidden_size": IMAGE_DIM, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=2)).eval()
+
+
+def tiny_ti2v(seed=0):
+    """As Wan 2.2 TI2V 5B for text to video: the VAE has 16x16 pixels to one latent, and each token has a timestep."""
+    vae = tiny_vae(seed, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, is_residual=True)
+    parts = {"tokenizer": tiny_tokenizer(), "text_encoder": tiny_text_encoder(seed), "vae": vae}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    return WanPipeline(**parts, scheduler=scheduler, transformer=tiny_transformer(layers=1, seed=seed), expand_timesteps=True)
 
 
 def tiny_pipeline(i2v=False, transformer_2=False, seed=0, **options):
