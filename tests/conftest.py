@@ -57,7 +57,6 @@ def fresh_accelerate(monkeypatch):
     reset_accelerate()
     yield
     reset_accelerate()
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

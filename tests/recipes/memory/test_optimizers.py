@@ -123,9 +123,8 @@ def test_on_a_gpu(name):
 
 @pytest.mark.gpu
 def test_activations_wait_in_the_memory_of_the_cpu(inputs, tmp_path, monkeypatch):
-    """The runs are deterministic ones: without that, two runs on a GPU may differ by the order of sums."""
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    changes = {"model.gradient_checkpointing": "true", "deterministic": "true"}
+    changes = {"model.gradient_checkpointing": "true"}
     plain = finetune(inputs, tmp_path / "plain", **changes)
     waiting, move = [], activations._to_cpu
     monkeypatch.setattr(activations, "_to_cpu", lambda x: waiting.append(move(x)[1].is_pinned()) or move(x))
