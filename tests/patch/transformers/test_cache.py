@@ -265,6 +265,7 @@ def test_recurrent_layers_keep_their_state():
     ("model_type", "reason"),
     [
         ("deepseek_v3", "it uses what a cache returned: key_states, value_states = self.expand_kv"),
+        ("mimo_v2_flash", "its keys have 16 elements and its values 32: an FP4 cache holds equal ones"),
         ("jetmoe", "it uses what a cache returned: key_states = key_states.repeat"),
         ("diffllama", "it calls attention more than once"),
         ("falcon_h1", "its place in a cache is a LinearAttentionAndFullAttentionLayer"),
