@@ -22,10 +22,11 @@ CLASSES = {
 }
 
 
-def build(model_type):
+def build(model_type, changes=None):
     model_class = getattr(transformers, CLASSES[model_type])
     torch.manual_seed(0)
-    return lively(model_class(tiny(model_class.config_class, OF_ONE_TYPE.get(model_type, {})))).double().eval()
+    config = tiny(model_class.config_class, OF_ONE_TYPE.get(model_type, {}) | (changes or {}))
+    return lively(model_class(config)).double().eval()
 
 
 @pytest.mark.parametrize("model_type", CLASSES)
