@@ -76,7 +76,7 @@ OF_ONE_TYPE = {
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16, "num_heads": 8},
     "qwen3_5": {"vision_config": {"depth": 2}},
-    "qwen3_vl": {"vision_config": {"depth": 2, "deepstack_visual_indexes": [0]}},
+    "qwen3_vl": {"vision_config": {"depth": 2, "deepstack_visual_indexes": [0], "out_hidden_size": 64}},
     "qwen4_exp_text": {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
@@ -214,7 +214,7 @@ def with_oracle(stock, layers, ids, mask, **inputs):
     turning = [each for each in stock.modules() if isinstance(each, PreTrainedModel) and hasattr(each, "rotary_emb")]
     rotary = any("position_ids" in inspect.signature(each.forward).parameters for each in turning)
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if rotary else {}
-    found = stock(ids, attention_mask=mask, use_cache=False, **positions, **inputs).logits
+    found = stock(ids, attention_mask=mask, use_cache=False, **positions | inputs).logits
     assert reached == set(layers), f"no call of {set(layers) - reached}"
     return found
 
