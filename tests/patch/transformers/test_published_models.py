@@ -106,19 +106,22 @@ each = pytest.mark.parametrize(
 )
 
 
-def results(run, model, ids, mask):
+def results(run, model, mask, gradients):
     """The logits of real tokens, and the gradients of all parameters."""
-    model.zero_grad()
-    out = run(model)[mask.bool()]
-    out.square().sum().backward()
-    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    with torch.set_grad_enabled(gradients):
+        out = run(model)[mask.bool()]
+    if gradients:
+        out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 @each
 @pytest.mark.parametrize("padded", [False, True], ids=["alone", "padded"])
 def test_outputs_and_gradients_are_the_oracles(number, padded):
-    """Of a sequence alone, and of two in a batch, one with padding before it and one with padding behind it."""
+    """Of a sequence alone, and of two in a batch, one with padding before it and one with padding behind it. There gradients are
+    those of tiny models."""
     kind = KINDS[number]
+    gradients = not padded or kind.changes is None
     model, handle = patched(number)
     assert {name: why for name, why in handle.skipped.items() if ".visual." not in name} == kind.skipped
     ids, mask = token_ids(batch=1, length=kind.length) % 97 + 3, None
@@ -129,10 +132,10 @@ def test_outputs_and_gradients_are_the_oracles(number, padded):
     with handle.disabled():
         assert torch.equal(logits(model, ids, **given), logits(stock(number), ids, **given))
     mask = torch.ones_like(ids) if mask is None else mask
-    found = results(lambda model: model(ids, **given).logits, model, ids, mask)
+    found = results(lambda model: model(ids, **given).logits, model, mask, gradients)
     other = copy.deepcopy(stock(number))
-    expected = results(lambda model: every_causal_lm.with_oracle(model, list(handle.patched), ids, mask), other, ids, mask)
-    assert len(found) == len(expected) > 10
+    expected = results(lambda model: every_causal_lm.with_oracle(model, list(handle.patched), ids, mask), other, mask, gradients)
+    assert len(found) == len(expected) > 10 * gradients
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True) if b.any()) < 1e-9
     assert relative(found[0], logits(stock(number), ids, **given)[mask.bool()]) > 1e-3
     assert all(a.any() == b.any() for a, b in zip(found, expected, strict=True))

@@ -42,9 +42,9 @@ PUBLISHED = """## Families with the head dims that are published
 
 `tests/patch/transformers/test_published_models.py` runs each of these tiny, and with the head counts, head dims and windows of
 the table; hidden sizes and numbers of layers are tiny. In float64 and to 1e-9: outputs and all gradients are those of the
-oracle, alone and with padding on the left and on the right; switched off it is the stock model; tokens on a cache, and on an FP4
-cache, are those without one, and `generate` gives the same tokens; packed samples are as if alone. Windows of 4,096 keys take
-`-m slow`; Llama 4's chunks have 16 tokens there, and not 8,192.
+oracle, alone and with padding on the left and on the right (there gradients of the tiny ones); switched off it is the stock
+model; tokens on a cache, and on an FP4 cache, are those without one, and `generate` gives the same tokens; packed samples are as
+if alone. Windows of 4,096 keys take `-m slow`; Llama 4's chunks have 16 tokens there, and not 8,192.
 
 | | heads of Q, of K | head dim | window | left | packed samples | FP4 cache |
 |---|---|---|---|---|---|---|
@@ -101,8 +101,8 @@ CACHES = """## Caches
   frames is that of the oracle (`tests/patch/diffusers/test_caches_of_the_host.py`). AnyFlow FAR insists on flex attention: its
   self-attention is left, and its cross-attention is patched. SkyReels V2 and Helios keep frames, and compute keys and values
   anew. Self-Forcing, CausVid and LongLive are no classes of Diffusers.
-- **What caches of Diffusers hold stays in the dtype of the model**, also the keys and values of reference pictures that Flux 2 (in
-  the same tests), GLM-Image, Qwen-Image 2.1 and Wan Animate 2 keep; `handle.cache()` refuses models of Diffusers. Their
+- **What caches of Diffusers hold stays in the dtype of the model**, also the keys and values of reference pictures that Flux 2
+  (in the same tests), GLM-Image, Qwen-Image 2.1 and Wan Animate 2 keep; `handle.cache()` refuses models of Diffusers. Their
   processors store plain tensors and join them themselves. A window that moves by frames also moves the groups of 16 tokens that
   share a scale of V, so what was stored in NVFP4 would not be what 4-bit attention computes without a cache.
 """
