@@ -10,7 +10,16 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, line
 
 from qat_kernels import KVCache, QuantSpec, attention, dequantize, fake_quantize, quantize
 from support.kernels import oracle
-from support.kernels.cases import SPECS, Case, assert_same_bits, error, exact_problem, plain_attention, random_cases
+from support.kernels.cases import (
+    SPECS,
+    UNEQUAL_HEAD_DIMS,
+    Case,
+    assert_same_bits,
+    error,
+    exact_problem,
+    plain_attention,
+    random_cases,
+)
 from support.kernels.interpreter import interpreted, on
 from support.kernels.packed_cases import problem as packed_problem
 from support.kernels.triton_runs import DEVICES, SMALL
@@ -33,7 +42,11 @@ def along(function, tensors, tangents) -> tuple[torch.Tensor, torch.Tensor]:
     return out, tangent
 
 
-@pytest.mark.parametrize("case", [*random_cases(40), *(Case(lq=75, lk=90, coarse=True, **spec) for spec in SPECS)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*random_cases(40), *UNEQUAL_HEAD_DIMS, *(Case(lq=75, lk=90, coarse=True, **spec) for spec in SPECS)],
+    ids=str,
+)
 def test_tangents_equal_the_oracle(case):
     tensors = case.tensors()[:3]
     tangents = directions(tensors)
@@ -89,7 +102,7 @@ def test_dtype_strides_and_bits(options, dtype):
         assert_same_bits(along(call, tensors, tangents), (out, tangent))
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True, "shift": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "shift": True}, {"causal": True, "head_dim_v": 48}], ids=str)
 def test_packed_documents_are_as_if_alone_to_the_bit(options):
     _, alone, together, keywords, packing = packed_problem(torch.float64, ((33, 33), (1, 1), (5, 40), (0, 0), (7, 0)), **options)
     tangents = directions(together[:3])
@@ -122,8 +135,10 @@ def test_gradients_of_torch_func_are_those_of_backward():
         assert_same_bits(grad(loss, (0, 1, 2))(Q, K, V), expected)
 
 
-def test_vmap_over_everything_is_one_call_after_the_other():
-    q, k, v, t = (torch.stack([x, x.flip(0), 2 * x]) for x in (Q, K, V, ALONG))
+@pytest.mark.parametrize("head_dim_v", [32, 16])
+def test_vmap_over_everything_is_one_call_after_the_other(head_dim_v):
+    value, direction = V[..., :head_dim_v], ALONG[..., :head_dim_v]
+    q, k, v, t = (torch.stack([x, x.flip(0), 2 * x]) for x in (Q, K, value, direction))
     call = partial(attention, causal=True)
     assert_same_bits(vmap(call)(q, k, v), torch.stack(list(map(call, q, k, v))))
     expected = [torch.stack(x) for x in zip(*map(ordinary_gradient, q, k, v), strict=True)]
@@ -135,8 +150,8 @@ def test_vmap_over_everything_is_one_call_after_the_other():
     expected = torch.stack(list(map(tangent, q, k, v, t)))
     assert_same_bits(vmap(tangent)(q, k, v, t), expected)
     assert_same_bits(jvp(vmap(attention), (q, k, v), (0 * q, 0 * k, t))[1], expected)
-    leaf = V.clone().requires_grad_()
-    grad_outs = torch.stack([V, ALONG])
+    leaf = value.clone().requires_grad_()
+    grad_outs = torch.stack([value, direction])
     batched = torch.autograd.grad(attention(Q, K, leaf), leaf, grad_outs, is_grads_batched=True)[0]
     assert_same_bits(batched, torch.stack([torch.autograd.grad(attention(Q, K, leaf), leaf, g)[0] for g in grad_outs]))
 

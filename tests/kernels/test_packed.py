@@ -16,7 +16,7 @@ from support.kernels.packed_cases import DOCUMENTS, SPECS, as_batch, problem, un
 def test_every_document_is_as_if_alone_to_the_bit(dtype, options):
     _, alone, together, keywords, packing = problem(dtype, **options)
     results = run(*together, **keywords, **packing)
-    assert results[0].shape == together[0].shape and results[0].dtype == dtype
+    assert results[0].shape == together[3].shape and results[0].dtype == dtype
     assert results[1].shape == together[0].shape[1::-1]
     assert results[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for result, tensors in zip(unpacked(results, packing), alone, strict=True):
@@ -111,7 +111,8 @@ def test_neither_strides_nor_what_new_memory_holds_show_in_the_bits(monkeypatch,
     for tensors in (by_head, [strided(x) for x in together]):
         result = run(*tensors, **keywords, **packing)
         assert_same_bits(result, expected)
-        assert result[0].stride() == torch.empty_like(tensors[0]).stride()
+        if result[0].shape == tensors[0].shape:
+            assert result[0].stride() == torch.empty_like(tensors[0]).stride()
         assert all(grad.is_contiguous() for grad in result[2])
 
     def poisoned(new):
@@ -138,7 +139,7 @@ def test_inputs_are_seen_one_document_at_a_time(monkeypatch):
 
 OPCHECK_CASES = [
     ({"causal": True}, torch.float32),
-    ({"shift": True, "heads": (3, 1)}, torch.bfloat16),
+    ({"shift": True, "heads": (3, 1), "head_dim_v": 48}, torch.bfloat16),
     ({"preset": "nvfp4_qk", "causal": True, "rotate": True}, torch.float16),
 ]
 
@@ -159,7 +160,8 @@ def test_opcheck(options, dtype, transposed):
     out, out_hp, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "eager", *packing)
     out_hp = out if case.preset == "nvfp4_qk" else out_hp
     rest = (*rest[:2], k.shape[0], k.shape[1], *rest[2:])
-    torch.library.opcheck(op.attention_backward.default, (grad_out, q, k, v, out_hp, stats, codes, *rest, "eager", *packing))
+    inputs = (grad_out, q, k, v, out_hp, stats, codes, *rest, "eager", *packing)
+    torch.library.opcheck(op.attention_backward.default, inputs, {"head_dim": k.shape[2]})
 
 
 def test_compiled_equals_eager():

@@ -19,7 +19,7 @@ from qat_patch.metadata import CONFIG_KEYS, METHOD, RECORD, AttentionMetadata
 
 from . import masks, packed_samples, windows
 from .attention import CHECKED, COMPUTED, LAYER, WITHOUT_EFFECT, attention_forward
-from .source import attention_code, reads_padding
+from .source import attention_code, reads_padding, recurrent
 from .windows import head_dims_of
 
 MECHANISM = "transformers' AttentionInterface"
@@ -162,7 +162,7 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
     """Switch the model to 4-bit attention."""
     modules = {layer.name: model.get_submodule(layer.name) for layer in layers}
     ours = [config for config in _configs(model, layers) if not _is_ours(config._attn_implementation)]
-    checked = packed_samples.Checked()
+    checked = packed_samples.Checked(recurrent(model))
     for layer in layers:
         module = modules[layer.name]
         setattr(module, windows.KIND, windows.layer_kind(module))
@@ -321,11 +321,12 @@ def _count_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _models_that_turn(model: Any, layer: AttentionLayer) -> list[Any]:
     """The models around a module that make its positions or masks, if positions serve only rotary embeddings."""
     around = _models_around(model, layer)
-    # With positions in pictures, the host makes positions itself, and does not count padding.
-    if not hasattr(around[-1], "rotary_emb") or any(hasattr(each, "get_rope_index") for each in around):
+    if not hasattr(around[-1], "rotary_emb"):
         return []
-    if getattr(around[0].config, "is_encoder_decoder", False):
-        around = around[-1:]  # the inputs of the other models are for the encoder
+    # Positions in pictures are made by the models around a language model, which do not count padding, and which make none
+    # where there is no picture. The inputs of the models around a decoder are for the encoder.
+    if any(hasattr(each, "get_rope_index") for each in around) or getattr(around[0].config, "is_encoder_decoder", False):
+        around = around[-1:]
     return [each for each in around if reads_padding(each)]
 
 

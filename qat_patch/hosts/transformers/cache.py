@@ -224,4 +224,6 @@ def _reason_against(layer: AttentionLayer, module: Any, own: list[Any], users: C
     if users[module.layer_idx] > 1:
         return "it shares its place in a cache with another module"
     code = attention_code(module)
-    return "it never calls attention" if code is None else code.touches_cached
+    if code is None:
+        return "it never calls attention"
+    return next((use.what for use in code.touches_cached if use.flag is None or getattr(module, use.flag)), None)

@@ -19,6 +19,14 @@ import torch
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 
+class CachedUse(NamedTuple):
+    """What a module's code does with keys and values from a cache."""
+
+    flag: str | None
+    """The attribute of the module that has to be true for it; None: it is always done."""
+    what: str
+
+
 class AttentionCode(NamedTuple):
     """The method of a class that calls attention."""
 
@@ -30,7 +38,7 @@ class AttentionCode(NamedTuple):
     """The arguments that it passes to attention by name; None: its source is not available."""
     uses_mask: str | None
     """What it does with its mask, other than passing it or a part of it to attention."""
-    touches_cached: str | None
+    touches_cached: tuple[CachedUse, ...]
     """What it does with keys and values from a cache, other than passing them to attention."""
 
 
@@ -64,7 +72,11 @@ def _attention_code(kind: Any) -> AttentionCode | None:
                 default="eager_attention_forward" if tree is None else _default(tree),
                 keywords=None if tree is None else _keywords(tree),
                 uses_mask=None if tree is None else _uses_mask(tree),
+<<<<<<< HEAD
                 touches_cached=f"the source of {kind.__name__} cannot be found" if tree is None else _touches_cached(tree),
+=======
+                touches_cached=_touches_cached(tree, kind.__name__),
+>>>>>>> models
             )
     return None
 
@@ -83,6 +95,28 @@ def _reads_padding(kind: Any) -> bool:
     names = [] if tree is None else [x for x in ast.walk(tree) if isinstance(x, ast.Name)]
     makes_masks = any(x.id.startswith("create_") and "mask" in x.id for x in names)
     return tree is None or makes_masks or any(x.id == "position_ids" and isinstance(x.ctx, ast.Store) for x in names)
+
+
+class Recurrent(NamedTuple):
+    """A class of modules that take a state from token to token: linear attention, and convolutions."""
+
+    name: str
+    is_told: bool
+    """Whether it starts anew where cu_seq_lens_q and seq_idx say; if transformers cannot do that it raises."""
+
+
+def recurrent(model: torch.nn.Module) -> Recurrent | None:
+    """Of the modules of a model the first that takes a state from token to token."""
+    kinds: dict[Any, None] = dict.fromkeys(type(module) for module in model.modules())
+    return next(filter(None, map(_recurrent, kinds)), None)
+
+
+@lru_cache
+def _recurrent(kind: Any) -> Recurrent | None:
+    names = {name for function in _functions(kind) for name in function.__code__.co_names}
+    if names & {"update_conv_state", "update_recurrent_state"}:
+        return Recurrent(kind.__name__, is_told=True)
+    return Recurrent(kind.__name__, is_told=False) if "set_linear_cache" in names else None
 
 
 def opens_caches(model: object) -> str | None:
@@ -187,21 +221,33 @@ def _keywords(tree: ast.AST) -> frozenset[str]:
     return frozenset(keyword.arg for call in _attention_calls(tree) for keyword in call.keywords if keyword.arg)
 
 
-def _touches_cached(tree: ast.AST) -> str | None:
+def _touches_cached(tree: ast.AST | None, kind: str) -> tuple[CachedUse, ...]:
     """Keys and values come from `cache.update`. After it only one call of attention may name them."""
+    if tree is None:
+        return (CachedUse(None, f"the source of {kind} is not at hand"),)
     update = next(filter(_is_update, ast.walk(tree)), None)
     if not isinstance(update, ast.Assign) or not isinstance(update.value, ast.Call):
-        return "it does not take its keys and values from the update of a cache"
+        return (CachedUse(None, "it does not take its keys and values from the update of a cache"),)
     calls = [call for call in _attention_calls(tree) if not isinstance(call.func, ast.Attribute)]
     loops = [x for loop in ast.walk(tree) if isinstance(loop, ast.For | ast.While) for x in ast.walk(loop)]
     if len(calls) != 1 or calls[0] in loops:
-        return "it calls attention more than once"
+        return (CachedUse(None, "it calls attention more than once"),)
     if [ast.unparse(x) for x in update.value.args[2:3]] != ["self.layer_idx"]:
-        return "it does not keep to its place in a cache"
+        return (CachedUse(None, "it does not keep to its place in a cache"),)
     cached, end = _names(update.targets[0]), update.end_lineno or update.lineno
     handed_on = _arguments(calls)
     names = [x for x in ast.walk(tree) if isinstance(x, ast.Name) and x.id in cached and x.lineno > end and x not in handed_on]
-    return f"it uses what a cache returned: {_statement(tree, names[0])}" if names else None
+    return tuple(CachedUse(_flag(tree, name), f"it uses what a cache returned: {_statement(tree, name)}") for name in names)
+
+
+def _flag(tree: ast.AST, name: ast.Name) -> str | None:
+    """The attribute of the module in an `if self.attribute:` around a name."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.If(test=ast.Attribute(value=ast.Name(id="self"), attr=flag), body=body):
+                if any(name in ast.walk(statement) for statement in body):
+                    return flag
+    return None
 
 
 def _uses_mask(tree: ast.AST) -> str | None:

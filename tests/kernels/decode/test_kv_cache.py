@@ -242,6 +242,7 @@ def test_bytes_are_at_most_30_percent_of_bfloat16(length, head_dim, preset):
         ({"q": torch.zeros(2, 4, 2, 32)}, "as many queries as new keys, and at least one, got 2 and 3"),
         ({"q": torch.zeros(2, 4, 3, 32, requires_grad=True)}, "no gradient"),
         ({name: torch.zeros(1, 2, 3, 32) for name in "qkv"}, "expected k that continues"),
+        ({"v": torch.zeros(2, 2, 3, 48)}, "values of the head dim of the keys, 32, got 48; keep them in an ordinary cache"),
     ],
 )
 def test_what_does_not_continue_the_cache_is_refused(change, message):

@@ -20,18 +20,19 @@ FRAMES, BLOCK, AREA = 6, 2, 12
 SEEN = torch.arange(FRAMES * AREA) // (BLOCK * AREA)
 
 
-def skyreels(dtype=torch.float64):
+def skyreels(dtype=torch.float64, **changes):
     """Diffusion forcing by chunks of two frames, as SkyReels V2 sets it: 6 frames of 12 tokens."""
     torch.manual_seed(0)
-    return lively(SkyReelsV2Transformer3DModel(**WAN, num_layers=2, num_frame_per_block=BLOCK)).to(dtype).eval()
+    config = WAN | {"num_layers": 2, "num_frame_per_block": BLOCK} | changes
+    return lively(SkyReelsV2Transformer3DModel(**config)).to(dtype).eval()
 
 
-def inputs(dtype=torch.float64, change=None):
-    hidden = torch.randn(2, 4, FRAMES, 8, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+def inputs(dtype=torch.float64, change=None, frames=FRAMES):
+    hidden = torch.randn(2, 4, frames, 8, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
     if change is not None:
         hidden[:, :, change] += 1.0
     text = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
-    timestep = torch.tensor([[900, 900, 500, 500, 100, 100]] * 2)
+    timestep = (torch.arange(frames - 1, -1, -1) // 2 * 400 + 100).expand(2, -1)
     return video() | {
         "hidden_states": hidden,
         "encoder_hidden_states": text,
@@ -72,8 +73,14 @@ def test_no_frame_sees_a_later_chunk():
     assert not torch.equal(before[:, :, 4:], after[:, :, 4:])
 
 
-def test_gradients_are_the_oracles_also_with_checkpointing():
-    model, given = skyreels().train(), inputs()
+PUBLISHED = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 1, "num_frame_per_block": 5}
+"""SkyReels V2 DF 1.3B, by chunks of five frames."""
+
+
+@pytest.mark.parametrize(("changes", "frames"), [({}, FRAMES), (PUBLISHED, 10)], ids=["tiny", "published"])
+def test_gradients_are_the_oracles_also_with_checkpointing(changes, frames):
+    model, given = skyreels(**changes).train(), inputs(frames=frames)
+    given = {name: x[:1] if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     handle = patch_model(model)
 
     def gradients(model):
@@ -84,9 +91,15 @@ def test_gradients_are_the_oracles_also_with_checkpointing():
     found = gradients(model)
     model.enable_gradient_checkpointing()
     assert torch.equal(gradients(model), found)
-    stock = skyreels().train()
+    stock = skyreels(**changes).train()
+    with torch.no_grad(), handle.disabled():
+        plain = outputs(stock, given)
+        assert torch.equal(outputs(model, given), plain)
     with oracle_in(stock, list(handle.patched)):
         assert relative(found, gradients(stock)) < 1e-9
+        with torch.no_grad():
+            expected = outputs(stock, given)
+            assert relative(outputs(model, given), expected) < 1e-9 and relative(plain, expected) > 1e-3
 
 
 def test_calibration_and_sensitivity_see_the_bounds():

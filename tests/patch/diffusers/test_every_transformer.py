@@ -11,6 +11,7 @@ import pytest
 from support.families import every_transformer
 
 SAMPLE = (
+    "AnyFlowFARTransformer3DModel",
     "Cosmos3OmniTransformer",
     "CosmosTransformer3DModel",
     "Flux3Transformer2DModel",

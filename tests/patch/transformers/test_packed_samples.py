@@ -1,5 +1,7 @@
 """Packed samples on Transformers language models: as if each were alone, and refused where that cannot be."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening
@@ -212,6 +214,27 @@ def test_models_that_keep_positions_from_their_layers(model_type):
         logits(model, **inputs | {"use_cache": True})
     alone = torch.cat([logits(model, input_ids=sample[None] % 97 + 3) for sample in SAMPLES], 1)
     assert relative(logits(model, **inputs), alone) < 1e-9
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "lfm2", "minimax"])
+def test_a_state_that_goes_from_sample_to_sample_is_refused(model_type):
+    """Linear attention and convolutions start anew only where they are told; that of MiniMax never does."""
+    model, samples = every_causal_lm.build(model_type), [sample % 97 + 3 for sample in SAMPLES]
+    patch_model(model)
+    message = "position_ids restart inside a row .packed samples., and the .* takes a state from one sample to the next"
+    for each in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=message):
+            logits(each, **pack(*samples))
+    told = pack(*samples, cu_seq_lens=True, seq_idx=True)
+    if model_type == "minimax":
+        with pytest.raises(ValueError, match=f"{message}; pass one sample a row"):
+            logits(model, **told)
+        return
+    for module in model.modules():
+        if type(module).__name__.endswith(("GatedDeltaNet", "ShortConv")):
+            module.forward = lambda hidden_states, **_: hidden_states  # without kernels for this, transformers raises
+    alone = torch.cat([logits(model, input_ids=sample[None], use_cache=False) for sample in samples], 1)
+    assert relative(logits(model, **told), alone) < 1e-6
 
 
 def test_inputs_are_compared_once_a_forward_pass(monkeypatch):

@@ -240,36 +240,3 @@ def test_a_picture_in_two_parts_is_refused():
 
 def masks_of_blocks(ids):
     return masking_utils.or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(torch.tensor(ids)))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "shape", "length"),
-    [
-        ("gpt_oss", (64, 8, 64, 128), 150),
-        ("gemma3_text", (4, 1, 256, 512), 540),  # 1B
-        ("gemma2", (8, 4, 256, 4096), 60),
-        ("mistral", (32, 8, 128, 4096), 60),
-        ("llama4_text", (40, 8, 128, None), 60),
-        ("qwen3_5_text", (16, 4, 256, None), 60),
-    ],
-)
-def test_head_counts_head_dims_and_windows_as_they_are_published(model_type, shape, length):
-    """One layer of each kind. The windows of 4,096 are wider than the tests are long."""
-    heads, key_heads, head_dim, window = shape
-    stock = every_causal_lm.build(
-        model_type,
-        {
-            "num_attention_heads": heads,
-            "num_key_value_heads": key_heads,
-            "head_dim": head_dim,
-            "max_position_embeddings": 4096,
-            **({} if window is None else {"sliding_window": window}),
-        },
-    )
-    ids = token_ids(batch=1, length=length) % 97 + 3
-    model = copy.deepcopy(stock)
-    handle = patch_model(model)
-    found = logits(model, ids, use_cache=False)
-    assert relative(found, logits(stock, ids, use_cache=False)) > 1e-4
-    expected = every_causal_lm.reference(copy.deepcopy(stock), list(handle.patched), ids, torch.ones_like(ids))
-    assert relative(found, expected) < 1e-6

@@ -69,6 +69,18 @@ def wan_animate_2():
     }
 
 
+def sana_wm_refiner(start=0, tokens=12):
+    """A block of video tokens at a place of the video."""
+    angles = torch.arange(start, start + tokens)[None, :, None] / torch.logspace(0, 2, 32)
+    return {
+        "hidden_states": randn(1, tokens, 4),
+        "encoder_hidden_states": randn(1, TEXT, 16),
+        "timestep": torch.full((1, tokens), 500.0),
+        "video_rotary_emb": (angles.cos(), angles.sin()),
+        "encoder_attention_mask": PADDED_TEXT,
+    }
+
+
 @functools.cache
 def _of_families():
     """How to build one and what to call it with, by the name of the class; of its second family, with that family's name."""
@@ -109,7 +121,13 @@ CLASSES = {
         WAN,
         lambda: video(timestep=((500, 500),)) | {"hidden_states": randn(1, 2, 4, 8, 6), "r_timestep": torch.tensor([[400, 400]])},
     ),
-    "AnyFlowFARTransformer3DModel": (WAN | {"chunk_partition": (1, 1)}, None),
+    "AnyFlowFARTransformer3DModel": (
+        WAN | {"chunk_partition": (1, 1)},
+        lambda: (
+            video(timestep=((500, 500),))
+            | {"hidden_states": randn(1, 2, 4, 8, 6), "r_timestep": torch.tensor([[400, 400]]), "chunk_partition": [1, 1]}
+        ),
+    ),
     "BriaFiboTransformer2DModel": (
         {"axes_dims_rope": [4, 6, 6], "text_encoder_dim": 16},
         lambda: image() | {"text_encoder_layers": [randn(1, TEXT, 16)] * 4},
@@ -323,7 +341,7 @@ CLASSES = {
         lambda: video() | {"encoder_attention_mask": PADDED_TEXT},
     ),
     "SanaWMTransformer3DModel": ({"linear_head_dim": 16, "softmax_every_n": 2, "use_chunk_plucker_post_attn": False}, None),
-    "SanaWMLTX2RefinerTransformer3DModel": ({}, None),
+    "SanaWMLTX2RefinerTransformer3DModel": ({}, sana_wm_refiner),
     "StableAudio3DiTModel": (
         {"num_memory_tokens": 4, "local_add_cond_dim": 5},
         lambda: (

@@ -8,7 +8,7 @@ import sys
 import torch
 from torch.utils._pytree import tree_leaves
 
-from support.kernels import oracle
+from support.families.oracle_function import oracle_attention
 
 
 def outputs(model, inputs):
@@ -66,7 +66,7 @@ def oracle_in(stock, names):
 def attention(query, key, value, mask, causal, scale):
     """The oracle for a mask as the dispatcher gets it: query [B, H, Lq, D], key and value [B, Hk, Lk, D]."""
     if mask is None:
-        return _Oracle.apply(query, key, value, {"causal": causal, "scale": scale})
+        return oracle_attention(query, key, value, causal=causal, scale=scale)
     mask = mask[:, None, None] if mask.ndim == 2 else mask
     seen = mask if mask.dtype == torch.bool else mask > -1000
     seen = seen[:, 0].expand(len(query), query.shape[2], key.shape[2])
@@ -83,20 +83,5 @@ def _one(query, key, value, seen, scale):
         first, last = (torch.stack([edge(place[row]) for row in seen[some]]) for edge in (torch.min, torch.max))
         options["bounds"] = (first[None], last[None])
     out = torch.zeros_like(query, dtype=torch.float64)
-    out[:, :, some] = _Oracle.apply(query[:, :, some], key, value, options)
+    out[:, :, some] = oracle_attention(query[:, :, some], key, value, **options)
     return out
-
-
-class _Oracle(torch.autograd.Function):
-    """With the gradient by the formulas of docs/NUMERICS.md, section 5."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, options):
-        ctx.save_for_backward(query, key, value)
-        ctx.options = options
-        return oracle.attention(query, key, value, **options)["out"]
-
-    @staticmethod
-    def backward(ctx, grad):
-        found = oracle.backward(*ctx.saved_tensors, grad, **ctx.options)
-        return *(gradient.to(x.dtype) for gradient, x in zip(found, ctx.saved_tensors, strict=True)), None

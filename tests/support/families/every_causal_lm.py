@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qat_patch import AttnQATConfig, patch_model
 from support.families.families import lively, relative
-from support.kernels import oracle
+from support.families.oracle_function import oracle_attention
 from support.models.tiny_qwen3 import logits, pad, token_ids
 
 FILE = Path(__file__).with_suffix(".json")
@@ -52,7 +52,8 @@ SIZES = {
 NARROW = {"sliding_window": 12, "attention_chunk_size": 16}
 """Less than the tokens of a test, and no multiple of 16 where that is nothing special."""
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-_SHARED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+_SHARED = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2}
+"""The last layer of a kind before the last two keeps what it returned for those."""
 _GEMMA4 = _SHARED | {"head_dim": 16, "global_head_dim": 16}
 OF_ONE_TYPE = {
     "blt": {
@@ -74,6 +75,8 @@ OF_ONE_TYPE = {
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16, "num_heads": 8},
+    "qwen3_5": {"vision_config": {"depth": 2}},
+    "qwen3_vl": {"vision_config": {"depth": 2, "deepstack_visual_indexes": [0], "out_hidden_size": 64}},
     "qwen4_exp_text": {
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
@@ -158,6 +161,12 @@ def build(model_type: str, changes: dict | None = None) -> torch.nn.Module:
 
 def reference(stock, layers, ids, mask, **inputs):
     """The logits of the stock model with the float64 oracle for the attention of these modules. Nothing of the patch runs."""
+    with torch.no_grad():
+        return with_oracle(stock, layers, ids, mask, **inputs)
+
+
+def with_oracle(stock, layers, ids, mask, **inputs):
+    """The same, with gradients."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -177,14 +186,14 @@ def reference(stock, layers, ids, mask, **inputs):
             for start in starts:
                 rows = ((first == start) & (last >= 0)) if len(starts) > 1 else torch.ones_like(last, dtype=torch.bool)
                 keys = slice(start, int(last[rows].max()) + 1)
-                out[row : row + 1, :, rows] = oracle.attention(
+                out[row : row + 1, :, rows] = oracle_attention(
                     query[row : row + 1, :, rows],
                     key[row : row + 1, :, keys],
                     value[row : row + 1, :, keys],
                     **options,
                     key_mask=seen[rows].any(0)[None, keys],
                     bounds=(first[rows][None] - start, last[rows][None] - start),
-                )["out"].to(out)
+                ).to(out)
         return out
 
     def forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -193,7 +202,7 @@ def reference(stock, layers, ids, mask, **inputs):
         reached.add(ours[module])
         options = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
         if attention_mask is None:
-            out = oracle.attention(query, key, value, causal=True, **options)["out"]
+            out = oracle_attention(query, key, value, causal=True, **options)
         else:
             out = by_mask(module, query, key, value, attention_mask, options)
         return out.transpose(1, 2).contiguous(), None
@@ -205,7 +214,7 @@ def reference(stock, layers, ids, mask, **inputs):
     turning = [each for each in stock.modules() if isinstance(each, PreTrainedModel) and hasattr(each, "rotary_emb")]
     rotary = any("position_ids" in inspect.signature(each.forward).parameters for each in turning)
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if rotary else {}
-    found = logits(stock, ids, attention_mask=mask, use_cache=False, **positions, **inputs)
+    found = stock(ids, attention_mask=mask, use_cache=False, **positions | inputs).logits
     assert reached == set(layers), f"no call of {set(layers) - reached}"
     return found
 

@@ -74,19 +74,28 @@ def examine(name: str) -> Finding:
     if inputs is None:
         return dataclasses.replace(finding, outcome="not examined", why="; ".join(filter(None, (finding.why, "no inputs known"))))
     given = tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs())
+    called: set[str] = set()
+    hooks = [
+        stock.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name) and None)
+        for name in handle.patched
+    ]
     with torch.no_grad():
         try:
             plain = outputs(stock, given)
         except Exception as error:
             return dataclasses.replace(finding, outcome="not examined", why=f"{type(error).__name__}: {_short(error)}")
+        for hook in hooks:
+            hook.remove()
         found = outputs(model, given)
-        assert all(layer.reached for layer in handle.patched.values()), "not called: " + ", ".join(
-            name for name, layer in handle.patched.items() if not layer.reached
+        assert {name for name, layer in handle.patched.items() if layer.reached} == called, (
+            "not all of those that the model calls"
         )
+        if idle := len(handle.patched) - len(called):
+            finding = dataclasses.replace(finding, patched=len(called), why=f"the model never calls {idle} of its modules")
         with handle.disabled():
             assert torch.equal(outputs(model, given), plain), "disabled() is not the stock model"
         assert relative(found, plain) > 1e-4, "4-bit attention changes nothing"
-        expected = reference(stock, list(handle.patched), given)
+        expected = reference(stock, called, given)
     assert relative(found, expected) < 1e-9, "4-bit attention is not the oracle's"
     return finding
 

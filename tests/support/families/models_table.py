@@ -9,7 +9,7 @@ from pathlib import Path
 from support.families import diffusers_families, every_causal_lm, every_transformer, transformers_families
 from support.families.families import Family
 from tests.patch.diffusers import test_diffusers_families
-from tests.patch.transformers import test_transformers_families
+from tests.patch.transformers import test_published_models, test_transformers_families, test_vision_language
 
 FILE = Path(__file__).parents[3] / "docs" / "MODELS.md"
 HEAD = """# Models and modes
@@ -35,7 +35,77 @@ def render() -> str:
     for host, families, modes in hosts:
         sections += [f"## {host}\n", _table(families.FAMILIES, modes)]
         sections += ["Refused as a whole:\n", *[f"- {family.name}: `{family.refused}`" for family in families.REFUSED], ""]
-    return "\n".join([*sections, _every_transformer(), _every_class()])
+    return "\n".join([*sections, _published(), _every_transformer(), _every_class(), _vision_language(), CACHES])
+
+
+PUBLISHED = """## Families with the head dims that are published
+
+`tests/patch/transformers/test_published_models.py` runs each of these tiny, and with the head counts, head dims and windows of
+the table; hidden sizes and numbers of layers are tiny. In float64 and to 1e-9: outputs and all gradients are those of the
+oracle, alone and with padding on the left and on the right (there gradients of the tiny ones); switched off it is the stock
+model; tokens on a cache, and on an FP4 cache, are those without one, and `generate` gives the same tokens; packed samples are as
+if alone. Windows of 4,096 keys take `-m slow`; Llama 4's chunks have 16 tokens there, and not 8,192.
+
+| | heads of Q, of K | head dim | window | left | packed samples | FP4 cache |
+|---|---|---|---|---|---|---|
+"""
+
+
+def _published() -> str:
+    """The kinds that the test goes through."""
+    lines = [PUBLISHED.rstrip()]
+    for kind in test_published_models.KINDS:
+        if kind.changes is not None:
+            sizes = kind.changes.get("text_config", kind.changes)
+            head_dim = str(sizes["head_dim"])
+            if "v_head_dim" in sizes:
+                head_dim = f"{sizes['qk_nope_head_dim']} + {sizes['qk_rope_head_dim']}, V: {sizes['v_head_dim']}"
+            cells = [
+                kind.family.removesuffix("_text"),
+                f"{sizes['num_attention_heads']}, {sizes['num_key_value_heads']}",
+                head_dim,
+                str(sizes.get("sliding_window", "")),
+                _code("; ".join(dict.fromkeys(kind.skipped.values()))),
+                "yes" if kind.packed is None else _code(kind.packed),
+                "yes" if kind.cache is None else _code(kind.cache),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    block_causal = (
+        "SkyReels V2, causal by chunks of five frames, has 12 heads of 128 in `tests/patch/diffusers/test_block_masks.py`."
+    )
+    return "\n".join([*lines, "", block_causal, ""])
+
+
+VISION_LANGUAGE = """## Models that see and hear
+
+`patch_model` patches the language model. Encoders of pictures and sound keep their attention, and the receipt names each with the
+reason, `not causal: only decoder self-attention is supported`. `tests/patch/transformers/test_vision_language.py` compares these
+with the stock model and with the oracle; Qwen3-VL also with a picture among the words, with padding, and in `generate`:
+{classes}.
+`Llama4ForConditionalGeneration` of Transformers 5.24.0 fails without a patch too, in its own forward.
+"""
+
+
+def _vision_language() -> str:
+    return VISION_LANGUAGE.format(classes=", ".join(f"`{name}`" for name in test_vision_language.CLASSES.values()))
+
+
+CACHES = """## Caches
+
+- **FP4 cache of language models**: "yes" above means that patched modules keep keys and values in NVFP4. Modules that cannot
+  keep the ordinary cache: in Gemma 4 and Gemma 3n the last layer of each kind, which hands its keys and values on to other
+  layers. With a window a group of 16 tokens is freed when all of it has left the window.
+- **Encoder-decoders** (BART, Marian, Pegasus): the decoder's self-attention is patched, and has an FP4 cache. Keys and values of
+  the encoder's output stay as they are, in the ordinary cache beside it, because cross-attention is not patched.
+- **Rolling caches of autoregressive video**: two models of Diffusers have one. SANA-WM's refiner is patched, and each block of
+  frames is that of the oracle (`tests/patch/diffusers/test_caches_of_the_host.py`). AnyFlow FAR insists on flex attention: its
+  self-attention is left, and its cross-attention is patched. SkyReels V2 and Helios keep frames, and compute keys and values
+  anew. Self-Forcing, CausVid and LongLive are no classes of Diffusers.
+- **What caches of Diffusers hold stays in the dtype of the model**, also the keys and values of reference pictures that Flux 2
+  (in the same tests), GLM-Image, Qwen-Image 2.1 and Wan Animate 2 keep; `handle.cache()` refuses models of Diffusers. Their
+  processors store plain tensors and join them themselves. A window that moves by frames also moves the groups of 16 tokens that
+  share a scale of V, so what was stored in NVFP4 would not be what 4-bit attention computes without a cache.
+"""
 
 
 EVERY_TRANSFORMER = """## Every transformer class of Diffusers {version}

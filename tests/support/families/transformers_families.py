@@ -23,12 +23,14 @@ SLIDING = {"static cache": "nor a static one whose window slides"}
 COUNTS_IN_SAMPLES = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 CHUNKED = {} if COUNTS_IN_SAMPLES else {"packed samples": "unsupported mask"}
 NO_SHIFT = {"`calibrate`, `sensitivity`": "which sees what a K shift adds to all scores of a row"}
+FULLGRAPH = "`torch.compile(fullgraph=True)`, training"
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
 
 def causal_lm(config, **overrides):
     # Another way through the experts of a mixture knows no float64.
-    options = {"experts_implementation": "batched_mm"} if "Moe" in config or "Oss" in config else {}
+    mixture = any(name in config for name in ("Moe", "Oss", "Deepseek"))
+    options = {"experts_implementation": "batched_mm"} if mixture else {}
     return lambda: AutoModelForCausalLM.from_config(getattr(transformers, config)(**SIZES | overrides), **options)
 
 
@@ -59,6 +61,23 @@ FAMILIES = [
         refused_modes=SLIDING,
     ),
     Family(
+        "Gemma 4",  # whose last two layers read keys and values of those before them
+        causal_lm(
+            "Gemma4TextConfig",
+            num_hidden_layers=4,
+            layer_types=GEMMA3_LAYERS,
+            num_kv_shared_layers=2,
+            head_dim=16,
+            global_head_dim=16,
+            sliding_window=12,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=VOCAB,
+        ),
+        inputs,
+        calls=4,
+        refused_modes=SLIDING,
+    ),
+    Family(
         "gpt-oss",
         causal_lm("GptOssConfig", head_dim=16, num_local_experts=2, num_experts_per_tok=2, sliding_window=12),
         inputs,
@@ -78,7 +97,44 @@ FAMILIES = [
         ),
         inputs,
         calls=4,
-        refused_modes={"`torch.compile(fullgraph=True)`, training": "torch.compile cannot see chunks of 16 tokens"} | CHUNKED,
+        refused_modes={FULLGRAPH: "torch.compile cannot see chunks of 16 tokens"} | CHUNKED,
+    ),
+    Family(
+        "Qwen3.5",
+        causal_lm(
+            "Qwen3_5TextConfig",
+            head_dim=32,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        ),
+        inputs,
+        calls=1,
+        refused_modes={"packed samples": "takes a state from one sample to the next"},
+        not_applicable=(FULLGRAPH,),
+    ),
+    Family(
+        "DeepSeek V3",  # with its own head dims, 128 + 64 and 128
+        causal_lm(
+            "DeepseekV3Config",
+            num_attention_heads=2,
+            head_dim=64,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            first_k_dense_replace=1,
+            moe_intermediate_size=32,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+        ),
+        inputs,
+        calls=2,
     ),
     Family("SmolLM3", causal_lm("SmolLM3Config"), inputs, calls=2),
     Family("Phi-3", causal_lm("Phi3Config", sliding_window=None), inputs, calls=2),

@@ -15,6 +15,7 @@ SPECS = (
     {"preset": "nvfp4_qk", "causal": True, "heads": (3, 1)},
     {"causal": True, "rotate": True, "four_over_six": True, "shift": True},
     {"shift": True, "scale": 0.3, "heads": (2, 2)},
+    {"head_dim": 192, "head_dim_v": 128, "causal": True, "heads": (2, 2)},  # DeepSeek V3
 )
 
 
