@@ -72,11 +72,7 @@ def _attention_code(kind: Any) -> AttentionCode | None:
                 default="eager_attention_forward" if tree is None else _default(tree),
                 keywords=None if tree is None else _keywords(tree),
                 uses_mask=None if tree is None else _uses_mask(tree),
-<<<<<<< HEAD
-                touches_cached=f"the source of {kind.__name__} cannot be found" if tree is None else _touches_cached(tree),
-=======
                 touches_cached=_touches_cached(tree, kind.__name__),
->>>>>>> models
             )
     return None
 
@@ -224,7 +220,7 @@ def _keywords(tree: ast.AST) -> frozenset[str]:
 def _touches_cached(tree: ast.AST | None, kind: str) -> tuple[CachedUse, ...]:
     """Keys and values come from `cache.update`. After it only one call of attention may name them."""
     if tree is None:
-        return (CachedUse(None, f"the source of {kind} is not at hand"),)
+        return (CachedUse(None, f"the source of {kind} cannot be found"),)
     update = next(filter(_is_update, ast.walk(tree)), None)
     if not isinstance(update, ast.Assign) or not isinstance(update.value, ast.Call):
         return (CachedUse(None, "it does not take its keys and values from the update of a cache"),)
