@@ -10,7 +10,7 @@ import torch
 from qat_kernels import smoothing
 from qat_kernels.mask import Bounds, Mask
 from qat_kernels.reference import empty_out
-from qat_kernels.spec import QuantSpec
+from qat_kernels.spec import NVFP4Format, QuantSpec
 from qat_kernels.varlen import Packing, lse_shape
 
 from . import tiles
@@ -81,6 +81,8 @@ class _Plan(NamedTuple):
     """Quantizes Q, K and V."""
     attend: Any
     """A `Launch`, or an `Attend` of hopper/, which takes the same tensors; so are those of a backward."""
+    reads_query: bool
+    """Whether `attend` is an `AttendToAll` of hopper/, which quantizes Q itself."""
 
 
 @lru_cache(PLANS)
@@ -110,14 +112,23 @@ def _plan(
         unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip
     tile = tiles.choose(arch_of(device), problem.head_dim, mask.hides_keys, options, gluon_version()).forward
+    out = empty_out(torch.empty_strided(query.shape, stride, dtype=value.dtype, device="meta"), value.shape[-1])
+    to_all = None
+    if isinstance(tile, tiles.HopperTile) and hardware_copies(query, strides_of(out)) and rounds_plainly(problem):
+        to_all = tiles.to_all_of(problem.head_dim, mask.hides_keys, options, problem.key.max_seqlen)
+    tile = to_all or tile
     formats, order, operand = spec.formats, order_of(tile.block_n), operand_dtype(value.dtype)
     quantizes_value = formats.value is not None
     two_values = quantizes_value and problem.key.lead > 0
     rows_q, rows_k = problem.query.all_rows, problem.key.all_rows
-    sizes = [rows_q * problem.block_d, rows_k * problem.block_d, *[rows_k * problem.block_dv] * (2 if two_values else 1)]
-    out = empty_out(torch.empty_strided(query.shape, stride, dtype=value.dtype, device="meta"), value.shape[-1])
+    sizes = [0 if to_all else rows_q * problem.block_d, rows_k * problem.block_d]
+    sizes += [rows_k * problem.block_dv] * (2 if two_values else 1)
     attend: object
-    if isinstance(tile, tiles.HopperTile):
+    if to_all:
+        from .hopper.forward_launch import attend_to_all_launch
+
+        attend = attend_to_all_launch(problem, to_all, query, strides_of(out), with_gradient)
+    elif isinstance(tile, tiles.HopperTile):
         from .hopper.forward_launch import attend_launch
 
         attend = attend_launch(problem, tile, strides_of(out), value.dtype, given, with_gradient)
@@ -125,6 +136,11 @@ def _plan(
         attend = _attend_launch(problem, tile, strides_of(out), value.dtype, given, with_gradient)
     codes, codes_size = starts(problem.code_sizes())
     operands, operands_size = starts(sizes)
+    of_query = rows_job(
+        query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
+        heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
+        operand=operand, codes=with_gradient,
+    )  # fmt: skip
     new_out, saved = new(out.shape, out.dtype, device, stride=out.stride()), partial(new, device=device, zeros=packed is not None)
     return _Plan(
         keys=problem.key,
@@ -139,11 +155,7 @@ def _plan(
         operands=operands,
         quantizes_value=quantizes_value,
         prepare=together(
-            rows_job(
-                query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
-                heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
-                operand=operand, codes=with_gradient,
-            ),
+            *(() if to_all else (of_query,)),
             rows_job(
                 key, problem.key, given, formats.key, is_k=True, order=order, rotate=spec.rotate,
                 operand=operand, codes=with_gradient,
@@ -156,7 +168,20 @@ def _plan(
             ),
         ),
         attend=attend,
+        reads_query=to_all is not None,
     )  # fmt: skip
+
+
+def hardware_copies(query: Layout, out_strides: tuple[int, ...]) -> bool:
+    """Whether Hopper can copy tiles of Q as it is, and of O."""
+    return query.dtype == torch.bfloat16 and query.aligned and all(
+        strides[-1] == 1 and all(each > 0 and each % 8 == 0 for each in strides[:-1]) for strides in (query.strides, out_strides)
+    )  # fmt: skip
+
+
+def rounds_plainly(problem: Problem) -> bool:
+    """Whether Q is rounded as hopper/queries.py does it."""
+    return problem.spec.formats.query == NVFP4Format() and not problem.spec.rotate and problem.scale >= 0
 
 
 def _attend_launch(
@@ -245,11 +270,15 @@ def forward(
             at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
             at_scores, at_lower, at_upper, at_sinks = map(pointer, (mean_scores, lower, upper, sinks))
         quantized, unquantized = (v, kept) if plan.quantizes_value else (None, v)
+        of_query = (pointer(query), at_shift, None, None, cu_q, q, q_codes, q_scales, at_products)
         plan.prepare((
-            (pointer(query), at_shift, None, None, cu_q, q, q_codes, q_scales, at_products),
+            *(() if plan.reads_query else (of_query,)),
             (pointer(key), at_shift, at_mask, at_leftpad, cu_k, k, k_codes, k_scales, None),
             (pointer(value), at_mask, at_leftpad, cu_k, quantized, unquantized, v_codes, v_scales),
         ))  # fmt: skip
+        if plan.reads_query:
+            plan.attend(pointer(query), k, v, q_codes, q_scales, *map(pointer, (out, out_hp, lse, stats)))
+            return Forward(out, out_hp, lse, stats, codes)
         plan.attend(
             q, k, v, kept, at_mask, at_leftpad, at_products, cu_q, cu_k, at_scores, at_lower, at_upper, at_sinks,
             pointer(out), pointer(out_hp), pointer(lse), pointer(stats),

@@ -89,6 +89,8 @@ class Tiles(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     block_rows: int
+    strides: tuple[int, ...] = ()
+    """None where it is contiguous."""
 
     def descriptor(self, base: Argument | Pointer) -> Any:
         """As Triton takes a tensor, or an address, in tiles."""

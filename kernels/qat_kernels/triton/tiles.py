@@ -102,6 +102,15 @@ _HOPPER_FORWARD = {
     (128, True, ""): HopperTile(3, 64, 4),
     (128, True, "bf16_pv"): HopperTile(3, 64, 4),
 }
+# The same where all queries see all keys and these are few: dense_forward.py, which quantizes Q itself. Measured on an H200.
+_HOPPER_TO_ALL = {
+    (64, "out_hp"): HopperTile(2, 128, 4),
+    (64, ""): HopperTile(3, 128, 4),
+    (128, "out_hp"): HopperTile(2, 128, 2),
+    (128, ""): HopperTile(3, 64, 4),
+}
+_MOST_KEYS = 1024
+"""Up to here it is faster: with 32,760 keys it is not."""
 _HOPPER_BACKWARD = {"grad_query": HopperTile(3, 64, 3), "grad_key_value": HopperTile(2, 64, 4)}
 _BACKWARD_OPTIONS = frozenset({"bounds", "irregular", "packed", "out_hp", "key_mask", "sinks"})
 _HOPPER_OPTIONS = {
@@ -125,6 +134,7 @@ _COMPARED: dict[tuple[str, int], set[tuple[str, ...]]] = {
     ("forward", 64): _FORWARD | _ROTATED,
     ("forward", 128): _FORWARD | _ROTATED | _OF_128,
 }
+_COMPARED |= {("to_all", head_dim): {(), ("out_hp",)} for head_dim in (64, 128)}
 for _kernel, _parts in (("grad_query", set()), ("grad_key_value", _SPLITS)):
     _COMPARED |= {(_kernel, 64): _BACKWARD | _parts, (_kernel, 128): _BACKWARD | _BACKWARD_128 | _parts}
     _COMPARED |= {(_kernel, head_dim): _PADDED for head_dim in (40, 80, 96)}
@@ -214,6 +224,15 @@ def why_not_hopper(kernel: str, triton: tuple[int, ...], head_dim: int, causal: 
     if not is_compared(kernel, head_dim, options):
         return "its results for such calls have not been compared on a GPU yet"
     return None
+
+
+def to_all_of(head_dim: int, causal: bool, options: tuple[str, ...], keys: int) -> HopperTile | None:
+    """The tile of hopper/dense_forward.py, if it serves a call whose forward runs in hopper/; None if it does not.
+
+    `keys`: how many there are.
+    """
+    tile = _HOPPER_TO_ALL.get((head_dim, "".join(options)))
+    return tile if not causal and keys <= _MOST_KEYS and is_compared("to_all", head_dim, options) else None
 
 
 def is_compared(kernel: str, head_dim: int, options: tuple[str, ...]) -> bool:

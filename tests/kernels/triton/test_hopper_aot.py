@@ -29,8 +29,14 @@ def assert_clean(compiler, *calls: tuple[int, bool, dict]) -> None:
                 few = next((most for option, most in FEW.items() if call[2].get(option)), few)
                 assert kernel.spilled_in_loops <= few, (call, kernel)
                 assert kernel.warnings == "", (call, kernel)
+                assert not kernel.read_before_written, (call, kernel)
                 assert kernel.shared <= SHARED_MEMORY[90] * 1024, (call, kernel)
     assert in_gluon >= len(calls)
+
+
+def test_the_forward_over_few_keys_is_clean(compiler):
+    """Its other tiles are `slow`."""
+    assert_clean(compiler, (64, False, {"keys": 512, "needs_gradient": False}))
 
 
 def test_kernels_for_head_dim_128_are_clean(compiler):
@@ -45,15 +51,16 @@ def specializations() -> dict[str, set[str]]:
     from qat_kernels.mask import Mask
     from qat_kernels.spec import QuantSpec
     from qat_kernels.triton.hopper.backward_launch import grad_key_value_launch, grad_query_launch
+    from qat_kernels.triton.hopper.dense_forward import dense_forward_kernel
     from qat_kernels.triton.hopper.forward import attention_forward_kernel
-    from qat_kernels.triton.hopper.forward_launch import attend_launch
+    from qat_kernels.triton.hopper.forward_launch import attend_launch, attend_to_all_launch
     from qat_kernels.triton.hopper.grad_key_value import grad_key_value_kernel
     from qat_kernels.triton.hopper.grad_query import grad_query_kernel
     from qat_kernels.triton.operands import Given, Layout
     from qat_kernels.triton.problem import Problem
 
     believe_in(90)
-    for kernel in (attention_forward_kernel, grad_query_kernel, grad_key_value_kernel):
+    for kernel in (attention_forward_kernel, dense_forward_kernel, grad_query_kernel, grad_key_value_kernel):
         kernel.device_caches.clear()  # of what other tests compiled in this process
     found: dict[str, set[str]] = {}
 
@@ -62,6 +69,7 @@ def specializations() -> dict[str, set[str]]:
         return mock.Mock()
 
     chosen = tiles.choose(90, 128, True, ("out_hp",), (3, 6))
+    to_all = tiles.to_all_of(128, False, ("out_hp",), 512)
     with mock.patch.object(JITFunction, "_do_compile", compile_nothing):
         for batch, heads, key_heads, lq, lk in (
             (2, 4, 2, 777, 531),
@@ -74,6 +82,7 @@ def specializations() -> dict[str, set[str]]:
             )
             problem = Problem.of(q.shape, k.shape, None, spec=QuantSpec(), mask=Mask(causal=True), scale=0.1)
             attend_launch(problem, chosen.forward, q.stride(), q.dtype, Given(), True)
+            attend_to_all_launch(problem, to_all, Layout.of(q), q.stride(), True)
             grad_query_launch(problem, chosen.grad_query, Layout.of(q), Given())
             grad_key_value_launch(problem, chosen.grad_key_value, k.shape, k.dtype, Given())
     return found
@@ -83,7 +92,7 @@ def test_a_kernel_is_compiled_once_for_all_lengths(compiler):
     """It takes half a minute, which training on texts would pay again and again."""
     found = compiler.submit(specializations).result()
     assert {name: len(keys) for name, keys in found.items()} == {
-        "attention_forward_kernel": 1, "grad_query_kernel": 1, "grad_key_value_kernel": 1
+        "attention_forward_kernel": 1, "dense_forward_kernel": 1, "grad_query_kernel": 1, "grad_key_value_kernel": 1
     }  # fmt: skip
 
 
@@ -104,6 +113,8 @@ def test_the_whole_table_is_clean(head_dim, causal, compiler):
         {"dtype": torch.float16},
         {"dtype": torch.float32},
     ]
+    if not causal:
+        options += [{"keys": 512}, {"keys": 512, "needs_gradient": False}]
     if causal:
         options += [
             {"window": 1024, "needs_gradient": False},

@@ -32,6 +32,7 @@ def all_that_they_compute(monkeypatch):
     from qat_kernels.triton import tiles
 
     monkeypatch.setattr(tiles, "is_compared", lambda *_: True)
+    monkeypatch.setattr(tiles, "_MOST_KEYS", 0)  # the forward over few keys has its own tests
     tiles.choose.cache_clear()
     yield
     tiles.choose.cache_clear()
@@ -119,10 +120,11 @@ def assert_same(a, b) -> None:
         assert (x is None and y is None) or torch.equal(x, y)
 
 
-def check_forward(call: Call, with_gradient: bool) -> None:
-    from qat_kernels.triton.hopper.forward_launch import Attend
+def check_forward(call: Call, with_gradient: bool, *, few_keys: bool = False) -> None:
+    from qat_kernels.triton.hopper.forward_launch import Attend, AttendToAll
 
-    with mock.patch.object(Attend, "__call__", autospec=True, side_effect=Attend.__call__) as attend:
+    runs = AttendToAll if few_keys else Attend
+    with mock.patch.object(runs, "__call__", autospec=True, side_effect=runs.__call__) as attend:
         actual, again = call.forward(with_gradient), call.forward(with_gradient)
         assert attend.call_count == 2
         with in_triton():
@@ -176,14 +178,45 @@ def test_forward(head_dim, causal):
         check_future_tokens(call)
 
 
-def check_not_finite(call: Call) -> None:
+@pytest.fixture
+def few_keys(monkeypatch):
+    """Where all queries see all keys, and these are few, the forward quantizes Q itself."""
+    from qat_kernels.triton import tiles
+
+    monkeypatch.setattr(tiles, "_MOST_KEYS", 1024)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+# One query, tails of 64 and of 128 keys and none, and programs that have many tiles of queries.
+FEW_KEYS = ((1, 1), (7, 257), (131, 77), (777, 512), (64, 128), (301, 801), (2049, 1024), (20_000, 512))
+
+
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_forward_over_few_keys(head_dim, with_gradient, few_keys):
+    for n, ((lq, lk), heads) in enumerate(itertools.product(FEW_KEYS, ((4, 2), (3, 3)))):
+        case = Case(head_dim=head_dim, lq=lq, lk=lk, heads=heads, seed=n, size=(1.0, 3.0, 0.01)[n % 3])
+        call = Call(case, torch.bfloat16)
+        if n % 4 > 1:  # rows of Q, K and V that lie side by side
+            call.tensors[:3] = [torch.cat([x, x, x], -1)[..., head_dim : 2 * head_dim] for x in call.tensors[:3]]
+        check_forward(call, with_gradient, few_keys=True)
+    check_not_finite(Call(Case(head_dim=head_dim, lq=301, lk=301), torch.bfloat16), with_gradient)
+    if with_gradient:
+        call = Call(Case(head_dim=head_dim, lq=777, lk=512), torch.bfloat16)
+        check_backward(call)
+        check_graph(call)
+
+
+def check_not_finite(call: Call, with_gradient: bool = True) -> None:
     """What is not finite in Q shows in its row, and in K or V in the rows that see it, where the Triton kernel shows it."""
     for index, bad in itertools.product(range(3), (torch.nan, torch.inf)):
         good = call.tensors[index].clone()
         call.tensors[index][0, 1, 77, 7] = bad
-        actual = call.forward().out.isfinite().all(-1)
+        actual = call.forward(with_gradient).out.isfinite().all(-1)
         with in_triton():
-            expected = call.forward().out.isfinite().all(-1)
+            expected = call.forward(with_gradient).out.isfinite().all(-1)
         assert not actual.all() and actual[1].all()
         if not (call.case.causal and index == 2):  # there earlier rows of a tile skip the token as 0 * v
             assert torch.equal(actual, expected)

@@ -2,6 +2,8 @@
 
 import itertools
 
+import torch
+
 from qat_kernels import QuantSpec
 from qat_kernels.triton import tiles
 
@@ -63,6 +65,45 @@ def test_what_hopper_does_not_compute_runs_in_triton(monkeypatch):
             assert served(head_dim=head_dim) == set()
     finally:
         tiles.choose.cache_clear()
+
+
+def test_few_keys_that_all_queries_see():
+    for head_dim, options in itertools.product((64, 128), ((), ("out_hp",))):
+        assert tiles.to_all_of(head_dim, False, options, 1024)
+        assert not tiles.to_all_of(head_dim, False, options, 1025)
+        assert not tiles.to_all_of(head_dim, True, options, 512)
+    for options in (("packed",), ("key_mask", "out_hp"), ("bounds",), ("k_shift",), ("bf16_pv",), ("rotate",)):
+        assert not tiles.to_all_of(128, False, options, 512)
+    assert not tiles.to_all_of(96, False, (), 512)
+
+
+def test_thehardware_copies_bfloat16_in_rows_of_16_bytes():
+    from qat_kernels.triton.forward_launch import hardware_copies
+    from qat_kernels.triton.operands import Layout
+
+    q = torch.empty(2, 9, 4, 64, dtype=torch.bfloat16)
+    good = q.transpose(1, 2)
+    assert hardware_copies(Layout.of(good), good.stride())
+    assert hardware_copies(Layout.of(good[..., :64]), good.stride())
+    for bad in (
+        good.half(), good.mT.contiguous().mT, good[:, :1].expand(2, 4, 9, 64), q.new_empty(2, 4, 9, 66)[..., :64],
+        q.flatten()[1:-63].view(-1, 1, 1, 64),
+    ):  # fmt: skip
+        assert not hardware_copies(Layout.of(bad), good.stride())
+    assert not hardware_copies(Layout.of(good), good.mT.contiguous().mT.stride())
+
+
+def test_q_is_rounded_by_the_forward_where_it_is_rounded_plainly():
+    from qat_kernels.mask import Mask
+    from qat_kernels.triton.forward_launch import rounds_plainly
+    from qat_kernels.triton.problem import Problem
+
+    def plain(scale=0.1, **spec):
+        shape = torch.Size((1, 2, 9, 64))
+        return rounds_plainly(Problem.of(shape, shape, None, spec=QuantSpec(**spec), mask=Mask(causal=False), scale=scale))
+
+    assert plain()
+    assert not plain(scale=-0.1) and not plain(rotate=True) and not plain(four_over_six=True)
 
 
 def test_other_gpus_and_other_tritons_run_in_triton():

@@ -11,6 +11,8 @@ from unittest import mock
 
 import torch
 
+from support.kernels.uniform_registers import read_before_written
+
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227, 120: 99}
 """KiB that one block may use, by architecture (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 
@@ -38,6 +40,8 @@ class Compiled(NamedTuple):
     warnings: str
     """Of the assembler; C75xx: it makes products wait for each other."""
     in_gluon: bool
+    read_before_written: list[str]
+    """Instructions in Gluon that read an address which may not be there."""
 
 
 def believe_in(arch: int) -> None:
@@ -70,6 +74,7 @@ def compile_kernels(
     packed: bool = False,
     k_shift: bool = False,
     gluon: bool = False,
+    keys: int = 4096,
     **spec,
 ) -> list[Compiled]:
     """Every kernel that a forward and (with `needs_gradient`) a backward would launch on the architecture.
@@ -100,11 +105,15 @@ def compile_kernels(
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         used, warnings = kernel.metadata, "\n".join(re.findall(r".*\bC75\d\d\b.*", printed.getvalue()))
         numbers = (*usage(kernel.asm["cubin"]), used.shared, used.tmem_size)
-        compiled.append(Compiled(self.__name__, *numbers, warnings, self.is_gluon()))
+        unwritten = read_before_written(_cuobjdump("--dump-sass", kernel.asm["cubin"])) if self.is_gluon() else []
+        compiled.append(Compiled(self.__name__, *numbers, warnings, self.is_gluon(), unwritten))
         return kernel
 
     spec = QuantSpec(**spec)
-    q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 4 if spec.rules.mask else 8))
+    q, k = (
+        torch.empty(2, heads, length, head_dim, dtype=dtype, device="meta")
+        for heads, length in ((8, 4096), (4 if spec.rules.mask else 8, keys))
+    )
     v = k.new_empty(*k.shape[:-1], head_dim_v or head_dim)
     packing = shift = None
     if packed:

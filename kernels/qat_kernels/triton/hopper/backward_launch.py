@@ -17,10 +17,8 @@ from qat_kernels.triton.tiles import HopperTile
 from .descriptors import numbers_of, rows_of, seen_of
 from .grad_key_value import grad_key_value_kernel
 from .grad_query import grad_query_kernel
-from .pipeline import WARP_GROUP_ROWS
+from .pipeline import MULTIPROCESSORS, WARP_GROUP_ROWS
 
-_MULTIPROCESSORS = 132
-"""Of an H100 or H200."""
 _MOST_SPLITS, _LEAST_TILES = 8, 64
 """Splits of a block, and tiles of a split."""
 _TILES_OF_PROLOGUE = 8
@@ -126,7 +124,7 @@ def _splits(problem: Problem, blocks: int, tile: int) -> int:
     bytes_of_split = blocks * _BLOCK_BYTES * problem.block_d
 
     def cost(splits: int) -> float:
-        rounds = -(-blocks * splits // _MULTIPROCESSORS)
+        rounds = -(-blocks * splits // MULTIPROCESSORS)
         return rounds * (tiles_of_queries / splits + _TILES_OF_PROLOGUE) + (splits > 1) * splits * bytes_of_split / _BYTES_OF_TILE
 
     most = max(1, min(_MOST_SPLITS, tiles_of_queries // _LEAST_TILES))

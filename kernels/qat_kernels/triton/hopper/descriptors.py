@@ -22,10 +22,16 @@ class _Descriptor(TensorDescriptor):
 
 
 class HopperTiles(Tiles):
-    """Where a kernel will get a tensor [rows, columns] in tiles of some rows, or [rows] in tiles of some numbers."""
+    """Where a kernel will get a tensor [rows, columns] in tiles of some rows, or [rows] in tiles of some numbers.
+
+    Or [batch, heads, tokens, D] of any strides, in tiles of some tokens of a head.
+    """
 
     def descriptor(self, base: Argument | Pointer) -> Any:
         """As Gluon takes a tensor, or an address, in tiles."""
+        if self.strides:
+            block = [1, 1, self.block_rows, self.shape[3]]
+            return _Descriptor(self.pointer(base), [*self.shape], [*self.strides], block, _layout(*block))
         columns = self.shape[1:]
         return _Descriptor(
             self.pointer(base), [*self.shape], [*columns, 1], [self.block_rows, *columns], _layout(self.block_rows, *columns)
@@ -44,6 +50,11 @@ def seen_of(problem: Problem, given: Given) -> tuple[int, int, int, int] | None:
 def rows_of(all_rows: int, columns: int, block_rows: int) -> HopperTiles:
     """An operand."""
     return HopperTiles(torch.bfloat16, (all_rows, columns), block_rows)
+
+
+def tokens_of(shape: tuple[int, ...], strides: tuple[int, ...], block_rows: int) -> HopperTiles:
+    """Q, O or O'. Rows behind the last token are read as zeros, and not written."""
+    return HopperTiles(torch.bfloat16, shape, block_rows, strides)
 
 
 def numbers_of(count: int, block_rows: int) -> HopperTiles:

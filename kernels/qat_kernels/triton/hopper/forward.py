@@ -115,13 +115,15 @@ def _attend_ahead(
 
 
 @gluon.jit
-def _attend_quantized(
+def attend_quantized(
     out, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
     CAUSAL: gl.constexpr, QUANTIZE_PV: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Steps `start` to `end`, at least one, as `_attend_ahead`."""
     D: gl.constexpr = k_ring[0].shape[2]
-    scores = _mask(_scores(q, k_ring, start), start, seen, LEAD, MASK)
+    scores = _scores(q, k_ring, start)
+    if CAUSAL or MASK is not None or start < seen[4]:
+        scores = _mask(scores, start, seen, LEAD, MASK)
     weights, group_max, _, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CAUSAL)
     p = to_operand(round_p(weights, group_max, QUANTIZE_PV), D)
     wait_full(k_ring, start + 1, start + 1 < end)
@@ -150,38 +152,51 @@ def _attend_quantized(
 
 
 @gluon.jit
-def _attend_halves(
-    out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, stop, softmax_scale_log2,
+def attend_in_halves(
+    out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, step, softmax_scale_log2,
     CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
-    """Steps `start` to `stop` over quantized slots in tiles of 128, with O' or without; `seen` as in `_attend_ahead`.
+    """One step over quantized slots in a tile of 128, with O' or without; `seen` as in `_attend_ahead`.
 
     The tensor cores multiply the first half of a tile while the second one is rounded.
     """
     D: gl.constexpr = k_ring[0].shape[2]
+    v = tile_at(v_ring, step)  # [N, D]
+    scores = _scores(q, k_ring, step)
+    if CHECK_BOUNDS:
+        scores = _mask(scores, step, seen, LEAD, MASK)
+    p, group_max, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS)
+    out = rescale(out, rows_of(factor, D))
+    if OUT_HP:
+        out_hp = rescale(out_hp, rows_of(factor, D))
+    p_first, max_first, p_last, max_last = halves(p, group_max)
+    wait_full(v_ring, step)
+    if OUT_HP:
+        out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
+    out = warpgroup_mma(to_operand(round_p(p_first, max_first, QUANTIZE_PV), D), v.slice(0, 64), out, is_async=True)
+    if OUT_HP:
+        out_hp = warpgroup_mma(to_operand(p_last.to(gl.bfloat16), D), v.slice(64, 64), out_hp, is_async=True)
+    out = warpgroup_mma(to_operand(round_p(p_last, max_last, QUANTIZE_PV), D), v.slice(64, 64), out, is_async=True)
+    if OUT_HP:
+        out_hp, out = warpgroup_mma_wait(0, [out_hp, out])
+    else:
+        out = warpgroup_mma_wait(0, [out])
+    release(v_ring, step)
+    return out, out_hp, row_max, row_sum
+
+
+@gluon.jit
+def attend_halves(
+    out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, stop, softmax_scale_log2,
+    CHECK_BOUNDS: gl.constexpr, QUANTIZE_PV: gl.constexpr, OUT_HP: gl.constexpr, LEAD: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Steps `start` to `stop`, each as `attend_in_halves`."""
     gl.assume(start >= 0)
     for step in range(start, stop):
-        v = tile_at(v_ring, step)  # [N, D]
-        scores = _scores(q, k_ring, step)
-        if CHECK_BOUNDS:
-            scores = _mask(scores, step, seen, LEAD, MASK)
-        p, group_max, factor, row_max, row_sum = softmax_step(scores, row_max, row_sum, softmax_scale_log2, CHECK_BOUNDS)
-        out = rescale(out, rows_of(factor, D))
-        if OUT_HP:
-            out_hp = rescale(out_hp, rows_of(factor, D))
-        p_first, max_first, p_last, max_last = halves(p, group_max)
-        wait_full(v_ring, step)
-        if OUT_HP:
-            out_hp = warpgroup_mma(to_operand(p_first.to(gl.bfloat16), D), v.slice(0, 64), out_hp, is_async=True)
-        out = warpgroup_mma(to_operand(round_p(p_first, max_first, QUANTIZE_PV), D), v.slice(0, 64), out, is_async=True)
-        if OUT_HP:
-            out_hp = warpgroup_mma(to_operand(p_last.to(gl.bfloat16), D), v.slice(64, 64), out_hp, is_async=True)
-        out = warpgroup_mma(to_operand(round_p(p_last, max_last, QUANTIZE_PV), D), v.slice(64, 64), out, is_async=True)
-        if OUT_HP:
-            out_hp, out = warpgroup_mma_wait(0, [out_hp, out])
-        else:
-            out = warpgroup_mma_wait(0, [out])
-        release(v_ring, step)
+        out, out_hp, row_max, row_sum = attend_in_halves(
+            out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, step, softmax_scale_log2,
+            CHECK_BOUNDS, QUANTIZE_PV, OUT_HP, LEAD, MASK,
+        )  # fmt: skip
     return out, out_hp, row_max, row_sum
 
 
@@ -240,6 +255,36 @@ def _place(cu_seqlens, sizes, num_blocks, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
+def store_statistics(
+    quantized_max, row_max, row_sum, rows, seqlen_q, lse_ptr, lse_row, q_dot_k_shift_ptr, k_shift_scale,
+    stats_ptr, stats_row, all_q_rows, D: gl.constexpr,
+):  # fmt: skip
+    """lse and, unless None, stats of these rows of a sequence, whose first one is at `lse_row` and `stats_row`.
+
+    Returns what rows are to be multiplied by, float32 [64], beside an accumulator with D columns.
+    """
+    layout: gl.constexpr = gl.SliceLayout(1, accumulator(D))
+    inside = rows < seqlen_q
+    row_sum = gl.sum(gl.sum(gl.sum(gl.sum(row_sum, 4), 3), 2), 1)
+    row_sum = gl.convert_layout(row_sum, layout, assert_trivial=True)
+    row_max = gl.convert_layout(row_max, layout, assert_trivial=True)
+    empty = row_sum == 0.0
+    lse_log2 = row_max + gl.log2(row_sum)
+    if stats_ptr is not None:
+        stats_ptr += stats_row
+        quantized_max = gl.convert_layout(quantized_max, layout, assert_trivial=True)
+        padded = rows < gl.cdiv(seqlen_q, _PAD) * _PAD
+        seen = inside & (quantized_max != float("-inf"))
+        gl.store(stats_ptr + rows, gl.where(seen, quantized_max, float("inf")), mask=padded)
+        gl.store(stats_ptr + all_q_rows + rows, gl.where(inside & (row_sum != 0.0), lse_log2, float("inf")), mask=padded)
+    lse = gl.where(empty, float("-inf"), lse_log2 * LN_2)
+    if q_dot_k_shift_ptr is not None:
+        lse += k_shift_scale * gl.load(q_dot_k_shift_ptr + lse_row + rows, mask=inside, other=0.0)
+    gl.store(lse_ptr + lse_row + rows, lse, mask=inside)
+    return 1.0 / gl.where(empty, 1.0, row_sum)
+
+
+@gluon.jit
 def _store(
     out, out_hp, quantized_max, row_max, row_sum, first, arguments, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr,
     QUANTIZED: gl.constexpr,
@@ -249,36 +294,22 @@ def _store(
     It finds its place anew: numbers kept from before would take registers from the loops.
     """
     D: gl.constexpr = out.shape[1]
-    layout: gl.constexpr = gl.SliceLayout(1, accumulator(D))
     cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale = arguments
     out_ptr, out_hp_ptr, lse_ptr, stats_ptr, q_dot_k_shift_ptr, _, _ = pointers
     out_stride_b, out_stride_h, out_stride_l, out_stride_d = out_strides
+    q_rows, _, all_q_rows = operand_rows
     batch, head, block, q_start, seqlen_q, _, _ = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
-    rows = block * BLOCK_M + first + gl.arange(0, WARP_GROUP_ROWS, layout)
+    rows = block * BLOCK_M + first + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(D)))
     inside = rows < seqlen_q
-    row_sum = gl.sum(gl.sum(gl.sum(gl.sum(row_sum, 4), 3), 2), 1)
-    row_sum = gl.convert_layout(row_sum, layout, assert_trivial=True)
-    row_max = gl.convert_layout(row_max, layout, assert_trivial=True)
-    empty = row_sum == 0.0
-    lse_log2 = row_max + gl.log2(row_sum)
-    if stats_ptr is not None:
-        q_rows, _, all_q_rows = operand_rows
-        stats_ptr += first_row(batch, head, sizes[0], q_rows, q_start, 0, cu_seqlens is not None).to(gl.int64)
-        quantized_max = gl.convert_layout(quantized_max, layout, assert_trivial=True)
-        padded = rows < gl.cdiv(seqlen_q, _PAD) * _PAD
-        seen = inside & (quantized_max != float("-inf"))
-        gl.store(stats_ptr + rows, gl.where(seen, quantized_max, float("inf")), mask=padded)
-        gl.store(stats_ptr + all_q_rows + rows, gl.where(inside & (row_sum != 0.0), lse_log2, float("inf")), mask=padded)
-    lse = gl.where(empty, float("-inf"), lse_log2 * LN_2)
     lse_row = head if cu_seqlens is not None else batch * sizes[0] + head
-    lse_offsets = lse_row.to(gl.int64) * lse_stride + q_start + rows
-    if q_dot_k_shift_ptr is not None:
-        lse += k_shift_scale * gl.load(q_dot_k_shift_ptr + lse_offsets, mask=inside, other=0.0)
-    gl.store(lse_ptr + lse_offsets, lse, mask=inside)
+    inverse = store_statistics(
+        quantized_max, row_max, row_sum, rows, seqlen_q,
+        lse_ptr, lse_row.to(gl.int64) * lse_stride + q_start, q_dot_k_shift_ptr, k_shift_scale,
+        stats_ptr, first_row(batch, head, sizes[0], q_rows, q_start, 0, cu_seqlens is not None).to(gl.int64), all_q_rows, D,
+    )  # fmt: skip
     columns = gl.arange(0, D, gl.SliceLayout(0, accumulator(D)))
     offsets = batch.to(gl.int64) * out_stride_b + head.to(gl.int64) * out_stride_h
     offsets += (q_start + rows).to(gl.int64)[:, None] * out_stride_l + columns.to(gl.int64)[None, :] * out_stride_d
-    inverse = 1.0 / gl.where(empty, 1.0, row_sum)
     if out_hp_ptr is not None:
         gl.store(out_hp_ptr + offsets, (out_hp * inverse[:, None]).to(out_hp_ptr.dtype.element_ty), mask=inside[:, None])
     if QUANTIZED:
@@ -322,19 +353,19 @@ def _consumer(
     if N == 128:
         if MASK is None:
             # Without a causal mask the first tile alone may be cut off.
-            out, out_hp, row_max, row_sum = _attend_halves(
+            out, out_hp, row_max, row_sum = attend_halves(
                 out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, full_start, softmax_scale_log2,
                 True, QUANTIZE_PV, OUT_HP, LEAD, MASK,
             )  # fmt: skip
             start = gl.maximum(start, full_start)
-        out, out_hp, row_max, row_sum = _attend_halves(
+        out, out_hp, row_max, row_sum = attend_halves(
             out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
             MASK is not None, QUANTIZE_PV, OUT_HP, LEAD, MASK,
         )  # fmt: skip
     else:
         gl.static_assert(not OUT_HP)
         if start < end:
-            out, row_max, row_sum = _attend_quantized(
+            out, row_max, row_sum = attend_quantized(
                 out, row_max, row_sum, q, k_ring, v_ring, seen, start, end, softmax_scale_log2,
                 CAUSAL, QUANTIZE_PV, LEAD, MASK,
             )  # fmt: skip

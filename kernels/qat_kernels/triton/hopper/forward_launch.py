@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from qat_kernels.triton.operands import Given
+from qat_kernels.triton.operands import Given, Layout
 from qat_kernels.triton.precompiled import Launch, Pointer
 from qat_kernels.triton.problem import Problem
 from qat_kernels.triton.tiles import HopperTile
 
-from .descriptors import rows_of, seen_of
+from .dense_forward import dense_forward_kernel
+from .descriptors import rows_of, seen_of, tokens_of
 from .forward import attention_forward_kernel
-from .pipeline import WARP_GROUP_ROWS
+from .pipeline import MULTIPROCESSORS, WARP_GROUP_ROWS
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,43 @@ def attend_launch(
         num_warps=4,
     )  # fmt: skip
     return Attend(launch)
+
+
+@dataclass(frozen=True)
+class AttendToAll:
+    """Likewise, but it takes Q itself, and where the codes and scales of Q go."""
+
+    launch: Launch
+
+    def __call__(self, q: Any, k: Any, v: Any, codes: Any, scales: Any, out: Any, out_hp: Any, lse: Any, stats: Any) -> Any:
+        """Launch it on the current device and stream."""
+        return self.launch(q, k, v, out, out_hp, (lse, stats, codes, scales))
+
+
+def attend_to_all_launch(
+    problem: Problem, tile: HopperTile, query: Layout, out_strides: tuple[int, ...], with_gradient: bool
+) -> AttendToAll:
+    """For Q of this layout, and outputs of these strides."""
+    queries, keys, spec = problem.query, problem.key, problem.spec
+    block_m = tile.warp_groups * WARP_GROUP_ROWS.value
+    num_blocks = -(-(queries.blocks(1) if with_gradient else queries.max_seqlen) // block_m)
+    kv = rows_of(keys.all_rows, problem.block_d, tile.block_n)
+    out = tokens_of(tuple(query.shape), out_strides, WARP_GROUP_ROWS.value)
+    float32, uint8 = Pointer(torch.float32), Pointer(torch.uint8)
+    blocks = queries.batch * queries.num_heads * num_blocks
+    launch = Launch.of(
+        dense_forward_kernel,
+        (min(blocks, MULTIPROCESSORS),),
+        [
+            tokens_of(tuple(query.shape), query.strides, WARP_GROUP_ROWS.value), kv, kv,
+            out, out if with_gradient and spec.quantizes_pv else None,
+            (float32, *((float32, uint8, uint8) if with_gradient else (None,) * 3)),
+        ],
+        [
+            queries.total, queries.rows, keys.rows, queries.batch * queries.num_heads, queries.num_heads,
+            queries.num_heads // keys.num_heads, queries.max_seqlen, keys.max_seqlen, num_blocks, problem.softmax_scale_log2,
+        ],
+        {"QUANTIZE_PV": spec.quantizes_pv, "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        num_warps=4,
+    )  # fmt: skip
+    return AttendToAll(launch)

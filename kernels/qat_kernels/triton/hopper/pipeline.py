@@ -12,8 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 WARP_GROUP_ROWS = gl.constexpr(64)
 """Rows of a tile that one warp group holds: those of one wgmma instruction."""
-
-
+MULTIPROCESSORS = 132
+"""Of an H100 or H200."""
 _HEADS = gl.constexpr(16)
 """Heads whose blocks take turns."""
 
