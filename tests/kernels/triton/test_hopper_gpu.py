@@ -116,8 +116,9 @@ def forget_plans() -> None:
 
 
 def assert_same(a, b) -> None:
-    for x, y in zip(a, b, strict=True):
-        assert (x is None and y is None) or torch.equal(x, y)
+    for n, (x, y) in enumerate(zip(a, b, strict=True)):
+        if x is not None or y is not None:
+            assert torch.equal(x, y), f"result {n}: {(x != y).sum()} of {x.numel()} differ, by {error(x, y):.1e} of the whole"
 
 
 def check_forward(call: Call, with_gradient: bool, *, few_keys: bool = False) -> None:
