@@ -28,6 +28,7 @@ from .operands import (
     allowed_keys,
     contiguous_strides,
     given_tensors,
+    is_operand,
     operand_dtype,
     preprocess_job,
     together,
@@ -51,14 +52,16 @@ class _Plan(NamedTuple):
     """Where codes and scales of Q, K and V begin."""
     new_operands: New
     operands: list[int]
-    """Where each begins in the memory that they share: Q, K, V, dO with the factor of its rows, and where groups are kept dO and,
-    if V is quantized, V as they are."""
+    """Where each begins in the memory that they share: Q, K, V, dO with the factor of its rows, and where groups are kept dO,
+    unless the given tensor serves, and, if V is quantized, V as they are."""
     new_delta: New
     prepare: Launch
     """Unpacks Q, K and V, or where V is read again quantizes it; `preprocess_job`."""
     quantizes_value: bool
     two_values: bool
     """Whether V is needed quantized, and as it is for the kept groups."""
+    copies_grad_out: bool
+    """Whether dO is needed as it is for the kept groups, and does not lie as an operand would."""
     grad_query: Any
     grad_key_value: Any
     splits: int
@@ -95,6 +98,7 @@ def _plan(
     queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
     kept, quantizes_value = keys.lead > 0, spec.formats.value is not None
     two_values = quantizes_value and kept
+    copies_grad_out = kept and not is_operand(grad_out, queries, operand)
     grad_query: object
     grad_key_value: object
     splits = 1
@@ -120,7 +124,8 @@ def _plan(
         )  # fmt: skip
     rows_q, rows_k, block_d, block_dv = queries.all_rows, keys.all_rows, problem.block_d, problem.block_dv
     of_grad_out, of_value = rows_q * block_dv, rows_k * block_dv
-    sizes = [rows_q * block_d, rows_k * block_d, of_value, of_grad_out, *[of_grad_out] * kept, *[of_value] * two_values]
+    of_query, of_key, of_grad_outs = rows_q * block_d, rows_k * block_d, [of_grad_out] * (1 + copies_grad_out)
+    sizes = [of_query, of_key, of_value, *of_grad_outs, *[of_value] * two_values]
     operands, operands_size = starts(sizes)
     # With a mask, keys that no query may see are not visited.
     new_grad_key, new_grad_value = (
@@ -135,9 +140,9 @@ def _plan(
             unpack_job(queries, problem.head_dim, operand, along_tokens=False),
             unpack_job(keys, problem.head_dim, operand, along_tokens=False),
             prepare_value,
-            preprocess_job(grad_out, out_hp, queries, given, operand, kept),
+            preprocess_job(grad_out, out_hp, queries, given, operand, copies_grad_out),
         ),
-        quantizes_value, two_values, grad_query, grad_key_value, splits, problem.softmax_scale,
+        quantizes_value, two_values, copies_grad_out, grad_query, grad_key_value, splits, problem.softmax_scale,
     )  # fmt: skip
 
 
@@ -255,7 +260,8 @@ def backward(
         grad_query, grad_key, grad_value = plan.new_grad_query(), plan.new_grad_key(), plan.new_grad_value()
         operands, delta, grad_sinks = plan.new_operands(), plan.new_delta(), None
         q, k, v, scaled_grad_out, *others = parts(operands, plan.operands)
-        grad_out_operand, v_kept, *_ = *others, None, None
+        grad_out_copy = others.pop(0) if plan.copies_grad_out else None
+        v_kept = others.pop() if plan.two_values else None
         q_codes, q_scales, k_codes, k_scales, *v_codes = parts(codes, plan.codes)
         at_grad_out, at_delta, at_stats = pointer(grad_out), pointer(delta), pointer(stats)
         grad_sums = None
@@ -281,7 +287,7 @@ def backward(
             (q_codes, q_scales, q),
             (k_codes, k_scales, k),
             of_value,
-            (at_grad_out, pointer(out_hp), at_stats, cu_q, scaled_grad_out, grad_out_operand, at_delta),
+            (at_grad_out, pointer(out_hp), at_stats, cu_q, scaled_grad_out, grad_out_copy, at_delta),
         ))  # fmt: skip
         plan.grad_query(
             q, k, v, v_kept, at_mask, at_leftpad, cu_q, cu_k, at_scores, at_sums, at_lower, at_upper,
@@ -294,8 +300,9 @@ def backward(
                 like(x.expand(plan.splits, *x.shape), dtype=torch.float32, memory_format=torch.contiguous_format)
                 for x in (grad_key, grad_value)
             )
+        grad_out_kept = at_grad_out if plan.keys.lead and grad_out_copy is None else grad_out_copy
         plan.grad_key_value(
-            q, k, v, scaled_grad_out, v_kept, grad_out_operand, at_mask, at_leftpad, cu_q, cu_k, at_scores, at_lower, at_upper,
+            q, k, v, scaled_grad_out, v_kept, grad_out_kept, at_mask, at_leftpad, cu_q, cu_k, at_scores, at_lower, at_upper,
             at_delta, at_stats, pointer(parts_of_key), pointer(parts_of_value),
         )  # fmt: skip
         if plan.splits > 1:

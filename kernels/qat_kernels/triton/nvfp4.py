@@ -153,30 +153,45 @@ def mul_sub(a, b, c, F32X2: tl.constexpr):
 
 @triton.jit
 def _e4m3_scale(amax, CODE_MAX: tl.constexpr, RECIPROCAL: tl.constexpr):
-    """E4M3 of amax / CODE_MAX, rounded correctly; the divisor is made a tensor, which is what `div_rn` takes.
+    """E4M3 of amax / CODE_MAX, rounded correctly.
 
     RECIPROCAL: of amax * RN(1 / CODE_MAX), with no smallest scale.
     """
     if RECIPROCAL:
         return round_to_e4m3(amax * (1.0 / CODE_MAX))
     else:
-        return round_to_e4m3(tl.maximum(tl.div_rn(amax, amax * 0.0 + CODE_MAX), _SCALE_MIN))
+        code_max = tl.full(amax.shape, CODE_MAX, tl.float32)
+        return round_to_e4m3(tl.maximum(_quotient(amax, code_max, 1.0 / CODE_MAX), _SCALE_MIN))
+
+
+@triton.jit
+def _quotient(x, divisor, inverse):
+    """x / divisor, rounded correctly where it is normal (Markstein's theorem), given RN(1 / divisor)."""
+    if INTERPRET:  # its fused multiply-add rounds twice
+        return tl.div_rn(x, divisor)
+    quotient = x * inverse
+    return tl.fma(tl.fma(quotient, -divisor, x), inverse, quotient)
+
+
+@triton.jit
+def _inverse_of_scale(scale):
+    """RN(1 / scale) of an E4M3 value: one step from an ulp beside it, for no inverse of four bits is near a tie."""
+    one = tl.full(scale.shape, 1.0, tl.float32)
+    if INTERPRET:
+        return tl.div_rn(one, scale)
+    inverse = reciprocal(scale)
+    return tl.fma(tl.fma(-scale, inverse, one), inverse, inverse)
 
 
 @triton.jit
 def _divide(x, scale, RECIPROCAL: tl.constexpr):
-    """x / scale, rounded correctly, for 1 % of bfloat16 inputs are exact ties: one division a group (Markstein's theorem).
+    """x / scale, rounded correctly, for 1 % of bfloat16 inputs are exact ties.
 
     RECIPROCAL: x * RN(1 / scale), and zero where the scale is zero.
     """
     if RECIPROCAL:
-        inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, _SCALE_MIN))
-        return x * tl.where(scale > 0.0, inverse, 0.0)
-    if INTERPRET:  # its fused multiply-add rounds twice
-        return tl.div_rn(x, scale)
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    quotient = x * inverse
-    return tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
+        return x * tl.where(scale > 0.0, _inverse_of_scale(tl.maximum(scale, _SCALE_MIN)), 0.0)
+    return _quotient(x, scale, _inverse_of_scale(scale))
 
 
 @triton.jit
@@ -195,10 +210,10 @@ def round_groups(groups, AXIS: tl.constexpr, FOUR_OVER_SIX: tl.constexpr, RECIPR
     finite = amax_bits < _EXPONENT
     amax = tl.where(finite, amax_bits, 0).to(tl.float32, bitcast=True)
     scale = _e4m3_scale(amax, 6.0, RECIPROCAL)
-    magnitude = round_to_e2m1(_divide(exact, scale, RECIPROCAL))
+    magnitude = round_to_e2m1(tl.abs(_divide(groups, scale, RECIPROCAL)))
     if FOUR_OVER_SIX:
         scale4 = _e4m3_scale(amax, 4.0, RECIPROCAL)
-        magnitude4 = round_to_e2m1(_divide(exact, scale4, RECIPROCAL))
+        magnitude4 = round_to_e2m1(tl.abs(_divide(groups, scale4, RECIPROCAL)))
         inv_pow2 = (-(amax.to(tl.int32, bitcast=True) & _EXPONENT) + _INV_POW2_BITS).to(tl.float32, bitcast=True)
         error4 = _squared_error(magnitude4, scale4, exact, inv_pow2, AXIS)
         smaller = error4 < _squared_error(magnitude, scale, exact, inv_pow2, AXIS)
@@ -216,8 +231,8 @@ def signed_values(groups, magnitude, scale, finite):
 
 @triton.jit
 def e2m1_bits(magnitude):
-    """The E2M1 bits of a magnitude: {0, .5, 1, 1.5, 2 | 3, 4 | 6} lie on three lines, the lowest of which counts."""
-    return tl.minimum(tl.minimum(magnitude * 2, magnitude + 2), magnitude / 2 + 4).to(tl.int32)
+    """The E2M1 bits of a magnitude, int32: those of the float32 with the same exponent field, subnormal ones too."""
+    return (magnitude * 2.0**-126).to(tl.int32, bitcast=True) >> 22
 
 
 @triton.jit
@@ -229,27 +244,23 @@ def e2m1_codes(groups, magnitude, finite):
 
 @triton.jit
 def e4m3_bits(scale, finite):
-    """The byte of an E4M3 value: its exponent bias is 120 less than that of float32; below 2^-6 values count in 2^-9."""
-    normal = (scale.to(tl.int32, bitcast=True) >> 20) - (120 << 3)
-    bits = tl.where(scale < SCALE_MIN_NORMAL, (scale * 512.0).to(tl.int32), normal)
+    """The byte of an E4M3 value: its exponent bias is 120 less than that of float32."""
+    bits = (scale * 2.0**-120).to(tl.int32, bitcast=True) >> 20
     return tl.where(finite, bits, 0x7F).to(tl.uint8)
 
 
 @triton.jit
 def e2m1_to_float(code):
     """The float32 of an E2M1 code, int32."""
-    exponent, mantissa = (code >> 1) & 3, code & 1
-    magnitude = tl.where(exponent == 0, mantissa * 0.5, (1 << exponent).to(tl.float32) * (mantissa * 0.25 + 0.5))
-    return tl.where(code >= 8, -magnitude, magnitude)
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 2.0**126
 
 
 @triton.jit
 def e4m3_to_float(bits):
     """The float32 of an E4M3 byte without sign."""
     bits = bits.to(tl.int32)
-    normal = ((bits + (120 << 3)) << 20).to(tl.float32, bitcast=True)
-    scale = tl.where(bits < 8, bits * 0.001953125, normal)  # 2^-9
-    return tl.where(bits == 0x7F, float("nan"), scale)
+    return tl.where(bits == 0x7F, float("nan"), (bits << 20).to(tl.float32, bitcast=True) * 2.0**120)
 
 
 @triton.jit

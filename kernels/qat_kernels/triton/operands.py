@@ -293,10 +293,10 @@ def rows_job(
         ),
         (
             x.strides, _sizes(sequences, num_blocks, key_mask), head_strides(sequences) if is_shifted_q else (0, 0),
-            heads_per_k_shift, -1.0 if negate else 1.0,
+            heads_per_k_shift,
         ),
         (
-            head_dim, block_d, block_l, sequences.lead, order, is_k, given.k_shift, key_mask, sequences.packed, rotate,
+            head_dim, block_d, block_l, sequences.lead, order, is_k, negate, given.k_shift, key_mask, sequences.packed, rotate,
             _rounding(how), operand is not None, codes,
         ),
     )  # fmt: skip
@@ -355,8 +355,21 @@ def unpack_job(sequences: Sequences, head_dim: int, operand: torch.dtype, *, alo
     return Job(3 if along_tokens else 2, programs, (uint8, uint8, Pointer(operand)), (), constants)
 
 
-def preprocess_job(grad_out: Layout, out_hp: Layout, queries: Sequences, given: Given, operand: torch.dtype, kept: bool) -> Job:
-    """What of dO and O' the sums of a backward need (preprocess.py); `kept`: dO as it is, too.
+def is_operand(x: Layout, sequences: Sequences, operand: torch.dtype) -> bool:
+    """Whether a tensor lies in memory as an operand, slots in their own order, would: contiguous, with nothing to pad."""
+    _, heads, length, head_dim = x.shape if len(x.shape) == 4 else (0, 0, 0, 0)
+    return (
+        not sequences.packed
+        and x.dtype == operand
+        and x.aligned
+        and x.stride == (heads * length * head_dim, length * head_dim, head_dim, 1)
+        and sequences.rows == length
+        and head_dim == triton.next_power_of_2(head_dim)
+    )
+
+
+def preprocess_job(grad_out: Layout, out_hp: Layout, queries: Sequences, given: Given, operand: torch.dtype, copies: bool) -> Job:
+    """What of dO and O' the sums of a backward need (preprocess.py); `copies`: dO as it is, too.
 
     Its tensors: dO, O', stats, cu_seqlens of Q, the operands of dO / l and of dO, and delta.
     """
@@ -369,13 +382,13 @@ def preprocess_job(grad_out: Layout, out_hp: Layout, queries: Sequences, given: 
         queries.batch * queries.num_heads * num_blocks,
         (
             grad_out.pointer, out_hp.pointer, float32, given.pointer(torch.int32, queries.packed),
-            Pointer(operand), Pointer(operand) if kept else None, float32,
+            Pointer(operand), Pointer(operand) if copies else None, float32,
         ),
         (
             grad_out.strides, out_hp.strides,
             queries.num_heads, queries.max_seqlen, num_blocks, queries.rows, queries.all_rows,
         ),
-        (grad_out.shape[-1], block_d, block_m, queries.packed, kept),
+        (grad_out.shape[-1], block_d, block_m, queries.packed, copies),
     )  # fmt: skip
 
 

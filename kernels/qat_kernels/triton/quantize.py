@@ -95,12 +95,12 @@ def _store_columns(ptr, rows, columns, values, WIDTH: tl.constexpr, HEIGHT: tl.c
 
 @triton.jit
 def _quantize_rows(
-    program, tensors, strides, sequences, q_dot_k_shift_strides, heads_per_k_shift, sign,
+    program, tensors, strides, sequences, q_dot_k_shift_strides, heads_per_k_shift,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, ORDER: tl.constexpr,
-    IS_K: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
+    IS_K: tl.constexpr, NEGATE: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
     ROTATE: tl.constexpr, ROUNDING, STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
 ):  # fmt: skip
-    """K (IS_K) minus its shift, or Q times `sign`, quantized along the head dim.
+    """K (IS_K) minus its shift, or Q, with the opposite sign if NEGATE, quantized along the head dim.
 
     For Q, q_dot_k_shift takes the product of each row with the shift.
     """
@@ -120,8 +120,8 @@ def _quantize_rows(
             stride_b, stride_h = q_dot_k_shift_strides
             q_dot_k_shift_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
             tl.store(q_dot_k_shift_ptr + token, tl.sum(x * k_shift[None, :], 1), mask=present)
-    if not IS_K:
-        x = x * sign
+    if NEGATE:
+        x = -x
     if ROTATE:
         x = hadamard(x, BLOCK_L, BLOCK_D)
     groups = tl.reshape(x, (BLOCK_L, BLOCK_D // GROUP, GROUP))

@@ -110,6 +110,16 @@ def test_strides_do_not_show_in_the_bits(options, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_gradient_that_serves_as_operand_gives_the_bits_of_its_copy(device):
+    """Kept groups read dO as it is: with nothing to pad and contiguous, the given tensor itself."""
+    case = Case(**{**SMALL, "causal": True, "lq": 128, "head_dim": 16, "heads": (1, 1)})
+    *qkv, grad_out = case.tensors(torch.bfloat16)
+    assert grad_out.is_contiguous()
+    expected = on(device, run_kernels, case, [*qkv, grad_out.mT.contiguous().mT])
+    assert_same_bits(on(device, run_kernels, case, [*qkv, grad_out]), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("preset", ["nvfp4", "nvfp4_qk"])
 def test_rows_without_keys_are_zero(preset, device):
     """A sequence with no key at all; and causal rows before the first key, by left padding or because Lq > Lk."""
