@@ -10,12 +10,18 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 import torch
 
 from .mask import Mask
-from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, UNEQUAL_HEAD_DIMS, QuantSpec
+from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, UNEQUAL_HEAD_DIMS, UNTRIED_HEAD_DIMS, QuantSpec
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
 _ALL = (*FEATURES, UNEQUAL_HEAD_DIMS)
-COMPUTED: dict[str, tuple[str, ...]] = {"eager": _ALL, "sdpa": (), "triton": _ALL, "fp4": (), "sageattn3": ()}
+COMPUTED: dict[str, tuple[str, ...]] = {
+    "eager": (*_ALL, UNTRIED_HEAD_DIMS),
+    "sdpa": (),
+    "triton": _ALL,
+    "fp4": (),
+    "sageattn3": (),
+}
 """Which FEATURES each implementation computes, and whether V may have another head dim than Q and K."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -134,8 +140,10 @@ def validate(
         grouped=num_heads != num_heads_k,
     ):
         _refuse(*problem)
-    if head_dim_v != head_dim and impl != "auto" and UNEQUAL_HEAD_DIMS not in COMPUTED[impl]:
-        _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'", head_dim_v)
+    if impl != "auto" and any(name not in COMPUTED[impl] for name in _unequal_head_dims(q, v)):
+        untried = UNEQUAL_HEAD_DIMS in COMPUTED[impl]
+        but = " (at least 32 and not packed, another one is computed too)" if untried else ""
+        _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'{but}", head_dim_v)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
 
 
@@ -288,7 +296,15 @@ class Checked(NamedTuple):
 
 def asked_of(features: Features, q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
     """What a call asks for of what COMPUTED lists."""
-    return features.asked if q.shape[-1] == v.shape[-1] else (*features.asked, UNEQUAL_HEAD_DIMS)
+    unequal = _unequal_head_dims(q, v)
+    return (*features.asked, *unequal) if unequal else features.asked
+
+
+def _unequal_head_dims(q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
+    """Of UNEQUAL_HEAD_DIMS and UNTRIED_HEAD_DIMS those that a call asks for."""
+    if q.shape[-1] == v.shape[-1]:
+        return ()
+    return (UNEQUAL_HEAD_DIMS, UNTRIED_HEAD_DIMS) if q.ndim == 3 or v.shape[-1] < 32 else (UNEQUAL_HEAD_DIMS,)
 
 
 _CHECKED: dict[tuple[Any, ...], Checked] = {}

@@ -121,25 +121,46 @@ _HOPPER_OPTIONS = {
 """What they know of `options`."""
 HOPPER_TRITON = (3, 6)
 """The version of Triton whose Gluon they are written for, and have run with."""
-_MASKS: tuple[tuple[str, ...], ...] = ((), ("bounds",), ("bounds", "irregular"))
-_FORWARD = {(*mask, *gradient) for mask in (*_MASKS, ("packed",)) for gradient in ((), ("out_hp",))}
-_ROTATED = {("k_shift", "rotate"), ("k_shift", "rotate", "out_hp")}
-_OF_128 = {("packed", "k_shift"), ("packed", "k_shift", "out_hp"), ("bounds", "packed", "out_hp"), ("bf16_pv",)}
-_OF_128 |= {("bounds", "irregular", "packed", "out_hp")}
-_BACKWARD = {(*mask, "out_hp") for mask in (*_MASKS, ("packed",), ("key_mask",), ("sinks",), ("bounds", "sinks"))}
-_SPLITS: set[tuple[str, ...]] = {("splits",)}
-_BACKWARD_128 = {(*mask, "packed", "out_hp") for mask in _MASKS}
-_PADDED: set[tuple[str, ...]] = {("out_hp",)}
-_COMPARED: dict[tuple[str, int], set[tuple[str, ...]]] = {
-    ("forward", 64): _FORWARD | _ROTATED,
-    ("forward", 128): _FORWARD | _ROTATED | _OF_128,
+_Options = tuple[str, ...]
+
+
+def _of_gradients(*options: _Options) -> dict[str, set[_Options]]:
+    """The same for both kernels of the backward."""
+    found = {(*each, "out_hp") for each in options}
+    return {"grad_query": found, "grad_key_value": found}
+
+
+def _with_and_without_gradient(*options: _Options) -> set[_Options]:
+    return {(*each, *gradient) for each in options for gradient in ((), ("out_hp",))}
+
+
+_COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
+    (64, False): {
+        "forward": _with_and_without_gradient((), ("packed",)),
+        "to_all": {()},
+        **_of_gradients((), ("packed",), ("key_mask",)),
+        "splits": {()},
+    },
+    (64, True): {
+        "forward": _with_and_without_gradient((), ("bounds",), ("k_shift", "rotate")),
+        **_of_gradients((), ("packed",), ("bounds",), ("sinks",), ("bounds", "sinks")),
+    },
+    (128, False): {
+        "forward": _with_and_without_gradient(()),
+        "to_all": _with_and_without_gradient(()),
+        **_of_gradients((), ("key_mask",), ("sinks",)),
+        "splits": {()},
+    },
+    (128, True): {
+        "forward": _with_and_without_gradient((), ("bounds",), ("packed",), ("packed", "k_shift"), ("k_shift", "rotate")),
+        **_of_gradients((), ("packed",), ("bounds",), ("key_mask",), ("sinks",)),
+    },
+    (80, True): _of_gradients(()),
+    (96, False): _of_gradients(()),
 }
-_COMPARED |= {("to_all", head_dim): {(), ("out_hp",)} for head_dim in (64, 128)}
-for _kernel, _parts in (("grad_query", set()), ("grad_key_value", _SPLITS)):
-    _COMPARED |= {(_kernel, 64): _BACKWARD | _parts, (_kernel, 128): _BACKWARD | _BACKWARD_128 | _parts}
-    _COMPARED |= {(_kernel, head_dim): _PADDED for head_dim in (40, 80, 96)}
-"""The options of the calls, by kernel and head dim, whose results have been compared on an H200 with those of the Triton kernels
-(tests/kernels/triton/test_hopper_gpu.py) since these kernels last changed."""
+"""The options of the calls, by head dim, causality and kernel, whose results have been compared on an H200 with those of the
+Triton kernels (tests/kernels/triton/test_hopper_gpu.py) or with float32 (scripts.bench attention) since these kernels last
+changed. "splits": whether dK and dV may be summed in parts."""
 
 ARCHITECTURES = (80, 90, 100, 120)
 """The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the
@@ -221,7 +242,7 @@ def why_not_hopper(kernel: str, triton: tuple[int, ...], head_dim: int, causal: 
         return f"it does not take head_dim {head_dim}"
     if missing := [name for name in options if name not in _HOPPER_OPTIONS[kernel]]:
         return f"it does not compute {', '.join(missing)}"
-    if not is_compared(kernel, head_dim, options):
+    if not is_compared(kernel, head_dim, causal, options):
         return "its results for such calls have not been compared on a GPU yet"
     return None
 
@@ -232,9 +253,9 @@ def to_all_of(head_dim: int, causal: bool, options: tuple[str, ...], keys: int) 
     `keys`: how many there are.
     """
     tile = _HOPPER_TO_ALL.get((head_dim, "".join(options)))
-    return tile if not causal and keys <= _MOST_KEYS and is_compared("to_all", head_dim, options) else None
+    return tile if not causal and keys <= _MOST_KEYS and is_compared("to_all", head_dim, causal, options) else None
 
 
-def is_compared(kernel: str, head_dim: int, options: tuple[str, ...]) -> bool:
+def is_compared(kernel: str, head_dim: int, causal: bool, options: tuple[str, ...]) -> bool:
     """Whether the results of a kernel of hopper/ have been compared on a GPU for such calls. Others it does not serve."""
-    return options in _COMPARED.get((kernel, head_dim), ())
+    return options in _COMPARED.get((head_dim, causal), {}).get(kernel, ())

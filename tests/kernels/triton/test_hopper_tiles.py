@@ -25,29 +25,35 @@ def test_what_has_been_compared_on_a_gpu_runs_in_gluon():
     for head_dim, causal in itertools.product((64, 128), (False, True)):
         assert served(head_dim=head_dim, causal=causal) == ALL
         assert "forward" in served(head_dim=head_dim, causal=causal, with_gradient=False)
-        assert served(head_dim=head_dim, causal=causal, packed=True) == ALL
-        assert served(head_dim=head_dim, causal=causal, key_mask=True) == BACKWARD
-        assert served(head_dim=head_dim, causal=causal, sinks=True, bounds=True) == BACKWARD
-        for irregular in (False, True):
-            assert served(head_dim=head_dim, causal=causal, bounds=True, irregular=irregular) == ALL
-        assert served(head_dim=head_dim, causal=causal, spec=QuantSpec(rotate=True), k_shift=True) == {"forward"}
-    assert served(bounds=True, packed=True) == ALL
-    assert served(head_dim=96) == BACKWARD
+    for head_dim in (64, 128):
+        assert served(head_dim=head_dim, causal=True, bounds=True) == ALL
+        assert served(head_dim=head_dim, causal=True, sinks=True) == BACKWARD
+        assert served(head_dim=head_dim, causal=True, spec=QuantSpec(rotate=True), k_shift=True) == {"forward"}
+        assert served(head_dim=head_dim, key_mask=True) == BACKWARD
+    assert served(causal=True, packed=True) == served(head_dim=64, packed=True) == ALL
+    assert served(causal=True, key_mask=True) == served(head_dim=64, causal=True, sinks=True, bounds=True) == BACKWARD
+    assert served(head_dim=80, causal=True) == served(head_dim=96) == BACKWARD
 
 
 def test_what_has_not_been_compared_on_a_gpu_runs_in_triton():
     for call in (
-        {"head_dim": 64, "bounds": True, "packed": True},
-        {"bounds": True, "key_mask": True},
-        {"k_shift": True},
-        {"head_dim": 72},
-        {"spec": QuantSpec(rotate=True)},
-        {"head_dim": 64, "spec": QuantSpec(preset="nvfp4_qk")},
+        {"packed": True},
+        {"head_dim": 64, "causal": True, "key_mask": True},
+        {"causal": True, "bounds": True, "irregular": True},
+        {"causal": True, "bounds": True, "packed": True},
+        {"causal": True, "bounds": True, "sinks": True},
+        {"spec": QuantSpec(rotate=True), "k_shift": True},
+        {"spec": QuantSpec(preset="nvfp4_qk")},
+        {"head_dim": 96, "causal": True},
+        {"head_dim": 40},
     ):
-        options = tiles.options_of(**{"spec": QuantSpec(), **NOTHING, **{k: v for k, v in call.items() if k != "head_dim"}})
-        reason = tiles.why_not_hopper("forward", (3, 6), call.get("head_dim", 128), False, options)
-        assert served(**call) <= BACKWARD, call
-        assert reason and ("compared" in reason or "does not" in reason)
+        assert served(**call) == set(), call
+        shape = {"head_dim": 128, "causal": False} | {name: call[name] for name in ("head_dim", "causal") if name in call}
+        rest = {name: x for name, x in call.items() if name not in shape}
+        options = tiles.options_of(**{"spec": QuantSpec(), **NOTHING, **rest})
+        reason = tiles.why_not_hopper("grad_query", (3, 6), *shape.values(), options)
+        assert reason and ("compared" in reason or "does not compute" in reason)
+    assert served(head_dim=64, causal=True, packed=True) == BACKWARD
 
 
 def test_what_hopper_does_not_compute_runs_in_triton(monkeypatch):
@@ -69,7 +75,8 @@ def test_what_hopper_does_not_compute_runs_in_triton(monkeypatch):
 
 def test_few_keys_that_all_queries_see():
     for head_dim, options in itertools.product((64, 128), ((), ("out_hp",))):
-        assert tiles.to_all_of(head_dim, False, options, 1024)
+        compared = (head_dim, options) != (64, ("out_hp",))
+        assert (tiles.to_all_of(head_dim, False, options, 1024) is not None) is compared
         assert not tiles.to_all_of(head_dim, False, options, 1025)
         assert not tiles.to_all_of(head_dim, True, options, 512)
     for options in (("packed",), ("key_mask", "out_hp"), ("bounds",), ("k_shift",), ("bf16_pv",), ("rotate",)):

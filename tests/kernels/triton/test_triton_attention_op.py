@@ -58,7 +58,7 @@ def run_packed(*, device: str, **options) -> tuple[tuple, list[tuple]]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "options",
-    [{"head_dim_v": 16}, {"causal": True, "shift": True}, {"causal": True, "preset": "nvfp4_qk", "heads": (3, 1)}],
+    [{"causal": True, "shift": True}, {"causal": True, "preset": "nvfp4_qk", "heads": (3, 1)}],
     ids=str,
 )
 def test_packed_documents_are_as_if_alone_to_the_bit(options, device):

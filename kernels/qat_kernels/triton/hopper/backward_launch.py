@@ -118,7 +118,7 @@ def _splits(problem: Problem, blocks: int, tile: int) -> int:
     other, and of the sums over splits. The order of sums depends on it, so it depends on nothing but the problem. It is 1
     until results in parts have been compared on a GPU (`tiles.is_compared`).
     """
-    if problem.causal or problem.query.packed or not tiles.is_compared("grad_key_value", problem.block_d, ("splits",)):
+    if problem.causal or problem.query.packed or not tiles.is_compared("splits", problem.block_d, False, ()):
         return 1
     tiles_of_queries = problem.query.blocks(tile) * problem.query.num_heads // problem.key.num_heads
     bytes_of_split = blocks * _BLOCK_BYTES * problem.block_d
