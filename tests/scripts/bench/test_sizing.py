@@ -81,10 +81,9 @@ def test_what_is_measured_is_the_peak_of_each_length(monkeypatch):
         assert settings.steps == 5 and settings.mixed_precision == "bf16" and settings.load_dtype == torch.bfloat16
         assert limits == ["peaks start", 0.75]
         with open(f"{settings.output_dir}/metrics.jsonl", "w") as log:
-            for peak in (1.0, 2.0, 3.5, 4, 4)[:written]:
-                print(
-                    json.dumps({"peak_memory_gib": peak, "reserved_gib": 5, "loss": 2 * peak, "tokens_per_second": 12}), file=log
-                )
+            for step, peak in enumerate((1.0, 2.0, 3.5, 4, 4)[:written], 1):
+                record = {"step": step, "peak_memory_gib": peak, "reserved_gib": 5, "loss": 2 * peak, "tokens_per_second": 12}
+                print(json.dumps(record), file=log)
         if written < 5:
             raise torch.OutOfMemoryError
 
