@@ -143,7 +143,8 @@ def attention(
             `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere. `Verdicts` are like `auto`, but take
             `fp4` or `sageattn3` if a self-check on this GPU found it right and faster, and the call needs no derivative.
             Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and take values
-            of another head dim; `auto` and `Verdicts` choose accordingly. `explain` says what runs, and why.
+            of another head dim: `triton` only if they have at least 32 elements and are not packed. `auto` and `Verdicts` choose
+            accordingly. `explain` says what runs, and why.
 
     Returns:
         The output in the shape (with Dv), dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse`
@@ -188,7 +189,7 @@ def attention(
     options = call.options(chosen, needs_gradient)
     if under_transforms:
         out, _, lse, *_ = attention_under_transforms(return_lse, *op_arguments(q, k, v, extras, options))
-    elif seen_by_others(q, k, v):
+    elif seen_by_others(q, k, v, *(() if sinks is None else (sinks,))):
         out, _, lse, *_ = attention_forward(*op_arguments(q, k, v, extras, options))
     elif needs_gradient:
         out, lse = attention_with_gradient(q, k, v, extras, options)

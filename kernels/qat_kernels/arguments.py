@@ -142,7 +142,7 @@ def validate(
         _refuse(*problem)
     if impl != "auto" and any(name not in COMPUTED[impl] for name in _unequal_head_dims(q, v)):
         untried = UNEQUAL_HEAD_DIMS in COMPUTED[impl]
-        but = " (at least 32 and not packed, another one is computed too)" if untried else ""
+        but = " (triton takes another one of at least 32 if the call is not packed)" if untried else ""
         _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'{but}", head_dim_v)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
 
@@ -282,7 +282,7 @@ class Checked(NamedTuple):
     scale: float
     softcap: float | None
     asked: tuple[str, ...]
-    """Which of FEATURES it asks for, and UNEQUAL_HEAD_DIMS."""
+    """Which of FEATURES it asks for, UNEQUAL_HEAD_DIMS and UNTRIED_HEAD_DIMS."""
     made: dict[tuple[str, bool], Options]
 
     def options(self, impl: str, needs_gradient: bool) -> Options:
@@ -329,7 +329,7 @@ def check(
     """`validate` and `Features.checked`. They see no values of tensors, so what they found right once is not looked at again."""
     found, key = None, None
     if scale is not None and scale.__class__ is not float:
-        scale = _number("scale", scale)
+        scale = number("scale", scale)
     if not torch.compiler.is_compiling():
         window, block_size, prefix, bounds, softcap, sinks = features
         try:
@@ -412,7 +412,7 @@ def _check(
         _refuse(name, f"{dtype} {list(shape)} on {device}{meaning}", got)
 
 
-def _number(name: str, x: Any) -> float:
+def number(name: str, x: Any) -> float:
     """A number as a float."""
     if isinstance(x, torch.Tensor) and x.requires_grad:
         _refuse(name, "a number without a gradient, which would be lost; multiply q by it instead", "a tensor that requires one")

@@ -61,9 +61,9 @@ def fp4_kernels() -> ModuleType:
 def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool, asked: tuple[str, ...] = ()) -> Impl:
     """The implementation that `auto` takes; `asked`: which of COMPUTED the call needs."""
     kernel = "sdpa" if _kv_only(preset) else "triton"
-    if asked and any(name not in COMPUTED[kernel] for name in asked):
+    if missing := [name for name in asked if name not in COMPUTED[kernel]]:
         if device.type != "cpu":
-            _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(asked)}")
+            _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(missing)}")
         return "eager"
     if kernel == "sdpa":
         return "eager" if why_not_sdpa(device, dtype, packed) else "sdpa"

@@ -83,7 +83,7 @@ What fits takes at most {used:.0f} % of so many GiB: the rest is for the CUDA co
 little less than its number. Measuring on held-out data, and `samples`, may take more.
 
 - **-**: does not fit;
-- **~**: longer than what was measured, by the straight line of the last section; at most {far} times as long;
+- **~**: longer than what was measured, by the straight line of the section *Measured*; at most {far} times as long;
 - **?**: the weights fit, and what the rest takes was not measured.
 """
 

@@ -21,7 +21,7 @@ import torch
 
 from qat_kernels import ran
 from qat_kernels.api import attention
-from qat_kernels.arguments import Features, Impl, validate
+from qat_kernels.arguments import Features, Impl, number, validate
 from qat_kernels.dispatch import needs_triton, without_verdicts
 from qat_kernels.spec import GROUP_SIZE, NVFP4, QuantSpec
 from qat_kernels.transforms import transformed
@@ -151,8 +151,9 @@ class KVCache:
                 `presets`; or an input requires a derivative. The cache does not change then.
         """
         features = Features(window=window, softcap=softcap, sinks=sinks)
-        for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, features, impl)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = None if scale is None else number("scale", scale)
+        for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, features, impl, scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         # SDPA has no log-sum-exp, and no feature.
         if self.length == 0 and not (spec.kv_only and (return_lse or features.asked)):
             out, lse = self._attend_at_once(q, k, v, scale, key_mask, k_shift, spec, features, for_first)
@@ -177,7 +178,7 @@ class KVCache:
         impl: Impl | Verdicts = "auto",
     ) -> None:
         """Add k and v without attending, with the arguments and errors of `attention`."""
-        impl = self._check(k, k, v, spec, key_mask, k_shift, Features(window=window), impl)
+        impl = self._check(k, k, v, spec, key_mask, k_shift, Features(window=window), impl, None)
         self._extend(k, v, key_mask, k_shift, spec, window, impl)
         self._trim()
 
@@ -235,13 +236,14 @@ class KVCache:
         k_shift: torch.Tensor | None,
         features: Features,
         impl: Impl | Verdicts,
+        scale: float | None,
     ) -> Impl:
         """Raise a ValueError unless these continue what the cache holds and can be computed; returns what `impl` runs."""
         kv_only = isinstance(spec, QuantSpec) and spec.kv_only
         if isinstance(impl, Verdicts):
             impl = "auto"
         # The kernels of the cache are not those that `attention` has for `kv_nvfp4`.
-        validate(q, k, v, spec, None, k_shift, None, "auto" if kv_only else impl)
+        validate(q, k, v, spec, None, k_shift, None, "auto" if kv_only else impl, scale=scale)
         features.checked(q, spec, "auto", causal=True, packed=False, k_shift=k_shift)
         problem = None
         slots = self.length + k.shape[2]

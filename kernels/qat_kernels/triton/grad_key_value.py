@@ -30,7 +30,7 @@ def _sum_grad_key_value(
         score_scale_log2 = softmax_scale_log2 * 0.0 + SOFTCAP * LOG2_E
     tile = tl.arange(0, BLOCK_M)
     num_blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
-    # One loop over heads and blocks: nested, they would start the pipeline anew for each head.
+    # One loop over heads and blocks: nested, they would start the pipeline again for each head.
     for step in range(qheads_per_kvhead * num_blocks):
         first_query = start + step % num_blocks * BLOCK_M
         row = q_row + step // num_blocks * q_rows + first_query

@@ -26,7 +26,7 @@ _MOST_DESCRIPTORS = 512
 
 
 New = Callable[[], torch.Tensor]
-"""Makes a tensor of a known shape. To read a shape, above all a `torch.Size`, takes PyTorch longer than to find memory."""
+"""Makes a tensor of a known shape. Reading a shape (a `torch.Size`) takes PyTorch longer than finding memory."""
 
 
 def new(

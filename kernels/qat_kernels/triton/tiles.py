@@ -74,7 +74,7 @@ _TILES = {
     (120, 256, True): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 
-# Kernels with bounds or a soft cap (scores.py) take the same tiles, but for these, which would spill.
+# Kernels with bounds or a soft cap (scores.py) take the same tiles, except these, which would spill.
 _OF_VARIANTS = {
     ("bounds", 80, 64): {"grad_key_value": (32, 64, 8, 2)},
     ("bounds", 80, 128): {"forward": (64, 32, 8, 2)},
@@ -104,7 +104,7 @@ _HOPPER_FORWARD = {
 }
 # The same where all queries see all keys and these are few: dense_forward.py, which quantizes Q itself. Measured on an H200.
 _HOPPER_TO_ALL = {
-    (64, "out_hp"): HopperTile(2, 128, 4),
+    (64, "out_hp"): HopperTile(2, 128, 4),  # not compared yet, so not served
     (64, ""): HopperTile(3, 128, 4),
     (128, "out_hp"): HopperTile(2, 128, 2),
     (128, ""): HopperTile(3, 64, 4),

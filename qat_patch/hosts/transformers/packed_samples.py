@@ -17,7 +17,6 @@ import torch
 from qat_patch.layer import AttentionCall
 
 from .masks import CHUNKS, PADDING, PLAIN, SAMPLES, documents_of, is_compact
-from .source import Recurrent
 
 _HINT = "position_ids that restart with every sample, no attention_mask, and use_cache=False"
 
@@ -28,21 +27,18 @@ class Checked:
     It also holds the model's position_ids: not all models pass them on to their layers.
     """
 
-    def __init__(self, recurrent: Recurrent | None = None) -> None:
+    def __init__(self, recurrent: str | None) -> None:
         self._recurrent = recurrent
-        """A module of the model that takes a state from token to token, if there is one."""
-        self._told = False
-        """Whether such modules are told where samples begin."""
+        """A class of modules that carry a state from token to token, if the model has one."""
         self._positions: Callable[[], Any] = _nothing
         self._last: tuple[Callable[[], Any], ...] = ()
 
-    def __reduce__(self) -> tuple[type[Checked], tuple[Recurrent | None]]:
+    def __reduce__(self) -> tuple[type[Checked], tuple[str | None]]:
         return Checked, (self._recurrent,)
 
     def begin(self, kwargs: dict[str, Any]) -> None:
         """Start a forward pass with these arguments."""
         self._positions, self._last = _reference(kwargs.get("position_ids")), ()
-        self._told = all(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
 
     def check(self, query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> None:
         """Check that masks, position_ids, cu_seq_lens and seq_idx describe the same samples; once for all layers with the same
@@ -52,6 +48,9 @@ class Checked:
             ValueError: they do not; or transformers has made no mask from positions that restart, as it does with a cache, so
                 each sample would attend to earlier ones; or a recurrent module would take its state to the next sample.
         """
+        recurrent = self._recurrent
+        if recurrent is not None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > len(query) + 1:
+            _refuse_recurrent(recurrent)
         if torch.compiler.is_compiling() or query.shape[2] == 1:
             return
         positions = kwargs.get("position_ids")
@@ -64,8 +63,7 @@ class Checked:
             return
         self._last = ()
         _check(query, *inputs)
-        recurrent = self._recurrent
-        if recurrent is not None and mask is not None and mask.dtype == SAMPLES and not (self._told and recurrent.is_told):
+        if recurrent is not None and mask is not None and mask.dtype == SAMPLES:
             samples = documents_of(mask)
             if samples is not None and samples.diff(dim=1).any():
                 _refuse_recurrent(recurrent)
@@ -103,13 +101,11 @@ def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, seq_i
         _refuse("seq_idx", samples, _boundaries(seq_idx).tolist())
 
 
-def _refuse_recurrent(recurrent: Recurrent) -> NoReturn:
-    advice = "pass one sample a row"
-    if recurrent.is_told:
-        advice = "pass cu_seq_lens_q and seq_idx too (DataCollatorWithFlattening has return_flash_attn_kwargs and return_seq_idx)"
+def _refuse_recurrent(recurrent: str) -> NoReturn:
+    # Whether `cu_seq_lens_q` and `seq_idx` reach such modules depends on transformers' version, the class and other packages.
     raise ValueError(
-        f"4-bit attention: position_ids restart inside a row (packed samples), and the {recurrent.name} of this model takes a "
-        f"state from one sample to the next; {advice}"
+        f"4-bit attention: position_ids restart inside a row (packed samples), and the {recurrent} of this model may carry its "
+        "state from one sample to the next; pass one sample a row"
     )
 
 

@@ -93,26 +93,16 @@ def _reads_padding(kind: Any) -> bool:
     return tree is None or makes_masks or any(x.id == "position_ids" and isinstance(x.ctx, ast.Store) for x in names)
 
 
-class Recurrent(NamedTuple):
-    """A class of modules that take a state from token to token: linear attention, and convolutions."""
-
-    name: str
-    is_told: bool
-    """Whether it starts anew where cu_seq_lens_q and seq_idx say; if transformers cannot do that it raises."""
-
-
-def recurrent(model: torch.nn.Module) -> Recurrent | None:
-    """Of the modules of a model the first that takes a state from token to token."""
+def recurrent(model: torch.nn.Module) -> str | None:
+    """The first class of a model's modules that carry a state from token to token: linear attention, and convolutions."""
     kinds: dict[Any, None] = dict.fromkeys(type(module) for module in model.modules())
-    return next(filter(None, map(_recurrent, kinds)), None)
+    return next((kind.__name__ for kind in kinds if _is_recurrent(kind)), None)
 
 
 @lru_cache
-def _recurrent(kind: Any) -> Recurrent | None:
+def _is_recurrent(kind: Any) -> bool:
     names = {name for function in _functions(kind) for name in function.__code__.co_names}
-    if names & {"update_conv_state", "update_recurrent_state"}:
-        return Recurrent(kind.__name__, is_told=True)
-    return Recurrent(kind.__name__, is_told=False) if "set_linear_cache" in names else None
+    return not names.isdisjoint({"update_conv_state", "update_recurrent_state", "set_linear_cache"})
 
 
 def opens_caches(model: object) -> str | None:

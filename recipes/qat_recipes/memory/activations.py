@@ -16,7 +16,7 @@ def activations_on_cpu() -> saved_tensors_hooks:
 
 
 def _to_cpu(x: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-    # Without `memory_format` it has the strides of x.
+    # It keeps the order of the strides; a view with gaps, or an expanded one, becomes dense.
     return x.device, torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
 
 

@@ -34,8 +34,10 @@ def all_that_they_compute(monkeypatch):
     monkeypatch.setattr(tiles, "is_compared", lambda *_: True)
     monkeypatch.setattr(tiles, "_MOST_KEYS", 0)  # the forward over few keys has its own tests
     tiles.choose.cache_clear()
+    forget_plans()
     yield
     tiles.choose.cache_clear()
+    forget_plans()
 
 
 # Tails, a second tile of 128, few keys, few queries, many tiles, and with a causal mask more queries than keys and fewer.

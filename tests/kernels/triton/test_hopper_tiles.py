@@ -84,7 +84,7 @@ def test_few_keys_that_all_queries_see():
     assert not tiles.to_all_of(96, False, (), 512)
 
 
-def test_thehardware_copies_bfloat16_in_rows_of_16_bytes():
+def test_the_hardware_copies_bfloat16_in_rows_of_16_bytes():
     from qat_kernels.triton.forward_launch import hardware_copies
     from qat_kernels.triton.operands import Layout
 

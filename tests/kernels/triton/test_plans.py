@@ -215,6 +215,11 @@ def test_who_has_to_see_a_node_sees_one():
     assert "attention_forward" in type(out.grad_fn).__name__
     assert_same_bits(out, plain)
 
+    sinks = []  # and one among the sinks
+    torch.func.grad(lambda x: sinks.append(x) or x.sum())(torch.zeros(tensors[0].shape[1]))
+    out = attention(*tensors, causal=True, sinks=sinks[0])
+    assert "attention_forward" in type(out.grad_fn).__name__
+
     out = torch.compile(lambda *x: attention(*x, causal=True), backend=look, fullgraph=True)(*tensors)
     assert sum("qat_kernels.attention_forward" in target for target in graphs[0]) == 1
     assert_same_bits((out, torch.autograd.grad(out, tensors, plain.detach())), (plain, expected))

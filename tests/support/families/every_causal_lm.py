@@ -265,7 +265,7 @@ def examine(model_type: str) -> Finding:
     except RuntimeError:
         goes_on = False
     if not goes_on:
-        return dataclasses.replace(finding, cache="it cannot take several tokens on a cache, without the patch neither")
+        return dataclasses.replace(finding, cache="it cannot take several tokens on a cache, and cannot without the patch either")
     assert relative(in_parts(model, None, ids), whole) < 1e-6, "on a cache"
     try:
         cache = handle.cache()

@@ -93,7 +93,7 @@ def grad_key_value_launch(
     q = rows_of(queries.all_rows, problem.block_d, tile.block_n)
     kv = rows_of(keys.all_rows, problem.block_d, WARP_GROUP_ROWS.value)
     kept, statistics = keys.lead > 0, numbers_of(2 * queries.all_rows, tile.block_n)
-    splits = _splits(problem, keys.batch * keys.num_heads * num_blocks, tile.block_n)
+    splits = _splits(problem, given, keys.batch * keys.num_heads * num_blocks, tile.block_n)
     out, out_strides = Pointer(dtype if splits == 1 else torch.float32), contiguous_strides(key_shape)[:3]
     launch = Launch.of(
         grad_key_value_kernel,
@@ -111,14 +111,15 @@ def grad_key_value_launch(
     return GradKeyValue(launch, splits)
 
 
-def _splits(problem: Problem, blocks: int, tile: int) -> int:
+def _splits(problem: Problem, given: Given, blocks: int, tile: int) -> int:
     """Into how many parts the queries of each block of keys are cut, so that few keys fill the GPU.
 
     Those that take the least time, which is counted in that of a tile: of the programs that a multiprocessor runs one after the
     other, and of the sums over splits. The order of sums depends on it, so it depends on nothing but the problem. It is 1
-    until results in parts have been compared on a GPU (`tiles.is_compared`).
+    where results in parts have not been compared on a GPU (`tiles.is_compared`).
     """
-    if problem.causal or problem.query.packed or not tiles.is_compared("splits", problem.block_d, False, ()):
+    compared = tiles.is_compared("splits", problem.head_dim, False, ("key_mask",) if given.key_mask else ())
+    if problem.causal or problem.query.packed or not compared:
         return 1
     tiles_of_queries = problem.query.blocks(tile) * problem.query.num_heads // problem.key.num_heads
     bytes_of_split = blocks * _BLOCK_BYTES * problem.block_d

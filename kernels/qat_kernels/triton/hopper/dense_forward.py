@@ -149,7 +149,7 @@ def _producer(loads, WARP_GROUPS: gl.constexpr):
             load_step(v_desc, row + (steps - 1 - step) * N, v_ring, turn * steps + step)
 
 
-# Else each length would be compiled anew.
+# Without this every length would be compiled.
 @gluon.jit(
     do_not_specialize=[
         "lse_stride",

@@ -291,7 +291,7 @@ def _store(
 ):  # fmt: skip
     """What a warp group writes, whose first row in its block is `first`; QUANTIZED: `out` is still 2688 times too large.
 
-    It finds its place anew: numbers kept from before would take registers from the loops.
+    It finds its place again: numbers kept from before would take registers from the loops.
     """
     D: gl.constexpr = out.shape[1]
     cu_seqlens, pointers, out_strides, lse_stride, sizes, operand_rows, num_blocks, k_shift_scale = arguments
@@ -424,7 +424,7 @@ def _producer(loads, WARP_GROUPS: gl.constexpr, LEAD: gl.constexpr, MASK: gl.con
             load_step(v_kept_desc, row, v_ring, step)
 
 
-# Else each length would be compiled anew.
+# Without this every length would be compiled.
 @gluon.jit(do_not_specialize=["lse_stride", "num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
 def attention_forward_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, cu_seqlens, pointers, out_strides, operand_rows,

@@ -208,7 +208,7 @@ def _sum_tiles(
 ):  # fmt: skip
     """dS^T QF and PF~^T (dO / l), or with kept groups P^T dO, over the next tiles of queries, EACH a step of the loop.
 
-    Tiles begin with the query `start`; at `stop` they begin anew, for the next head. A slot is seen by the queries from `first`
+    Tiles begin with the query `start`; at `stop` they begin again, for the next head. A slot is seen by the queries from `first`
     to `last`, int32 [64]; None: all of these tiles are behind its first one, or in front of its last one.
     Without CAUSAL it is seen by all or, with `first` _NEVER, by none.
     """
@@ -416,7 +416,7 @@ def _copy(
         _copy_tiles(sources, rows, step, kept_start, kept_stop, heads, buffers, BLOCK_D, 1)
 
 
-# Else each length would be compiled anew.
+# Without this every length would be compiled.
 @gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks", "splits"])
 def grad_key_value_kernel(
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc,

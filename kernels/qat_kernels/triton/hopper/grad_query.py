@@ -267,7 +267,7 @@ def _copy(work, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr):
         step = _copy_tiles(k_desc, v_kept_desc, k_row, step, open_start, open_stop, rings)
 
 
-# Else each length would be compiled anew.
+# Without this every length would be compiled.
 @gluon.jit(do_not_specialize=["num_heads", "num_heads_k", "seqlen_q", "seqlen_k", "num_blocks"])
 def grad_query_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, pointers, sequences, grad_out_strides, out_strides, operand_rows,
