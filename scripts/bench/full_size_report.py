@@ -45,8 +45,8 @@ steps each, and `report` writes the tables below.
 
 Of {gpus} GPUs. Nothing here was measured but what a token takes (the section *Measured*). A step needs 16 bytes a weight, over
 the number of GPUs, and 8 bytes on each GPU for every weight that it has whole: those of two layers, the embeddings and the head.
-These are a weight and its gradient in bfloat16, and the float32 copy in which gradients are summed. The sum is a bound: gradients of the
-embeddings are summed last, when most of what tokens take is free again.
+These are a weight and its gradient in bfloat16, and the float32 copy in which gradients are summed. The sum is a bound:
+gradients of the embeddings are summed last, when most of what tokens take is free again.
 
 {needs}
 
