@@ -223,9 +223,12 @@ def test_a_state_that_goes_from_sample_to_sample_is_refused(model_type):
     patch_model(model)
     message = "position_ids restart inside a row .packed samples., and the .* may carry its state from one sample to the next"
     for each in (model, copy.deepcopy(model)):
-        for told in (False, True):
-            with pytest.raises(ValueError, match=message):
-                logits(each, **pack(*samples, cu_seq_lens=told, seq_idx=told))
+        with pytest.raises(ValueError, match=message):
+            logits(each, **pack(*samples))
+    # Others of these raise by themselves with 5.24, where there are no kernels for packed samples.
+    if model_type == "minimax":
+        with pytest.raises(ValueError, match=message):
+            logits(model, **pack(*samples, cu_seq_lens=True, seq_idx=True))
 
 
 def test_inputs_are_compared_once_a_forward_pass(monkeypatch):

@@ -47,7 +47,7 @@ def heads(query, key, head_dim, **others):
 
 GPT_OSS = {"packed": "position_ids restart inside a row"}  # the stock model does not separate them
 LLAMA4 = {"packed": CHUNKED.get("packed samples")}
-RECURRENT = {"packed": "the Qwen3_5GatedDeltaNet of this model takes a state from one sample to the next"}
+RECURRENT = {"packed": "the Qwen3_5GatedDeltaNet of this model may carry its state from one sample to the next"}
 KINDS = [
     Kind("gpt_oss", **GPT_OSS),
     Kind("gpt_oss", heads(64, 8, 64, sliding_window=128), length=135, **GPT_OSS),

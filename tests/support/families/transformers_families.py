@@ -112,7 +112,7 @@ FAMILIES = [
         ),
         inputs,
         calls=1,
-        refused_modes={"packed samples": "takes a state from one sample to the next"},
+        refused_modes={"packed samples": "may carry its state from one sample to the next"},
         not_applicable=(FULLGRAPH,),
     ),
     Family(
