@@ -60,7 +60,7 @@ def _store_codes(codes, scales, pointers, first, stop):
 
 
 @gluon.jit
-def _consumer(common, WG: gl.constexpr, WARP_GROUPS: gl.constexpr, QUANTIZE_PV: gl.constexpr):
+def _consumer(common, WG: gl.constexpr, WARP_GROUPS: gl.constexpr):
     """A warp group: the WG-th 64 queries of every tile of the program."""
     rings, descs, pointers, sizes, num_blocks, lse_stride, q_rows, softmax_scale_log2 = common
     q_tiles, q_full, q_empty, hp_tiles, k_ring, v_ring = rings
@@ -97,17 +97,17 @@ def _consumer(common, WG: gl.constexpr, WARP_GROUPS: gl.constexpr, QUANTIZE_PV: 
             # The first tile stands alone: in a loop that may have no turn, ptxas would compute what the next loop needs.
             out, out_hp, row_max, row_sum = attend_in_halves(
                 out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, begin, softmax_scale_log2,
-                True, QUANTIZE_PV, OUT_HP, 0, None,
+                True, True, OUT_HP, 0, None,
             )  # fmt: skip
             out, out_hp, row_max, row_sum = attend_halves(
                 out, out_hp, row_max, row_sum, q, k_ring, v_ring, seen, begin + 1, begin + steps, softmax_scale_log2,
-                False, QUANTIZE_PV, OUT_HP, 0, None,
+                False, True, OUT_HP, 0, None,
             )  # fmt: skip
         else:
             gl.static_assert(not OUT_HP)
             out, row_max, row_sum = attend_quantized(
                 out, row_max, row_sum, q, k_ring, v_ring, seen, begin, begin + steps, softmax_scale_log2,
-                False, QUANTIZE_PV, 0, None,
+                False, True, 0, None,
             )  # fmt: skip
         batch, head, block = _tile_of(turn, sizes, num_blocks)
         first = block * (WARP_GROUPS * WARP_GROUP_ROWS) + WG * WARP_GROUP_ROWS
@@ -120,8 +120,7 @@ def _consumer(common, WG: gl.constexpr, WARP_GROUPS: gl.constexpr, QUANTIZE_PV: 
         where = [batch, head, first, 0]
         if OUT_HP:
             _store_tile(out_hp * inverse[:, None], hp_tiles.index(WG), out_hp_desc, where)
-        if QUANTIZE_PV:
-            inverse = inverse * (1.0 / P_GLOBAL_SCALE)
+        inverse = inverse * (1.0 / P_GLOBAL_SCALE)
         _store_tile(out * inverse[:, None], q, out_desc, where)
     tma.store_wait(0)
 
@@ -166,7 +165,7 @@ def _producer(loads, WARP_GROUPS: gl.constexpr):
 def dense_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, out_hp_desc, pointers,
     lse_stride, q_rows, k_rows, batch_heads, num_heads, heads_per_key, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2,
-    QUANTIZE_PV: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Programs, of which there may be any number, that share blocks of WARP_GROUPS times 64 queries.
 
@@ -191,8 +190,8 @@ def dense_forward_kernel(
     if WARP_GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (common, gl.constexpr(0), WARP_GROUPS, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(1), WARP_GROUPS, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(0), WARP_GROUPS)),
+                (_consumer, (common, gl.constexpr(1), WARP_GROUPS)),
                 (_producer, (loads, WARP_GROUPS)),
             ],
             [4, 1],
@@ -201,9 +200,9 @@ def dense_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (common, gl.constexpr(0), WARP_GROUPS, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(1), WARP_GROUPS, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(2), WARP_GROUPS, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(0), WARP_GROUPS)),
+                (_consumer, (common, gl.constexpr(1), WARP_GROUPS)),
+                (_consumer, (common, gl.constexpr(2), WARP_GROUPS)),
                 (_producer, (loads, WARP_GROUPS)),
             ],
             [4, 4, 1],

@@ -81,7 +81,7 @@ def attend_to_all_launch(
     problem: Problem, tile: HopperTile, query: Layout, out_strides: tuple[int, ...], with_gradient: bool
 ) -> AttendToAll:
     """For Q of this layout, and outputs of these strides."""
-    queries, keys, spec = problem.query, problem.key, problem.spec
+    queries, keys = problem.query, problem.key
     block_m = tile.warp_groups * WARP_GROUP_ROWS.value
     num_blocks = -(-(queries.blocks(1) if with_gradient else queries.max_seqlen) // block_m)
     kv = rows_of(keys.all_rows, problem.block_d, tile.block_n)
@@ -93,14 +93,14 @@ def attend_to_all_launch(
         (min(blocks, MULTIPROCESSORS),),
         [
             tokens_of(tuple(query.shape), query.strides, WARP_GROUP_ROWS.value), kv, kv,
-            out, out if with_gradient and spec.quantizes_pv else None,
+            out, out if with_gradient else None,
             (float32, *((float32, uint8, uint8) if with_gradient else (None,) * 3)),
         ],
         [
             queries.total, queries.rows, keys.rows, queries.batch * queries.num_heads, queries.num_heads,
             queries.num_heads // keys.num_heads, queries.max_seqlen, keys.max_seqlen, num_blocks, problem.softmax_scale_log2,
         ],
-        {"QUANTIZE_PV": spec.quantizes_pv, "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        {"WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
     return AttendToAll(launch)
