@@ -87,7 +87,7 @@ def figure(file: Path, panels: int, *, caption: str, width: float = 5.2, height:
             each.grid(alpha=0.3)
             labels = each.get_legend_handles_labels()[1]
             if labels and labels != explained:  # panels with the same lines share a legend
-                each.legend(fontsize=7)
+                each.legend(fontsize=7, handlelength=4)  # dashes show beside the marker
             explained = labels or explained
         picture.supxlabel(caption, fontsize=8)
         picture.tight_layout()
