@@ -104,7 +104,7 @@ _HOPPER_FORWARD = {
 }
 # The same where all queries see all keys and these are few: dense_forward.py, which quantizes Q itself. Measured on an H200.
 _HOPPER_TO_ALL = {
-    (64, "out_hp"): HopperTile(2, 128, 4),  # not compared yet, so not served
+    (64, "out_hp"): HopperTile(2, 128, 4),
     (64, ""): HopperTile(3, 128, 4),
     (128, "out_hp"): HopperTile(2, 128, 2),
     (128, ""): HopperTile(3, 64, 4),
@@ -134,33 +134,43 @@ def _with_and_without_gradient(*options: _Options) -> set[_Options]:
     return {(*each, *gradient) for each in options for gradient in ((), ("out_hp",))}
 
 
+_WINDOW = ("bounds",)
+_BOUNDS = ("bounds", "irregular")
+_SHIFTED = ("k_shift", "rotate")
 _COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
     (64, False): {
-        "forward": _with_and_without_gradient((), ("packed",)),
-        "to_all": {()},
-        **_of_gradients((), ("packed",), ("key_mask",)),
+        "forward": _with_and_without_gradient((), _BOUNDS, ("packed",), _SHIFTED),
+        "to_all": _with_and_without_gradient(()),
+        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",)),
         "splits": {()},
     },
     (64, True): {
-        "forward": _with_and_without_gradient((), ("bounds",), ("k_shift", "rotate")),
-        **_of_gradients((), ("packed",), ("bounds",), ("sinks",), ("bounds", "sinks")),
+        "forward": _with_and_without_gradient((), _WINDOW, _BOUNDS, ("packed",), _SHIFTED),
+        **_of_gradients((), _WINDOW, _BOUNDS, ("packed",), ("key_mask",), ("sinks",), ("bounds", "sinks")),
     },
     (128, False): {
-        "forward": _with_and_without_gradient(()),
+        "forward": _with_and_without_gradient((), _BOUNDS, ("packed", "k_shift"), _SHIFTED) | {("bf16_pv",)},
         "to_all": _with_and_without_gradient(()),
-        **_of_gradients((), ("key_mask",), ("sinks",)),
+        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",)),
         "splits": {()},
     },
     (128, True): {
-        "forward": _with_and_without_gradient((), ("bounds",), ("packed",), ("packed", "k_shift"), ("k_shift", "rotate")),
-        **_of_gradients((), ("packed",), ("bounds",), ("key_mask",), ("sinks",)),
+        "forward": {
+            *_with_and_without_gradient((), _WINDOW, _BOUNDS, ("packed",), ("packed", "k_shift"), _SHIFTED),
+            ("bf16_pv",),
+            ("bounds", "packed", "out_hp"),
+            ("bounds", "irregular", "packed", "out_hp"),
+        },
+        **_of_gradients(
+            (), _WINDOW, _BOUNDS, ("packed",), ("bounds", "packed"), ("bounds", "irregular", "packed"), ("key_mask",),
+            ("sinks",), ("bounds", "sinks"),
+        ),
     },
-    (80, True): _of_gradients(()),
-    (96, False): _of_gradients(()),
-}
+    **{(head_dim, causal): _of_gradients(()) for head_dim in (40, 80, 96) for causal in (False, True)},
+}  # fmt: skip
 """The options of the calls, by head dim, causality and kernel, whose results have been compared on an H200 with those of the
-Triton kernels (tests/kernels/triton/test_hopper_gpu.py) or with float32 (scripts.bench attention) since these kernels last
-changed. "splits": whether dK and dV may be summed in parts."""
+Triton kernels (tests/kernels/triton/test_hopper_gpu.py) since these kernels last changed. "splits": whether dK and dV may be
+summed in parts."""
 
 ARCHITECTURES = (80, 90, 100, 120)
 """The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the
