@@ -38,7 +38,7 @@ def test_what_has_been_compared_on_a_gpu_runs_in_gluon():
         assert served(head_dim=head_dim, causal=True, bounds=True) == ALL
         assert served(head_dim=head_dim, causal=True, sinks=True, bounds=True) == BACKWARD
     for call in ({}, irregular):
-        assert served(causal=True, bounds=True, packed=True) == ALL
+        assert served(**{"causal": True, "bounds": True, "packed": True} | call) == ALL
     for head_dim, causal in itertools.product((40, 80, 96), (False, True)):
         assert served(head_dim=head_dim, causal=causal) == BACKWARD
     assert served(spec=QuantSpec(preset="nvfp4_qk")) == served(causal=True, spec=QuantSpec(preset="nvfp4_qk")) == {"forward"}
