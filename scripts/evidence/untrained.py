@@ -60,17 +60,18 @@ class Measurement:
         self.model = language.model(device)
         self.windows = language.windows("test", length, count).to(device)
         self.calibration = language.windows("train", length, min(CALIBRATION_WINDOWS, count)).to(device)
-        self.settings = TrainingSettings(output_dir="", steps=1, batch_size=batch, learning_rate=1.0, mixed_precision=None)
+        self.batch = batch
+        self.settings = TrainingSettings(output_dir="", steps=1, batch_size=1, learning_rate=1.0, mixed_precision=None)
 
     def __call__(self, name: str) -> Entry:
-        batches = [{"input_ids": ids} for ids in self.calibration.split(self.settings.batch_size)]
+        batches = [{"input_ids": ids} for ids in self.calibration.split(self.batch)]
         with attention_in(self.model, name, batches) as handle:
 
             def teacher(model, inputs):
                 with torch.no_grad(), handle.disabled():
                     return OBJECTIVE.outputs(model, inputs)
 
-            found = measure_windows(self.model, {name: contextlib.nullcontext}, self.windows, teacher, self.settings)
+            found = measure_windows(self.model, {name: contextlib.nullcontext}, self.windows, teacher, self.settings, self.batch)
         count, length = self.windows.shape
         settings = {"text": "test", "windows": count, "length": length, "dtype": "float32", "calibration": len(self.calibration)}
         return {"loss": found[f"loss_{name}"], "kl": found[f"kl_{name}"], "settings": settings}
