@@ -5,6 +5,7 @@
 | `original` | the model's own |
 | `nvfp4`, `pv_bf16` | docs/NUMERICS.md, with V and P in NVFP4 or not, as `patch_model` puts it in force |
 | `nvfp4+rotate+k_shift` | the same with options: `rotate`, `four_over_six`, `k_shift` |
+| `nvfp4+rotate/without_2` | the same, but the two modules that lose most (`qat_patch.sensitivity`) keep their own |
 | `preset=kv_nvfp4`, ... | a preset of `QuantSpec`, likewise |
 | `sage3`, `d_from_o`, ... | a baseline of `scripts.evidence.attention.baselines`, through the host's own seams |
 | `definition+rotate+q_shift` | the baseline `definition` with the same options, and calibrated means of Q; in Transformers |
@@ -38,6 +39,7 @@ from scripts.evidence.attention.baselines import BASELINES, Baseline
 _SPECS = {"nvfp4": QuantSpec(), "pv_bf16": QuantSpec(preset="nvfp4_qk")}
 _SPECS |= {f"preset={name}": QuantSpec(preset=name) for name in get_args(Preset) if name not in ("nvfp4", "nvfp4_qk")}
 _OPTIONS = ("rotate", "four_over_six", "k_shift")
+_WITHOUT = "/without_"
 _OF_BASELINE = (*_OPTIONS, "q_shift", "q_shift_by_block")
 """`q_shift` is the mean of all queries of a head in the calibration, `q_shift_by_block` that of each block of 128 positions. Both
 are the same for every text, so that attention stays causal."""
@@ -60,7 +62,8 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
     Args:
         model: a model of Transformers or Diffusers, or a wrapper around one (PEFT, DDP), that is not patched.
         name: see above.
-        calibration: for `k_shift`, batches that the model is called with, as `qat_patch.calibrate` takes them.
+        calibration: for `k_shift`, means of Q, and to find the modules that lose most: batches that the model is called with, as
+            `qat_patch.calibrate` takes them.
 
     Raises:
         ValueError: no such name, an option without effect, or `k_shift` without batches.
@@ -76,8 +79,15 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
         with _in_transformers_with_means(model, name, calibration) as baselines:
             yield baselines
     else:
+        name, _, number = name.partition(_WITHOUT)
+        left_out: tuple[str, ...] = ()
+        if number:
+            calibration = list(calibration)
+            with attention_in(model, name, calibration):
+                layers = qat_patch.sensitivity(model, calibration).layers
+                left_out = tuple(layer.name for layer in sorted(layers, key=lambda layer: -layer.error)[: int(number)])
         spec, shifted = _options_of(name)
-        with qat_patch.patch_model(model, AttnQATConfig(spec=spec)) as handle:
+        with qat_patch.patch_model(model, AttnQATConfig(spec=spec, exclude=left_out)) as handle:
             if shifted:
                 qat_patch.calibrate(model, calibration)
             yield handle
@@ -88,7 +98,10 @@ def check_name(name: str) -> None:
     if name.startswith("definition+"):
         _options_of_baseline(name)
     elif name != "original" and name not in BASELINES:
-        _options_of(name)
+        base, _, number = name.partition(_WITHOUT)
+        if number and not number.isdecimal():
+            raise ValueError(f"attention: expected a number of modules after {_WITHOUT}, got {name!r}")
+        _options_of(base)
 
 
 def _options_of_baseline(name: str) -> list[str]:

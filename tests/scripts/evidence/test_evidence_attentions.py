@@ -80,6 +80,17 @@ def test_a_baseline_with_options_equals_the_patch_and_calibrated_means_are_causa
         run("definition+q_shift_by_block", token_ids(length=300))
 
 
+def test_modules_that_lose_most_are_left_out():
+    model, batches = tiny_llama(), [{"input_ids": token_ids()}]
+    with attention_in(model, "nvfp4", batches) as handle:
+        errors = {layer.name: layer.error for layer in qat_patch.sensitivity(model, batches).layers}
+        assert len(handle.patched) == len(errors) > 1
+    with attention_in(model, "nvfp4/without_1", iter(batches)) as handle:
+        assert set(errors) - set(handle.patched) == {max(errors, key=errors.get)}
+    with pytest.raises(ValueError, match="expected a number of modules after /without_, got 'nvfp4/without_some'"):
+        by_name.check_name("nvfp4/without_some")
+
+
 def test_a_baseline_generates_with_a_cache():
     """One query a step, against a key cache, dynamic or static."""
     model, ids = tiny_llama(torch.float64), token_ids(batch=1, length=20)
