@@ -16,14 +16,15 @@ from support.models.tiny_qwen3 import tiny_llama
 class Asked(TorchDispatchMode):
     """Which operations wait for the device, or copy a number of the host to it. A capture allows neither."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique")
+    WAITING = ("_local_scalar_dense", "aten.equal.", "nonzero", "masked_select", "lift_fresh", "unique", "bincount")
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if any(name in str(function) for name in self.WAITING):
+        by_mask = str(function).startswith("aten.index") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if by_mask or any(name in str(function) for name in self.WAITING):
             self.found.append(str(function))
         return function(*args, **(kwargs or {}))
 
@@ -39,8 +40,10 @@ def asked_by_a_step(attention: str, distillation: float, window) -> list[str]:
 
 
 @pytest.mark.parametrize("attention", ["original", ALL, "public_training"])
-def test_a_step_asks_the_device_nothing(attention):
+def test_a_step_asks_the_device_nothing(attention, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not asked_by_a_step(attention, 0.5, fine_tuning.whole_windows)
+    monkeypatch.undo()
     assert asked_by_a_step(attention, 0.0, contextlib.nullcontext), "transformers looks for several texts in a row"
 
 
