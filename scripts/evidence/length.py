@@ -25,7 +25,9 @@ from scripts.evidence.results import Entry, Results, command_line, work_through
 from scripts.evidence.trained import ALL, PLAIN, RATES, SEEDS, Run, Size, Trainer, tried_rates
 
 OPTIONS = (PLAIN, ALL)
-"""What every run is measured in."""
+"""What is trained through."""
+Q_SHIFT = "definition+rotate+four_over_six+k_shift+q_shift"
+"""ALL and a calibrated mean of Q. Every run is measured in it too."""
 _MEASURED = {"test": 96, "validation": 16, "at_once": 16, "everywhere": True}
 SIZES = {f"{steps}-steps": Size(steps=steps, **_MEASURED) for steps in (500, 2000, 8000)} | {"main": Size(**_MEASURED)}
 SHORT, LONG, LONGEST = "500-steps", "2000-steps", "8000-steps"
@@ -117,7 +119,7 @@ def fitting(results: Mapping[str, Entry], ends: float) -> Iterator[tuple[str, Ru
 
 def make_trainer(folder: Path, device: str, compiler: str | None) -> Callable[[Run | str], Entry]:
     """For `work_through`, which calls it in its workers."""
-    return Trainer(Language(folder), device, SIZES, OPTIONS, compiler)
+    return Trainer(Language(folder), device, SIZES, (*OPTIONS, Q_SHIFT), compiler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

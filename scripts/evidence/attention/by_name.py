@@ -162,6 +162,9 @@ def _replacements(model: torch.nn.Module, name: str) -> list[tuple[Any, Any]]:
 def _in_transformers_with_means(model: torch.nn.Module, name: str, calibration: Iterable[Any]) -> Iterator[_Baselines]:
     """The definition with options, and with means of Q and K that are measured first."""
     options = _options_of_baseline(name)
+    owner = next((module for module in model.modules() if transformers_adapter.owns(module)), None)
+    if owner is None:
+        raise ValueError(f"attention {name!r}: expected a model of transformers, got {type(model).__name__}")
     sums: dict[str, list[torch.Tensor]] = {}
 
     def observe(layer: AttentionLayer, call: AttentionCall) -> None:
@@ -175,14 +178,14 @@ def _in_transformers_with_means(model: torch.nn.Module, name: str, calibration: 
             model(**batch)
     if not sums:
         raise ValueError(f"attention {name!r}: expected batches to calibrate with, got none")
-    means = {}
+    means: Means = {}
     for layer, (number, k_shift, q_means) in sums.items():
         chosen = {"k_shift": k_shift} if "k_shift" in options else {}
         if {"q_shift", "q_shift_by_block"} & set(options):
             chosen["q_means"] = q_means
-        means[model.get_submodule(layer)] = {which: x / number for which, x in chosen.items()}
+        means[owner.get_submodule(layer)] = {which: x / number for which, x in chosen.items()}
     baseline = Baseline(rotate="rotate" in options, four_over_six="four_over_six" in options)
-    baselines = _Baselines([_in_transformers(model, name, baseline, means)])
+    baselines = _Baselines([_in_transformers(owner, name, baseline, means)])
     with baselines.in_force():
         yield baselines
 
