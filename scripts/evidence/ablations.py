@@ -186,7 +186,7 @@ class Ablations:
 
             def measure(split: str, count: int) -> dict[str, list[float]]:
                 windows = self.language.windows(split, size.length, count).to(self.device)
-                return measure_windows(model, attentions, windows, self.teacher, settings)
+                return measure_windows(model, attentions, windows, self.teacher, settings, size.batch)
 
             entry = fine_tune(
                 model,

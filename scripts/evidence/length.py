@@ -1,7 +1,7 @@
 """Experiment 7: training at length. What does a language model lose in FP4 after hundreds and thousands of steps?
 
 python -m scripts.evidence.documents FOLDER   # of unpacked packages; see there
-python -m scripts.evidence.length --workers 4 --compile inductor --within 450
+python -m scripts.evidence.length --workers 4 --within 450
 
 As experiment 2 (trained.py), on 25 times as much text, of which no token is seen twice in 8,000 steps. A step has 4,096 tokens
 in four windows, as in experiments 2 and 6, so that steps compare. That is half of the paper's, and a minute of a GPU has nearly
@@ -25,10 +25,11 @@ from scripts.evidence.results import Entry, Results, command_line, work_through
 from scripts.evidence.trained import ALL, PLAIN, RATES, SEEDS, Run, Size, Trainer, tried_rates
 
 OPTIONS = (PLAIN, ALL)
-"""What every run is measured in."""
-SIZES = {f"{steps}-steps": Size(steps=steps, test=96, validation=16, everywhere=True) for steps in (500, 2000, 8000)} | {
-    "main": Size(test=96, validation=16, everywhere=True)
-}
+"""What is trained through."""
+Q_SHIFT = "definition+rotate+four_over_six+k_shift+q_shift"
+"""ALL and a calibrated mean of Q. Every run is measured in it too."""
+_MEASURED = {"test": 96, "validation": 16, "at_once": 16, "everywhere": True}
+SIZES = {f"{steps}-steps": Size(steps=steps, **_MEASURED) for steps in (500, 2000, 8000)} | {"main": Size(**_MEASURED)}
 SHORT, LONG, LONGEST = "500-steps", "2000-steps", "8000-steps"
 ARMS = (("control", ALL), ("task", ALL), ("task", PLAIN), ("distill", ALL), ("distill", PLAIN), ("mix", ALL))
 """Methods, and what each trains through. Controls, which train through their own attention, have their curves in ALL."""
@@ -37,17 +38,33 @@ GUESS = {
     "full": {"distill": 1e-4, "mix": 3e-4, "task": 3e-4, "control": 3e-4},
     "lora": {"distill": 3e-3, "task": 3e-3, "control": 3e-3},
 }
-"""Learning rates to begin with: the best of experiment 2. Their neighbours are tried with the first seed; see `rate_of`."""
+"""Learning rates to begin with: the best of experiment 2. Full fine-tuning through ALL tries neighbours; see `swept`."""
 
 
 def rate_of(results: Mapping[str, Entry], method: str, option: str, size: str, weights: str = "full") -> float:
-    """The best learning rate that was tried at this length, by the method's own objective on validation text; or the guess."""
-    tried = tried_rates(results, method, weights, option, size)
-    return min(tried, key=lambda rate: tried[rate]) if tried else GUESS[weights][method]
+    """The best learning rate that was tried, by the method's own objective on validation text: at this length, else at the
+    shortest, else through ALL; else the guess."""
+    for where in ((option, size), (option, SHORT), (ALL, SHORT)):
+        tried = tried_rates(results, method, weights, *where)
+        if tried:
+            return min(tried, key=lambda rate: tried[rate])
+    return GUESS[weights][method]
+
+
+def neighbours(results: Mapping[str, Entry], method: str) -> list[float]:
+    """The best learning rate of the shortest runs through ALL, and those beside it."""
+    at = RATES["full"].index(rate_of(results, method, ALL, SHORT))
+    return list(RATES["full"][max(0, at - 1) : at + 2])
+
+
+def swept(results: Mapping[str, Entry], method: str) -> bool:
+    """Whether the neighbours of the best learning rate were tried and are worse, or the method has no sweep."""
+    tried = tried_rates(results, method, "full", ALL, SHORT)
+    return (method, ALL) not in FIRST or set(neighbours(results, method)) <= tried.keys()
 
 
 def plan(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run | str]]:
-    """All runs, the most important first; the first of all measures the model as it is."""
+    """All runs that can be named so far, the most important first; the first of all measures the model as it is."""
     yield "untrained/main", "main"
 
     def arms(
@@ -55,43 +72,54 @@ def plan(results: Mapping[str, Entry]) -> Iterator[tuple[str, Run | str]]:
     ) -> Iterator[tuple[str, Run]]:
         for seed in seeds:
             for method, option in which:
+                if weights == "full" and not swept(results, method):
+                    continue
                 rate = rate_of(results, method, option, size, weights)
                 run = Run(method=method, weights=weights, option=option, size=size, rate=rate, seed=seed)
                 yield run.key, run
 
-    def neighbours(which: Iterable[tuple[str, str]], size: str) -> Iterator[tuple[str, Run]]:
-        """Until both neighbours of the best are worse."""
-        for method, option in which:
-            at = RATES["full"].index(rate_of(results, method, option, size))
-            for rate in RATES["full"][max(0, at - 1) : at + 2]:
-                run = Run(method=method, option=option, size=size, rate=rate, seed=SEEDS[0])
-                yield run.key, run
-
-    yield from arms(FIRST, LONG, SEEDS[:1])
-    yield from arms(FIRST, SHORT, SEEDS[:1])
-    yield from neighbours(FIRST, SHORT)
-    yield from arms(FIRST, LONG, SEEDS[1:2])
-    yield from arms(FIRST, SHORT, SEEDS[1:])
-    yield from neighbours(FIRST, LONG)
+    for method in (method for method, option in FIRST if option == ALL):
+        first = Run(method=method, option=ALL, size=SHORT, rate=GUESS["full"][method], seed=SEEDS[0])
+        yield first.key, first
+    for method in (method for method, option in FIRST if option == ALL):
+        for rate in neighbours(results, method):
+            run = Run(method=method, option=ALL, size=SHORT, rate=rate, seed=SEEDS[0])
+            yield run.key, run
+    yield from arms(FIRST, SHORT, SEEDS)
     yield from arms(FIRST, LONG, SEEDS)
+    yield from arms(FIRST, LONG, SEEDS[:1], "lora")
+    yield from arms(ARMS[:2], LONGEST, SEEDS[:1])
     yield from arms(ARMS[4:], LONG, SEEDS)
     yield from arms(ARMS[4:], SHORT, SEEDS)
-    yield from arms(ARMS[:2], LONGEST, SEEDS)
     yield from arms(FIRST, LONG, SEEDS, "lora")
+    yield from arms(ARMS[:2], LONGEST, SEEDS)
+
+
+def expected(results: Mapping[str, Entry], run: Run) -> float:
+    """Seconds that a run takes: by the slowest so far of its method, weights and length, else of its method, else of all."""
+    runs = [entry for entry in results.values() if "seed" in entry["settings"]]
+    for alike in (("method", "weights", "size"), ("method",), ()):
+        paces = [
+            entry["seconds"] / entry["settings"]["steps"]
+            for entry in runs
+            if all(entry["settings"][name] == getattr(run, name) for name in alike)
+        ]
+        if paces:
+            return SIZES[run.size].steps * max(paces)
+    return 0.0
 
 
 def fitting(results: Mapping[str, Entry], ends: float) -> Iterator[tuple[str, Run | str]]:
-    """The runs of the plan that should end before `ends` (of time.monotonic), at the seconds a step of the slowest so far."""
+    """The runs of the plan that should end before `ends` (of time.monotonic)."""
     left = ends - time.monotonic()
-    paces = [entry["seconds"] / entry["settings"]["steps"] for key, entry in results.items() if "method" in entry["settings"]]
     for key, unit in plan(results):
-        if left > (0 if isinstance(unit, str) else SIZES[unit.size].steps * max(paces, default=0)):
+        if left > (0 if isinstance(unit, str) else expected(results, unit)):
             yield key, unit
 
 
 def make_trainer(folder: Path, device: str, compiler: str | None) -> Callable[[Run | str], Entry]:
     """For `work_through`, which calls it in its workers."""
-    return Trainer(Language(folder), device, SIZES, OPTIONS, compiler)
+    return Trainer(Language(folder), device, SIZES, (*OPTIONS, Q_SHIFT), compiler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -68,6 +68,8 @@ class Size:
     """Windows that the end of a run is measured on."""
     validation: int = 8
     """Windows of the curve."""
+    at_once: int = 4
+    """Windows that are measured together."""
     everywhere: bool = False
     """Measure the end of every run in all options, not that of controls alone."""
 
@@ -75,7 +77,7 @@ class Size:
 SIZES = {
     "main": Size(),
     # As many tokens a step, in one window of the length at which the public backward has lost dV.
-    "long": Size(length=4096, batch=1, steps=60, test=12, validation=2),
+    "long": Size(length=4096, batch=1, steps=60, test=12, validation=2, at_once=1),
     "short": Size(steps=40),
     "longer": Size(steps=360),
 }
@@ -222,12 +224,12 @@ class Trainer:
                 settings,
                 self.windows("train", size, None),
                 teacher=self.teacher if settings.distillation else None,
-                measure=lambda: means(self.measure(model, attentions, validation, settings)),
+                measure=lambda: means(self.measure(model, attentions, validation, size, settings)),
                 attention=attentions["original" if settings.attention == "original" else run.option],
             )
             if settings.attention != "original":
                 # As it was trained: keys are still shifted by the means of the starting model, as an export would have it.
-                found = self.measure(model, attentions, self.windows("test", size, size.test), settings)
+                found = self.measure(model, attentions, self.windows("test", size, size.test), size, settings)
                 served = [option for option in served if option != run.option]
         entry["test"] = found | self.test(model, served, size, settings)
         return entry | {"settings": dataclasses.asdict(run) | dataclasses.asdict(size) | _plain(settings)}
@@ -238,15 +240,20 @@ class Trainer:
         for option in options:
             with attention_in(model, option, self.calibration(size)) as handle:
                 attentions = {"original": handle.disabled, option: contextlib.nullcontext}
-                found |= self.measure(model, attentions, windows, settings)
+                found |= self.measure(model, attentions, windows, size, settings)
         return found
 
     def measure(
-        self, model: torch.nn.Module, attentions: dict[str, Attention], windows: torch.Tensor, settings: TrainingSettings
+        self,
+        model: torch.nn.Module,
+        attentions: dict[str, Attention],
+        windows: torch.Tensor,
+        size: Size,
+        settings: TrainingSettings,
     ) -> Windows:
         """`measure_windows`, without what training was compiled to."""
         with torch.compiler.set_stance("force_eager"):
-            return measure_windows(model, attentions, windows, self.teacher, settings)
+            return measure_windows(model, attentions, windows, self.teacher, settings, size.at_once)
 
     def calibration(self, size: Size) -> list[dict[str, torch.Tensor]]:
         """Training text, for `k_shift`."""

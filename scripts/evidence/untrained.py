@@ -36,6 +36,12 @@ ATTENTIONS = {
     "nvfp4+four_over_six+k_shift": "with `four_over_six`, `k_shift`",
     "nvfp4+rotate+four_over_six": "with `rotate`, `four_over_six`",
     "nvfp4+rotate+four_over_six+k_shift": "with all three",
+    "nvfp4+rotate+four_over_six+k_shift/without_2": "with all three, the two of 30 layers that lose most left out",
+    "definition+q_shift": "with a calibrated mean of Q",
+    "definition+k_shift+q_shift": "with calibrated means of K and Q",
+    "definition+rotate+four_over_six+k_shift": "with all three, in another implementation",
+    "definition+rotate+four_over_six+k_shift+q_shift": "the same, and a calibrated mean of Q",
+    "definition+rotate+four_over_six+k_shift+q_shift_by_block": "the same, and a calibrated mean of Q for each 128 positions",
     "pv_bf16": "`nvfp4_qk`: only Q and K quantized",
     "pv_bf16+rotate+four_over_six+k_shift": "`nvfp4_qk` with all three",
     "p_only": "only P quantized",
@@ -60,17 +66,18 @@ class Measurement:
         self.model = language.model(device)
         self.windows = language.windows("test", length, count).to(device)
         self.calibration = language.windows("train", length, min(CALIBRATION_WINDOWS, count)).to(device)
-        self.settings = TrainingSettings(output_dir="", steps=1, batch_size=batch, learning_rate=1.0, mixed_precision=None)
+        self.batch = batch
+        self.settings = TrainingSettings(output_dir="", steps=1, batch_size=1, learning_rate=1.0, mixed_precision=None)
 
     def __call__(self, name: str) -> Entry:
-        batches = [{"input_ids": ids} for ids in self.calibration.split(self.settings.batch_size)]
+        batches = [{"input_ids": ids} for ids in self.calibration.split(self.batch)]
         with attention_in(self.model, name, batches) as handle:
 
             def teacher(model, inputs):
                 with torch.no_grad(), handle.disabled():
                     return OBJECTIVE.outputs(model, inputs)
 
-            found = measure_windows(self.model, {name: contextlib.nullcontext}, self.windows, teacher, self.settings)
+            found = measure_windows(self.model, {name: contextlib.nullcontext}, self.windows, teacher, self.settings, self.batch)
         count, length = self.windows.shape
         settings = {"text": "test", "windows": count, "length": length, "dtype": "float32", "calibration": len(self.calibration)}
         return {"loss": found[f"loss_{name}"], "kl": found[f"kl_{name}"], "settings": settings}

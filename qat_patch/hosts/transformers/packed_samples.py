@@ -51,8 +51,10 @@ class Checked:
         recurrent = self._recurrent
         if recurrent is not None and kwargs.get("cu_seq_lens_q") is not None and len(kwargs["cu_seq_lens_q"]) > len(query) + 1:
             _refuse_recurrent(recurrent)
-        if torch.compiler.is_compiling() or query.shape[2] == 1:
-            return
+        from transformers.utils.import_utils import is_cuda_stream_capturing
+
+        if torch.compiler.is_compiling() or is_cuda_stream_capturing() or query.shape[2] == 1:
+            return  # the first two cannot wait for the GPU, which has the positions
         positions = kwargs.get("position_ids")
         inputs = (
             mask,

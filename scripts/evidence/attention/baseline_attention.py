@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from qat_kernels.arguments import validate
-from qat_kernels.reference import accumulator
-from qat_kernels.spec import NVFP4
+from qat_kernels.reference import accumulator, rotated, scale_of_quantized
+from qat_kernels.spec import NVFP4, QuantSpec
 from scripts.evidence.attention import dense
 from scripts.evidence.attention.baselines import Baseline
 
@@ -20,6 +20,8 @@ def baseline_attention(
     causal: bool = False,
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
+    k_shift: torch.Tensor | None = None,
+    q_means: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of a baseline, with its gradient.
 
@@ -30,6 +32,9 @@ def baseline_attention(
         causal: query i may see key j if j <= i + (Lk - Lq).
         scale: factor of the scores; default D ** -0.5.
         key_mask: bool [B, Lk], True where a key may be seen. Groups along tokens are counted from the first allowed key.
+        k_shift: float32 [Hk, D], subtracted from K before it is quantized, as `qat_kernels.attention` does.
+        q_means: float32 [H, blocks, D], what Q loses before it is quantized, for each block of 128 queries or, if there is one,
+            for all. Its product with the unquantized, shifted K is added to the scores. Instead of `smooth_q`.
 
     Returns:
         The output in the shape and dtype of `q`; rows that may see no key are 0. Arithmetic is float32 (float64 for float64).
@@ -48,11 +53,27 @@ def baseline_attention(
         if baseline.smooth_k:
             count = key.shape[2] if key_mask is None else key_mask.sum(1)[:, None, None, None]
             key = key - key.sum(2, keepdim=True) / torch.as_tensor(count).clamp(min=1)
-        mean = None
-        if baseline.smooth_q:
-            mean = dense.block_means(query)
+        if k_shift is not None:
+            key = key - k_shift[:, None]
+        mean = dense.block_means(query) if baseline.smooth_q else _by_block(q_means, query)
+        if mean is not None:
             query = query - dense.to_rows(mean, query.shape[2])
+        if baseline.rotate:
+            spec = QuantSpec(rotate=True)
+            query, key = (rotated(x.float(), spec).to(x.dtype) for x in (query, key))
+            mean = None if mean is None else rotated(mean.float(), spec).to(mean.dtype)
+            scale = scale_of_quantized(scale, q.shape[-1], spec)
         return dense.attend(query, key, value, mean, dense.Call(key_mask, positions, scale, baseline)).to(q.dtype)
+
+
+def _by_block(q_means: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """[H, blocks, D] as [B, H, blocks of the queries, D]."""
+    if q_means is None:
+        return None
+    blocks = -(-query.shape[2] // dense.SMOOTHING_BLOCK)
+    if q_means.shape[1] not in (1, blocks):
+        raise ValueError(f"q_means: expected means for {blocks} blocks of queries, or one for all, got {q_means.shape[1]}")
+    return q_means.to(query.dtype)[None].expand(query.shape[0], -1, blocks, -1)
 
 
 def _from_the_first_allowed(key_mask: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:

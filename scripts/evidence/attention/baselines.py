@@ -32,6 +32,10 @@ class Baseline:
     """Whether the probabilities are."""
     quantize_v: bool = True
     """Whether V is."""
+    rotate: bool = False
+    """`QuantSpec.rotate`."""
+    four_over_six: bool = False
+    """`QuantSpec.four_over_six`."""
     smooth_q: bool = False
     """SageAttention3: subtract from Q the mean of each block of 128 queries before it is quantized, and add the product of
     that mean with the unquantized (smoothed) K to the scores. A last, shorter block has the mean of its own queries."""

@@ -5,8 +5,10 @@
 | `original` | the model's own |
 | `nvfp4`, `pv_bf16` | docs/NUMERICS.md, with V and P in NVFP4 or not, as `patch_model` puts it in force |
 | `nvfp4+rotate+k_shift` | the same with options: `rotate`, `four_over_six`, `k_shift` |
+| `nvfp4+rotate/without_2` | the same, but the two modules that lose most (`qat_patch.sensitivity`) keep their own |
 | `preset=kv_nvfp4`, ... | a preset of `QuantSpec`, likewise |
 | `sage3`, `d_from_o`, ... | a baseline of `scripts.evidence.attention.baselines`, through the host's own seams |
+| `definition+rotate+q_shift` | the baseline `definition` with the same options, and calibrated means of Q; in Transformers |
 """
 
 from __future__ import annotations
@@ -29,14 +31,21 @@ from qat_patch import AttnQATConfig
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from qat_patch.hosts.transformers import adapter as transformers_adapter
 from qat_patch.hosts.transformers import masks
-from qat_patch.layer import under_autocast
+from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
+from scripts.evidence.attention import dense
 from scripts.evidence.attention.baseline_attention import baseline_attention
 from scripts.evidence.attention.baselines import BASELINES, Baseline
 
 _SPECS = {"nvfp4": QuantSpec(), "pv_bf16": QuantSpec(preset="nvfp4_qk")}
 _SPECS |= {f"preset={name}": QuantSpec(preset=name) for name in get_args(Preset) if name not in ("nvfp4", "nvfp4_qk")}
 _OPTIONS = ("rotate", "four_over_six", "k_shift")
+_WITHOUT = "/without_"
+_OF_BASELINE = (*_OPTIONS, "q_shift", "q_shift_by_block")
+"""`q_shift` is the mean of all queries of a head in the calibration, `q_shift_by_block` that of each block of 128 positions. Both
+are the same for every text, so that attention stays causal."""
 _DISPATCH = "dispatch_attention_fn"
+Means = dict[torch.nn.Module, dict[str, torch.Tensor]]
+"""For attention modules: `k_shift` and `q_means` of `baseline_attention`."""
 
 
 class Handle(Protocol):
@@ -53,7 +62,8 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
     Args:
         model: a model of Transformers or Diffusers, or a wrapper around one (PEFT, DDP), that is not patched.
         name: see above.
-        calibration: for `k_shift`, batches that the model is called with, as `qat_patch.calibrate` takes them.
+        calibration: for `k_shift`, means of Q, and to find the modules that lose most: batches that the model is called with, as
+            `qat_patch.calibrate` takes them.
 
     Raises:
         ValueError: no such name, an option without effect, or `k_shift` without batches.
@@ -65,9 +75,19 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
         baselines = _Baselines(_replacements(model, name))
         with baselines.in_force():
             yield baselines
+    elif name.startswith("definition+"):
+        with _in_transformers_with_means(model, name, calibration) as baselines:
+            yield baselines
     else:
+        name, _, number = name.partition(_WITHOUT)
+        left_out: tuple[str, ...] = ()
+        if number:
+            calibration = list(calibration)
+            with attention_in(model, name, calibration):
+                layers = qat_patch.sensitivity(model, calibration).layers
+                left_out = tuple(layer.name for layer in sorted(layers, key=lambda layer: -layer.error)[: int(number)])
         spec, shifted = _options_of(name)
-        with qat_patch.patch_model(model, AttnQATConfig(spec=spec)) as handle:
+        with qat_patch.patch_model(model, AttnQATConfig(spec=spec, exclude=left_out)) as handle:
             if shifted:
                 qat_patch.calibrate(model, calibration)
             yield handle
@@ -75,8 +95,20 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
 
 def check_name(name: str) -> None:
     """Raise a ValueError unless there is such an attention."""
-    if name != "original" and name not in BASELINES:
-        _options_of(name)
+    if name.startswith("definition+"):
+        _options_of_baseline(name)
+    elif name != "original" and name not in BASELINES:
+        base, _, number = name.partition(_WITHOUT)
+        if number and not number.isdecimal():
+            raise ValueError(f"attention: expected a number of modules after {_WITHOUT}, got {name!r}")
+        _options_of(base)
+
+
+def _options_of_baseline(name: str) -> list[str]:
+    options = name.split("+")[1:]
+    if not set(options) <= set(_OF_BASELINE) or len(set(options)) < len(options):
+        raise ValueError(f"attention: expected definition with any of +{' +'.join(_OF_BASELINE)}; got {name!r}")
+    return options
 
 
 def _options_of(name: str) -> tuple[QuantSpec, bool]:
@@ -120,18 +152,50 @@ class _Baselines:
 def _replacements(model: torch.nn.Module, name: str) -> list[tuple[Any, Any]]:
     for module in model.modules():
         if transformers_adapter.owns(module):
-            return [_in_transformers(module, name)]
+            return [_in_transformers(module, name, BASELINES[name])]
         if diffusers_adapter.owns(module):
             return [_in_diffusers(attention, BASELINES[name]) for attention in _attention_modules(module)]
     raise ValueError(f"attention: expected a model of transformers or diffusers, got {type(model).__name__}")
 
 
-def _in_transformers(model: torch.nn.Module, name: str) -> tuple[Any, Any]:
-    """A name in transformers' registries, where the function for it keeps no state."""
+@contextlib.contextmanager
+def _in_transformers_with_means(model: torch.nn.Module, name: str, calibration: Iterable[Any]) -> Iterator[_Baselines]:
+    """The definition with options, and with means of Q and K that are measured first."""
+    options = _options_of_baseline(name)
+    owner = next((module for module in model.modules() if transformers_adapter.owns(module)), None)
+    if owner is None:
+        raise ValueError(f"attention {name!r}: expected a model of transformers, got {type(model).__name__}")
+    sums: dict[str, list[torch.Tensor]] = {}
+
+    def observe(layer: AttentionLayer, call: AttentionCall) -> None:
+        query, key = call.query.float(), call.key.float()
+        of_q = dense.block_means(query) if "q_shift_by_block" in options else query.mean(2, keepdim=True)
+        found = [torch.ones(()), key.mean((0, 2)), of_q.mean(0)]
+        sums[layer.name] = [a + b for a, b in zip(sums.get(layer.name, [torch.zeros(())] * 3), found, strict=True)]
+
+    with qat_patch.patch_model(model) as handle, handle.observed(observe), torch.no_grad():
+        for batch in calibration:
+            model(**batch)
+    if not sums:
+        raise ValueError(f"attention {name!r}: expected batches to calibrate with, got none")
+    means: Means = {}
+    for layer, (number, k_shift, q_means) in sums.items():
+        chosen = {"k_shift": k_shift} if "k_shift" in options else {}
+        if {"q_shift", "q_shift_by_block"} & set(options):
+            chosen["q_means"] = q_means
+        means[owner.get_submodule(layer)] = {which: x / number for which, x in chosen.items()}
+    baseline = Baseline(rotate="rotate" in options, four_over_six="four_over_six" in options)
+    baselines = _Baselines([_in_transformers(owner, name, baseline, means)])
+    with baselines.in_force():
+        yield baselines
+
+
+def _in_transformers(model: torch.nn.Module, name: str, baseline: Baseline, means: Means | None = None) -> tuple[Any, Any]:
+    """A name in transformers' registries. The function for it keeps the means of modules, if there are any."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     registered = f"baseline_{name}"
-    AttentionInterface.register(registered, functools.partial(_transformers_forward, BASELINES[name]))
+    AttentionInterface.register(registered, functools.partial(_transformers_forward, baseline, means or {}))
     AttentionMaskInterface.register(registered, masks.make_mask)
     original = transformers_adapter.original(model, model)
     return functools.partial(model.set_attn_implementation, registered), functools.partial(
@@ -141,6 +205,7 @@ def _in_transformers(model: torch.nn.Module, name: str) -> tuple[Any, Any]:
 
 def _transformers_forward(
     baseline: Baseline,
+    means: Means,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -162,7 +227,8 @@ def _transformers_forward(
             "bool [batch, 1, 1, keys] for padding"
         )
     query, key, value = under_autocast(query, key[:, :, :filled], value[:, :, :filled])
-    out = baseline_attention(query, key, value, baseline=baseline, causal=True, scale=scaling, key_mask=key_mask)
+    options = {"causal": True, "scale": scaling, "key_mask": key_mask} | means.get(module, {})
+    out = baseline_attention(query, key, value, baseline=baseline, **options)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -123,7 +123,7 @@ class _Operands:
         self.value_error = value - self.value_fq  # what kept groups get back
 
     def _rounded(self, x: torch.Tensor, axis: int, quantize: bool) -> torch.Tensor:
-        return _round(x, axis, self.baseline.scale_floor) if quantize else x
+        return _round(x, axis, self.baseline.scale_floor, self.baseline.four_over_six) if quantize else x
 
     def query_fq(self, rows: slice) -> torch.Tensor:
         return self.by_key_head(self.query_rounded[:, :, rows])
@@ -233,7 +233,7 @@ class _Operands:
         return mask.repeat(1, self.group, 1).unsqueeze(1)
 
 
-def _round(x: torch.Tensor, axis: int, scale_floor: bool) -> torch.Tensor:
+def _round(x: torch.Tensor, axis: int, scale_floor: bool, four_over_six: bool = False) -> torch.Tensor:
     """NVFP4 and back along `axis`, with or without the lower clamp of the scales."""
     if not scale_floor:
         # A scale that the clamp would raise is one that rounds to zero: 2^-10 is the tie, and goes to the even one, zero.
@@ -241,7 +241,7 @@ def _round(x: torch.Tensor, axis: int, scale_floor: bool) -> torch.Tensor:
         groups = F.pad(x.movedim(axis, -1), (0, -size % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
         zero = groups.abs().amax(-1, keepdim=True).float() / E2M1_MAX <= SCALE_MIN / 2
         x = x.masked_fill(zero.expand_as(groups).flatten(-2)[..., :size].movedim(-1, axis), 0.0)
-    return scaled_codes(x, axis=axis).to(x.dtype)
+    return scaled_codes(x, axis=axis, four_over_six=four_over_six).to(x.dtype)
 
 
 def _blocks(rows: slice) -> slice:

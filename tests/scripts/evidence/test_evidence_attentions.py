@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import qat_patch
+from scripts.evidence.attention import by_name
+from scripts.evidence.attention.baseline_attention import baseline_attention
 from scripts.evidence.attention.by_name import attention_in
 from support.models.tiny_qwen3 import logits, pad, tiny_llama, tiny_qwen3, token_ids
 from support.models.tiny_wan import CHANNELS, TEXT_DIM, tiny_transformer
@@ -43,6 +45,50 @@ def test_a_baseline_in_transformers_equals_the_patch(make, side):
         assert close(logits(model, ids, **options)[seen], patched, 1e-9)
     assert torch.equal(logits(model, ids, **options), before)
     assert not close(patched, before[seen], 1e-3)
+
+
+def test_a_baseline_with_options_equals_the_patch_and_calibrated_means_are_causal(monkeypatch):
+    model, ids, calls = tiny_llama(), token_ids(batch=2, length=150), []
+
+    def spy(query, key, value, **options):
+        calls.append((query, key, options))
+        return baseline_attention(query, key, value, **options)
+
+    def run(name: str, ids=ids) -> torch.Tensor:
+        with attention_in(model, name, [{"input_ids": ids[:, :150]}]):
+            return logits(model, ids)
+
+    assert close(run("definition+rotate+four_over_six+k_shift"), run("nvfp4+rotate+four_over_six+k_shift"), 1e-3)
+    monkeypatch.setattr(by_name, "baseline_attention", spy)
+    other = torch.cat([ids[:, :100], ids[:, 100:].flip(1)], 1)
+    for option, blocks in (("q_shift", [slice(0, 150)]), ("q_shift_by_block", [slice(0, 128), slice(128, 150)])):
+        shifted = run(f"definition+k_shift+{option}")
+        query, key, options = calls[0]  # what the first layer sees is the same in every attention
+        means = torch.stack([query[:, :, block].mean((0, 2)) for block in blocks], 1)
+        assert close(options["q_means"], means) and close(options["k_shift"], key.mean((0, 2)))
+        with attention_in(model, f"definition+k_shift+{option}", [{"input_ids": ids}]):
+            assert torch.equal(logits(model, other)[:, :100], shifted[:, :100])
+        calls.clear()
+    with pytest.raises(ValueError, match="expected definition with any of .rotate .* got 'definition.shift'"):
+        run("definition+shift")
+    with (
+        pytest.raises(ValueError, match=r"expected batches to calibrate with, got none"),
+        attention_in(model, "definition+q_shift"),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"q_means: expected means for 3 blocks of queries, or one for all, got 2"):
+        run("definition+q_shift_by_block", token_ids(length=300))
+
+
+def test_modules_that_lose_most_are_left_out():
+    model, batches = tiny_llama(), [{"input_ids": token_ids()}]
+    with attention_in(model, "nvfp4", batches) as handle:
+        errors = {layer.name: layer.error for layer in qat_patch.sensitivity(model, batches).layers}
+        assert len(handle.patched) == len(errors) > 1
+    with attention_in(model, "nvfp4/without_1", iter(batches)) as handle:
+        assert set(errors) - set(handle.patched) == {max(errors, key=errors.get)}
+    with pytest.raises(ValueError, match="expected a number of modules after /without_, got 'nvfp4/without_some'"):
+        by_name.check_name("nvfp4/without_some")
 
 
 def test_a_baseline_generates_with_a_cache():

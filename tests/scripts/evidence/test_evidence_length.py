@@ -1,6 +1,6 @@
 """Training at length: what is run when, what fits into the time that is left, and the text."""
 
-import itertools
+import dataclasses
 import math
 import time
 
@@ -19,40 +19,61 @@ def entries_of(best: dict[str, float]) -> tuple[list[Run], dict]:
         if isinstance(run, Run):
             worse = abs(math.log(run.rate / best.get(run.method, 3e-4)))
             curve = {f"{name}_{where}": worse for name in ("loss", "kl") for where in ("original", PLAIN, ALL)}
-            entries[key] = {"curve": [curve], "seconds": 60.0, "settings": {"method": run.method, "steps": 500}}
+            settings = dataclasses.asdict(run) | dataclasses.asdict(length.SIZES[run.size])
+            entries[key] = {"curve": [curve], "seconds": 60.0, "settings": settings}
             order.append(run)
     return order, entries
 
 
-def test_every_length_is_swept_and_seeds_take_the_best():
-    best = {"task": 1e-4, "control": 1e-3}
+def test_learning_rates_are_swept_first_and_all_other_runs_take_the_best():
+    best = {"task": 1e-4, "control": 1e-3, "distill": 3e-5}
     order, _ = entries_of(best)
-    assert [(run.method, run.option) for run in order[:4]] == list(length.FIRST), "the four that say most come first"
-    assert {run.size for run in order[:4]} == {length.LONG}
-    for (method, rate), size in itertools.product(best.items(), (length.SHORT, length.LONG)):
-        seeds = [run for run in order if (run.method, run.size, run.weights) == (method, size, "full") and run.seed == 2]
-        assert {run.rate for run in seeds} == {rate}
+    assert [(run.method, run.option) for run in order[:3]] == [("control", ALL), ("task", ALL), ("distill", ALL)]
     tried = {run.rate for run in order if run.method == "task" and run.option == ALL and run.size == length.SHORT}
     assert tried == {3e-5, 1e-4, 3e-4}, "until both neighbours of the best are worse"
+    order_of = [run for run in order if run.weights == "full" and run.method in best]
+    swept = sum(run.seed == 0 and run.size == length.SHORT and run.option == ALL for run in order_of)
+    rest = order_of[swept:]
+    assert all(run.rate == best[run.method] for run in rest) and {run.size for run in rest} == set(length.SIZES) - {"main"}
+    assert [(run.size, run.seed) for run in order if (run.method, run.option) == ("task", PLAIN) and run.weights == "full"] == [
+        (size, seed) for size in (length.SHORT, length.LONG) for seed in (0, 1, 2)
+    ]
     assert {run.seed for run in order if run.size == length.LONGEST} == {0, 1, 2}
     assert len({run.key for run in order}) == len(order)
 
 
+def test_a_method_whose_sweep_goes_on_is_not_run_at_a_rate_that_may_change():
+    _, entries = entries_of({})
+    late = Run(method="task", option=ALL, size=length.SHORT, rate=1e-3, seed=0).key
+    del entries[late]
+    for key in [key for key, entry in entries.items() if entry["settings"].get("seed") == 1]:
+        del entries[key]
+    missing = [(key, run) for key, run in length.plan(entries) if key not in entries]
+    assert missing[0][0] == late
+    assert {run.method for _, run in missing[1:] if run.weights == "full"} == {"control", "distill", "mix"}
+
+
 def test_runs_that_would_be_cut_are_not_started():
-    run = Run(method="control", option=ALL, size=length.SHORT, rate=3e-4, seed=0)
-    assert {unit.size for _, unit in length.fitting({}, time.monotonic() + 9) if isinstance(unit, Run)} == set(length.SIZES) - {
-        "main"
-    }
-    paced = {
-        run.key: {
-            "curve": [{"loss_original": 1.0, "kl_original": 0.0}],
-            "seconds": 50.0,
-            "settings": {"method": "control", "steps": 500},
-        }
-    }
-    sizes = {unit if isinstance(unit, str) else unit.size for _, unit in length.fitting(paced, time.monotonic() + 100)}
-    assert sizes == {"main", length.SHORT}, "2,000 steps would take 200 s"
-    assert not list(length.fitting(paced, time.monotonic() - 1))
+    assert len(list(length.fitting({}, time.monotonic() + 9))) > 1, "nothing is known yet"
+    _, entries = entries_of({})
+    for key, entry in list(entries.items()):
+        if entry["settings"].get("size") == length.SHORT:
+            entry["seconds"] = {"control": 25.0, "task": 50.0, "distill": 75.0}.get(entry["settings"]["method"], 10.0)
+        elif entry["settings"]:
+            del entries[key]
+
+    def fits(seconds: float) -> set[tuple[str, str]]:
+        units = [unit for key, unit in length.fitting(entries, time.monotonic() + seconds) if key not in entries]
+        return {(unit.method, unit.size) for unit in units if unit.method in ("control", "task", "distill")}
+
+    assert fits(20) == set()
+    assert fits(110) == {("control", length.LONG)}, "as long as 500 steps take, four times"
+    assert fits(250) == {("control", length.LONG), ("task", length.LONG)}
+    slow = Run(method="control", option=ALL, size=length.LONG, rate=3e-4, seed=0)
+    entries[slow.key] = {"settings": dataclasses.asdict(slow) | {"steps": 2000}, "curve": [], "seconds": 240.0}
+    entries[slow.key]["curve"] = [{"loss_original": 1.0, "kl_original": 0.0}]
+    assert fits(230) == {("task", length.LONG)}, "runs of this length say more"
+    assert not list(length.fitting(entries, time.monotonic() - 1))
 
 
 def test_documents_are_read_without_markup_and_held_out_whole(tmp_path):

@@ -15,7 +15,7 @@ from support.models.tiny_qwen3 import VOCAB, tiny_llama
 @pytest.fixture
 def folder(tmp_path):
     """A prepared folder, as language.py writes it: a model with peaky attention, one play for each split."""
-    model = tiny_llama()
+    model = tiny_llama(layers=3)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 20
     model.save_pretrained(tmp_path / "model")

@@ -21,11 +21,11 @@ def tiny_qwen3(dtype=torch.float32, seed=0, **overrides):
     return Qwen3ForCausalLM(Qwen3Config(**sizes | overrides)).eval().to(dtype)
 
 
-def tiny_llama(dtype=torch.float32, seed=0):
+def tiny_llama(dtype=torch.float32, seed=0, layers=2):
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         intermediate_size=96,
