@@ -255,9 +255,9 @@ def grad_key_value_kernel(
             LEAD, MASKED, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, SOFTCAP,
         )  # fmt: skip
 
-    grad_key *= softmax_scale
     if ROTATE:
         grad_key = hadamard(grad_key, BLOCK_N, BLOCK_D)
+    grad_key *= softmax_scale
     rows = batch * out_rows_b + head_k * out_rows_h + (k_start + leftpad + slot - LEAD).to(tl.int64) * out_rows_l
     columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     tl.store(

@@ -187,9 +187,9 @@ def grad_query_kernel(
             open_start, first_block, open_blocks, softmax_scale_log2, BLOCK_N, LEAD, HAS_KEY_MASK, MASKED, SOFTCAP,
         )  # fmt: skip
 
-    grad_query *= softmax_scale
     if ROTATE:
         grad_query = hadamard(grad_query, BLOCK_M, BLOCK_D)
+    grad_query *= softmax_scale
     grad_query_ptr += batch.to(tl.int64) * out_stride_b + head.to(tl.int64) * out_stride_h
     grad_query = cast_rn(grad_query, grad_query_ptr.dtype.element_ty)
     tl.store(grad_query_ptr + tokens * out_stride_l + columns[None, :], grad_query, mask=inside & (columns < HEAD_DIM)[None, :])

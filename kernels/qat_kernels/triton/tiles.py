@@ -112,7 +112,7 @@ _HOPPER_TO_ALL = {
 _MOST_KEYS = 1024
 """Up to here it is faster: with 32,760 keys it is not."""
 _HOPPER_BACKWARD = {"grad_query": HopperTile(3, 64, 3), "grad_key_value": HopperTile(2, 64, 4)}
-_BACKWARD_OPTIONS = frozenset({"bounds", "irregular", "packed", "out_hp", "key_mask", "sinks"})
+_BACKWARD_OPTIONS = frozenset({"bounds", "irregular", "packed", "out_hp", "key_mask", "sinks", "rotate"})
 _HOPPER_OPTIONS = {
     "forward": frozenset({"bounds", "irregular", "packed", "out_hp", "k_shift", "rotate", "bf16_pv"}),
     "grad_query": _BACKWARD_OPTIONS,
@@ -136,34 +136,43 @@ def _with_and_without_gradient(*options: _Options) -> set[_Options]:
 
 _WINDOW = ("bounds",)
 _BOUNDS = ("bounds", "irregular")
+_ROTATED = (("rotate",), ("packed", "rotate"))
 _SHIFTED = ("k_shift", "rotate")
+_PACKED_AND_SHIFTED = ("packed", "k_shift", "rotate")
 _COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
     (64, False): {
-        "forward": _with_and_without_gradient((), _BOUNDS, ("packed",), _SHIFTED),
+        "forward": _with_and_without_gradient((), _BOUNDS, ("packed",), *_ROTATED, _SHIFTED),
         "to_all": _with_and_without_gradient(()),
-        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",)),
-        "splits": {()},
+        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",), *_ROTATED),
+        "splits": {(), ("rotate",)},
     },
     (64, True): {
-        "forward": _with_and_without_gradient((), _WINDOW, _BOUNDS, ("packed",), _SHIFTED),
-        **_of_gradients((), _WINDOW, _BOUNDS, ("packed",), ("key_mask",), ("sinks",), ("bounds", "sinks")),
+        "forward": _with_and_without_gradient(
+            (), _WINDOW, _BOUNDS, ("packed",), *_ROTATED, _SHIFTED, _PACKED_AND_SHIFTED
+        ),
+        **_of_gradients((), _WINDOW, _BOUNDS, ("packed",), ("key_mask",), ("sinks",), ("bounds", "sinks"), *_ROTATED),
     },
     (128, False): {
-        "forward": _with_and_without_gradient((), _BOUNDS, ("packed", "k_shift"), _SHIFTED) | {("bf16_pv",)},
+        "forward": _with_and_without_gradient(
+            (), _BOUNDS, ("packed",), ("packed", "k_shift"), *_ROTATED, _SHIFTED
+        ) | {("bf16_pv",)},
         "to_all": _with_and_without_gradient(()),
-        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",)),
-        "splits": {()},
+        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",), *_ROTATED),
+        "splits": {(), ("rotate",)},
     },
     (128, True): {
         "forward": {
-            *_with_and_without_gradient((), _WINDOW, _BOUNDS, ("packed",), ("packed", "k_shift"), _SHIFTED),
+            *_with_and_without_gradient(
+                (), _WINDOW, _BOUNDS, ("packed",), ("packed", "k_shift"), *_ROTATED, _SHIFTED, _PACKED_AND_SHIFTED
+            ),
             ("bf16_pv",),
+            ("bounds", "k_shift", "rotate", "out_hp"),
             ("bounds", "packed", "out_hp"),
             ("bounds", "irregular", "packed", "out_hp"),
         },
         **_of_gradients(
             (), _WINDOW, _BOUNDS, ("packed",), ("bounds", "packed"), ("bounds", "irregular", "packed"), ("key_mask",),
-            ("sinks",), ("bounds", "sinks"),
+            ("sinks",), ("bounds", "sinks"), *_ROTATED, ("bounds", "rotate"), ("key_mask", "rotate"),
         ),
     },
     **{(head_dim, causal): _of_gradients(()) for head_dim in (40, 80, 96) for causal in (False, True)},

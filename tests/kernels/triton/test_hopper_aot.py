@@ -41,7 +41,12 @@ def test_the_forward_over_few_keys_is_clean(compiler):
 
 def test_kernels_for_head_dim_128_are_clean(compiler):
     """The rest of the table is `slow`."""
-    assert_clean(compiler, (128, True, {"window": 1024}), (128, False, {"needs_gradient": False}), (64, True, {"packed": True}))
+    assert_clean(
+        compiler,
+        (128, True, {"window": 1024}),
+        (128, False, {"needs_gradient": False}),
+        (64, True, {"packed": True, "rotate": True}),
+    )
 
 
 def specializations() -> dict[str, set[str]]:
@@ -109,6 +114,7 @@ def test_the_whole_table_is_clean(head_dim, causal, compiler):
         {"k_shift": True},
         {"masked": True},
         {"sinks": True},
+        {"rotate": True},
         {"preset": "nvfp4_qk"},
         {"dtype": torch.float16},
         {"dtype": torch.float32},

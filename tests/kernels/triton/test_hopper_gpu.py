@@ -266,6 +266,36 @@ def test_forward_rotated_and_shifted(head_dim, causal, with_gradient):
         check_forward(Call(case, torch.float16), with_gradient)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_backward_rotated(head_dim, causal):
+    """Packed documents too, and both forwards."""
+    options = {"head_dim": head_dim, "causal": causal, "rotate": True}
+    for case in cases(Case(**options))[::3]:
+        check_backward(Call(case, torch.bfloat16), same_bits=head_dim == 128 or not causal or case.heads[0] == case.heads[1])
+    packed = Call(Case(**options, heads=(3, 3)), torch.bfloat16, DOCUMENTS)
+    check_backward(packed)
+    for call, with_gradient in itertools.product((packed, Call(case, torch.bfloat16)), (True, False)):
+        check_forward(call, with_gradient)
+
+
+@pytest.mark.parametrize(("head_dim", "options"), [(128, {}), (64, {}), (128, {"window": 200}), (128, {"mask": "left"})], ids=str)
+def test_recommended_training(head_dim, options):
+    """Causal, with a rotation, two scales to choose from, and a K shift: packed documents, else a window or padding.
+
+    The forward with a key mask is the Triton kernel.
+    """
+    settings = {"head_dim": head_dim, "causal": True, "rotate": True, "four_over_six": True, "shift": True, **options}
+    calls = [Call(Case(**settings), torch.bfloat16, DOCUMENTS)]
+    if options:
+        calls = [Call(case, torch.bfloat16) for case in cases(Case(**settings))[::3]]
+    for call in calls:
+        for with_gradient in {"window": [True], "mask": []}.get(next(iter(options), ""), [True, False]):
+            check_forward(call, with_gradient)
+        same_order = (head_dim == 128 and "window" not in options) or call.case.heads[0] == call.case.heads[1]
+        check_backward(call, same_bits=same_order)
+
+
 def test_forward_with_bf16_p_and_v():
     for causal in (False, True):
         for case in cases(Case(head_dim=128, causal=causal, preset="nvfp4_qk")):
@@ -291,8 +321,12 @@ def test_backward_for_head_dim_64(causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_backward_of_packed_documents(causal):
+    """Forward without a K shift, and backward."""
     for heads in ((4, 2), (3, 3)):
-        check_backward(Call(Case(head_dim=128, causal=causal, heads=heads), torch.bfloat16, DOCUMENTS))
+        call = Call(Case(head_dim=128, causal=causal, heads=heads), torch.bfloat16, DOCUMENTS)
+        for with_gradient in (True, False):
+            check_forward(call, with_gradient)
+        check_backward(call)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -323,22 +357,23 @@ def test_bounds(head_dim, options):
         call = Call(case, torch.bfloat16)
         for with_gradient in (True, False):
             check_forward(call, with_gradient)
-        check_backward(call, same_bits=head_dim == 128 or case.heads[0] == case.heads[1])
+        check_backward(call, same_bits=case.heads[0] == case.heads[1])
 
 
 @pytest.mark.parametrize("options", BOUNDED_CASES[:3], ids=str)
 def test_bounds_of_packed_documents(options):
-    call = Call(Case(head_dim=128, **options), torch.bfloat16, DOCUMENTS)
+    call = Call(Case(head_dim=128, heads=(3, 3), **options), torch.bfloat16, DOCUMENTS)
     check_forward(call, True)
     check_backward(call)
 
 
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("head_dim", [128, 64])
-def test_few_keys_and_many_queries_are_summed_in_parts(head_dim):
+def test_few_keys_and_many_queries_are_summed_in_parts(head_dim, rotate):
     """In another order than by the Triton kernel."""
     from qat_kernels.triton.hopper.backward_launch import GradKeyValue
 
-    call = Call(Case(head_dim=head_dim, lq=17_000, lk=301, heads=(2, 1), batch=1), torch.bfloat16)
+    call = Call(Case(head_dim=head_dim, lq=17_000, lk=301, heads=(2, 1), batch=1, rotate=rotate), torch.bfloat16)
     with mock.patch.object(GradKeyValue, "__call__", autospec=True, side_effect=GradKeyValue.__call__) as launched:
         call.backward(call.forward())
     assert launched.call_args.args[0].splits > 1
@@ -349,7 +384,7 @@ def test_few_keys_and_many_queries_are_summed_in_parts(head_dim):
 @pytest.mark.parametrize("head_dim", [128, 64])
 def test_backward_with_sinks_in_float16(head_dim, options):
     for case in cases(Case(head_dim=head_dim, sinks=True, **options)):
-        same_order = head_dim == 128 or not options or case.heads[0] == case.heads[1]
+        same_order = (head_dim == 128 and "window" not in options) or not options or case.heads[0] == case.heads[1]
         check_backward(Call(case, torch.float16), same_bits=same_order)
 
 

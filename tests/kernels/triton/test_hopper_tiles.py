@@ -31,6 +31,8 @@ def test_what_has_been_compared_on_a_gpu_runs_in_gluon():
             assert "forward" in served(**shape, **call, with_gradient=False)
         assert served(**shape, packed=True, k_shift=head_dim == 128) == ({"forward"} if head_dim == 128 else ALL)
         assert served(**shape, packed=True) >= BACKWARD
+        for call in ({}, {"packed": True}):
+            assert served(**shape, **call, spec=QuantSpec(rotate=True)) == ALL
         assert served(**shape, **rotated) == served(**shape, **rotated, with_gradient=False) == {"forward"}
         for call in ({"sinks": True}, {"key_mask": True}):
             assert served(**shape, **call) == BACKWARD
@@ -70,7 +72,8 @@ def test_what_hopper_does_not_compute_runs_in_triton(monkeypatch):
         assert served(causal=True, bounds=True) == ALL
         for call in ({"key_mask": True}, {"sinks": True}, {"head_dim": 96}, {"head_dim": 40}):
             assert served(**call) == BACKWARD
-        for call in ({"spec": QuantSpec(rotate=True)}, {"spec": QuantSpec(preset="nvfp4_qk")}, {"k_shift": True}):
+        assert served(spec=QuantSpec(rotate=True)) == ALL
+        for call in ({"spec": QuantSpec(preset="nvfp4_qk")}, {"k_shift": True}):
             assert served(**call) == {"forward"}
         for head_dim in (16, 32, 192, 256):
             assert served(head_dim=head_dim) == set()

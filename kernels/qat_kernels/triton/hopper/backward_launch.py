@@ -14,7 +14,7 @@ from qat_kernels.triton.precompiled import Launch, Number, Pointer
 from qat_kernels.triton.problem import Problem
 from qat_kernels.triton.tiles import HopperTile
 
-from .descriptors import numbers_of, rows_of, seen_of
+from .descriptors import blocks_of_queries, numbers_of, rows_of, seen_of
 from .grad_key_value import grad_key_value_kernel
 from .grad_query import grad_query_kernel
 from .pipeline import MULTIPROCESSORS, WARP_GROUP_ROWS
@@ -62,8 +62,8 @@ class GradKeyValue:
 
 def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, given: Given) -> GradQuery:
     """The launch of dQ."""
-    queries, keys = problem.query, problem.key
-    num_blocks = -(-queries.max_seqlen // (tile.warp_groups * WARP_GROUP_ROWS.value))
+    queries, keys, seen = problem.query, problem.key, seen_of(problem, given)
+    num_blocks = blocks_of_queries(queries.max_seqlen, tile.warp_groups * WARP_GROUP_ROWS.value, seen)
     q = rows_of(queries.all_rows, problem.block_d, WARP_GROUP_ROWS.value)
     kv = rows_of(keys.all_rows, problem.block_d, tile.block_n)
     float32 = Pointer(torch.float32)
@@ -78,7 +78,7 @@ def grad_query_launch(problem: Problem, tile: HopperTile, grad_out: Layout, give
             grad_out.strides, contiguous_strides(grad_out.shape)[:3], *_numbers(problem, num_blocks),
             math.copysign(problem.softmax_scale, problem.scale),
         ],
-        problem.constants | {"SEEN": seen_of(problem, given), "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages},
+        problem.constants | {"SEEN": seen, "STAGES": tile.num_stages},
         num_warps=4,
     )  # fmt: skip
     return GradQuery(launch)
@@ -118,7 +118,8 @@ def _splits(problem: Problem, given: Given, blocks: int, tile: int) -> int:
     other, and of the sums over splits. The order of sums depends on it, so it depends on nothing but the problem. It is 1
     where results in parts have not been compared on a GPU (`tiles.is_compared`).
     """
-    compared = tiles.is_compared("splits", problem.head_dim, False, ("key_mask",) if given.key_mask else ())
+    options = (("key_mask", given.key_mask), ("rotate", problem.spec.rotate))
+    compared = tiles.is_compared("splits", problem.head_dim, False, tuple(name for name, there in options if there))
     if problem.causal or problem.query.packed or not compared:
         return 1
     tiles_of_queries = problem.query.blocks(tile) * problem.query.num_heads // problem.key.num_heads

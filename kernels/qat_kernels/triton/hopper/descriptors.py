@@ -13,6 +13,9 @@ from qat_kernels.triton.operands import Given
 from qat_kernels.triton.precompiled import Argument, Pointer, Tiles
 from qat_kernels.triton.problem import Problem
 
+from .pipeline import WARP_GROUP_ROWS
+from .ranges import starts_early
+
 
 class _Descriptor(TensorDescriptor):
     """Gluon's own class, without its checks at every launch."""
@@ -45,6 +48,11 @@ def seen_of(problem: Problem, given: Given) -> tuple[int, int, int, int] | None:
         return None
     bounded = 0 if given.bounds_stride is None else 1 if given.bounds_stride == 0 else 2
     return mask.window or 0, mask.block_size, mask.prefix, bounded
+
+
+def blocks_of_queries(rows: int, block_rows: int, seen: tuple[int, int, int, int] | None) -> int:
+    """How many blocks of queries a head has; `rows_before` of the kernels may be in front of them."""
+    return -(-(rows + (WARP_GROUP_ROWS.value - 1 if starts_early(seen) else 0)) // block_rows)
 
 
 def rows_of(all_rows: int, columns: int, block_rows: int) -> HopperTiles:

@@ -33,7 +33,17 @@ from .pipeline import (
     tile_at,
     wait_full,
 )
-from .ranges import block_size_of, bounds_of, has_lower_bounds, mask_of, prefix_of, row_bounds, tile_ranges
+from .ranges import (
+    block_size_of,
+    bounds_of,
+    has_lower_bounds,
+    is_wide,
+    mask_of,
+    prefix_of,
+    row_bounds,
+    rows_before,
+    tile_ranges,
+)
 from .rescale import rescale
 from .softmax import ORDER, halves, mask_scores, no_keys_yet, round_p, rows_of, softmax_step, to_operand
 
@@ -69,10 +79,15 @@ def _mask(scores, step, seen, LEAD: gl.constexpr, MASK: gl.constexpr):
     upper, lower, prefix_stop, order, full_start, full_stop = seen
     N: gl.constexpr = scores.shape[1]
     if MASK is None:
-        scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, 0)
+        scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, None)
     elif not has_lower_bounds(MASK):
         if step < full_start:
-            scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, 0)
+            scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, None)
+    elif is_wide(MASK, N):
+        if step < full_start:
+            scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, None, None)
+        elif step >= full_stop:
+            scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), None, lower, prefix_stop)
     elif (step < full_start) | (step >= full_stop):
         scores = mask_scores(scores, _slot_at(step, order, LEAD, N, MASK), upper, lower, prefix_stop)
     return scores
@@ -239,8 +254,9 @@ def _attend_kept(
 
 
 @gluon.jit
-def _place(cu_seqlens, sizes, num_blocks, CAUSAL: gl.constexpr):
-    """Batch, head and block of queries of this program; first token and number of tokens of its queries and of its keys."""
+def _place(cu_seqlens, sizes, num_blocks, BLOCK_M: gl.constexpr, LEAD: gl.constexpr, SEEN: gl.constexpr):
+    """Batch, head and first query of this program; first token and number of tokens of its queries and of its keys."""
+    CAUSAL: gl.constexpr = SEEN is not None
     num_heads, seqlen_q, seqlen_k = sizes
     batch_head, block = place(num_blocks, CAUSAL)
     if CAUSAL:
@@ -251,7 +267,8 @@ def _place(cu_seqlens, sizes, num_blocks, CAUSAL: gl.constexpr):
     if cu_seqlens is not None:
         q_start, seqlen_q = sequence(cu_seqlens[0], batch, seqlen_q, True)
         k_start, seqlen_k = sequence(cu_seqlens[1], batch, seqlen_k, True)
-    return batch, batch_head % num_heads, block, q_start, seqlen_q, k_start, seqlen_k
+    first = block * BLOCK_M - rows_before(seqlen_q, seqlen_k + LEAD, SEEN)
+    return batch, batch_head % num_heads, first, q_start, seqlen_q, k_start, seqlen_k
 
 
 @gluon.jit
@@ -264,7 +281,7 @@ def store_statistics(
     Returns what rows are to be multiplied by, float32 [64], beside an accumulator with D columns.
     """
     layout: gl.constexpr = gl.SliceLayout(1, accumulator(D))
-    inside = rows < seqlen_q
+    inside = (rows >= 0) & (rows < seqlen_q)
     row_sum = gl.sum(gl.sum(gl.sum(gl.sum(row_sum, 4), 3), 2), 1)
     row_sum = gl.convert_layout(row_sum, layout, assert_trivial=True)
     row_max = gl.convert_layout(row_max, layout, assert_trivial=True)
@@ -273,7 +290,7 @@ def store_statistics(
     if stats_ptr is not None:
         stats_ptr += stats_row
         quantized_max = gl.convert_layout(quantized_max, layout, assert_trivial=True)
-        padded = rows < gl.cdiv(seqlen_q, _PAD) * _PAD
+        padded = (rows >= 0) & (rows < gl.cdiv(seqlen_q, _PAD) * _PAD)
         seen = inside & (quantized_max != float("-inf"))
         gl.store(stats_ptr + rows, gl.where(seen, quantized_max, float("inf")), mask=padded)
         gl.store(stats_ptr + all_q_rows + rows, gl.where(inside & (row_sum != 0.0), lse_log2, float("inf")), mask=padded)
@@ -286,10 +303,10 @@ def store_statistics(
 
 @gluon.jit
 def _store(
-    out, out_hp, quantized_max, row_max, row_sum, first, arguments, BLOCK_M: gl.constexpr, CAUSAL: gl.constexpr,
-    QUANTIZED: gl.constexpr,
+    out, out_hp, quantized_max, row_max, row_sum, place_in_block, arguments, BLOCK_M: gl.constexpr, LEAD: gl.constexpr,
+    SEEN: gl.constexpr, QUANTIZED: gl.constexpr,
 ):  # fmt: skip
-    """What a warp group writes, whose first row in its block is `first`; QUANTIZED: `out` is still 2688 times too large.
+    """What a warp group writes, whose first row in its block is `place_in_block`; QUANTIZED: `out` is still 2688 times too large.
 
     It finds its place again: numbers kept from before would take registers from the loops.
     """
@@ -298,9 +315,9 @@ def _store(
     out_ptr, out_hp_ptr, lse_ptr, stats_ptr, q_dot_k_shift_ptr, _, _ = pointers
     out_stride_b, out_stride_h, out_stride_l, out_stride_d = out_strides
     q_rows, _, all_q_rows = operand_rows
-    batch, head, block, q_start, seqlen_q, _, _ = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
-    rows = block * BLOCK_M + first + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(D)))
-    inside = rows < seqlen_q
+    batch, head, first, q_start, seqlen_q, _, _ = _place(cu_seqlens, sizes, num_blocks, BLOCK_M, LEAD, SEEN)
+    rows = first + place_in_block + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(D)))
+    inside = (rows >= 0) & (rows < seqlen_q)
     lse_row = head if cu_seqlens is not None else batch * sizes[0] + head
     inverse = store_statistics(
         quantized_max, row_max, row_sum, rows, seqlen_q,
@@ -319,14 +336,15 @@ def _store(
 
 @gluon.jit
 def _consumer(
-    common, WG: gl.constexpr, BLOCK_M: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr,
-    QUANTIZE_PV: gl.constexpr,
+    common, WG: gl.constexpr, BLOCK_M: gl.constexpr, LEAD: gl.constexpr, SEEN: gl.constexpr, QUANTIZE_PV: gl.constexpr
 ):  # fmt: skip
     """A warp group: the WG-th 64 queries of those from `first` on."""
     q_tiles, q_full, k_ring, v_ring, arguments, sequence, first, order, kept, softmax_scale_log2 = common
     OUT_HP: gl.constexpr = arguments[1][1] is not None
     N: gl.constexpr = k_ring[0].shape[1]
     D: gl.constexpr = k_ring[0].shape[2]
+    CAUSAL: gl.constexpr = SEEN is not None
+    MASK: gl.constexpr = mask_of(SEEN)
     slots = sequence[1]
     block_first, main, steps = order
     first += WG * WARP_GROUP_ROWS
@@ -394,7 +412,8 @@ def _consumer(
             release(k_ring, step)
             release(v_ring, step)
     _store(
-        out, out_hp, quantized_max, row_max, row_sum, WG * WARP_GROUP_ROWS, arguments, BLOCK_M, CAUSAL, QUANTIZE_PV and LEAD == 0
+        out, out_hp, quantized_max, row_max, row_sum, WG * WARP_GROUP_ROWS, arguments, BLOCK_M, LEAD, SEEN,
+        QUANTIZE_PV and LEAD == 0,
     )  # fmt: skip
 
 
@@ -449,13 +468,13 @@ def attention_forward_kernel(
     MASK: gl.constexpr = mask_of(SEEN)
     sizes = (num_heads, seqlen_q, seqlen_k)
     _, _, _, _, _, lower_ptr, upper_ptr = pointers
-    batch, head, block, q_start, seqlen_q, k_start, seqlen_k = _place(cu_seqlens, sizes, num_blocks, CAUSAL)
+    batch, head, first, q_start, seqlen_q, k_start, seqlen_k = _place(cu_seqlens, sizes, num_blocks, BLOCK_M, LEAD, SEEN)
     head_k = head // (num_heads // num_heads_k)
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
     if lower_ptr is not None:
         lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
-    first, sequence_ = block * BLOCK_M, (seqlen_q, seqlen_k + LEAD, 0, lower_ptr, upper_ptr)
+    sequence_ = (seqlen_q, seqlen_k + LEAD, 0, lower_ptr, upper_ptr)
     head_stop, begin, _, _, stop, open_start, open_stop, sink = tile_ranges(first, sequence_, BLOCK_M, N, LEAD, CAUSAL, MASK)
     main = gl.maximum(stop - begin, 0) // N
     steps = main
@@ -475,8 +494,8 @@ def attention_forward_kernel(
     if WARP_GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, SEEN, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, SEEN, QUANTIZE_PV)),
                 (_producer, (loads, WARP_GROUPS, LEAD, MASK)),
             ],
             [4, 1],
@@ -485,9 +504,9 @@ def attention_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
-                (_consumer, (common, gl.constexpr(2), BLOCK_M, LEAD, CAUSAL, MASK, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(0), BLOCK_M, LEAD, SEEN, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(1), BLOCK_M, LEAD, SEEN, QUANTIZE_PV)),
+                (_consumer, (common, gl.constexpr(2), BLOCK_M, LEAD, SEEN, QUANTIZE_PV)),
                 (_producer, (loads, WARP_GROUPS, LEAD, MASK)),
             ],
             [4, 4, 1],

@@ -13,7 +13,7 @@ from qat_kernels.triton.problem import Problem
 from qat_kernels.triton.tiles import HopperTile
 
 from .dense_forward import dense_forward_kernel
-from .descriptors import rows_of, seen_of, tokens_of
+from .descriptors import blocks_of_queries, rows_of, seen_of, tokens_of
 from .forward import attention_forward_kernel
 from .pipeline import MULTIPROCESSORS, WARP_GROUP_ROWS
 
@@ -39,8 +39,9 @@ def attend_launch(
     """For outputs of this dtype and these strides."""
     queries, keys, spec = problem.query, problem.key, problem.spec
     block_m = tile.warp_groups * WARP_GROUP_ROWS.value
+    seen = seen_of(problem, given)
     # With a gradient, row statistics of padding are written too.
-    num_blocks = -(-(queries.blocks(1) if with_gradient else queries.max_seqlen) // block_m)
+    num_blocks = blocks_of_queries(queries.blocks(1) if with_gradient else queries.max_seqlen, block_m, seen)
     q = rows_of(queries.all_rows, problem.block_d, WARP_GROUP_ROWS.value)
     kv = rows_of(keys.all_rows, problem.block_d, tile.block_n)
     out, float32, cu_seqlens = Pointer(dtype), Pointer(torch.float32), given.pointer(torch.int32, queries.packed)
@@ -58,7 +59,7 @@ def attend_launch(
             problem.softmax_scale_log2, problem.scale,
         ],
         {
-            "SEEN": seen_of(problem, given), "QUANTIZE_PV": spec.quantizes_pv,
+            "SEEN": seen, "QUANTIZE_PV": spec.quantizes_pv,
             "WARP_GROUPS": tile.warp_groups, "STAGES": tile.num_stages,
         },
         num_warps=4,

@@ -5,8 +5,8 @@ statistics, ahead of them. Scores are [slots, queries]: a warp has the 16 rows o
 the products of the first run beside the scores of the second. P and dS are operands from registers. Kept groups come last, one
 tile a step; each warp group takes only the tiles whose queries see its own slots there.
 
-The order of the sums, and so the bits, are those of triton/grad_key_value.py with tiles of 128 slots or without a causal mask;
-else they are the same where no query heads share a key head.
+The order of the sums, and so the bits, are those of triton/grad_key_value.py with tiles of 128 slots and a plain mask, or
+without a causal mask; else they are the same where no query heads share a key head.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qat_kernels.triton.scores import first_query_to_see, queries_that_reach
 
 from .pipeline import WARP_GROUP_ROWS, accumulator, left_operand, new_barriers, place
 from .ranges import bounds_of, has_lower_bounds, mask_of
+from .rotation import rotate_back
 from .rounding import quantize_p_along_rows
 
 _PAD = gl.constexpr(PAD)
@@ -81,7 +82,7 @@ def _masked_query_ranges(
     begin = first_query_to_see(
         first_slot + (GROUP if LEAD > 0 else 0), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
         LEAD, MASK[1], MASK[2], MASK[3] > 0,
-    ) // _TILE * _TILE  # fmt: skip
+    ) // GROUP * GROUP  # fmt: skip
     full = first_query_to_see(
         first_slot + _ROWS - (0 if LEAD > 0 else 1), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
         LEAD, MASK[1], MASK[2], MASK[3] > 0,
@@ -89,6 +90,8 @@ def _masked_query_ranges(
     full = seqlen_q if HAS_KEY_MASK else gl.where(slots < first_slot + _ROWS, seqlen_q, full)
     nothing = (first_slot >= slots) | (first_slot < LEAD)  # or the block of the sink group, which is kept
     until = gl.where(nothing, begin, until)
+    # None lies behind the tiles of the sequence.
+    begin = gl.minimum(begin, (gl.cdiv(seqlen_q, _TILE) - gl.cdiv(gl.maximum(until - begin, 0), _TILE)) * _TILE)
     full = begin + gl.cdiv(gl.maximum(gl.minimum(full, until) - begin, 0), _TILE) * _TILE
     late = full + gl.maximum(gl.minimum(late, until) - full, 0) // _TILE * _TILE
     return begin, full, late, late + gl.cdiv(gl.maximum(until - late, 0), _TILE) * _TILE
@@ -202,8 +205,19 @@ def _tiles(start, stop, heads, EACH: gl.constexpr = _PAIR):
 
 
 @gluon.jit
+def _held_operand(tile, BLOCK_D: gl.constexpr):
+    """K or V [64, BLOCK_D] of a warp group, of all products with tiles of queries: in registers, where these can hold it.
+
+    With 64 columns, products of which both operands are in shared memory wait for it.
+    """
+    if BLOCK_D == 64:
+        tile = tile.load(gl.DotOperandLayout(0, accumulator(_TILE), 2))
+    return tile
+
+
+@gluon.jit
 def _sum_tiles(
-    grad_key, grad_value, step, tiles, start, stop, part, k_tiles, v_tiles, first, last, buffers, softmax_scale_log2,
+    grad_key, grad_value, step, tiles, start, stop, k, v, first, last, buffers, softmax_scale_log2,
     BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr, QUANTIZE: gl.constexpr, EACH: gl.constexpr = _PAIR,
 ):  # fmt: skip
     """dS^T QF and PF~^T (dO / l), or with kept groups P^T dO, over the next tiles of queries, EACH a step of the loop.
@@ -223,12 +237,12 @@ def _sum_tiles(
             stage, phase = step % STAGES, step // STAGES & 1
             q, grad_out = q_tiles.index(stage), grad_out_tiles.index(stage)  # [TILE, BLOCK_D]
             mbarrier.wait(q_full.index(stage), phase)
-            scores = warpgroup_mma(k_tiles.index(part), q.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            scores = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
             if i > 0:  # the products of the tile before
                 grad_key, grad_value = warpgroup_mma_wait(1, [grad_key, grad_value])
                 mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
             mbarrier.wait(grad_out_full.index(stage), phase)
-            grad_p = warpgroup_mma(v_tiles.index(part), grad_out.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            grad_p = warpgroup_mma(v, grad_out.permute((1, 0)), zeros, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(1, [scores])
             row_max = row_max_tiles.index(stage).load(COLUMNS)  # [TILE]
             p = gl.exp2(scores * softmax_scale_log2 - row_max[None, :])
@@ -268,7 +282,7 @@ def _skip_tiles(step, tiles, buffers):
 
 @gluon.jit
 def _sum_kept(
-    grad_key, grad_value, step, tiles, start, stop, part, k_tiles, v_tiles, mine, own, own_last, buffers, softmax_scale_log2,
+    grad_key, grad_value, step, tiles, start, stop, k, v, mine, own, own_last, buffers, softmax_scale_log2,
     BLOCK_D: gl.constexpr, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """`_sum_tiles` over kept groups. mine: `_kept_range` of this warp group; tiles without such queries are given back."""
@@ -277,7 +291,7 @@ def _sum_kept(
     for _ in range(tiles):
         if (query < last) & (query + _TILE > first):
             grad_key, grad_value, step = _sum_tiles(
-                grad_key, grad_value, step, 1, query, query + _TILE, part, k_tiles, v_tiles, own, own_last, buffers,
+                grad_key, grad_value, step, 1, query, query + _TILE, k, v, own, own_last, buffers,
                 softmax_scale_log2, BLOCK_D, CAUSAL, False, 1,
             )  # fmt: skip
         else:
@@ -289,7 +303,7 @@ def _sum_kept(
 @gluon.jit
 def _compute(
     PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr,
-    MASK: gl.constexpr,
+    MASK: gl.constexpr, ROTATE: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 64 of the block's slots. Pointers are those of the first slot's mask, and of the first key's results."""
     kv_tiles, kv_full, buffers, pointers, out_stride_l, first_slot, sequence, heads, scales = work
@@ -316,24 +330,25 @@ def _compute(
         step = _skip_tiles(step, bounded + whole + after, buffers)
         bounded, whole, after = 0, 0, 0
     mbarrier.wait(kv_full.index(PART), 0)
+    k, v = _held_operand(k_tiles.index(PART), BLOCK_D), _held_operand(v_tiles.index(PART), BLOCK_D)
     if MASK is None:
         grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, step, bounded, begin, full, PART, k_tiles, v_tiles, first, None, buffers,
+            grad_key, grad_value, step, bounded, begin, full, k, v, first, None, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL, True,
         )  # fmt: skip
     else:
         last_of_bounded = None if _sees_whole_diagonal(MASK, HAS_KEY_MASK) else last
         grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, step, bounded, begin, full, PART, k_tiles, v_tiles, first, last_of_bounded, buffers,
+            grad_key, grad_value, step, bounded, begin, full, k, v, first, last_of_bounded, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL, True,
         )  # fmt: skip
     grad_key, grad_value, step = _sum_tiles(
-        grad_key, grad_value, step, whole, full, late, PART, k_tiles, v_tiles, None, None, buffers,
+        grad_key, grad_value, step, whole, full, late, k, v, None, None, buffers,
         softmax_scale_log2, BLOCK_D, CAUSAL, True,
     )  # fmt: skip
     if MASK is not None:
         grad_key, grad_value, step = _sum_tiles(
-            grad_key, grad_value, step, after, late, stop, PART, k_tiles, v_tiles, None, last, buffers,
+            grad_key, grad_value, step, after, late, stop, k, v, None, last, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL, True,
         )  # fmt: skip
     grad_value *= _INV_P_GLOBAL_SCALE
@@ -341,11 +356,14 @@ def _compute(
         kept_start, kept_stop = _kept_tiles(block_first_slot, sequence, LEAD, MASK)
         own, own_last = _kept_query_bounds(slot, first, last, sequence, LEAD, MASK)
         kept, mine = _tiles(kept_start, kept_stop, heads, 1), _kept_range(first_slot, sequence, WARP_GROUP_ROWS, LEAD, MASK)
+        v = _held_operand(v_kept_tiles.index(PART), BLOCK_D)
         grad_key, grad_value = _sum_kept(
-            grad_key, grad_value, step, kept, kept_start, kept_stop, PART, k_tiles, v_kept_tiles, mine, own, own_last, buffers,
+            grad_key, grad_value, step, kept, kept_start, kept_stop, k, v, mine, own, own_last, buffers,
             softmax_scale_log2, BLOCK_D, CAUSAL,
         )  # fmt: skip
 
+    if ROTATE:
+        grad_key = rotate_back(grad_key)
     slot = first_slot + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_D)))
     columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, accumulator(BLOCK_D)))
     present = (slot >= LEAD) & (slot < slots)
@@ -422,7 +440,7 @@ def grad_key_value_kernel(
     q_desc, k_desc, v_desc, scaled_grad_out_desc, v_kept_desc, grad_out_desc, stats_desc, delta_desc,
     pointers, sequences, out_strides, operand_rows,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, splits, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, ROTATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dK and dV of 128 slots of one key head, summed over the query heads that share them. Excluded keys are not written.
 
@@ -494,8 +512,8 @@ def grad_key_value_kernel(
     copies = (descriptors, kv_tiles, kv_full, buffers, q_row, q_rows, all_q_rows, k_row, block * _ROWS, here, heads)
     gl.warp_specialize(
         [
-            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
-            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
+            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK, ROTATE)),
+            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK, ROTATE)),
             (_copy, (copies, BLOCK_D, LEAD, CAUSAL, MASK, gl.constexpr(key_mask_ptr is not None))),
         ],
         [4, 1],

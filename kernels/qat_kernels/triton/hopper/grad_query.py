@@ -32,17 +32,13 @@ from .pipeline import (
     tile_at,
     wait_full,
 )
-from .ranges import bounds_of, has_lower_bounds, mask_of, prefix_of, row_bounds, tile_ranges
+from .ranges import bounds_of, has_lower_bounds, is_wide, mask_of, prefix_of, row_bounds, rows_before, tile_ranges
+from .rotation import rotate_back
 
 _PAD = gl.constexpr(PAD)
+_WARP_GROUPS = gl.constexpr(3)
 _TILE = gl.constexpr(64)
 """Slots of a tile."""
-
-
-@gluon.constexpr_function
-def _is_wide(mask):
-    """Whether the windows of a warp group's queries begin in tiles that are in front of the last slot of each of them."""
-    return mask is not None and not mask[3] and mask[0] >= 2 * WARP_GROUP_ROWS.value + GROUP.value + mask[1]
 
 
 @gluon.jit
@@ -105,7 +101,7 @@ def _sum_quantized(
 ):  # fmt: skip
     """dS KF over the slots that are not kept. block, mine: `tile_ranges` of the block and of this warp group.
 
-    WINDOWED: whether rows have lower bounds; WIDE: `_is_wide`. Tiles that only other warp groups need are given back.
+    WINDOWED: whether rows have lower bounds; WIDE: `is_wide`. Tiles that only other warp groups need are given back.
     """
     upper, lower, prefix_stop = bounds
     block_head_stop, block_first, block_stop = block[0], block[1], block[4]
@@ -188,7 +184,7 @@ def _sum_kept(
 @gluon.jit
 def _compute(
     PART: gl.constexpr, work, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, LEAD: gl.constexpr, CAUSAL: gl.constexpr,
-    MASK: gl.constexpr,
+    MASK: gl.constexpr, ROTATE: gl.constexpr,
 ):  # fmt: skip
     """dQ of 64 of the block's queries, which begin at `start`. Pointers are those of the sequence's first query or slot."""
     q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, sequence, softmax_scale_log2, softmax_scale = work
@@ -205,14 +201,15 @@ def _compute(
     LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, LOAD))
     columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, LOAD))
-    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    where = ((rows >= 0) & (rows < seqlen_q))[:, None] & (columns < HEAD_DIM)[None, :]
     offsets = rows.to(gl.int64)[:, None] * grad_out_stride_l + columns.to(gl.int64)[None, :] * grad_out_stride_d
     grad_out.store(gl.load(grad_out_ptr + offsets, mask=where, other=0.0).to(gl.bfloat16))
     fence_async_shared()
     gl.thread_barrier()  # here, or the compiler puts one into every step of the loops
     rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(_TILE)))
-    lse_log2 = gl.load(stats_ptr + rows, mask=rows < seqlen_q, other=float("inf"))
-    delta = gl.load(delta_ptr + rows, mask=rows < seqlen_q, other=0.0)
+    inside = (rows >= 0) & (rows < seqlen_q)
+    lse_log2 = gl.load(stats_ptr + rows, mask=inside, other=float("inf"))
+    delta = gl.load(delta_ptr + rows, mask=inside, other=0.0)
     last, upper, lower, prefix_stop = row_bounds(rows, sequence, LEAD, CAUSAL, MASK)
     bounds = (upper, lower, prefix_stop if prefix_of(MASK) > 0 else None)
 
@@ -221,7 +218,7 @@ def _compute(
     mbarrier.wait(q_full.index(PART), 0)
     grad_query, step = _sum_quantized(
         grad_query, bounds, block, mine, start < seqlen_q, key_mask_ptr, operands, rings, softmax_scale_log2,
-        ORIGIN, has_lower_bounds(MASK), _is_wide(MASK), prefix_of(MASK) > 0, BLOCK_D,
+        ORIGIN, has_lower_bounds(MASK), is_wide(MASK, _TILE), prefix_of(MASK) > 0, BLOCK_D,
     )  # fmt: skip
     if LEAD > 0:
         grad_query = _sum_kept(
@@ -229,9 +226,11 @@ def _compute(
             softmax_scale_log2, ORIGIN, LEAD, has_lower_bounds(MASK), BLOCK_D,
         )  # fmt: skip
 
+    if ROTATE:
+        grad_query = rotate_back(grad_query)
     rows = start + gl.arange(0, WARP_GROUP_ROWS, gl.SliceLayout(1, accumulator(BLOCK_D)))
     columns = gl.arange(0, BLOCK_D, gl.SliceLayout(0, accumulator(BLOCK_D)))
-    where = (rows < seqlen_q)[:, None] & (columns < HEAD_DIM)[None, :]
+    where = ((rows >= 0) & (rows < seqlen_q))[:, None] & (columns < HEAD_DIM)[None, :]
     grad_query = (grad_query * softmax_scale).to(grad_query_ptr.dtype.element_ty)
     gl.store(grad_query_ptr + rows.to(gl.int64)[:, None] * out_stride_l + columns[None, :], grad_query, mask=where)
 
@@ -272,9 +271,9 @@ def _copy(work, LEAD: gl.constexpr, CAUSAL: gl.constexpr, MASK: gl.constexpr):
 def grad_query_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, pointers, sequences, grad_out_strides, out_strides, operand_rows,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, softmax_scale_log2, softmax_scale,
-    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, WARP_GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_DIM: gl.constexpr, SEEN: gl.constexpr, ROTATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """dQ of WARP_GROUPS (three) times 64 queries of one head.
+    """dQ of 192 queries of one head.
 
     Operands, statistics and results are those of the kernel in triton/grad_query.py; SEEN as in ranges.py.
 
@@ -299,7 +298,6 @@ def grad_query_kernel(
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
     k_start, seqlen_k = sequence(cu_seqlens_k_ptr, batch, seqlen_k, VARLEN)
     slots = seqlen_k + LEAD
-    start = block * WARP_GROUPS * WARP_GROUP_ROWS
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN)
     k_row = first_row(batch, head // (num_heads // num_heads_k), num_heads_k, k_rows, k_start, LEAD, VARLEN)
     batch, head, token = batch.to(gl.int64), head.to(gl.int64), gl.to_tensor(q_start).to(gl.int64)
@@ -310,15 +308,16 @@ def grad_query_kernel(
     if lower_ptr is not None:
         lower_ptr, upper_ptr = bounds_of(batch, lower_ptr, upper_ptr, seqlen_q, SEEN)
     here = (seqlen_q, slots - leftpad, leftpad, lower_ptr, upper_ptr)
+    start = block * _WARP_GROUPS * WARP_GROUP_ROWS - rows_before(seqlen_q, slots - leftpad, SEEN)
     grad_out_ptr += batch * grad_out_strides[0] + head * grad_out_strides[1] + token * grad_out_strides[2]
     grad_query_ptr += batch * out_strides[0] + head * out_strides[1] + token * out_strides[2]
     pointers = (grad_out_ptr, delta_ptr + q_row, stats_ptr + all_q_rows + q_row, grad_query_ptr, key_mask_ptr)
     strides = (grad_out_strides[2], grad_out_strides[3], out_strides[2])
 
-    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], q_desc.layout)
-    grad_out_tiles = gl.allocate_shared_memory(gl.bfloat16, [WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], q_desc.layout)
-    q_full = new_barriers(WARP_GROUPS, 1)
-    rings = (new_ring(k_desc, STAGES, WARP_GROUPS), new_ring(v_desc, STAGES, WARP_GROUPS))
+    q_tiles = gl.allocate_shared_memory(gl.bfloat16, [_WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], q_desc.layout)
+    grad_out_tiles = gl.allocate_shared_memory(gl.bfloat16, [_WARP_GROUPS, WARP_GROUP_ROWS, BLOCK_D], q_desc.layout)
+    q_full = new_barriers(_WARP_GROUPS, 1)
+    rings = (new_ring(k_desc, STAGES, _WARP_GROUPS), new_ring(v_desc, STAGES, _WARP_GROUPS))
     fence_async_shared()
     work = (
         q_tiles, grad_out_tiles, q_full, rings, pointers, strides, start, here, softmax_scale_log2, softmax_scale,
@@ -326,9 +325,9 @@ def grad_query_kernel(
     copies = ((q_desc, k_desc, v_desc, v_kept_desc), q_tiles, q_full, rings, q_row, k_row, start, here)
     gl.warp_specialize(
         [
-            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
-            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
-            (_compute, (gl.constexpr(2), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK)),
+            (_compute, (gl.constexpr(0), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK, ROTATE)),
+            (_compute, (gl.constexpr(1), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK, ROTATE)),
+            (_compute, (gl.constexpr(2), work, HEAD_DIM, BLOCK_D, LEAD, CAUSAL, MASK, ROTATE)),
             (_copy, (copies, LEAD, CAUSAL, MASK)),
         ],
         [4, 4, 1],

@@ -14,6 +14,8 @@ from qat_kernels.triton.layout import slot_ranges
 from qat_kernels.triton.nvfp4 import GROUP
 from qat_kernels.triton.scores import masked_slot_ranges
 
+from .pipeline import WARP_GROUP_ROWS
+
 
 @gluon.constexpr_function
 def mask_of(seen):
@@ -46,6 +48,32 @@ def block_size_of(mask):
 def prefix_of(mask):
     """PREFIX; 0: none."""
     return 0 if mask is None else mask[2]
+
+
+@gluon.constexpr_function
+def is_wide(mask, columns):
+    """Whether, of the tiles of so many slots that a warp group needs, those in which not all queries see the last slot begin
+    behind the first slot of each query.
+    """
+    return mask is not None and not mask[3] and mask[0] >= WARP_GROUP_ROWS.value + columns + GROUP.value + mask[1]
+
+
+@gluon.constexpr_function
+def starts_early(seen):
+    """Whether blocks of queries begin at a multiple of 64 slots, not of 64 queries: `rows_before`."""
+    return seen is not None and not seen[3]
+
+
+@gluon.jit
+def rows_before(seqlen_q, slots, SEEN: gl.constexpr):
+    """How many rows of the first block of queries are in front of the first query, below 64; they are not written.
+
+    With them the last slots of 64 queries are those of one tile: fewer tiles are cut off, and the open groups are in one.
+    """
+    rows = 0
+    if starts_early(SEEN):
+        rows = (slots - seqlen_q) & (WARP_GROUP_ROWS - 1)
+    return rows
 
 
 @gluon.jit

@@ -61,13 +61,17 @@ def rows_of(x, D: gl.constexpr):
 def mask_scores(scores, first_slot, upper, lower, prefix_stop):
     """Scores of the slots from `first_slot` on, -inf where they are not below the `upper` of the row.
 
-    Nor, if `lower` is not None, from the `lower` of the row on or below `prefix_stop`.
+    Nor from the `lower` of the row on or below `prefix_stop`. What is None is not looked at.
     """
     slot = first_slot + slot_of(gl.arange(0, scores.shape[1], gl.SliceLayout(0, accumulator(scores.shape[1]))), ORDER)
-    allowed = slot[None, :] < upper[:, None]
+    if upper is not None:
+        scores = gl.where(slot[None, :] < upper[:, None], scores, float("-inf"))
     if lower is not None:
-        allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
-    return gl.where(allowed, scores, float("-inf"))
+        reached = slot[None, :] >= lower[:, None]
+        if prefix_stop is not None:
+            reached = reached | (slot < prefix_stop)[None, :]
+        scores = gl.where(reached, scores, float("-inf"))
+    return scores
 
 
 @gluon.jit
