@@ -180,7 +180,8 @@ def run_with_tiles(case: Case, tensors: list[torch.Tensor], sizes: list[tuple[in
     results = []
     for block_m, block_n in sizes:
         tile = tiles.Tile(block_m=block_m, block_n=block_n, num_warps=4, num_stages=1)
-        chosen = tiles.Tiles(forward=tile, grad_query=tile, grad_key_value=tile)
+        apart = tiles.Apart(key=tile, value=tile) if block_n == 128 else tile
+        chosen = tiles.Tiles(forward=tile, grad_query=tile, grad_key_value=apart)
         with mock.patch.object(tiles, "choose", lambda *_, chosen=chosen: chosen):
             results.append(run_kernels(case, tensors, device=device))
     return results
