@@ -79,8 +79,8 @@ def _sum_grad_key_value(
 def _sum_grad_key_value_kept(
     grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, stats_ptr, delta_ptr,
     q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad, lower_ptr, upper_ptr, group_mask, start, stop,
-    softmax_scale_log2, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr, SOFTCAP: tl.constexpr,
+    softmax_scale_log2, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The same for kept groups: dS^T QF and P^T dO.
 
