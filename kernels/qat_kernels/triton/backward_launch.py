@@ -108,18 +108,18 @@ def _plan(
         grad_query = grad_query_launch(problem, tile, grad_out, given)
     else:
         grad_query = _grad_query_launch(problem, tile, grad_out, given)
-    if isinstance(tile := chosen.grad_key_value, tiles.HopperTile):
+    if isinstance(key_tile := chosen.grad_key_value, tiles.HopperTile):
         from .hopper.backward_launch import grad_key_value_launch
 
-        grad_key_value = grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+        grad_key_value = grad_key_value_launch(problem, key_tile, key_shape, grad_out.dtype, given)
         splits = grad_key_value.splits
-    elif isinstance(tile, tiles.Apart):
+    elif isinstance(key_tile, tiles.Apart):
         grad_key_value = _Apart(
-            _grad_key_value_launch(problem, tile.key, key_shape, grad_out.dtype, given, "key"),
-            _grad_key_value_launch(problem, tile.value, key_shape, grad_out.dtype, given, "value"),
+            _grad_key_value_launch(problem, key_tile.key, key_shape, grad_out.dtype, given, "key"),
+            _grad_key_value_launch(problem, key_tile.value, key_shape, grad_out.dtype, given, "value"),
         )
     else:
-        grad_key_value = _grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+        grad_key_value = _grad_key_value_launch(problem, key_tile, key_shape, grad_out.dtype, given)
     if value is None:
         prepare_value = unpack_job(keys, problem.head_dim_v, operand, along_tokens=True)
     else:
