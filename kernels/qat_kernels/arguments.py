@@ -142,7 +142,7 @@ def validate(
         _refuse(*problem)
     if impl != "auto" and any(name not in COMPUTED[impl] for name in _unequal_head_dims(q, v)):
         untried = UNEQUAL_HEAD_DIMS in COMPUTED[impl]
-        but = " (triton takes another one of at least 32 if the call is not packed)" if untried else ""
+        but = " (triton takes another one of at least 32)" if untried else ""
         _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'{but}", head_dim_v)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
 
@@ -304,7 +304,7 @@ def _unequal_head_dims(q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
     """Of UNEQUAL_HEAD_DIMS and UNTRIED_HEAD_DIMS those that a call asks for."""
     if q.shape[-1] == v.shape[-1]:
         return ()
-    return (UNEQUAL_HEAD_DIMS, UNTRIED_HEAD_DIMS) if q.ndim == 3 or v.shape[-1] < 32 else (UNEQUAL_HEAD_DIMS,)
+    return (UNEQUAL_HEAD_DIMS, UNTRIED_HEAD_DIMS) if v.shape[-1] < 32 else (UNEQUAL_HEAD_DIMS,)
 
 
 _CHECKED: dict[tuple[Any, ...], Checked] = {}

@@ -96,8 +96,10 @@ def run(shape: Shape, tried: dict[str, tuple[int, ...]], with_gradient: bool, ro
     """The median seconds of each kernel; empty if one of them needs more than the GPU has."""
     import triton
 
-    from qat_kernels.triton import launch
+    from qat_kernels.triton import backward_launch, forward_launch, launch
 
+    for each in (forward_launch, backward_launch):
+        each._plan.cache_clear()  # plans are kept by shape
     q, k, v, grad = (x.detach() for x in inputs(shape, "cuda", torch.bfloat16))
     options = {"spec": QuantSpec(), "mask": Mask(causal=shape.causal), "scale": shape.head_dim**-0.5}
     chosen = tiles.choose(90, shape.head_dim, shape.causal)._replace(**{name: tiles.Tile(*tile) for name, tile in tried.items()})

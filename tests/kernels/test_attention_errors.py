@@ -158,8 +158,8 @@ WRONG_PACKED_CALLS = {
     ),
     "heads that do not divide": ({"k": tensor(7, 3, 32), "v": tensor(7, 3, 32)}, r"heads: expected .*, got 4 and 3"),
     "another head dim of v with triton": (
-        {"v": tensor(7, 2, 64), "impl": "triton"},
-        r"head_dim of v with impl='triton': expected 32, .* or impl='auto' \(triton takes .*\), got 64",
+        {"v": tensor(7, 2, 16), "impl": "triton"},
+        r"head_dim of v with impl='triton': expected 32, .* or impl='auto' \(triton takes .*\), got 16",
     ),
     "a key mask": (
         {"key_mask": tensor(1, 7, dtype=torch.bool)},

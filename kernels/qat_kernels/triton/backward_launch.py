@@ -108,13 +108,18 @@ def _plan(
         grad_query = grad_query_launch(problem, tile, grad_out, given)
     else:
         grad_query = _grad_query_launch(problem, tile, grad_out, given)
-    if isinstance(tile := chosen.grad_key_value, tiles.HopperTile):
+    if isinstance(key_tile := chosen.grad_key_value, tiles.HopperTile):
         from .hopper.backward_launch import grad_key_value_launch
 
-        grad_key_value = grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+        grad_key_value = grad_key_value_launch(problem, key_tile, key_shape, grad_out.dtype, given)
         splits = grad_key_value.splits
+    elif isinstance(key_tile, tiles.Apart):
+        grad_key_value = _Apart(
+            _grad_key_value_launch(problem, key_tile.key, key_shape, grad_out.dtype, given, "key"),
+            _grad_key_value_launch(problem, key_tile.value, key_shape, grad_out.dtype, given, "value"),
+        )
     else:
-        grad_key_value = _grad_key_value_launch(problem, tile, key_shape, grad_out.dtype, given)
+        grad_key_value = _grad_key_value_launch(problem, key_tile, key_shape, grad_out.dtype, given)
     if value is None:
         prepare_value = unpack_job(keys, problem.head_dim_v, operand, along_tokens=True)
     else:
@@ -169,8 +174,23 @@ def _grad_query_launch(problem: Problem, tile: tiles.Tile, grad_out: Layout, giv
     )  # fmt: skip
 
 
-def _grad_key_value_launch(problem: Problem, tile: tiles.Tile, key_shape: torch.Size, dtype: torch.dtype, given: Given) -> Launch:
-    """The launch of the Triton kernel of dK and dV, which have this dtype."""
+class _Apart(NamedTuple):
+    """The launches of dK and of dV, with the tensors of one that computes both."""
+
+    key: Launch
+    value: Launch
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch them on the current device and stream."""
+        *others, grad_key, grad_value = tensors
+        self.key(*others, grad_key, None)
+        self.value(*others, None, grad_value)
+
+
+def _grad_key_value_launch(
+    problem: Problem, tile: tiles.Tile, key_shape: torch.Size, dtype: torch.dtype, given: Given, of: str = "key value"
+) -> Launch:
+    """The launch of the Triton kernel of dK and dV, which have this dtype, or of one of them."""
     keys, kept, operand = problem.key, problem.key.lead > 0, operand_dtype(dtype)
     # Where groups are kept, the first block ends with the sink group, which ends PAD slots.
     num_blocks = keys.blocks(tile.block_n) - (PAD // tile.block_n - 1 if kept else 0)
@@ -183,7 +203,7 @@ def _grad_key_value_launch(problem: Problem, tile: tiles.Tile, key_shape: torch.
             q, k, v, grad_out_tiles, v if kept else None, grad_out_tiles if kept else None,
             *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
             float32 if problem.spec.formats.smooth is not None else None, *given.bound_pointers(),
-            float32, float32, Pointer(dtype), Pointer(dtype),
+            float32, float32, *(Pointer(dtype) if name in of else None for name in ("key", "value")),
         ],
         [
             given.bounds_stride, *contiguous_strides(torch.Size((*key_shape[:-1], 1)))[:3],

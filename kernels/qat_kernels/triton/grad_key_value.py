@@ -15,11 +15,12 @@ def _sum_grad_key_value(
     grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, mean_scores_ptr, stats_ptr, delta_ptr,
     q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad, lower_ptr, upper_ptr, start, stop,
     softmax_scale_log2,
+    KEY: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, CHECK_BOUNDS: tl.constexpr, QUANTIZE_PV: tl.constexpr, SAGE: tl.constexpr,
     LEAD: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr,
     BOUNDED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """dS^T QF and PF~^T (dO / l) over the queries from `start` to `stop`, of all heads that share the keys.
+    """dS^T QF (KEY) and PF~^T (dO / l) (VALUE) over the queries from `start` to `stop`, of all heads that share the keys.
 
     Scores are [keys, queries]. With CHECK_BOUNDS and CAUSAL a key is seen by the queries behind its group (QUANTIZE_PV), or by
     all from itself on; with MASKED as `seen_slots` says. grad_out: dO / l.
@@ -31,9 +32,9 @@ def _sum_grad_key_value(
     tile = tl.arange(0, BLOCK_M)
     num_blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
     # One loop over heads and blocks: nested, they would start the pipeline again for each head.
-    for step in range(qheads_per_kvhead * num_blocks):
-        first_query = start + step % num_blocks * BLOCK_M
-        row = q_row + step // num_blocks * q_rows + first_query
+    first_query = start
+    for _ in range(qheads_per_kvhead * num_blocks):
+        row = q_row + first_query
         q, grad_out = q_desc.load([row, 0]), grad_out_desc.load([row, 0])
         row_max, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
         scores = dot(k, tl.trans(q), zeros)
@@ -56,16 +57,21 @@ def _sum_grad_key_value(
                 q_pos = (first_query + tile + q_pos_offset)[None, :]
                 allowed = allowed & (slot[:, None] < ((q_pos & -GROUP) if QUANTIZE_PV else q_pos + 1))
             p = tl.where(allowed, p, 0.0)
-        p_fq = p
-        if QUANTIZE_PV:
-            groups = tl.reshape(p, (k.shape[0] // GROUP, GROUP, BLOCK_M))
-            groups = fake_quantize_p(groups, tl.max(groups, 1, keep_dims=True), SAGE)
-            p_fq = tl.reshape(groups, (k.shape[0], BLOCK_M))
-        grad_value = dot(cast_rn(p_fq, q.dtype), grad_out, grad_value)
-        grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
-        if SOFTCAP > 0:
-            grad_scores *= 1.0 - scores * scores
-        grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+        if VALUE:
+            p_fq = p
+            if QUANTIZE_PV:
+                groups = tl.reshape(p, (k.shape[0] // GROUP, GROUP, BLOCK_M))
+                groups = fake_quantize_p(groups, tl.max(groups, 1, keep_dims=True), SAGE)
+                p_fq = tl.reshape(groups, (k.shape[0], BLOCK_M))
+            grad_value = dot(cast_rn(p_fq, q.dtype), grad_out, grad_value)
+        if KEY:
+            grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
+            if SOFTCAP > 0:
+                grad_scores *= 1.0 - scores * scores
+            grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+        is_last = first_query + BLOCK_M >= stop  # of this head
+        first_query = tl.where(is_last, start, first_query + BLOCK_M)
+        q_row = tl.where(is_last, q_row + q_rows, q_row)
     return grad_key, grad_value
 
 
@@ -73,8 +79,8 @@ def _sum_grad_key_value(
 def _sum_grad_key_value_kept(
     grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, stats_ptr, delta_ptr,
     q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad, lower_ptr, upper_ptr, group_mask, start, stop,
-    softmax_scale_log2, BLOCK_M: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr, SOFTCAP: tl.constexpr,
+    softmax_scale_log2, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, LEAD: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The same for kept groups: dS^T QF and P^T dO.
 
@@ -88,9 +94,9 @@ def _sum_grad_key_value_kept(
         score_scale_log2 = softmax_scale_log2 * 0.0 + SOFTCAP * LOG2_E
     tile = tl.arange(0, BLOCK_M)
     num_blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_M)
-    for step in range(qheads_per_kvhead * num_blocks):
-        first_query = start + step % num_blocks * BLOCK_M
-        row = q_row + step // num_blocks * q_rows + first_query
+    first_query = start
+    for _ in range(qheads_per_kvhead * num_blocks):
+        row = q_row + first_query
         q, grad_out = q_desc.load([row, 0]), grad_out_desc.load([row, 0])
         lse_log2, delta = tl.load(stats_ptr + row + tile), tl.load(delta_ptr + row + tile)
         if MASKED:
@@ -109,11 +115,16 @@ def _sum_grad_key_value_kept(
             scores = soft_cap(scores, softmax_scale_log2, SOFTCAP)
         p = tl.exp2(scores * score_scale_log2 - lse_log2[None, :])
         p = tl.where(allowed, p, 0.0)
-        grad_value = dot(cast_rn(p, q.dtype), grad_out, grad_value)
-        grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
-        if SOFTCAP > 0:
-            grad_scores *= 1.0 - scores * scores
-        grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+        if VALUE:
+            grad_value = dot(cast_rn(p, q.dtype), grad_out, grad_value)
+        if KEY:
+            grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
+            if SOFTCAP > 0:
+                grad_scores *= 1.0 - scores * scores
+            grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+        is_last = first_query + BLOCK_M >= stop  # of this head
+        first_query = tl.where(is_last, start, first_query + BLOCK_M)
+        q_row = tl.where(is_last, q_row + q_rows, q_row)
     return grad_key, grad_value
 
 
@@ -134,8 +145,11 @@ def grad_key_value_kernel(
 
     Layouts as in `grad_query_kernel`; scaled_grad_out: dO / l; out_rows: strides of dK and dV, in rows. Where groups are kept,
     block 0 has the sink group, for all of whose queries P and V (v_kept) are not quantized. Excluded keys are not written.
+    Without grad_key_ptr dK is not computed, and without grad_value_ptr dV is not.
     """
     KEPT: tl.constexpr = LEAD > 0
+    KEY: tl.constexpr = grad_key_ptr is not None
+    VALUE: tl.constexpr = grad_value_ptr is not None
     batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
     q_start, seqlen_q = sequence(cu_seqlens_q_ptr, batch, seqlen_q, VARLEN)
@@ -195,55 +209,56 @@ def grad_key_value_kernel(
     elif KEPT:
         kept_from = tl.maximum(first_slot - q_pos_offset, 0) // BLOCK_M * BLOCK_M
         kept_until = tl.minimum(tl.maximum(first_slot + BLOCK_N - q_pos_offset, 0), seqlen_q)
-    if KEPT and block == 0:
-        kept_until = until
-    else:
-        # Queries in [begin, full) see some of the slots, those from `full` on see all of them.
-        begin = 0
-        full = 0
-        if MASKED:
-            begin = first_query_to_see(
-                first_slot + (GROUP if KEPT else 0), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
-                LEAD, BLOCK_SIZE, PREFIX, BOUNDED,
-            ) // BLOCK_M * BLOCK_M  # fmt: skip
-            full = first_query_to_see(
-                first_slot + BLOCK_N - (0 if KEPT else 1), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
-                LEAD, BLOCK_SIZE, PREFIX, BOUNDED,
-            )  # fmt: skip
-        elif KEPT:
-            begin = tl.maximum(first_slot + GROUP - q_pos_offset, 0) // BLOCK_M * BLOCK_M
-            full = first_slot + BLOCK_N - q_pos_offset
-        elif CAUSAL:
-            begin = tl.maximum(first_slot - q_pos_offset, 0) // BLOCK_M * BLOCK_M
-            full = first_slot + BLOCK_N - 1 - q_pos_offset
-        # A last, shorter tile is bounded for everyone.
-        full = seqlen_q if HAS_KEY_MASK else tl.where(slots < first_slot + BLOCK_N, seqlen_q, full)
-        full = begin + tl.cdiv(tl.maximum(full - begin, 0), BLOCK_M) * BLOCK_M
+    # Queries in [begin, full) see some of the slots, those from `full` on see all of them.
+    begin = 0
+    full = 0
+    if MASKED:
+        begin = first_query_to_see(
+            first_slot + (GROUP if KEPT else 0), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
+            LEAD, BLOCK_SIZE, PREFIX, BOUNDED,
+        ) // BLOCK_M * BLOCK_M  # fmt: skip
+        full = first_query_to_see(
+            first_slot + BLOCK_N - (0 if KEPT else 1), seqlen_q, q_pos_offset, slots, leftpad, upper_ptr,
+            LEAD, BLOCK_SIZE, PREFIX, BOUNDED,
+        )  # fmt: skip
+    elif KEPT:
+        begin = tl.maximum(first_slot + GROUP - q_pos_offset, 0) // BLOCK_M * BLOCK_M
+        full = first_slot + BLOCK_N - q_pos_offset
+    elif CAUSAL:
+        begin = tl.maximum(first_slot - q_pos_offset, 0) // BLOCK_M * BLOCK_M
+        full = first_slot + BLOCK_N - 1 - q_pos_offset
+    # A last, shorter tile is bounded for everyone.
+    full = seqlen_q if HAS_KEY_MASK else tl.where(slots < first_slot + BLOCK_N, seqlen_q, full)
+    full = begin + tl.cdiv(tl.maximum(full - begin, 0), BLOCK_M) * BLOCK_M
+    if KEPT:  # in a branch, ptxas would make the products wait for each other
+        kept_until = tl.where(block == 0, until, kept_until)
+        until = tl.where(block == 0, 0, until)
+        full_until = tl.where(block == 0, 0, full_until)
+    grad_key, grad_value = _sum_grad_key_value(
+        grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, mean_scores_ptr, stats_ptr,
+        delta_ptr + all_q_rows, q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad,
+        lower_ptr, upper_ptr, begin, tl.minimum(full, until),
+        softmax_scale_log2, KEY, VALUE, BLOCK_M, CAUSAL, True, QUANTIZE_PV, SAGE,
+        LEAD, MASKED, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, SOFTCAP,
+    )  # fmt: skip
+    if MASKED and not HAS_KEY_MASK:
+        full_until = full + tl.maximum(full_until - full, 0) // BLOCK_M * BLOCK_M
+    if not HAS_KEY_MASK:
         grad_key, grad_value = _sum_grad_key_value(
             grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, mean_scores_ptr, stats_ptr,
             delta_ptr + all_q_rows, q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad,
-            lower_ptr, upper_ptr, begin, tl.minimum(full, until),
-            softmax_scale_log2, BLOCK_M, CAUSAL, True, QUANTIZE_PV, SAGE,
+            lower_ptr, upper_ptr, full, full_until,
+            softmax_scale_log2, KEY, VALUE, BLOCK_M, CAUSAL, False, QUANTIZE_PV, SAGE,
             LEAD, MASKED, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, SOFTCAP,
         )  # fmt: skip
-        if MASKED and not HAS_KEY_MASK:
-            full_until = full + tl.maximum(full_until - full, 0) // BLOCK_M * BLOCK_M
-        if not HAS_KEY_MASK:
-            grad_key, grad_value = _sum_grad_key_value(
-                grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, mean_scores_ptr, stats_ptr,
-                delta_ptr + all_q_rows, q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad,
-                lower_ptr, upper_ptr, full, full_until,
-                softmax_scale_log2, BLOCK_M, CAUSAL, False, QUANTIZE_PV, SAGE,
-                LEAD, MASKED, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, SOFTCAP,
-            )  # fmt: skip
-        if MASKED and not HAS_KEY_MASK:
-            grad_key, grad_value = _sum_grad_key_value(
-                grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, mean_scores_ptr, stats_ptr,
-                delta_ptr + all_q_rows, q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad,
-                lower_ptr, upper_ptr, full_until, until,
-                softmax_scale_log2, BLOCK_M, CAUSAL, True, QUANTIZE_PV, SAGE,
-                LEAD, MASKED, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, SOFTCAP,
-            )  # fmt: skip
+    if MASKED and not HAS_KEY_MASK:
+        grad_key, grad_value = _sum_grad_key_value(
+            grad_key, grad_value, k, v, slot, present, q_desc, scaled_grad_out_desc, mean_scores_ptr, stats_ptr,
+            delta_ptr + all_q_rows, q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad,
+            lower_ptr, upper_ptr, full_until, until,
+            softmax_scale_log2, KEY, VALUE, BLOCK_M, CAUSAL, True, QUANTIZE_PV, SAGE,
+            LEAD, MASKED, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, SOFTCAP,
+        )  # fmt: skip
     if QUANTIZE_PV:
         grad_value *= 1.0 / P_GLOBAL_SCALE
     if KEPT:
@@ -251,20 +266,24 @@ def grad_key_value_kernel(
         grad_key, grad_value = _sum_grad_key_value_kept(
             grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, stats_ptr + all_q_rows, delta_ptr,
             q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad, lower_ptr, upper_ptr,
-            tl.where(block == 0, 0, -GROUP), kept_from, kept_until, softmax_scale_log2, BLOCK_M,
+            tl.where(block == 0, 0, -GROUP), kept_from, kept_until, softmax_scale_log2, KEY, VALUE, BLOCK_M,
             LEAD, MASKED, WINDOW, BLOCK_SIZE, PREFIX, BOUNDED, SOFTCAP,
         )  # fmt: skip
 
-    if ROTATE:
-        grad_key = hadamard(grad_key, BLOCK_N, BLOCK_D)
-    grad_key *= softmax_scale
     rows = batch * out_rows_b + head_k * out_rows_h + (k_start + leftpad + slot - LEAD).to(tl.int64) * out_rows_l
-    columns, columns_v = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    tl.store(
-        grad_key_ptr + rows[:, None] * HEAD_DIM + columns[None, :], cast_rn(grad_key, grad_key_ptr.dtype.element_ty),
-        mask=present[:, None] & (columns < HEAD_DIM)[None, :],
-    )  # fmt: skip
-    tl.store(
-        grad_value_ptr + rows[:, None] * HEAD_DIM_V + columns_v[None, :], cast_rn(grad_value, grad_value_ptr.dtype.element_ty),
-        mask=present[:, None] & (columns_v < HEAD_DIM_V)[None, :],
-    )  # fmt: skip
+    if KEY:
+        if ROTATE:
+            grad_key = hadamard(grad_key, BLOCK_N, BLOCK_D)
+        grad_key *= softmax_scale
+        columns = tl.arange(0, BLOCK_D)
+        tl.store(
+            grad_key_ptr + rows[:, None] * HEAD_DIM + columns[None, :], cast_rn(grad_key, grad_key_ptr.dtype.element_ty),
+            mask=present[:, None] & (columns < HEAD_DIM)[None, :],
+        )  # fmt: skip
+    if VALUE:
+        columns = tl.arange(0, BLOCK_DV)
+        tl.store(
+            grad_value_ptr + rows[:, None] * HEAD_DIM_V + columns[None, :],
+            cast_rn(grad_value, grad_value_ptr.dtype.element_ty),
+            mask=present[:, None] & (columns < HEAD_DIM_V)[None, :],
+        )  # fmt: skip

@@ -23,6 +23,9 @@ Argument = Any
 Number = int | float | None | tuple["Number", ...]
 _MOST_DESCRIPTORS = 512
 """How many a kernel keeps: PyTorch gives the same addresses again and again."""
+_LENGTHS = ("seqlen_q", "seqlen_k")
+"""Numbers of kernels that are never compiled as the constant 1. A loop over one key would be unrolled, and ptxas 12.8 then made
+code for sm_90 (head dim 32, values of 16) that reads V outside of shared memory: the address comes from the wrong register."""
 
 
 New = Callable[[], torch.Tensor]
@@ -111,7 +114,8 @@ class PrecompiledKernel:
 
     Triton's own launch looks at every argument (its type; of a number: is it 1? a multiple of 16?) and at every global that the
     kernel uses, which takes longer than many kernels run. This one does not. So what Triton looks at must be the same in all
-    launches: numbers as in `arguments`, or in the kernel's `do_not_specialize`; tensors as `Pointer` says.
+    launches: numbers as in `arguments`, or in the kernel's `do_not_specialize`, or there neither 1 nor a multiple of 16; tensors
+    as `Pointer` says.
 
     Args:
         arguments: in their order: a number as it will be or, if the kernel does not specialize, 0 or 0.0; a dtype or a `Pointer`
@@ -235,7 +239,9 @@ class Launch(NamedTuple):
         names = kernel.arg_names[len(tensors) + len(numbers) :]
         ordered = {name: constants[name] for name in names}
         x, y, z = (*grid, 1, 1)[:3]
-        compiled = PrecompiledKernel(kernel, [*tensors, *numbers], ordered, enable_fp_fusion=True, **options)
+        of_numbers = kernel.arg_names[len(tensors) :]
+        any_length = [2 if x == 1 and name in _LENGTHS else x for name, x in zip(of_numbers, numbers, strict=False)]
+        compiled = PrecompiledKernel(kernel, [*tensors, *any_length], ordered, enable_fp_fusion=True, **options)
         return cls(compiled, (x, y, z), numbers)
 
     def __call__(self, *pointers: Argument) -> Any:

@@ -249,3 +249,22 @@ def test_ordinary_calls_refuse_a_second_derivative():
     (grad, *_) = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
     with pytest.raises(ValueError, match="no second derivative"):
         grad.sum().backward()
+
+
+def test_a_length_of_one_is_no_constant_of_a_kernel():
+    """With head dim 32 and values of 16, ptxas made code that read outside of shared memory (precompiled.py)."""
+    from qat_kernels import QuantSpec
+    from qat_kernels.mask import Mask
+    from qat_kernels.triton import forward_launch, operands, precompiled, problem, tiles
+
+    q, v = torch.Size((1, 4, 1, 32)), torch.Size((1, 2, 1, 16))
+    of_one = problem.Problem.of(q, v, None, spec=QuantSpec(), mask=Mask(), scale=0.2)
+    tile = tiles.choose(90, 32, False).forward
+    with mock.patch.object(precompiled, "PrecompiledKernel") as compiled:
+        launch = forward_launch._attend_launch(of_one, tile, (64, 16, 16, 1), torch.bfloat16, operands.Given(), True)
+    names = forward_launch.attention_forward_kernel.arg_names
+    _, arguments, _ = compiled.call_args.args
+    given = dict(zip(names, arguments, strict=False))
+    assert [given[name] for name in ("seqlen_q", "seqlen_k")] == [2, 2]
+    launched = dict(zip(names[len(arguments) - len(launch.numbers) :], launch.numbers, strict=False))
+    assert [launched[name] for name in ("seqlen_q", "seqlen_k")] == [1, 1]

@@ -11,13 +11,9 @@ KERNELS = {
     "grad_key_value_kernel",
 }
 
-MEASURED = {(90, 256, True): 64, (90, 256, False): 4}
-"""Instructions in loops of dK and dV that use local memory, where no tile without them is as fast: on an H200 with 39 of them,
-causal, B 2, H 16/4, L 4096, it takes 3.50 ms, and the best tile without, 4.45 ms."""
-
 
 def assert_all_fit(compiler, problems: list[tuple[int, int, bool]], **options) -> None:
-    """Every kernel of these architectures, head dims and causalities: nothing spilled, and shared memory suffices.
+    """Every kernel of these architectures, head dims and causalities: nothing spilled, no product waits, shared memory suffices.
 
     Not where the installed Triton is known to be too old, which is refused, or to spill, which `explain` says.
     """
@@ -30,8 +26,8 @@ def assert_all_fit(compiler, problems: list[tuple[int, int, bool]], **options) -
         compiled = future.result()
         assert {kernel.name for kernel in compiled} == KERNELS
         for kernel in compiled:
-            few = MEASURED.get((arch, head_dim, causal), 0) if kernel.name == "grad_key_value_kernel" else 0
-            assert kernel.spilled_in_loops <= few or arch in tiles.SPILLS.get(TRITON, ()), (arch, head_dim, causal, kernel)
+            assert not kernel.spilled_in_loops or arch in tiles.SPILLS.get(TRITON, ()), (arch, head_dim, causal, kernel)
+            assert not kernel.warnings, (arch, head_dim, causal, kernel)
             assert_launchable(arch, kernel)
 
 

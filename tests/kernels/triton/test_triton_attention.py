@@ -175,12 +175,15 @@ def test_not_finite_inputs_stay_visible(causal, bad, device):
 
 
 def run_with_tiles(case: Case, tensors: list[torch.Tensor], sizes: list[tuple[int, int]], *, device: str) -> list[tuple]:
-    from qat_kernels.triton import tiles
+    from qat_kernels.triton import backward_launch, forward_launch, tiles
 
     results = []
     for block_m, block_n in sizes:
+        for launch in (forward_launch, backward_launch):
+            launch._plan.cache_clear()  # plans are kept by shape
         tile = tiles.Tile(block_m=block_m, block_n=block_n, num_warps=4, num_stages=1)
-        chosen = tiles.Tiles(forward=tile, grad_query=tile, grad_key_value=tile)
+        apart = tiles.Apart(key=tile, value=tile) if block_n == 128 else tile
+        chosen = tiles.Tiles(forward=tile, grad_query=tile, grad_key_value=apart)
         with mock.patch.object(tiles, "choose", lambda *_, chosen=chosen: chosen):
             results.append(run_kernels(case, tensors, device=device))
     return results

@@ -68,6 +68,14 @@ def test_packed_documents_are_as_if_alone_to_the_bit(options, device):
         assert_same_bits(each, wanted)
 
 
+@pytest.mark.gpu  # the interpreter takes 40 s
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "causal"), [(192, 128, True), (192, 128, False), (64, 32, False)])
+def test_packed_documents_with_values_of_another_head_dim_are_as_if_alone_to_the_bit(head_dim, head_dim_v, causal):
+    packed, alone = run_packed(device="cuda", head_dim=head_dim, head_dim_v=head_dim_v, causal=causal, heads=(2, 2))
+    for each, wanted in zip(packed, alone, strict=True):
+        assert_same_bits(each, wanted)
+
+
 def run_opcheck(case: Case, *, device: str) -> None:
     q, k, v, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2).to(device) for x in case.tensors(torch.bfloat16))
     masks = [None if x is None else x.to(device) for x in (case.key_mask(), case.k_shift())]
