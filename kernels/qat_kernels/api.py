@@ -143,8 +143,7 @@ def attention(
             `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere. `Verdicts` are like `auto`, but take
             `fp4` or `sageattn3` if a self-check on this GPU found it right and faster, and the call needs no derivative.
             Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and take values
-            of another head dim: `triton` only if they have at least 32 elements. `auto` and `Verdicts` choose
-            accordingly. `explain` says what runs, and why.
+            of another head dim. `auto` and `Verdicts` choose accordingly. `explain` says what runs, and why.
 
     Returns:
         The output in the shape (with Dv), dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse`

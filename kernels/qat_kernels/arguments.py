@@ -10,13 +10,13 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 import torch
 
 from .mask import Mask
-from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, UNEQUAL_HEAD_DIMS, UNTRIED_HEAD_DIMS, QuantSpec
+from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, UNEQUAL_HEAD_DIMS, QuantSpec
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
 _ALL = (*FEATURES, UNEQUAL_HEAD_DIMS)
 COMPUTED: dict[str, tuple[str, ...]] = {
-    "eager": (*_ALL, UNTRIED_HEAD_DIMS),
+    "eager": _ALL,
     "sdpa": (),
     "triton": _ALL,
     "fp4": (),
@@ -140,10 +140,8 @@ def validate(
         grouped=num_heads != num_heads_k,
     ):
         _refuse(*problem)
-    if impl != "auto" and any(name not in COMPUTED[impl] for name in _unequal_head_dims(q, v)):
-        untried = UNEQUAL_HEAD_DIMS in COMPUTED[impl]
-        but = " (triton takes another one of at least 32)" if untried else ""
-        _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'{but}", head_dim_v)
+    if impl != "auto" and head_dim_v != head_dim and UNEQUAL_HEAD_DIMS not in COMPUTED[impl]:
+        _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'", head_dim_v)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
 
 
@@ -282,7 +280,7 @@ class Checked(NamedTuple):
     scale: float
     softcap: float | None
     asked: tuple[str, ...]
-    """Which of FEATURES it asks for, UNEQUAL_HEAD_DIMS and UNTRIED_HEAD_DIMS."""
+    """Which of FEATURES it asks for, and UNEQUAL_HEAD_DIMS."""
     made: dict[tuple[str, bool], Options]
 
     def options(self, impl: str, needs_gradient: bool) -> Options:
@@ -296,15 +294,7 @@ class Checked(NamedTuple):
 
 def asked_of(features: Features, q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
     """What a call asks for of what COMPUTED lists."""
-    unequal = _unequal_head_dims(q, v)
-    return (*features.asked, *unequal) if unequal else features.asked
-
-
-def _unequal_head_dims(q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
-    """Of UNEQUAL_HEAD_DIMS and UNTRIED_HEAD_DIMS those that a call asks for."""
-    if q.shape[-1] == v.shape[-1]:
-        return ()
-    return (UNEQUAL_HEAD_DIMS, UNTRIED_HEAD_DIMS) if v.shape[-1] < 32 else (UNEQUAL_HEAD_DIMS,)
+    return features.asked if q.shape[-1] == v.shape[-1] else (*features.asked, UNEQUAL_HEAD_DIMS)
 
 
 _CHECKED: dict[tuple[Any, ...], Checked] = {}

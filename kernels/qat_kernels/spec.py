@@ -30,8 +30,6 @@ FEATURES = ("window", "block_size", "prefix", "bounds", "softcap", "sinks")
 """Arguments of `attention` that change the mask or the softmax. Not every implementation computes them."""
 UNEQUAL_HEAD_DIMS = "values of another head dim"
 """V has another head dim than Q and K, as in MLA. Not every implementation computes that either."""
-UNTRIED_HEAD_DIMS = "values of another head dim with less than 32 elements"
-"""What of UNEQUAL_HEAD_DIMS has not been right on a GPU yet: one key with 16 values ended in a memory fault."""
 
 Axis = Literal["head_dim", "keys"]
 ScaleRule = Literal["divide", "reciprocal"]
