@@ -37,7 +37,14 @@ def from_dict(
             raise ValueError(f"{where}: {field.name!r} is missing; set it in the file or as an argument")
     reader = _Reader(parse, checks_itself)
     hints = typing.get_type_hints(cls)
-    return cls(**{key: reader.convert(value, hints[key], f"{where}.{key}") for key, value in values.items()})
+    read = {key: reader.convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**read)
+    except ValueError as error:
+        # A dataclass that has several places in a config names its field alone: `path: there is no file`.
+        if str(error).partition(":")[0] in hints:
+            raise ValueError(f"{where}.{error}") from error
+        raise
 
 
 def check_keys(what: str, values: Any, known: Sequence[str]) -> None:

@@ -184,7 +184,7 @@ class QuantSpec:
             if value and not self.rules.options:
                 raise ValueError(
                     f"QuantSpec.{name}: expected False with preset={self.preset!r}, whose servers do not compute it, got True; "
-                    "leave it out, or use preset='nvfp4' or 'nvfp4_qk'"
+                    "set it to False, or use preset='nvfp4' or 'nvfp4_qk'"
                 )
 
     @property

@@ -235,7 +235,9 @@ def _check_configs(folder: Path, kind: str, server: str | None, linear: LinearRe
 def _no_export(copy: PrivateCopy) -> str:
     if any(name in copy.files for name in ("config.json", "model_index.json")):
         return "it was not written by this version's export_checkpoint; load it with its own library and call patch_model"
-    return "expected a folder that export_checkpoint wrote"
+    inside = sorted(name.removesuffix(f"/{MANIFEST}") for name in copy.files if name.endswith(f"/{MANIFEST}"))
+    hint = f"; try {' or '.join(str(copy.source / name) for name in inside[:2])}" if inside else ""
+    return f"expected a folder that export_checkpoint wrote{hint}"
 
 
 def _check_manifest(where: str, manifest: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="modules that keep their original attention")
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--text", type=Path, metavar="FILE", help="text file, for a language model with its tokenizer")
-    inputs.add_argument("--tasks", metavar="TASK,TASK", help="tasks of lm-evaluation-harness (pip install lm-eval)")
+    inputs.add_argument("--tasks", metavar="TASK,TASK", help="tasks of lm-evaluation-harness (pip install 'qat-patch[harness]')")
     inputs.add_argument("--prompt", nargs="+", help="for a pipeline: the prompts to generate from")
     add_text_arguments(parser)
     tasks = parser.add_argument_group("tasks")

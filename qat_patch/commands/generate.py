@@ -24,6 +24,7 @@ from qat_kernels import KVCache
 from qat_kernels.dispatch import SPEED
 from qat_kernels.ran import counted
 from qat_kernels.verdicts import Case
+from qat_patch.checkpoint.adapters import LORA_FILE
 from qat_patch.checkpoint.load import component_of, load_checkpoint, load_tokenizer
 from qat_patch.checkpoint.trust.download import export_folder
 from qat_patch.checkpoint.trust.opening import printable
@@ -31,6 +32,8 @@ from qat_patch.handle import PatchHandle
 from qat_patch.metadata import LOADING_ADAPTERS
 from qat_patch.patch import require_handle
 from qat_patch.self_check.store import FOLDER
+
+from .models import transformers_in
 
 _CHECKED: set[tuple[torch.device, Case]] = set()
 """What this process has checked already, even if the verdict could not be saved."""
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     options.folder = export_folder(options.folder, options.revision)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    is_video = (options.folder / "model_index.json").is_file() or _is_diffusers(options.folder)
+    is_video = any(_is_diffusers(folder) for folder in transformers_in(options.folder) or [options.folder])
     for name in _TEXT_ONLY if is_video else _VIDEO_ONLY:
         if getattr(options, name) is not None:
             kind = "video" if is_video else "text"
@@ -187,10 +190,10 @@ def _video(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
 def make_pipeline(
     folder: Path, pipeline: str | None, dtype: torch.dtype, *, component: str | None = None, needs_text: bool = True
 ) -> Any:
-    """A pipeline with a patched transformer: from the export of a pipeline, or from that of a transformer and `pipeline`.
+    """A pipeline with patched transformers: from the export of a pipeline, or from that of transformers and `pipeline`.
 
     Args:
-        folder: what `export_checkpoint` wrote.
+        folder: what `export_checkpoint` wrote, or a folder with the exports of several transformers of one pipeline.
         pipeline: for an export of a transformer alone: folder or Hub name of the pipeline around it.
         dtype: dtype of the weights.
         component: which transformer of the pipeline it replaces, if the export does not say so.
@@ -201,12 +204,13 @@ def make_pipeline(
     """
     import diffusers
 
-    model = load_checkpoint(folder, dtype=dtype)
-    if not isinstance(model, torch.nn.Module):
+    folders = transformers_in(folder) or [folder]
+    models = [load_checkpoint(each, dtype=dtype) for each in folders]
+    if not isinstance(models[0], torch.nn.Module):
         for option, value in (("pipeline", pipeline), ("component", component)):
             if value is not None:
                 raise ValueError(f"--{option}: has no effect: {folder} is a whole pipeline; leave it out")
-        return model
+        return models[0]
     if pipeline is None:
         raise ValueError(
             f"--pipeline: {folder} is a transformer alone; name the pipeline that it was fine-tuned from, for its VAE, "
@@ -215,8 +219,8 @@ def make_pipeline(
     text_encoder = {} if needs_text else {"text_encoder": None, "tokenizer": None}
     # With its own class: DiffusionPipeline.from_pretrained ignores the transformer that we pass, and loads the stored one.
     config = diffusers.DiffusionPipeline.load_config(pipeline)
-    component = _slot(folder, component, pipeline, config)
-    return getattr(diffusers, config["_class_name"]).from_pretrained(pipeline, **{component: model}, dtype=dtype, **text_encoder)
+    parts = {_slot(each, component, pipeline, config): model for each, model in zip(folders, models, strict=True)}
+    return getattr(diffusers, config["_class_name"]).from_pretrained(pipeline, **parts, dtype=dtype, **text_encoder)
 
 
 def _slot(folder: Path, component: str | None, pipeline: str, config: dict[str, Any]) -> str:
@@ -249,6 +253,9 @@ def _embeds(file: Path, device: str, dtype: torch.dtype) -> dict[str, torch.Tens
 
 
 def _is_diffusers(folder: Path) -> bool:
+    """Whether a folder holds a pipeline, a model or adapters of Diffusers."""
+    if (folder / "model_index.json").is_file() or (folder / LORA_FILE).is_file():
+        return True
     config = folder / "config.json"
     return config.is_file() and "_class_name" in json.loads(config.read_text(encoding="utf-8"))
 

@@ -13,6 +13,7 @@ from qat_patch.checkpoint.trust.download import holds_export, is_folder
 from qat_patch.checkpoint.trust.file_names import MANIFEST
 from qat_patch.checkpoint.trust.plain_json import read_json
 from qat_patch.config import AttnQATConfig
+from qat_patch.metadata import LOADING_ADAPTERS
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +32,23 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_export(options: argparse.Namespace) -> bool:
-    """Whether the model is an export of this package: a folder that `export_checkpoint` wrote, or one on the Hub."""
+    """Whether the model is an export of this package: a folder that `export_checkpoint` wrote, or one on the Hub.
+
+    A folder with the exports of several transformers of a pipeline counts too.
+    """
+    if transformers_in(Path(options.model)):
+        return True
     if not holds_export(options.model, options.revision):
         return False
     # save_pretrained of a patched model writes a file of that name too, but no export.
     return not is_folder(options.model, options.revision) or "kind" in read_json(Path(options.model, MANIFEST))
+
+
+def transformers_in(folder: Path) -> list[Path]:
+    """The exports of transformers in a folder that is no export itself: a run with `model.transformer=both` writes two."""
+    if (folder / MANIFEST).exists():
+        return []
+    return [folder / name for name in LOADING_ADAPTERS if (folder / name / MANIFEST).is_file()]
 
 
 def load_model(options: argparse.Namespace) -> Any:
@@ -113,7 +126,10 @@ def text_rows(options: argparse.Namespace) -> list[torch.Tensor]:
     tokenizer = load_tokenizer_of(options)
     ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"][0].to(options.device)
     if len(ids) < options.tokens:
-        raise ValueError(f"--tokens: expected at least {options.tokens} tokens in {options.text}, got {len(ids)}")
+        raise ValueError(
+            f"--tokens: expected at least {options.tokens} tokens in {options.text}, got {len(ids)}; take a longer text, or a "
+            "smaller number"
+        )
     return [*ids[: len(ids) // options.tokens * options.tokens].view(-1, 1, options.tokens)[: options.batches]]
 
 

@@ -140,7 +140,10 @@ def length_of(total: int, num_frames: Sequence[int], fps: float) -> int:
     """
     lengths = [number for number in num_frames if number <= total]
     if not lengths:
-        raise UnusableClip(f"it is too short: {total} frames at {fps:g} fps, and at least {min(num_frames)} are needed")
+        least = min(num_frames)
+        raise UnusableClip(
+            f"it is too short: {total} frames at {fps:g} fps, and at least {least} are needed; --num-frames can allow fewer"
+        )
     return max(lengths)
 
 

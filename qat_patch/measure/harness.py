@@ -46,7 +46,7 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError(f"lm-evaluation-harness cannot be imported ({error}); pip install lm-eval") from error
+        raise ValueError(f"lm-evaluation-harness cannot be imported ({error}); pip install 'qat-patch[harness]'") from error
     manager = TaskManager(include_path=include_path)
     if unknown := sorted(set(tasks) - set(manager.match_tasks(list(tasks)))):
         raise ValueError(f"tasks: lm-eval has no {', '.join(unknown)}; `lm_eval ls tasks` lists what it has")

@@ -3,9 +3,10 @@
 import av
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 
-from qat_patch import AttnQATConfig, PatchHandle, QuantSpec, export_checkpoint, patch_model
+from qat_patch import AttnQATConfig, PatchHandle, QuantSpec, export_checkpoint, load_checkpoint, patch_model
 from qat_patch.commands import generate
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from support.kernels.fake_gpu import fake_gpu
@@ -153,6 +154,36 @@ def test_the_slot_of_an_expert(tmp_path, component):
     if component == "transformer_2":
         with pytest.raises(ValueError, match="said is an export of transformer_2, and .*one has only transformer"):
             generate.make_pipeline(tmp_path / "said", str(tmp_path / "one"), torch.float32)
+
+
+def test_both_transformers_of_a_run(tmp_path, capsys):
+    pipe = tiny_pipeline(transformer_2=True, layers=1)
+    pipe.save_pretrained(tmp_path / "base")
+    for name in ("transformer", "transformer_2"):
+        with torch.no_grad():
+            getattr(pipe, name).proj_out.bias.fill_(7.0)
+        patch_model(getattr(pipe, name))
+        export_checkpoint(getattr(pipe, name), tmp_path / "run" / "export" / name, component=name)
+    folder = tmp_path / "run" / "export"
+    made = generate.make_pipeline(folder, str(tmp_path / "base"), torch.float32)
+    assert made.transformer.proj_out.bias[0] == made.transformer_2.proj_out.bias[0] == 7
+    arguments = [*SIZE, "--prompt=a", "--output", str(tmp_path / "out.mp4")]
+    generate.main([str(folder), f"--pipeline={tmp_path / 'base'}", *arguments])
+    assert "4-bit attention in 4 of 4 attention modules" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"wrote; try {folder}/transformer or {folder}/transformer_2"):
+        load_checkpoint(tmp_path / "run")
+
+
+def test_adapters_of_a_transformer(exports, tmp_path, capsys):
+    model = tiny_pipeline().transformer
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    patch_model(model)
+    base = str(exports / "base" / "transformer")
+    export_checkpoint(model, tmp_path / "adapters", merge_adapters=False, base_model=base)
+    arguments = [f"--pipeline={exports / 'base'}", *SIZE, "--prompt=a", "--output", str(tmp_path / "out.mp4")]
+    generate.main([str(tmp_path / "adapters"), *arguments])
+    assert shape(tmp_path / "out.mp4")[0] == 5
+    assert "4-bit attention in 4 of 4 attention modules" in capsys.readouterr().out
 
 
 def test_the_implementation_is_what_calls_ran(exports, capsys):

@@ -243,7 +243,7 @@ def test_everything_after_the_tensors_is_by_keyword():
         ({"preset": None}, r"QuantSpec.preset: expected one of nvfp4, .*, got None"),
         (
             {"preset": "sage3", "rotate": True},
-            r"QuantSpec.rotate: expected False with preset='sage3', .*, got True; leave it out",
+            r"QuantSpec.rotate: expected False with preset='sage3', .*, got True; set it to False",
         ),
         ({"preset": "kv_nvfp4", "four_over_six": True}, r"QuantSpec.four_over_six: expected False with preset='kv_nvfp4'"),
         ({"rotate": 1}, r"QuantSpec.rotate: expected True or False, got 1"),

@@ -218,7 +218,7 @@ def test_settings_without_sense_or_effect_are_refused(changes, message):
 def test_local_text_has_no_hub_settings(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     for key in ("config", "split", "text_column"):
-        with pytest.raises(ValueError, match=f"{key}: .*leave it out"):
+        with pytest.raises(ValueError, match=f"settings.data.train.{key}: .*set it to null"):
             read_settings(Settings, arguments(**{"data.train.path": tmp_path / "a.txt", f"data.train.{key}": "x"}))
 
 

@@ -42,10 +42,10 @@ class TextSource:
             raise ValueError(f"path: there is no file or folder {self.path}")
         for name in ("config", "split"):
             if getattr(self, name) is not None:
-                raise ValueError(f"{name}: only datasets of the Hub have one, and {self.path} is local; leave it out")
+                raise ValueError(f"{name}: only datasets of the Hub have one, and {self.path} is local; set it to null")
         if Path(self.path).is_dir() or self.path.endswith(".txt"):
             if self.text_column is not None:
-                raise ValueError(f"text_column: text files have no columns, and {self.path} is one or holds them; leave it out")
+                raise ValueError(f"text_column: text files have no columns, and {self.path} is one or holds them; set it to null")
         elif not self.path.endswith(".jsonl"):
             raise ValueError(f"path: expected a .txt or .jsonl file, a folder or a Hub dataset, got {self.path}")
 

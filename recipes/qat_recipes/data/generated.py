@@ -74,7 +74,7 @@ class GenerateSettings:
         if self.prompts is None and self.prompt_length != 32:
             raise ValueError(f"data.generate.prompt_length: expected no number without prompts, got {self.prompt_length}")
         if self.prompts is not None and self.prompts.blocks is not None:
-            raise ValueError("data.generate.prompts.blocks: prompts are documents, not blocks; leave it out")
+            raise ValueError("data.generate.prompts.blocks: prompts are documents, not blocks; set it to null")
 
     def check_length(self, sequence_length: int) -> None:
         """Raise a ValueError if prompts leave nothing to write."""

@@ -47,7 +47,7 @@ class StreamedBlocks(Dataset):
         if source.is_local and not source.path.endswith(".jsonl"):
             raise ValueError(f"data.streaming: expected a .jsonl file or a dataset on the Hub, got {source.path}")
         if source.blocks is not None:
-            raise ValueError("data.train.blocks: a stream goes on as long as the run; leave it out")
+            raise ValueError("data.train.blocks: a stream goes on as long as the run; set it to null")
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token (eos_token), which goes between documents; set one")
         self.source, self.tokenizer, self.sequence_length, self.window = source, tokenizer, sequence_length, window

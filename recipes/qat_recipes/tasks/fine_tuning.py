@@ -59,7 +59,7 @@ class ModelSettings:
                 "model.keep_attention: expected model.gradient_checkpointing=true with it; set that, or leave it out"
             )
         if self.revision is not None and self.is_local:
-            raise ValueError(f"model.revision: only models on the Hub have one, and {self.path} is local; leave it out")
+            raise ValueError(f"model.revision: only models on the Hub have one, and {self.path} is local; set it to null")
 
     @property
     def is_local(self) -> bool:
@@ -80,8 +80,8 @@ class FineTuningSettings(TrainingSettings):
         super().__post_init__()
         if self.lora and self.lora.export == "adapters" and self.model.export_dtype != "float32":
             raise ValueError(
-                f"model.export_dtype: adapters alone are exported in float32, got {self.model.export_dtype}; leave it out, or "
-                "set lora.export to merged"
+                f"model.export_dtype: adapters alone are exported in float32, got {self.model.export_dtype}; set it to "
+                "float32, or lora.export to merged"
             )
         if self.lora and self.lora.export == "merged" and self.lora.dropout and self.linear is not None:
             raise ValueError(

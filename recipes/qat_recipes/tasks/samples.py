@@ -51,7 +51,8 @@ class SampleSettings:
         sizes = ("height", "width", "num_frames")
         for name in ("every", "clips", *sizes, "inference_steps", "guidance_scale"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"samples.{name}: expected at least 1, got {value}")
+                remedy = "; set samples to null for none" if name == "every" else ""
+                raise ValueError(f"samples.{name}: expected at least 1, got {value}{remedy}")
         of_prompts, of_clips = ("images", *sizes), ("clips",)
         for name in of_clips if self.prompts else of_prompts:
             if getattr(self, name):
