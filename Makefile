@@ -48,7 +48,7 @@ $(VERSIONS:%=test-with-%): test-with-%: $(VENV)/versions/%
 bench: $(VENV)/installed  ## time attention against PyTorch's own, after checking that it is right
 	$(BIN)/python -m scripts.bench attention
 
-evidence: $(VENV)/installed  ## write the tables and figures of the experiments into the documents, from docs/evidence
+evidence: $(VENV)/installed  ## write tables and figures into the documents, from docs/evidence and docs/benchmarks
 	$(BIN)/python -m scripts.evidence.report
 
 check: types  ## lint, check the format and the types; edits nothing

@@ -98,11 +98,11 @@ def generation_table(results: list[Result]) -> Table:
 
 
 def by_cell(results: list[Result]) -> dict[tuple[int, int], dict[str, Result]]:
-    """By batch and length, then by name."""
+    """By batch and length, short ones first, then by name."""
     rows: dict[tuple[int, int], dict[str, Result]] = {}
     for each in results:
         rows.setdefault((each["batch"], each["length"]), {})[each["name"]] = each
-    return rows
+    return dict(sorted(rows.items(), key=lambda row: row[0][::-1]))
 
 
 def head(titles: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Every table and figure of README.md, docs/EVIDENCE.md and docs/evidence from the JSON in docs/evidence: `make evidence`."""
+"""The tables and figures of README.md, docs/EVIDENCE.md, docs/BENCHMARKS.md and docs/evidence: `make evidence`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scripts.evidence.report.document import write
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write tables and figures."""
-    new_parser("scripts.evidence.report", "tables and figures of the experiments").parse_args(arguments)
+    new_parser("scripts.evidence.report", "tables and figures of experiments and benchmarks").parse_args(arguments)
     write()
 
 

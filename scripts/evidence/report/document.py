@@ -1,4 +1,4 @@
-"""Every table and figure of the experiments in the documents, as the JSON in docs/evidence has it.
+"""Every table and figure of the experiments in the documents, as the JSON in docs/evidence has it, and the tables of speed.
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->` in one of DOCUMENTS; what stands there is replaced. Figures
 are PNG files in docs/evidence. An experiment has a module with TABLES and FIGURES, by name: functions of the results,
@@ -17,6 +17,7 @@ from scripts.evidence.report import advice as report_advice
 from scripts.evidence.report import length as report_length
 from scripts.evidence.report import serve as report_serve
 from scripts.evidence.report import servers as report_servers
+from scripts.evidence.report import speed as report_speed
 from scripts.evidence.report import summary as report_summary
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.report import untrained as report_untrained
@@ -24,7 +25,7 @@ from scripts.evidence.report import video as report_video
 from scripts.evidence.results import FOLDER, Entry, Results
 from scripts.paths import DOCS, ROOT
 
-DOCUMENTS = (ROOT / "README.md", DOCS / "EVIDENCE.md", *sorted(FOLDER.glob("*.md")))
+DOCUMENTS = (ROOT / "README.md", DOCS / "EVIDENCE.md", DOCS / "BENCHMARKS.md", *sorted(FOLDER.glob("*.md")))
 EXPERIMENTS = (
     report_untrained,
     report_trained,
@@ -35,6 +36,7 @@ EXPERIMENTS = (
     report_length,
     report_summary,
     report_advice,
+    report_speed,
 )
 Load = Callable[[str], dict[str, Entry]]
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -10,6 +10,7 @@ from scripts.evidence.report import advice as report_advice
 from scripts.evidence.report import document as report
 from scripts.evidence.report import length as report_length
 from scripts.evidence.report import servers as report_servers
+from scripts.evidence.report import speed as report_speed
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.results import FOLDER, Results
 from scripts.evidence.servers import CACHE
@@ -33,6 +34,31 @@ def test_the_claims_of_the_readme_are_measured():
     assert f"and {cache['fine-tuned through the cache']:.3f} after" in text
     assert f": {cache['not trained']:.3f} nats untrained" in text
     assert f"falls from {untrained['nvfp4']:.3f} to {untrained[ALL_UNTRAINED]:.3f}" in text
+
+
+def test_the_claims_of_the_readme_about_speed_are_measured():
+    times: dict[tuple, dict[str, float]] = {}
+    for each in report_speed.measurements("h200_attention"):
+        if each["what"] == "forward+backward" and each["block_size"] == 1:
+            shape = tuple(each[name] for name in ("heads", "queries", "keys", "head_dim", "causal", "packed", "window"))
+            times.setdefault(shape, {})[each["name"]] = each["seconds"][1]
+    flash = [row["ours"] / row.get("sdpa flash", row.get("varlen_attn")) for row in times.values()]
+    cudnn = [row["ours"] / row["sdpa cudnn"] for row in times.values() if "sdpa cudnn" in row]
+    decoded = {each["name"]: each for each in report_speed.measurements("h200_decode") if each["batch"] == 32}
+    ours, theirs = decoded["fp4 cache"], decoded["bf16 sdpa cudnn"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"takes {min(flash):.2f} to {max(flash):.2f} of FlashAttention-2's time" in text
+    assert f"and {min(cudnn):.1f} to {max(cudnn):.1f} times that of cuDNN's" in text
+    assert ours["length"] == theirs["length"] == 32_768
+    assert f"takes {ours['bytes'] / theirs['bytes']:.2f} of BF16's memory" in text
+    assert f"decodes {theirs['ms'] / ours['ms']:.1f} times as fast" in text
+
+
+def test_a_changed_time_makes_the_tables_of_speed_stale(monkeypatch):
+    documents, measurements = report.read(), report_speed.measurements
+    monkeypatch.setattr(report_speed, "measurements", lambda file: [each | {"seconds": [9.0] * 3} for each in measurements(file)])
+    rendered = report.render(documents, report.load(FOLDER))
+    assert {path.name for path in documents if rendered[path] != documents[path]} == {"README.md", "BENCHMARKS.md"}
 
 
 def test_a_changed_number_makes_a_document_stale():
