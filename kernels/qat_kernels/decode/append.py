@@ -1,4 +1,4 @@
-"""Adds new tokens to the packed cache of cache.py, in Triton: quantizes and stores K, and V of complete groups of 16.
+"""Triton kernel that adds new tokens to the packed cache of cache.py. It quantizes and stores K, and V of complete groups of 16.
 
 With groups of V along the head dim (KV_ONLY), V is stored like K.
 """
@@ -73,7 +73,7 @@ def _store_group(
 
 @triton.jit
 def _find_leftpad(key_mask_ptr, leftpad, start, length):
-    """`leftpad` below `start`, where it is known; else the first allowed slot from there on, or `length`."""
+    """`leftpad` if it is below `start`, so known already; else the first allowed slot from `start` on, or `length`."""
     if leftpad >= start:
         leftpad = length
         block = start
@@ -108,10 +108,9 @@ def append_kernel(
     leftpad int32 [B] (not HAS_LEFTPAD: 0), brought up to date if HAS_KEY_MASK; the cache as in `CacheTensors`, with room
     for `num_blocks` blocks of tokens.
 
-    recent [B, Hk, ring_size, D]: where groups are old and new, V of the slots before, and no new slot takes the place of one of
-    them.
+    recent [B, Hk, ring_size, D]: for a group with old and new tokens it holds V of the old ones, and no new slot overwrites them.
 
-    RING: there may be more tokens than room. Token j takes the place of j % (num_blocks * BLOCK), if no later one does.
+    RING: there may be more tokens than room. Token j is stored in place j % (num_blocks * BLOCK), unless a later token is.
 
     KV_ONLY: V is stored as K is, its scales by the reciprocal rule as those of K are; there is no sink and no ring.
 
@@ -127,7 +126,7 @@ def append_kernel(
         leftpad = tl.load(leftpad_ptr + batch)
     if HAS_KEY_MASK:
         key_mask_ptr += batch * length
-        # Other programs may have stored it already: then it is not below `start` either, and the same is found again.
+        # Another program may have stored it already. Then it is not below `start` either, and the same value is found again.
         leftpad = _find_leftpad(key_mask_ptr, leftpad, start, length)
         tl.store(leftpad_ptr + batch, leftpad)
     seqlen_k = length - leftpad
@@ -149,7 +148,7 @@ def append_kernel(
     if HAS_K_SHIFT:
         k = k - tl.load(k_shift_ptr + head_k * HEAD_DIM + columns, mask=valid, other=0.0)[None, :]
     if ROTATE:
-        # A head dim of 16 is half of the tile: the other half of the product is not wanted.
+        # A head dim of 16 is half of the tile; the other half of the product must be zero.
         k = tl.where(valid[None, :], hadamard(k, GROUP, 32 * BLOCK_WORDS), 0.0)
     capacity = num_blocks * (GROUP * _GROUPS_OF_BLOCK)
     rows = batch_head * capacity + token
@@ -175,7 +174,7 @@ def append_kernel(
             v = tl.where(before[:, None], tl.load(recent_ptrs, mask=before[:, None] & valid[None, :], other=0.0), v)
             first_row = batch_head * num_blocks * HEAD_DIM
             if RING:
-                # No later group of this place is complete.
+                # Only if no later complete group has this place.
                 if (group + 1) * GROUP + capacity > seqlen_k:
                     place = group % (num_blocks * _GROUPS_OF_BLOCK)
                     _store_group(v.to(tl.float32), place, value_codes_ptr, value_scales_ptr, first_row, HEAD_DIM, FOUR_OVER_SIX)

@@ -39,7 +39,7 @@ def _fake_quantize_q(
     """Q float32 [ROWS, COLUMNS], zero behind the head dim, fake-quantized: the bits are those of `quantize_rows`."""
     if ROTATE:
         x = hadamard(x, ROWS, COLUMNS)
-        if HEAD_DIM < COLUMNS:  # a head dim of 16 is half of the tile: the other half of the product is not wanted
+        if HEAD_DIM < COLUMNS:  # a head dim of 16 is half of the tile; the other half of the product must be zero
             x = tl.where((tl.arange(0, COLUMNS) < HEAD_DIM)[None, :], x, 0.0)
     groups = tl.reshape(x, (ROWS, COLUMNS // GROUP, GROUP))
     magnitude, scale, finite = round_groups(groups, 2, FOUR_OVER_SIX)
@@ -48,12 +48,13 @@ def _fake_quantize_q(
 
 @triton.jit
 def _scale_to_float16(x):
-    """Q float32 [R, C] as float16, each row times a power of two that brings its largest value to 2^14 or just above; and what
-    undoes it, float32 [R, 1].
+    """Q float32 [R, C] as float16, and the factors that undo its scaling, float32 [R, 1].
+
+    Each row is multiplied by a power of two that brings its largest value to 2^14 or just above.
 
     Values of bfloat16 and float16 stay exact, unless they are less than 2^-28 of the largest.
     """
-    # As integers, magnitudes have the same order, and unlike the maximum of floats this one keeps NaN.
+    # Magnitudes have the same order as integers, and the maximum of integers keeps NaN, unlike that of floats.
     exponent = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True) >> _EXPONENT_BITS
     exponent = tl.minimum(tl.maximum(exponent, 15), 254)
     scale = ((268 - exponent) << _EXPONENT_BITS).to(tl.float32, bitcast=True)
@@ -62,7 +63,7 @@ def _scale_to_float16(x):
 
 @triton.jit
 def _scores(k, q, scale_log2, softcap):
-    """Products of K [N, D] and Q [D, M], and what they are to be multiplied by, float32 [M], to be scores times log2(e)."""
+    """Products of K [N, D] and Q [D, M], and the factors float32 [M] that make them scores times log2(e)."""
     scores = dot(k, q, tl.zeros((k.shape[0], q.shape[1]), tl.float32))
     if softcap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
         scores = (1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale_log2 * (2.0 / softcap))[None, :]))) * (softcap * LOG2_E)
@@ -72,7 +73,7 @@ def _scores(k, q, scale_log2, softcap):
 
 @triton.jit
 def _online_softmax_step(scores, scores_max, scale_log2, row_max):
-    """One step of the online softmax over axis 0 with ceiled maxima: P~, the factor of what came before, and the new maximum."""
+    """One step of the online softmax over axis 0 with ceiled maxima: P~, the factor for earlier sums, and the new maximum."""
     row_max_new = tl.maximum(row_max, tl.ceil(scores_max * scale_log2))
     row_max_safe = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
     p = tl.exp2(scores * scale_log2 - row_max_safe)
@@ -180,20 +181,20 @@ def split_kernel(
     NEGATE: tl.constexpr, HAS_LEFTPAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_K_SHIFT: tl.constexpr, ROTATE: tl.constexpr,
     FOUR_OVER_SIX: tl.constexpr, KV_ONLY: tl.constexpr, BEFORE_SM_89: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows (query heads of one key head, times new tokens) against one part of the keys; the last part: the kept groups.
+    """BLOCK_M rows (query heads of one key head, times new tokens) against a part of the keys. The last part is the kept groups.
 
-    KV_ONLY: V lies as K does, Q and P~ are not quantized, and there are no kept groups, so no such part.
+    KV_ONLY: V is stored as K is, Q and P~ are not quantized, and there are no kept groups, so the last part is like the others.
 
     q [B, H, n, D] of any strides but the last, which is 1; k_shift float32 [Hk, D]; the cache as in `KVCache`, keys and values
     counted from `leftpad` int32 [B] (not HAS_LEFTPAD: 0), with room for `num_blocks` blocks of values and V of the last slots in
-    a ring; key_mask uint8 [B, length] over slots. partials float32: of every part of every head [B, Hk, num_parts] out
-    [rows, D], not yet divided, and behind them all [2, rows]: m and the sum of P~. lse float32 [B, H, n]: if HAS_K_SHIFT, what
-    the shift takes from it. NEGATE: the scale is negative.
-    window: how many keys a row sees (None: all before it); the parts are of the tiles that are in a window, and the cache is a
-    ring: token j is in the place of j % (num_blocks * BLOCK). softcap: or None.
+    a ring; key_mask uint8 [B, length] over slots. partials float32: for each part of each head [B, Hk, num_parts], out
+    [rows, D] before the division; after all of these, [2, rows] for each: m and the sum of P~. lse float32 [B, H, n]: if
+    HAS_K_SHIFT, what the shift takes from it. NEGATE: the scale is negative.
+    window: how many keys a row sees (None: all before it). Then the parts cover only the tiles in a window, and the cache is a
+    ring: token j is in place j % (num_blocks * BLOCK). softcap: a number, or None.
 
-    DEPENDENT: it begins while the kernel before it, `append_kernel`, still runs. `early`: the parts of complete groups do not
-    read what that one stores. They wait for it before they store, as it may still read memory that is theirs now.
+    DEPENDENT: this kernel begins while `append_kernel` still runs. `early`: the parts of complete groups do not read what that
+    kernel stores. They wait for it before they store, because it may still read memory that now belongs to them.
     """
     batch_head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     batch, head_k = batch_head // num_heads_k, batch_head % num_heads_k
@@ -326,7 +327,7 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One row of `split_kernel`: its parts, in order. out [B, H, n, D] of any strides but the last; sinks [H] or None."""
+    """Adds the parts of one row of `split_kernel` in order. out [B, H, n, D] of any strides but the last; sinks [H] or None."""
     if DEPENDENT:
         gdc_wait()
     rows_of_head = qheads_per_kvhead * seqlen_new

@@ -34,9 +34,9 @@ class CacheTensors(NamedTuple):
     of the sink group [B, Hk, 16, D]. With `kv_nvfp4` values are stored like keys, and there is no sink group. All except the sink
     group are rings: token j is in the place of token j % capacity. This matters only with a window, which keeps fewer tokens."""
     recent: torch.Tensor | None
-    """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: that of slot s is at s % n. None with `kv_nvfp4`."""
+    """V of the last slots as a ring [B, Hk, n, D], 0 where the mask excludes a slot. Slot s is at s % n. None with `kv_nvfp4`."""
     leftpad: torch.Tensor | None
-    """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
+    """int32 [B]: the first allowed slot of each sequence, at least `length` where there is none yet; None without a mask."""
     length: int
     """Slots filled so far."""
     spec: QuantSpec
@@ -50,7 +50,7 @@ class CacheTensors(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        """The same in blocks of BLOCK_TOKENS tokens."""
+        """The capacity in blocks of BLOCK_TOKENS tokens."""
         return self.capacity // BLOCK_TOKENS
 
     @property

@@ -1,11 +1,11 @@
 """The keys and values of one attention layer in NVFP4, for generation: docs/NUMERICS.md, section 4, token by token.
 
 K is quantized as it arrives, V as soon as a group of 16 tokens is complete. The values of the kept groups stay unquantized:
-those of the sink group, and of the last tokens, which include the open group. So attention over the cache gives the same as
-causal attention over all of its tokens.
+those of the sink group, and those of the last tokens, which include the open group. So attention over the cache gives the same
+result as causal attention over all of its tokens.
 
 With a window of w keys the cache keeps only the tokens that may be seen again: a ring of w tokens and some more. The
-group in which a window begins is kept as a whole, with the codes of V from when it was complete.
+group in which a window begins is kept as a whole, with the codes that V got when the group was complete.
 
 With `kv_nvfp4` groups of V lie along the head dim too, as in the caches of servers (section 9): V is quantized as it arrives, and
 nothing is kept.
@@ -43,7 +43,8 @@ class KVCache:
     """Packed keys and values of one layer, which `attention` extends and attends to.
 
     Slots are the columns of a batch, padding included. Inside, tokens are counted from each sequence's first allowed slot, as
-    groups along tokens are. It takes 4.5 bits a value, and except with `kv_nvfp4` also 64 tokens of V in the dtype of the inputs.
+    groups along tokens are. A value takes 4.5 bits. Except with `kv_nvfp4`, it also keeps 64 tokens of V in the dtype of
+    the inputs.
     """
 
     presets = ("nvfp4", "kv_nvfp4")
@@ -62,14 +63,14 @@ class KVCache:
         self._packed: dict[str, torch.Tensor] = {}
         """As in `CacheTensors`."""
         self._recent = torch.empty(0, 0, 0, 0)
-        """A ring [B, Hk, n, D] of V of the last slots, 0 where excluded: slot s is at s % n. At first n is 0; with `kv_nvfp4` it
-        stays 0."""
+        """V of the last slots as a ring [B, Hk, n, D], 0 where the mask excludes a slot. Slot s is at s % n. At first n is 0;
+        with `kv_nvfp4` it stays 0."""
         self._recent_start = 0
         """The first slot whose V is in the ring."""
         self._first = 0
         """The first slot whose place in the ring is not overwritten."""
         self._leftpad: torch.Tensor | None = None
-        """int32 [B]: the first allowed slot of each sequence, not below `length` where there is none yet; None: no mask came."""
+        """int32 [B]: the first allowed slot of each sequence, at least `length` where there is none yet; None without a mask."""
 
     @property
     def batch(self) -> int:
@@ -137,7 +138,7 @@ class KVCache:
 
         Args:
             q, k, v: [B, H, n, D] and [B, Hk, n, D]: the next n slots of each sequence.
-            key_mask: bool [B, length + n], over all slots; the part that was given before may not change.
+            key_mask: bool [B, length + n], over all slots. The part that was given before must not change.
             window: as for `qat_kernels.attention`, the same at every call. Keys that are in no window are not read.
             softcap, sinks: as for `qat_kernels.attention`, if the preset has them.
             impl: `auto`, `eager` or `triton`; for `nvfp4` also `fp4`, for the first call only.
@@ -154,7 +155,7 @@ class KVCache:
         scale = None if scale is None else number("scale", scale)
         for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, features, impl, scale)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        # SDPA has no log-sum-exp, and no feature.
+        # SDPA returns no log-sum-exp and computes none of the features.
         if self.length == 0 and not (spec.kv_only and (return_lse or features.asked)):
             out, lse = self._attend_at_once(q, k, v, scale, key_mask, k_shift, spec, features, for_first)
             self._extend(k, v, key_mask, k_shift, spec, window, impl)
@@ -186,8 +187,8 @@ class KVCache:
         """Remove the last `tokens` slots.
 
         Raises:
-            ValueError: this would reopen a group whose values are left in NVFP4 only (not with `kv_nvfp4`); or with a
-                window it needs tokens that are not kept; or there are not so many slots. The cache does not change then.
+            ValueError: this would reopen a group whose values are kept in NVFP4 only (not with `kv_nvfp4`); a window would then
+                need tokens that are not kept; or there are fewer slots. The cache does not change then.
         """
         if not 0 <= tokens <= self.length:
             raise ValueError(f"KVCache.crop: expected a number of slots from 0 to {self.length}, got {tokens}")
@@ -197,7 +198,7 @@ class KVCache:
         assert self.spec is not None, "something was added"
         if self.window is not None and max(length - self.window + 1, 0) < self._first:
             raise ValueError(
-                f"KVCache.crop: without {tokens} slots a window of {self.window} keys begins at slot "
+                f"KVCache.crop: after {tokens} slots are removed, a window of {self.window} keys begins at slot "
                 f"{max(length - self.window + 1, 0)}, and those before {self._first} are not kept; crop at most "
                 f"{self.length - self.window + 1 - self._first}, or start again from an empty cache"
             )
@@ -213,9 +214,9 @@ class KVCache:
         needed = (opened + leftpad)[(opened > 0) & (leftpad + opened < length)].tolist()
         if needed and min(needed) < self._recent_start:
             raise ValueError(
-                f"KVCache.crop: {tokens} slots reach into a group of {GROUP_SIZE} whose values are only left in NVFP4: those of "
-                f"the last {self.length - self._recent_start} slots are kept; crop fewer (in assisted generation guess "
-                "fewer tokens, num_assistant_tokens), or start again from an empty cache"
+                f"KVCache.crop: {tokens} slots reach into a group of {GROUP_SIZE} whose values are kept in NVFP4 only; the cache "
+                f"keeps those of the last {self.length - self._recent_start} slots unquantized; crop fewer slots (in assisted "
+                "generation set num_assistant_tokens to less), or start again from an empty cache"
             )
 
     def select(self, rows: torch.Tensor) -> None:
@@ -301,7 +302,7 @@ class KVCache:
         features: Features,
         impl: Impl | Verdicts,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention over a cache of these tokens alone, in one piece: O, and except for `kv_nvfp4` LSE."""
+        """Attention over these tokens, which are the first ones: O, and LSE (None with `kv_nvfp4`)."""
         with torch.no_grad():
             if spec.kv_only:
                 at_once: Impl = "eager" if impl == "eager" else "sdpa"
@@ -323,7 +324,7 @@ class KVCache:
         features: Features,
         impl: Impl,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add K and V and attend to all tokens: O and LSE; with a window, some tokens at a time."""
+        """Add K and V, then attend to all tokens: O and LSE. With a window this goes in steps of some tokens."""
         kernels, start, new = _implementation(impl), self.length, q.shape[2]
         ran.note("eager" if impl == "eager" else "decode")
         softcap = None if features.softcap is None else float(features.softcap)
@@ -350,7 +351,7 @@ class KVCache:
         window: int | None,
         impl: Impl,
     ) -> None:
-        """K and V of the next slots; afterwards `_recent` reaches back far enough to attend from as many queries."""
+        """Add K and V of the next slots. Afterwards `_recent` reaches back far enough for as many queries to attend."""
         start, new = self.length, k.shape[2]
         self.spec, self.window = spec, window
         # No new slot may overwrite a slot of the open group.
@@ -368,7 +369,7 @@ class KVCache:
         self._resize(RECENT_TOKENS, self._recent)
 
     def _resize(self, slots: int, like: torch.Tensor) -> None:
-        """Make `_recent` a ring of so many slots; of 0 if no group is kept."""
+        """Make `_recent` a ring of this many slots, or of none if no group is kept."""
         assert self.spec is not None, "something is added"
         slots = 0 if self.spec.kv_only else slots
         old = self._recent
@@ -381,7 +382,7 @@ class KVCache:
             self._recent[:, :, kept % slots] = old[:, :, kept % old.shape[2]]
 
     def _grow(self, k: torch.Tensor) -> None:
-        """Make room for all slots, or with a window for those that are kept."""
+        """Make room for all slots; with a window, for those that are kept."""
         batch, num_heads_k, _, head_dim = k.shape
         assert self.spec is not None, "something is added"
         blocks = self._tensors(self.spec).num_blocks if self._packed else 0
@@ -415,7 +416,7 @@ class KVCache:
 
 
 def _ring(window: int) -> int:
-    """How many tokens are kept, in whole blocks."""
+    """How many tokens are kept with a window, in whole blocks."""
     return -(-(window + _WITH_A_WINDOW - 1) // BLOCK_TOKENS) * BLOCK_TOKENS
 
 

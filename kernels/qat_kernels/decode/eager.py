@@ -1,4 +1,4 @@
-"""`KVCache` in eager PyTorch, by the functions of launch.py: the reference of the kernels, and what runs where they cannot."""
+"""`KVCache` in eager PyTorch, with the functions of launch.py: the reference of the kernels, and what runs where they cannot."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def attend(
     allowed = slots < cache.length
     if cache.spec.kv_only:
         value = _tokens(cache, "value", tokens, q.shape[-1]).to(dtype)
-        value = value_fq = torch.where(allowed[:, None, :, None], value, 0.0)  # for what was cropped need not be finite
+        value = value_fq = torch.where(allowed[:, None, :, None], value, 0.0)  # what was cropped may not be finite
     else:
         value, value_fq = _values(cache, leftpad, tokens, q.shape[2], dtype)
     if key_mask is not None:
@@ -94,7 +94,7 @@ class _Tokens(NamedTuple):
 
 
 def _first_read(cache: CacheTensors, leftpad: torch.Tensor, queries: int) -> int:
-    """The first token to be read: a group before the windows, in the place of the first group of all, which would be kept."""
+    """The first token to be read. It is one group before the windows, because the first group that is read counts as kept."""
     if cache.window is None:
         return 0
     first_seen = cache.length - queries - (cache.window - 1) - int(leftpad.max())
@@ -115,14 +115,14 @@ def _quantized_rows(x: torch.Tensor, how: NVFP4Format) -> tuple[torch.Tensor, to
 
 
 def _tokens(cache: CacheTensors, name: str, tokens: _Tokens, head_dim: int) -> torch.Tensor:
-    """The inverse: tokens of "key" or "value", float32 [B, Hk, n, D]. Some may be what was cropped."""
+    """The inverse of `_quantized_rows`: tokens of "key" or "value", float32 [B, Hk, n, D]. Cropped tokens may be among them."""
     places = tokens.numbers(cache.packed["key_codes"].device) % cache.capacity
     codes, scales = (cache.packed[f"{name}_{part}"][:, :, places] for part in ("codes", "scales"))
     return _dequantize(*unpack_rows(codes, scales, head_dim))
 
 
 def _append_values(cache: CacheTensors, v: torch.Tensor, start: int) -> None:
-    """V of the slots from `start` on, in groups along the tokens: those that are complete by now, the sink group and the ring."""
+    """Store V of the slots from `start` on: groups along the tokens that are complete now, the sink group and the ring."""
     assert cache.recent is not None
     known_start = max(start - GROUP_SIZE + 1, 0)
     known = torch.cat((_recent_values(cache, slice(None), known_start, start), v), 2)  # also of the group that was open
@@ -158,14 +158,14 @@ def _append_values(cache: CacheTensors, v: torch.Tensor, start: int) -> None:
 def _values(
     cache: CacheTensors, leftpad: torch.Tensor, tokens: _Tokens, queries: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """V [B, Hk, n, D] as the kept groups of the last `queries` tokens take it, and as it is quantized along the tokens."""
+    """V [B, Hk, n, D] twice: as the kept groups of the last `queries` tokens read it, and quantized along the tokens."""
     packed, (start, stop) = cache.packed, tokens
     first_block = start // BLOCK_TOKENS
     blocks = torch.arange(first_block, max(first_block, -(-stop // BLOCK_TOKENS)), device=leftpad.device) % cache.num_blocks
     by_column = _dequantize(*unpack_rows(packed["value_codes"][:, :, blocks], packed["value_scales"][:, :, blocks], BLOCK_TOKENS))
     by_token = by_column.mT.flatten(2, 3)[:, :, start - first_block * BLOCK_TOKENS :][:, :, : max(0, stop - start)]
     complete = (cache.length - leftpad)[:, None] // GROUP_SIZE * GROUP_SIZE
-    # Behind the last complete group may be what was cropped.
+    # Cropped tokens may lie behind the last complete group.
     value_fq = torch.where((tokens.numbers(leftpad.device) < complete)[:, None, :, None], by_token, 0.0).to(dtype)
     value = value_fq.clone()
     if start == 0:

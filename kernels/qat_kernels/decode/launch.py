@@ -1,4 +1,4 @@
-"""`KVCache` with Triton: launches the kernels of append.py and attend.py. Takes and changes what the eager cache does."""
+"""`KVCache` with Triton: launches the kernels of append.py and attend.py, with the arguments and effects of eager.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     maxnreg: int | None
     """The most registers that a thread may use."""
     programs: int
-    """How many are to share a processor: those that split the keys between them fill the GPU once."""
+    """How many programs share a multiprocessor. The keys are split into as many parts as fill the GPU once."""
 
 
 # Chosen by their machine code (tests/kernels/decode/test_triton_decode_aot.py): they do not spill with Triton 3.6 and 3.9.
@@ -42,16 +42,16 @@ _TILES = {
     (8, True): {4: Tile(8, 32, 1, 3, None, 11), 8: Tile(8, 64, 2, 2, None, 4)},
     (16, True): {4: Tile(16, 32, 1, 2, None, 6), 8: Tile(16, 64, 4, 2, None, 2)},
 }
-"""By rows and whether groups of V lie along the head dim, and then by the most times 32 elements that a row has."""
+"""By rows, and by whether groups of V lie along the head dim; then by the largest row, in words of 32 elements."""
 
 
 _WARP_GROUPS = TRITON > (3, 6)
-"""Whether this Triton has 4 warps compute a product of 8 columns together (sm_90, sm_100). Then what is decoded goes through
-shared memory, and storing it there takes longer than the product."""
+"""Whether this Triton lets 4 warps compute a product of 8 columns together (sm_90, sm_100). Decoded values then go through
+shared memory, and storing them there takes longer than the product."""
 
 
 def choose(arch: int, rows: int, head_dim: int, spec: QuantSpec) -> Tile:
-    """The tile for so many rows, of which some may be padding."""
+    """The tile for this many rows, some of which may be padding."""
     tiles = _TILES[8 if rows <= 8 else 16, spec.kv_only]
     tile = next(tile for words, tile in tiles.items() if row_words(head_dim) <= words)
     if spec.kv_only and 100 <= arch < 120 and tile.num_warps == 1:  # ptxas would stop at 168 registers, and spill
@@ -62,7 +62,7 @@ def choose(arch: int, rows: int, head_dim: int, spec: QuantSpec) -> Tile:
 
 
 class Given(NamedTuple):
-    """Which of the tensors that may be missing are there."""
+    """Which of the optional tensors are there."""
 
     leftpad: bool
     key_mask: bool
@@ -70,7 +70,7 @@ class Given(NamedTuple):
 
     @property
     def types(self) -> tuple[torch.dtype | None, ...]:
-        """Of k_shift, key_mask and leftpad."""
+        """The types of k_shift, key_mask and leftpad."""
         return (
             torch.float32 if self.k_shift else None,
             torch.uint8 if self.key_mask else None,
@@ -79,7 +79,7 @@ class Given(NamedTuple):
 
     @property
     def constants(self) -> dict[str, Any]:
-        """What kernels are compiled for."""
+        """The constants that the kernels are compiled with."""
         return {"HAS_LEFTPAD": self.leftpad, "HAS_KEY_MASK": self.key_mask, "HAS_K_SHIFT": self.k_shift}
 
 
@@ -134,7 +134,7 @@ def _attend_kernels_for(
 
 
 def _stored_types(dtype: torch.dtype, spec: QuantSpec) -> tuple[torch.dtype | None, ...]:
-    """Of `CacheTensors.stored`."""
+    """The types of `CacheTensors.stored`."""
     return (*[torch.uint8] * 4, *[None if spec.kv_only else dtype] * 2)
 
 
@@ -175,7 +175,7 @@ def attend(
     tile = choose(arch_of(device), rows, head_dim, spec)
     row_blocks = -(-rows // tile.block_m)
     tiles = -(-cache.length // tile.block_n)
-    if cache.window is not None:  # those that so many keys may lie in
+    if cache.window is not None:  # as many as the keys of the windows may lie in
         tiles = min(tiles, (cache.window + seqlen_new + tile.block_n - 3) // tile.block_n + 1)
     programs = tile.programs * _processors(device)
     num_splits = max(1, min(tiles, programs // (batch * num_heads_k * row_blocks)))
@@ -184,7 +184,7 @@ def attend(
     partials = q.new_empty(batch * num_heads * seqlen_new * num_parts * (head_dim + 2), dtype=torch.float32)
     softmax_scale_log2 = scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E
     given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
-    # What `append` stores is not read with complete groups, and only a copy of q is not older than that kernel.
+    # Complete groups do not need what `append` stores, and q is older than that kernel unless it was copied here.
     early = int(seqlen_new == 1 and not given.leftpad and not spec.kv_only and q is given_q)
     with on_device(device):
         split, combine = _attend_kernels_for(
@@ -211,17 +211,17 @@ def attend(
 
 
 def _dependent(device: torch.device) -> bool:
-    """Whether kernels may begin before the one before them ends (programmatic dependent launch), and wait for it themselves."""
+    """Whether a kernel may begin before the previous one ends, and waits for it itself (programmatic dependent launch)."""
     return not INTERPRET.value and arch_of(device) >= 90
 
 
 def _pointers(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """As kernels take them. A copy among them may be freed then: what is allocated in its place is written after the launch."""
+    """Tensors as kernels take them. A copy may be freed afterwards: whatever reuses its memory is written after the launch."""
     return tuple(map(pointer, tensors))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """With a head dim of neighbouring elements."""
+    """The tensor, with neighbouring elements along the head dim."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -231,5 +231,5 @@ def _uint8(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 @functools.cache
 def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors; under the interpreter a few, so that small problems are split too."""
+    """The number of streaming multiprocessors; under the interpreter 4, so that small problems are split too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

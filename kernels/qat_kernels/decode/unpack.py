@@ -60,7 +60,7 @@ _TWO_CONSTRAINTS = tl.constexpr(",".join(["=&r"] * 8 + ["r", "r", "r", "r"]))
 def _value(word, scale, ELEMENT: tl.constexpr):
     """The float16 of an element of a word and an E4M3 byte, times UNPACK_SCALE.
 
-    For the interpreter, which would round a conversion from E4M3 wrongly.
+    The interpreter runs this, because it rounds conversions from E4M3 wrongly.
     """
     byte = word >> (8 * (ELEMENT // 4 + 2 * (ELEMENT % 2)))
     if ELEMENT % 4 >= 2:  # the second code of the byte, brought to where the first one is
@@ -116,8 +116,8 @@ def unpack(words, scales, BEFORE_SM_89: tl.constexpr):
 def unpack_tokens(words, scales, BEFORE_SM_89: tl.constexpr):
     """Rows of the cache -> float16 [32 I, R], times UNPACK_SCALE, for a product over the rows; `token_columns` has their order.
 
-    Such a product takes an element of two rows in one register. In that order a lane decodes the words of two rows together, and
-    again no data moves between lanes: if a warp takes eight words of a row.
+    Such a product takes an element of two rows in one register. In that order a lane decodes the words of two rows together. If a
+    warp takes eight words of a row, no data moves between lanes here either.
     """
     rows: tl.constexpr = words.shape[0]
     count: tl.constexpr = words.shape[1] // 4
@@ -135,7 +135,8 @@ def token_columns(BLOCK_WORDS: tl.constexpr):
 
 @triton.jit
 def load_rows(codes_ptr, scales_ptr, rows, present, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr):
-    """Words and scales of rows in memory, with zeros up to 32 BLOCK_WORDS elements; rows not `present` (None: all) are zeros."""
+    """Words and scales of rows in memory, with zeros up to 32 BLOCK_WORDS elements. Rows that are not `present` are zeros
+    (None: all are present)."""
     word, group = tl.arange(0, 4 * BLOCK_WORDS), tl.arange(0, 2 * BLOCK_WORDS)
     word_mask = rows[:, None] >= 0
     group_mask = word_mask

@@ -148,7 +148,7 @@ def test_crop_beyond_the_values_at_hand_is_refused():
     q, k, v, _ = problem.tensors()
     cache = KVCache()
     cache.attention(*(x[:, :, :129] for x in (q, k, v)))
-    with pytest.raises(ValueError, match="60 slots reach into a group of 16 whose values are only left in NVFP4"):
+    with pytest.raises(ValueError, match="60 slots reach into a group of 16 whose values are kept in NVFP4 only"):
         cache.crop(60)
     with pytest.raises(ValueError, match="34 slots reach into a group"):
         cache.crop(34)  # to 95, and the values of 80 are gone
