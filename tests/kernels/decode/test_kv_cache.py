@@ -111,7 +111,8 @@ def test_crop_within_what_a_window_keeps():
         assert error(step(330), expected[:, :, start:330]) < 1e-12
     cache.crop(2)
     with pytest.raises(
-        ValueError, match=r"after 80 slots are removed, a window of 60 keys begins at slot 189, and those before 202 .* at most 67"
+        ValueError,
+        match=r"after 80 slots are removed, a window of 60 keys begins at slot 189, and those before 202 .* at most 67",
     ):
         cache.crop(80)
     assert error(step(400), expected[:, :, 328:]) < 1e-12

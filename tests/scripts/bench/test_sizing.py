@@ -7,29 +7,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scripts.bench import sizing
+from scripts.bench import sizing, sizing_cases
 from scripts.bench.sizing_report import FILE, STATIC, Line, fit, report
 
 GIB = 2**30
 
 
-ON_A_GPU = {name for name in sizing.METHODS if "activations" in name or "paged" in name}
-OF = dict.fromkeys(sizing.METHODS, "Qwen3 tiny") | dict.fromkeys(("full", "LoRA", "LoRA, layers", "LoRA, NF4"), "Wan 2.1 tiny")
+ON_A_GPU = {name for name in sizing_cases.METHODS if "activations" in name or "paged" in name}
+OF = dict.fromkeys(sizing_cases.METHODS, "Qwen3 tiny") | dict.fromkeys(
+    ("full", "LoRA", "LoRA, layers", "LoRA, NF4"), "Wan 2.1 tiny"
+)
 OF |= {name: "Wan 2.2 tiny" for name in OF if "expert" in name}
 
 
 def test_every_method_runs_and_a_run_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sizing.MeasuredVideo, "sample", small_clip)
-    every = sizing.tiny_cases((32, 48))
-    assert {case.method for case in every} | ON_A_GPU == sizing.METHODS.keys()
+    monkeypatch.setattr(sizing_cases.MeasuredVideo, "sample", small_clip)
+    every = sizing_cases.tiny_cases((32, 48))
+    assert {case.method for case in every} | ON_A_GPU == sizing_cases.METHODS.keys()
     # Each once; of Wan those whose losses are compared.
     file, cases = tmp_path / "memory.json", [case for case in every if case.model == OF[case.method]]
-    sizing.measure(file, sizing.TINY, cases[:1], seconds=1e9)
+    sizing.measure(file, sizing_cases.TINY, cases[:1], seconds=1e9)
     first = json.loads(file.read_text())
     assert [(case["model"], case["method"]) for case in first["cases"]] == [(cases[0].model, cases[0].method)]
-    sizing.measure(file, sizing.TINY, cases, seconds=0)
+    sizing.measure(file, sizing_cases.TINY, cases, seconds=0)
     assert json.loads(file.read_text()) == first and "run it again for the rest" in capsys.readouterr().out
-    sizing.measure(file, sizing.TINY, cases, seconds=1e9)
+    sizing.measure(file, sizing_cases.TINY, cases, seconds=1e9)
     results = json.loads(file.read_text())
     assert [(case["model"], case["method"], case["tokens"]) for case in results["cases"]] == [
         (case.model, case.method, [32, 48]) for case in cases
@@ -40,13 +42,13 @@ def test_every_method_runs_and_a_run_goes_on(tmp_path, monkeypatch, capsys):
     assert losses["Wan 2.1 tiny", "LoRA"] == losses["Wan 2.1 tiny", "LoRA, layers"] != losses["Wan 2.1 tiny", "LoRA, NF4"]
     assert "LoRA: 32: ran, not measured on a CPU, 48: ran" in capsys.readouterr().out
     # Nothing is left to do.
-    sizing.measure(file, sizing.TINY, cases, seconds=0)
+    sizing.measure(file, sizing_cases.TINY, cases, seconds=0)
     assert json.loads(file.read_text()) == results
     with pytest.raises(ValueError, match="expected lengths of which memory was measured, on a GPU, got none"):
         report(file)
     monkeypatch.setattr(sizing, "machine", lambda: {"device": "another"})
     with pytest.raises(ValueError, match=r"measured on .*CPU.*, and this is .*another"):
-        sizing.measure(file, sizing.TINY, cases, seconds=0)
+        sizing.measure(file, sizing_cases.TINY, cases, seconds=0)
 
 
 def test_what_cannot_be_measured_is_said_at_the_end(tmp_path, monkeypatch, capsys):
@@ -55,9 +57,9 @@ def test_what_cannot_be_measured_is_said_at_the_end(tmp_path, monkeypatch, capsy
             raise FloatingPointError("the loss is not finite")
 
     monkeypatch.setattr(sizing, "train", train)
-    cases = [sizing.Case(model="Qwen3 tiny", method=method, tokens=(16, 32)) for method in ("full", "LoRA")]
+    cases = [sizing_cases.Case(model="Qwen3 tiny", method=method, tokens=(16, 32)) for method in ("full", "LoRA")]
     with pytest.raises(SystemExit, match="not measured: Qwen3 tiny, full$"):
-        sizing.measure(tmp_path / "memory.json", sizing.TINY, cases, seconds=1e9)
+        sizing.measure(tmp_path / "memory.json", sizing_cases.TINY, cases, seconds=1e9)
     assert "full: not measured: FloatingPointError: the loss is not finite" in capsys.readouterr().out
     (case,) = json.loads((tmp_path / "memory.json").read_text())["cases"]
     assert case["method"] == "LoRA" and case["peak_bytes"] == case["losses"] == [None, None]
@@ -88,8 +90,8 @@ def test_what_is_measured_is_the_peak_of_each_length(monkeypatch):
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(sizing, "train", train)
-    case = sizing.Case(model="Qwen3 tiny", method="LoRA", tokens=(16, 32, 48), cap_gib=24, is_timed=True)
-    model = sizing.TINY[case.model]
+    case = sizing_cases.Case(model="Qwen3 tiny", method="LoRA", tokens=(16, 32, 48), cap_gib=24, is_timed=True)
+    model = sizing_cases.TINY[case.model]
     assert sizing.measured(case, model) == {
         "peak_bytes": [2 * GIB, round(3.5 * GIB), None],
         "reserved_bytes": [5 * GIB, 5 * GIB, None],
@@ -112,7 +114,7 @@ def test_the_allocator_gets_no_more_than_its_limit():
 def test_weights_are_those_of_the_published_models():
     # The numbers of parameters in the files on the Hub.
     published = {"Wan 2.1 1.3B": 1_418_996_800, "Qwen3 0.6B": 596_049_920, "Qwen3 14B": 14_768_307_200}
-    assert {name: sizing.weights(sizing.MODELS[name]) for name in published} == published
+    assert {name: sizing.weights(sizing_cases.MODELS[name]) for name in published} == published
 
 
 def case(model="Qwen3 4B", method="full", tokens=(4096, 8192, 16_384), peaks=(20, 30, 50)):
@@ -179,8 +181,8 @@ def test_small_gpus_have_a_section(tmp_path):
 
 
 def test_the_methods_have_names():
-    assert sizing.METHODS.keys() == STATIC.keys() and {case.method for case in sizing.CASES} <= STATIC.keys()
-    assert {case.model for case in sizing.CASES} <= sizing.MODELS.keys()
+    assert sizing_cases.METHODS.keys() == STATIC.keys() and {case.method for case in sizing_cases.CASES} <= STATIC.keys()
+    assert {case.model for case in sizing_cases.CASES} <= sizing_cases.MODELS.keys()
 
 
 def test_the_file_is_fresh():
