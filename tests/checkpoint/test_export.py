@@ -155,7 +155,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_load_refuses_what_is_no_export(tmp_path, exported):
+def test_load_refuses_what_is_not_an_export(tmp_path, exported):
     model, _ = exported
     with pytest.raises(ValueError, match=r"qat_patch.json does not exist; expected a folder"):
         load_checkpoint(tmp_path / "nowhere")

@@ -91,7 +91,7 @@ def test_cards_of_image_models(tmp_path):
     assert "pipeline_tag: image-to-video" in card and "license: apache-2.0" in card and str(tmp_path) not in card
 
 
-def test_a_plain_load_says_nothing_of_ours_twice(tmp_path, caplog):
+def test_a_plain_load_prints_no_message_of_ours_twice(tmp_path, caplog):
     """Loading a Diffusers model whose record lies in its config needs no message of this package."""
     model = tiny_transformer(layers=1)
     patch_model(model)

@@ -283,7 +283,7 @@ ESCAPE = "\x1b]0;title\x07\x1b[2J"
 
 
 @pytest.mark.parametrize("place", ["file", "key", "class", "reference", "tensor", "dtype"])
-def test_nothing_that_a_terminal_obeys_is_said(copy_of, place):
+def test_messages_hold_no_terminal_control_characters(copy_of, place):
     folder = copy_of("single")
     if place == "file":
         (folder / f"{ESCAPE}.py").write_text("")

@@ -43,7 +43,7 @@ def test_upload(hub, folder):
     assert contents(hub.root / "me/model") == contents(folder)
 
 
-def test_nobody_is_logged_in(hub, folder):
+def test_upload_without_a_login(hub, folder):
     hub.token = None
     with pytest.raises(ValueError, match="no access token; run `hf auth login`"):
         push_to_hub(folder, "me/model")
@@ -62,7 +62,7 @@ def test_the_name_is_taken(hub, folder):
     assert contents(hub.root / "me/model") == contents(folder)
 
 
-def test_a_failure_half_way_says_how_to_go_on(hub, folder):
+def test_a_failure_half_way_says_how_to_continue(hub, folder):
     before = contents(folder)
     hub.broken_after = 2
     with pytest.raises(RuntimeError, match="the connection broke") as failure:

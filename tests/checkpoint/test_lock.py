@@ -54,7 +54,7 @@ def test_another_process_is_kept_out_until_it_is_dead(owner, tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_so_is_the_same_process(tmp_path):
+def test_the_same_process_is_kept_out_too(tmp_path):
     with locked(tmp_path / "a", "output_dir"):
         (tmp_path / "link").symlink_to(tmp_path / "a")
         for name in ("a", "b/../a", "link"):

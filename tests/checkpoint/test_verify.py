@@ -59,7 +59,7 @@ def test_other_models_and_pipelines(tmp_path):
     assert len([line for line in verify_checkpoint(export_checkpoint(image, tmp_path / "i2v")) if "bit-equal" in line]) == 2
 
 
-def test_inputs_of_ones_own(tmp_path, monkeypatch):
+def test_your_own_inputs(tmp_path, monkeypatch):
     model = tiny_qwen3(num_hidden_layers=1)
     patch_model(model)
     ids = torch.arange(3, 25)[None]

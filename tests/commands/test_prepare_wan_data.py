@@ -191,7 +191,7 @@ def test_pipelines_that_cannot_be_used(clips, tmp_path, changes, message):
         prepare(tmp_path, clips, tmp_path / "out")
 
 
-def test_no_usable_clip_is_an_error(wan_models, tmp_path):
+def test_having_no_usable_clip_is_an_error(wan_models, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.mp4").write_bytes(b"no video")
     (tmp_path / "in/a.txt").write_text("a", encoding="utf-8")

@@ -70,7 +70,7 @@ def test_what_has_changed_is_encoded_again(wan_models, tmp_path, encoded, capsys
     assert file.read_bytes() == good
 
 
-def test_a_failure_leaves_nothing_half_done_and_is_gone_on_from(wan_models, clips, prepared, tmp_path, encoded, monkeypatch):
+def test_a_failure_leaves_nothing_half_done_and_can_be_continued(wan_models, clips, prepared, tmp_path, encoded, monkeypatch):
     save_file = prepare_wan_data.save_file
 
     def fail_at_the_second(tensors, path, metadata):
@@ -88,7 +88,7 @@ def test_a_failure_leaves_nothing_half_done_and_is_gone_on_from(wan_models, clip
     assert contents(tmp_path) == contents(prepared)
 
 
-def test_a_killed_process_is_gone_on_from(wan_models, tmp_path, encoded):
+def test_the_work_of_a_killed_process_is_continued(wan_models, tmp_path, encoded):
     clips, output, count = tmp_path / "in", tmp_path / "out", 12
     write_video(clips / "00.mp4", moving_square(5, 32, 48))
     for number in range(count):

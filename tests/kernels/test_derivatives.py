@@ -136,7 +136,7 @@ def test_gradients_of_torch_func_are_those_of_backward():
 
 
 @pytest.mark.parametrize("head_dim_v", [32, 16])
-def test_vmap_over_everything_is_one_call_after_the_other(head_dim_v):
+def test_vmap_over_everything_equals_single_calls(head_dim_v):
     value, direction = V[..., :head_dim_v], ALONG[..., :head_dim_v]
     q, k, v, t = (torch.stack([x, x.flip(0), 2 * x]) for x in (Q, K, value, direction))
     call = partial(attention, causal=True)

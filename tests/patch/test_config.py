@@ -81,7 +81,7 @@ def test_overrides():
 
 
 @pytest.mark.parametrize("config", [QuantSpec(preset="kv_nvfp4"), "kv_nvfp4", {"spec": {}}], ids=str)
-def test_what_is_no_config_is_refused(config):
+def test_what_is_not_a_config_is_refused(config):
     with pytest.raises(ValueError, match=r"patch_model: config: expected an AttnQATConfig, got .*; for a preset"):
         patch_model(tiny_qwen3(), config)
 

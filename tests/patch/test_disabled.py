@@ -107,7 +107,7 @@ def test_a_measurement_and_disabled_end_in_any_order(tried):
         assert not tried.is_original
 
 
-def test_nobody_takes_the_calls_of_a_measurement_away(tried):
+def test_a_model_is_observed_by_one_measurement_at_a_time(tried):
     seen = []
     with tried.handle.observed(lambda layer, call: seen.append(layer)):
         for measure in (calibrate, sensitivity):

@@ -111,7 +111,7 @@ def test_every_action_asks_what_is_in_force(replace, tmp_path):
         calibrate(model, [ids])
 
 
-def test_no_action_takes_disabled_for_4_bits(tmp_path):
+def test_no_action_mistakes_disabled_for_4_bits(tmp_path):
     model, ids = tiny_qwen3(), token_ids()
     handle = patch_model(model)
     for action in (lambda: calibrate(model, [ids]), lambda: export_checkpoint(model, tmp_path / "export")):
@@ -122,7 +122,7 @@ def test_no_action_takes_disabled_for_4_bits(tmp_path):
 
 @pytest.mark.parametrize("replace", [replace_name, replace_inner])
 @pytest.mark.parametrize("called_before", [False, True])
-def test_a_lost_patch_is_loud_at_the_next_call(replace, called_before):
+def test_a_lost_patch_raises_at_the_next_call(replace, called_before):
     model, ids = tiny_qwen3(), token_ids()
     handle = patch_model(model)
     ours = model.config._attn_implementation
@@ -148,7 +148,7 @@ class OwnWay(Qwen3Attention):
         return hidden_states, None
 
 
-def test_a_module_that_goes_around_the_interface_is_no_silent_original():
+def test_a_module_that_bypasses_the_interface_does_not_run_original_attention_silently():
     model, ids = tiny_qwen3(), token_ids()
     model.model.layers[1].self_attn.__class__ = OwnWay
     handle = patch_model(model)
@@ -164,7 +164,7 @@ def test_a_module_that_goes_around_the_interface_is_no_silent_original():
         logits(model, ids)
 
 
-def test_compiled_calls_are_marked_and_a_look_at_them_costs_no_graph():
+def test_compiled_calls_are_marked_and_the_check_adds_no_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model, ids = tiny_qwen3(), token_ids()

@@ -100,7 +100,7 @@ def test_calibrates_before_the_first_step_on_its_batches(folder, tmp_path):
 
 
 @pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])], ids=["full", "lora"])
-def test_goes_on_from_a_checkpoint(peft_config, folder, tmp_path):
+def test_resumes_from_a_checkpoint(peft_config, folder, tmp_path):
     options = {"peft_config": peft_config, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, "calibration_batches": 1}
     whole = sft(folder, tmp_path / "whole", **options)
     whole.train()

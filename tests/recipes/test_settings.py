@@ -144,7 +144,7 @@ def test_what_a_recipe_refuses_is_one_line_and_what_breaks_is_a_traceback(capsys
 
 
 @pytest.mark.parametrize("program", ["finetune_qwen3", "finetune_wan", "evaluate_qwen3"])
-def test_every_recipe_is_run_so(program):
+def test_every_recipe_is_run_this_way(program):
     assert (RECIPES / f"{program}.py").read_text().endswith('if __name__ == "__main__":\n    run(main)\n')
 
 

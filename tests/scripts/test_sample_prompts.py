@@ -31,7 +31,7 @@ def sample(folder, output, *arguments, prompts="VBench_full_info.json"):
     return sample_prompts.main([str(folder / "export"), f"--prompts={folder / prompts}", f"--output={output}", *SIZE, *arguments])
 
 
-def test_every_prompt_so_often_and_what_is_there_is_kept(folder, tmp_path, capsys):
+def test_every_prompt_gets_its_samples_and_existing_files_are_kept(folder, tmp_path, capsys):
     files = sample(folder, tmp_path / "fp4", "--samples=2", "--device=cpu")
     prompts = ["a red square", "a blue square moves left_right"]
     assert [file.name for file in files] == [f"{prompt}-{number}.mp4" for prompt in prompts for number in range(2)]

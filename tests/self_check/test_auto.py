@@ -101,7 +101,7 @@ def test_auto_obeys_the_verdict_and_all_agree(monkeypatch, capsys, result, small
 
 
 @pytest.mark.usefixtures("gpu")
-def test_what_is_no_verdict_is_not_kept(monkeypatch, cache):
+def test_what_is_not_a_verdict_is_not_kept(monkeypatch, cache):
     says(monkeypatch, {"state": "none", "reason": "out of memory: tried to allocate 4 GiB"})
     model = tiny_qwen3()
     handle = patch_model(model)
@@ -111,7 +111,7 @@ def test_what_is_no_verdict_is_not_kept(monkeypatch, cache):
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_user_decides_too(monkeypatch):
+def test_the_user_can_choose_the_implementation(monkeypatch):
     says(monkeypatch, passed((16, 16)))
     model = tiny_qwen3()
     patch_model(model).check()

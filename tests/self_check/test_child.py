@@ -10,7 +10,7 @@ from support.kernels.fake_gpu import passed, says
 CASES = [{"head_dim": head_dim, "causal": False, "spec": "{}", "dtype": "bfloat16"} for head_dim in (64, 128)]
 
 
-def test_every_case_is_told(monkeypatch):
+def test_every_case_is_reported(monkeypatch):
     says(monkeypatch, passed())
     assert list(child.results("cuda:0", CASES)) == [{"case": case} | passed() for case in CASES]
 
@@ -27,7 +27,7 @@ def test_every_case_is_told(monkeypatch):
         ("raise MemoryError", "none", "out of memory: MemoryError"),
     ],
 )
-def test_a_child_that_says_nothing_is_explained_by_its_end(monkeypatch, code, state, words):
+def test_a_silent_child_is_explained_by_how_it_ended(monkeypatch, code, state, words):
     """The second case does it; the first and a third, which another child takes, are as good as ever."""
     code = f"""
 for case in request["cases"]:
@@ -44,7 +44,7 @@ for case in request["cases"]:
     assert time.monotonic() - began < 10
 
 
-def test_an_end_that_was_announced_is_no_second_failure(monkeypatch):
+def test_an_announced_end_does_not_count_as_a_second_failure(monkeypatch):
     code = """
 say(request["cases"][0], {"state": "failed", "reason": "it stopped with RuntimeError: x"})
 sys.exit(1)
@@ -53,7 +53,7 @@ sys.exit(1)
     assert [each["reason"] for each in child.results("cuda:0", CASES)] == ["it stopped with RuntimeError: x"] * 2
 
 
-def test_the_child_is_alone_and_hears_its_request(monkeypatch):
+def test_the_child_gets_its_request_and_no_rank(monkeypatch):
     code = """
 print("noise of a library")
 ranks = [name for name in ("RANK", "LOCAL_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID") if name in os.environ]

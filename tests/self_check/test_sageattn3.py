@@ -202,7 +202,7 @@ def test_a_verdict_is_about_the_package_that_was_checked(monkeypatch, package):
 
 
 @pytest.mark.usefixtures("gpu", "package")
-def test_what_cannot_be_loaded_is_no_other_implementation(package):
+def test_a_kernel_that_cannot_be_loaded_raises(package):
     (package / "sageattn3" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     model = wan()
     patched(model, impl="sageattn3")  # nothing is imported before it runs

@@ -65,7 +65,7 @@ def test_what_is_kept_is_read_again_and_replaced(cache):
         lambda text: json.dumps(json.loads(text) | {"case": CASE | {"dtype": "nn"}}),
     ],
 )
-def test_damaged_and_foreign_files_are_as_if_they_were_not_there(cache, damage):
+def test_damaged_and_foreign_files_are_ignored(cache, damage):
     with fake_gpu():
         assert store.keep({"case": CASE} | passed())
         (file,) = cache.iterdir()
@@ -87,7 +87,7 @@ def test_a_verdict_holds_for_what_it_was_found_on(field):
         assert known_verdicts() is None
 
 
-def test_a_verdict_that_cannot_be_written_is_none(monkeypatch, cache):
+def test_a_verdict_that_cannot_be_written_does_not_count(monkeypatch, cache):
     cache.write_text("a file where the folder should be")
     says(monkeypatch, passed())
     with fake_gpu():

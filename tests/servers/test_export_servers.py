@@ -92,7 +92,7 @@ def test_a_language_model_is_ordinary_to_others_and_4_bit_to_us(tmp_path, caplog
     assert torch.equal(logits(stock), logits(model))
 
 
-def test_a_process_without_the_package_hears_of_no_quantization(tmp_path):
+def test_a_process_without_the_package_is_told_about_no_quantization(tmp_path):
     export_checkpoint(qwen3(), tmp_path / "out", server="vllm", auto_enable=True, dtype=torch.bfloat16)
     program = (
         "import sys; sys.modules['qat_patch'] = None\n"
@@ -117,7 +117,7 @@ def test_what_switches_vllm_on_by_itself(tmp_path):
         load_checkpoint(folder)
 
 
-def test_head_sizes_that_vllm_cannot_serve_are_said(tmp_path):
+def test_head_sizes_that_vllm_cannot_serve_are_reported(tmp_path):
     notes = {}
     for size in (32, 64, 128):
         export_checkpoint(qwen3(head_dim=size), tmp_path / str(size), server="vllm")
@@ -304,7 +304,7 @@ def test_ordinary_loading_does_not_mind_a_damaged_record(tmp_path, change):
     assert patch_model(model).config == AttnQATConfig()
 
 
-def test_a_record_that_is_no_json_is_told_and_the_weights_are_loaded(tmp_path, caplog):
+def test_a_record_that_is_not_json_is_reported_and_the_weights_are_loaded(tmp_path, caplog):
     folder = export_checkpoint(qwen3(), tmp_path / "out", server="vllm")
     (folder / "qat_patch.json").write_text("{")
     with caplog.at_level(logging.WARNING):

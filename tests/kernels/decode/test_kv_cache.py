@@ -124,7 +124,7 @@ def test_crop_within_what_a_window_keeps():
 
 @pytest.mark.parametrize("mask", [None, "left"])
 @pytest.mark.parametrize("preset", KVCache.presets)
-def test_crop_takes_tokens_back(mask, preset):
+def test_crop_removes_tokens(mask, preset):
     """Past the ends of groups, again and again; what cannot be restored is refused, and nothing has changed then."""
     problem = case(mask=mask, preset=preset)
     q, k, v, _ = problem.tensors()
@@ -166,7 +166,7 @@ def test_crop_beyond_the_values_at_hand_is_refused():
     assert cache.length == cache.nbytes == 0
 
 
-def test_without_kept_groups_any_number_of_tokens_is_taken_back():
+def test_without_kept_groups_any_number_of_tokens_can_be_removed():
     """Into the middle of any group, the first too, and before the first allowed slot of a sequence."""
     problem = case(preset="kv_nvfp4", mask="left", lq=300, lk=300)
     q, k, v, _ = problem.tensors()

@@ -109,7 +109,7 @@ def step_after_crop(impl: str, *, device: str = "cpu"):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_what_was_taken_back_is_never_computed_with(device):
+def test_removed_tokens_are_never_computed_with(device):
     out, expected = on(device, step_after_crop, "triton"), step_after_crop("eager")
     assert expected.isfinite().all() and error(out, expected) < 2e-3
 
@@ -144,7 +144,7 @@ def add_with_padding(impl: str, preset: str, *, device: str = "cpu"):
     # The interpreter takes long, and finding the first token is the same code.
     [("cpu", "nvfp4"), *[pytest.param("cuda", preset, marks=pytest.mark.gpu) for preset in ("nvfp4", "kv_nvfp4")]],
 )
-def test_first_tokens_are_found_and_tokens_taken_back_as_in_eager(device, preset):
+def test_first_tokens_are_found_and_tokens_removed_as_in_eager(device, preset):
     first, recent, packed = on(device, add_with_padding, "triton", preset)
     expected_first, expected_recent, expected = add_with_padding("eager", preset)
     assert first.tolist() == expected_first.tolist() == [0, 1100, 1203]

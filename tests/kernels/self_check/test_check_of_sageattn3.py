@@ -147,6 +147,6 @@ def test_what_stops_a_kernel(monkeypatch, error, state, words):
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(1.06, (64, 64)), (1.04, None)])
-def test_it_has_to_be_faster_than_the_training_forward(monkeypatch, ratio, expected):
+def test_it_must_be_faster_than_the_training_forward(monkeypatch, ratio, expected):
     result, _ = decide(monkeypatch, sageattn3_blackwell, times=[timing.Timed(64, 64, 1.0, ratio, 3.0)])
     assert result["state"] == "passed" and result["wins_from"] == expected

@@ -191,7 +191,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_who_has_to_see_a_node_sees_one():
+def test_code_that_needs_a_node_sees_one():
     """And an ordinary call has none, whose result has the same bits."""
     tensors = leaves()
     plain = attention(*tensors, causal=True)

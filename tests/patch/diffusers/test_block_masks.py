@@ -216,7 +216,7 @@ class Listens(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_who_listens_for_attention_hears_the_mask():
+def test_code_that_listens_for_attention_gets_the_mask():
     q, k, v = qkv(queries=53)
     mask = by_blocks(53, 53, 7)[None, None]
     with Listens() as listens:
@@ -238,7 +238,7 @@ def test_masks_of_flex_attention_are_refused_by_name():
         dispatch(*qkv(queries=53), block_mask)
 
 
-def test_the_oracle_can_tell():
+def test_the_oracle_notices_another_mask():
     """Without its mask the reference is another: the first test could fail."""
     stock, given = skyreels(), inputs()
     names = [f"blocks.{block}.attn1" for block in range(2)]

@@ -113,7 +113,7 @@ def test_every_argument_of_the_dispatcher_is_declared():
     assert list(ours) == list(inspect.signature(dispatch_attention_fn).parameters)
 
 
-def test_what_comes_without_a_layer_goes_to_the_stock_dispatcher():
+def test_calls_without_a_layer_go_to_the_stock_dispatcher():
     wrapped = diffusers_adapter._knowing_layers(dispatch_attention_fn)
     q, k, v = qkv()
     mask = torch.ones(2, 1, 1, 53, dtype=torch.bool)

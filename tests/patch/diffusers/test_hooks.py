@@ -78,7 +78,7 @@ class Doubled(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_other_listeners_hear_of_4_bit_attention_and_let_it_run(calls, monkeypatch):
+def test_other_listeners_see_4_bit_attention_and_let_it_run(calls, monkeypatch):
     model = QWEN_IMAGE.build()
     with Doubled(), Doubled():
         before = run(model)
@@ -172,7 +172,7 @@ def test_caches_skip_attention_on_purpose(cache, patch_first, calls):
     unpatch_model(model)
 
 
-def test_a_hook_that_is_gone_excuses_nobody():
+def test_a_removed_hook_excuses_no_skipped_attention():
     model = tiny_wan()
     handle = patch_model(model)
     layer = handle.patched["blocks.0.attn1"]

@@ -166,7 +166,7 @@ def test_what_a_processor_was_set_to_comes_back():
     assert shared._attention_backend is AttentionBackendName._NATIVE_MATH
 
 
-def test_another_backend_set_after_the_patch_is_no_silent_override():
+def test_another_backend_set_after_the_patch_does_not_override_it_silently():
     model = tiny_wan()
     stock = processors(model)
     handle = patch_model(model, AttnQATConfig(include=["*.attn1"]))

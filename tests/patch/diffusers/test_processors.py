@@ -137,7 +137,7 @@ class ComputesItsBackend(AsAttribute):
         return attn.to_out[0](out.flatten(2))
 
 
-def test_what_goes_around_the_patch_at_run_time_is_loud():
+def test_what_bypasses_the_patch_at_run_time_raises():
     for kind, message in (
         (IgnoresItsBackend, "its IgnoresItsBackend computed attention without its backend"),
         (ComputesItsBackend, "backend: expected that of the processor, got '_native_math'; exclude this module"),
@@ -246,7 +246,7 @@ def test_ip_adapters_are_patched_with_the_model(calls):
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
 
-def test_ip_adapters_that_are_loaded_into_a_patched_model_are_no_silent_loss():
+def test_ip_adapters_in_a_patched_model_do_not_remove_the_patch_silently():
     model = FLUX.patched()
     with torch.no_grad():
         model(**FLUX.inputs())

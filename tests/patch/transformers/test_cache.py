@@ -145,7 +145,7 @@ def test_each_module_keeps_what_fits_its_preset():
     assert specs == ["nvfp4", None, "kv_nvfp4"]
 
 
-def test_as_many_tokens_as_you_like_are_taken_back_from_a_cache_of_servers():
+def test_any_number_of_tokens_can_be_removed_from_a_cache_of_servers():
     """More than the 32 that the other one allows."""
     model, ids = tiny_qwen3(torch.float64), token_ids(length=90)
     handle = patch_model(model, AttnQATConfig(spec=QuantSpec(preset="kv_nvfp4")))
@@ -317,7 +317,7 @@ def test_the_name_of_the_argument_is_not_deprecated(recwarn):
     assert [str(warning.message) for warning in recwarn if "past_key_values" in str(warning.message)] == []
 
 
-def test_whoever_generates_gets_the_cache(monkeypatch):
+def test_every_caller_of_generate_gets_the_cache(monkeypatch):
     """Code that is not ours passes none: a PEFT model around the patched one, as TRL calls it, and calls that say otherwise."""
     model, ids = tiny_qwen3(torch.float64), token_ids(length=21)
     handle = patch_model(model)

@@ -130,7 +130,7 @@ def test_a_mask_is_not_read_while_a_cuda_graph_is_captured(monkeypatch):
     assert masks.read(make(), 6, 6, from_the_first=True).key_mask is None
 
 
-def test_no_mask_is_no_position():
+def test_a_missing_mask_says_nothing_about_positions():
     assert masks.read(None, 5, 5, from_the_first=True).filled == 5 and masks.read(None, 1, 9, from_the_first=True).filled == 9
     with pytest.raises(ValueError, match="no mask for 5 queries and 9 keys: expected one that says where the queries are"):
         masks.read(None, 5, 9, from_the_first=True)

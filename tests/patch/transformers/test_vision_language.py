@@ -76,7 +76,7 @@ def test_a_tower_that_sees_a_picture_is_the_stock_one():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_words_around_a_picture(side):
+def test_text_around_a_picture(side):
     """Qwen3-VL: positions have three axes then, and the tower's output is added in several layers."""
     tokens = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
     stock = build("qwen3_vl", tokens)

@@ -101,7 +101,7 @@ class OwnWay(Qwen3Attention):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_module_of_its_own_way_gets_the_masks_that_it_knows(implementation):
+def test_a_module_with_its_own_attention_gets_the_masks_that_it_knows(implementation):
     """Layer 0, so that what comes in is what the stock model has."""
     model, (padded, mask) = with_layer(OwnWay, layer=0), pad(token_ids(), 5, "left")
     model.set_attn_implementation(implementation)

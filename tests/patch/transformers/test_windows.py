@@ -215,7 +215,7 @@ def test_pictures_see_themselves_both_ways(model_type, spans, padding):
     assert relative(found[real], expected[real]) < 1e-6
 
 
-def test_words_after_a_picture_come_on_a_cache():
+def test_text_after_a_picture_on_a_cache():
     model = every_causal_lm.build("gemma3")
     ids, types = token_ids(length=60) % 97 + 3, with_image(60, (7, 30))
     patch_model(model)

@@ -119,7 +119,7 @@ def test_prompts_are_the_beginnings_of_documents(attention, tmp_path, monkeypatc
             assert alone(torch.tensor([row[:end]])).logits[0, -1].argmax() == row[end]
 
 
-def test_goes_on_at_the_next_batch_and_in_any_number_of_processes(tmp_path, monkeypatch):
+def test_resumes_at_the_next_batch_and_in_any_number_of_processes(tmp_path, monkeypatch):
     whole = write(tmp_path / "whole")
     generate, calls = transformers.GenerationMixin.generate, []
 
@@ -186,7 +186,7 @@ def test_sequences_become_blocks(tmp_path):
         pack_sequences(rows, 50)
 
 
-def test_a_run_that_is_killed_while_it_writes_goes_on_bit_for_bit(inputs, tmp_path):
+def test_a_run_that_is_killed_while_it_writes_resumes_bit_for_bit(inputs, tmp_path):
     run = BARE | RUN
     finetune(inputs, tmp_path / "whole", **run)
     run_until_killed(finetune_qwen3, settings(inputs, tmp_path / "run", **run), "batch-000001")
@@ -198,7 +198,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_bit_for_bit(inputs, tmp_pa
     assert log(tmp_path / "run")[-1]["kl"] > 0
 
 
-def test_a_run_goes_on_with_its_own_text_only(inputs, tmp_path):
+def test_a_run_resumes_with_its_own_text_only(inputs, tmp_path):
     run = {"data.generate.attention": "fp4", "checkpoint_every": 1, "keep_checkpoints": 5, "steps": 2, "eval_every": 2}
     run = RUN | {"warmup_steps": 0, "data.eval_fraction": 0.3, "data.eval.path": ...} | run
     finetune(inputs, tmp_path / "run", **run)

@@ -43,7 +43,7 @@ def test_blocks_are_those_of_the_whole_text(tmp_path):
 
 
 @pytest.mark.parametrize("is_local", [True, False])
-def test_it_goes_on_at_any_block(tmp_path, monkeypatch, is_local):
+def test_it_resumes_at_any_block(tmp_path, monkeypatch, is_local):
     source, tokenizer = write(tmp_path / "a.jsonl", 30), byte_tokenizer()
     if not is_local:
         hub, opened = datasets.Dataset.from_json(source.path), []
@@ -142,7 +142,7 @@ def test_a_long_document_is_held_once_and_never_written(tmp_path):
     assert rows(again, range(3996, 4004)) == rows(stream, range(3996, 4004))
 
 
-def test_text_that_has_changed_is_not_gone_on_from(tmp_path):
+def test_changed_text_is_not_continued(tmp_path):
     source, tokenizer = write(tmp_path / "a.jsonl", 30), byte_tokenizer()
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     stream = StreamedBlocks(source, tokenizer, LENGTH, window=2)

@@ -143,7 +143,7 @@ def test_text_that_cannot_be_used_is_refused(tmp_path, tokenizer):
         load_source(TextSource(path=write(tmp_path / "good.txt", words(50))), endless, 16)
 
 
-def test_rows_without_text_are_never_dropped_unsaid(tmp_path, tokenizer, capsys):
+def test_rows_without_text_are_never_dropped_silently(tmp_path, tokenizer, capsys):
     """A key that is missing is refused, with its line; null and blank texts are counted, with an example."""
     rows = [{"text": words(9, seed=number)} for number in range(60)]
     file = write(tmp_path / "misspelt.jsonl", *rows[:40], {"txet": "a"}, *rows[40:])

@@ -16,7 +16,7 @@ from support.models.clips_to_prepare import prepare
 from support.models.tiny_clips import write_clips
 
 
-def test_folders_that_are_no_data(prepared, tmp_path):
+def test_folders_that_hold_no_data(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"there is no .*index.json; expected a folder that qat-patch prepare-wan-data"):
         EncodedClips(tmp_path)
     index = json.loads((prepared / "index.json").read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def test_order_follows_from_the_seed_and_changes_with_the_epoch():
 
 
 @pytest.mark.parametrize("start", [1, 6, 7, 8, 20])
-def test_a_resumed_run_goes_on_in_the_same_order(start):
+def test_a_resumed_run_continues_in_the_same_order(start):
     assert batches(start, 24) == batches(0, 24)[start:]
     assert len(BucketBatches(BUCKETS, 4, 3, start, 24)) == 24 - start
 

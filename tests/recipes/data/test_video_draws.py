@@ -136,7 +136,7 @@ def test_the_fingerprint_knows_the_empty_caption_where_it_is_used(folder, tmp_pa
         [clips[Draw(0, number)] for number in range(4)]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(folder, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(folder, tmp_path):
     tiny_pipeline(layers=1).save_pretrained(tmp_path / "model")
     values = {"model.path": tmp_path / "model", "data.train": folder, "steps": 6, "batch_size": 1, "learning_rate": 1e-3}
     values |= {"data.windows": "random", "data.caption_dropout": 0.5, "data.repeats": "{images/*: 2}", "checkpoint_every": 3}

@@ -149,7 +149,7 @@ def changed(folder, **changes):
         (lambda f: add_key(f, "transformer.blocks.0.attn1.to_q.lora_A.weight"), "to_q has two tensors for down"),
     ],
 )
-def test_what_is_no_lora(tmp_path, change, message):
+def test_files_that_are_not_lora(tmp_path, change, message):
     config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
     peft.get_peft_model(tiny_transformer(layers=1), config).save_pretrained(tmp_path)
     read_lora(tmp_path)

@@ -70,7 +70,7 @@ def exported(folder):
 
 
 @pytest.mark.parametrize("use", ["frozen", "merged"])
-def test_their_lora_acts_and_stays_and_ones_own_is_exported(inputs, tmp_path, use):
+def test_the_loaded_lora_acts_and_stays_and_the_trained_one_is_exported(inputs, tmp_path, use):
     """Alone, as `load_lora_weights` reads it beside theirs; or in whole weights with theirs."""
     theirs, changes = inputs / "theirs.safetensors", {"lora.start.strength": 0.7}
     alone = finetune(inputs, tmp_path / "alone", use, **changes, **{"lora.export": "adapters"})
@@ -108,7 +108,7 @@ def test_theirs_is_trained_on(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("use", ["frozen", "merged", "trained"])
-def test_a_run_goes_on_and_refuses_another_file(inputs, tmp_path, use):
+def test_a_run_resumes_and_refuses_another_file(inputs, tmp_path, use):
     shutil.copytree(inputs, tmp_path / "in")
     changes = {"checkpoint_every": 1}
     finetune(tmp_path / "in", tmp_path / "whole", use, **changes)

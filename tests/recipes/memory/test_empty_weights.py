@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
         (SimpleNamespace(cpu_ram_efficient_loading=True), False, True),
     ],
 )
-def test_who_receives_weights(monkeypatch, plugin, is_main_process, expected):
+def test_which_layers_receive_weights(monkeypatch, plugin, is_main_process, expected):
     class State:
         pass
 

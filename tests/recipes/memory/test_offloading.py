@@ -130,7 +130,7 @@ def finetune(inputs_wan, output_dir, **changes):
     return log(output_dir)
 
 
-def test_a_run_with_layers_that_wait(inputs_wan, tmp_path, waiting):
+def test_a_run_with_offloaded_layers(inputs_wan, tmp_path, waiting):
     """Also for samples and exports; it goes on bit for bit."""
     own = {"samples.every": 3, "samples.inference_steps": 1, "samples.guidance_scale": 1, "samples.prompts": "[a red square]"}
     own |= {"samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "distillation": 0.5}
@@ -143,7 +143,7 @@ def test_a_run_with_layers_that_wait(inputs_wan, tmp_path, waiting):
     assert_same_run(tmp_path / "run", tmp_path / "plain")
 
 
-def test_a_language_model_with_layers_that_wait(inputs, tmp_path, waiting):
+def test_a_language_model_with_offloaded_layers(inputs, tmp_path, waiting):
     changes = BARE | {"lora.rank": 2, "lora.alpha": 4, "steps": 2, "model.gradient_checkpointing": "true"}
     run(finetune_qwen3, qwen3_settings(inputs, tmp_path / "plain", **changes))
     run(finetune_qwen3, qwen3_settings(inputs, tmp_path / "waiting", **changes | {"lora.offload": "layers"}))

@@ -47,7 +47,7 @@ def finetune(inputs, folder, **changes):
     return log(folder)
 
 
-def test_a_run_with_8_bits_goes_on_bit_for_bit(inputs, tmp_path):
+def test_a_run_with_8_bits_resumes_bit_for_bit(inputs, tmp_path):
     pytest.importorskip("bitsandbytes")
     whole = finetune(inputs, tmp_path / "whole", optimizer="adamw_8bit")
     plain = finetune(inputs, tmp_path / "plain")
@@ -133,7 +133,7 @@ def test_activations_wait_in_the_memory_of_the_cpu(inputs, tmp_path, monkeypatch
     assert any(waiting)
 
 
-def test_what_waits_keeps_its_layout():
+def test_offloaded_tensors_keep_their_layout():
     a, b = torch.randn(3, 5), torch.randn(3, 4, requires_grad=True)
     with activations.activations_on_cpu():
         product = a.t() @ b

@@ -103,7 +103,7 @@ def test_files_for_others(references, inputs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_goes_on_bit_for_bit(references, inputs, tmp_path, kind):
+def test_a_run_resumes_bit_for_bit(references, inputs, tmp_path, kind):
     shutil.copytree(references / kind, tmp_path / "run", ignore=shutil.ignore_patterns("export", "checkpoint-4"))
     finetune(inputs, tmp_path / "run", resume="latest", **KINDS[kind])
     assert log(tmp_path / "run") == log(references / kind)

@@ -191,7 +191,7 @@ QWEN3_CHANGES = {
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-def test_what_was_changed_is_refused_and_given_back_goes_on(tmp_path, lora):
+def test_changed_data_is_refused_and_restored_data_is_continued(tmp_path, lora):
     write_inputs(tmp_path / "in")
     changes = SHORT | {"data.eval.path": tmp_path / "in" / "eval.txt", "eval_every": 3}
     changes |= {"lora.rank": 2, "lora.alpha": 4, "model.gradient_checkpointing": "true"} if lora else {}

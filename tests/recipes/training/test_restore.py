@@ -72,7 +72,7 @@ def resume(inputs, folder):
     return run(finetune_qwen3, settings(inputs, folder, **OPTIONS, resume="latest"))
 
 
-def test_it_goes_on_bit_for_bit(whole, killed, inputs):
+def test_it_resumes_bit_for_bit(whole, killed, inputs):
     resume(inputs, killed)
     assert_same_run(killed, whole)
     one, other = (load(folder / "checkpoint-2" / AVERAGE)["shadow_params"] for folder in (whole, killed))

@@ -51,7 +51,7 @@ def test_two_processes_average_together(folder):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_its_average(folder):
+def test_a_run_resumes_with_its_average(folder):
     shutil.copytree(folder / "whole", folder / "run", ignore=shutil.ignore_patterns("export", "checkpoint-3"))
     sharded(folder, "run", resume="latest")
     assert_same_run(folder / "run", folder / "whole")

@@ -69,7 +69,7 @@ def noisy(output_dir, broken=(), **changes):
     return log(output_dir)
 
 
-def test_random_numbers_go_on_too_and_measuring_takes_none(tmp_path):
+def test_random_numbers_continue_too_and_measuring_draws_none(tmp_path):
     whole = noisy(tmp_path / "whole")
     assert noisy(tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-2")) == whole
     seldom = noisy(tmp_path / "seldom", eval_every=4)
@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_batches_saved(tmp_path
     assert noisy(run, resume="latest") == noisy(tmp_path / "whole")
 
 
-def test_so_many_steps_are_skipped_and_change_nothing(tmp_path):
+def test_skipped_steps_are_limited_and_change_nothing(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(FloatingPointError, match="step 4: .*max_skipped_steps is 1"):
         noisy(run, broken={2, 4}, max_skipped_steps=1)

@@ -14,7 +14,7 @@ from support.runs.runs import assert_same_run, flip, log, run_until_killed
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(reference, inputs, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(reference, inputs, tmp_path):
     run_until_killed(finetune_qwen3, settings(inputs, tmp_path / "run"), "checkpoint-4")
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4.incomplete"]
     assert [record["step"] for record in log(tmp_path / "run")] == [0, 1, 2, 3, 4]
@@ -70,7 +70,7 @@ def truncate(path):
         (lambda run: (run / "export").mkdir(), {}, "is finished"),
     ],
 )
-def test_what_cannot_go_on_is_refused_and_left_alone(reference, inputs, tmp_path, harm, changes, message):
+def test_what_cannot_be_continued_is_refused_and_left_alone(reference, inputs, tmp_path, harm, changes, message):
     run = tmp_path / "run"
     shutil.copytree(reference, run, ignore=shutil.ignore_patterns("export"))
     harm(run)

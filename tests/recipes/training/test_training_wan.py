@@ -116,7 +116,7 @@ def test_a_run_logs_its_losses_and_exports_what_it_measured(references, inputs):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_killed_run_goes_on_bit_for_bit(references, inputs, tmp_path, kind):
+def test_a_killed_run_resumes_bit_for_bit(references, inputs, tmp_path, kind):
     run_until_killed(finetune_wan, settings(inputs, tmp_path / "run", **KINDS[kind]), "checkpoint-4")
     assert [record["step"] for record in log(tmp_path / "run")] == [0, 1, 2, 3, 4]
     assert not (tmp_path / "run" / "checkpoint-4").exists()
@@ -420,7 +420,7 @@ def test_a_bare_transformer_trains_with_a_shift(inputs, tmp_path):
     assert_same_run(tmp_path / "bare", tmp_path / "pipeline")
 
 
-def test_samples_of_ones_own_prompts_and_first_frames(inputs, tmp_path, monkeypatch):
+def test_samples_of_your_own_prompts_and_first_frames(inputs, tmp_path, monkeypatch):
     """Without held-out clips; what is written is what the pipeline makes of them."""
     videos = {}
     monkeypatch.setattr(samples, "encode_video", lambda frames, fps, path: videos.update({path: (frames, fps)}))

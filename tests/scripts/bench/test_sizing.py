@@ -51,7 +51,7 @@ def test_every_method_runs_and_a_run_goes_on(tmp_path, monkeypatch, capsys):
         sizing.measure(file, sizing_cases.TINY, cases, seconds=0)
 
 
-def test_what_cannot_be_measured_is_said_at_the_end(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_measured_is_reported_at_the_end(tmp_path, monkeypatch, capsys):
     def train(settings, make_task):
         if settings.lora is None:
             raise FloatingPointError("the loss is not finite")

@@ -38,7 +38,7 @@ def test_windows_come_from_all_plays_in_turn(language):
         language.windows("test", 400, 8)
 
 
-def test_text_that_is_missing_is_told(tmp_path):
+def test_missing_text_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"run python -m scripts\.evidence\.language first"):
         Language(tmp_path)
     (tmp_path / "hamlet_gut.txt").touch()

@@ -74,7 +74,7 @@ def test_units_follow_from_results(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failure_is_told_and_costs_no_other_unit(tmp_path, workers):
+def test_a_failure_is_reported_and_other_units_still_run(tmp_path, workers):
     results, log = Results(tmp_path / "x.json"), tmp_path / "log"
     with pytest.raises(RuntimeError, match=r"1 units failed, the first is unit/1: .*cannot measure 1"):
         work_through(results, partial(units, 4), partial(prepare, log, fail=(1,)), device="cpu", workers=workers)

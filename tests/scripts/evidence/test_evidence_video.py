@@ -120,7 +120,7 @@ def test_a_sweep_goes_on_until_both_neighbours_are_worse():
     assert not [run for run in planned.values() if run.method == "control" and run.seed]
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_what_is_missing_is_reported(tmp_path):
     with pytest.raises(ValueError, match="expected prepared clips"):
         video.Clips(tmp_path, SIZE, CPU)
     with pytest.raises(ValueError, match="expected a pretrained model"):
