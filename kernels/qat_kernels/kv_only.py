@@ -85,7 +85,7 @@ def _for_each_query_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Q, and K and V as the spec has them, zero where excluded; the gradient passes as it is, and has none of its own."""
+    """Q, and K and V as the spec has them, zero where excluded. The gradient passes through unchanged, and has no derivative."""
 
     generate_vmap_rule = True
 

@@ -67,7 +67,7 @@ class Mask:
 
     @property
     def is_irregular(self) -> bool:
-        """Whether no formula of the query alone describes the mask: it has a prefix, or bounds of its own."""
+        """Whether the mask has a prefix or given bounds, so that no formula of the query alone describes it."""
         return self.bounded or self.prefix > 0
 
     def bounds(

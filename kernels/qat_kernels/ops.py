@@ -289,7 +289,7 @@ def attention_tangent(
     sinks: torch.Tensor | None = None,
     sinks_tangent: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The tangent of O, in eager PyTorch whatever computed O."""
+    """The tangent of O, in eager PyTorch even if a kernel computed O."""
     tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
     extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
     numerics: dict[str, Any] = {"spec": QuantSpec.from_json(spec), "mask": Mask.from_json(mask), "scale": scale}

@@ -418,7 +418,7 @@ def _chunks(ops: _Operands) -> Iterator[_Chunk]:
 
 
 def _width(ops: _Operands, rows: int) -> int:
-    """At least as many keys as any chunk of so many rows may see."""
+    """At least as many keys as any chunk of this many rows may see."""
     assert ops.lower is not None and ops.upper is not None
     lower, upper = ops.lower.amin(0), ops.upper.amax(0)
     return max(1, ops.prefix + int((upper[rows - 1 :] - lower[: len(lower) - rows + 1]).max()) + 2 * GROUP_SIZE)

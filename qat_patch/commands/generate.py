@@ -128,7 +128,7 @@ def checked(handle: PatchHandle, device: str) -> None:
     print(report)
     if not all(each.is_kept for each in report.checked):
         print(
-            "not all results could be saved: for the others `auto` takes triton, and the next start checks again. "
+            "some results could not be saved: there `auto` takes triton, and the next start checks again. "
             f"Set {FOLDER} to a folder that can be written to"
         )
     print()

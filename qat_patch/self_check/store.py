@@ -55,7 +55,7 @@ def keep(result: dict[str, Any]) -> bool:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         warnings.warn(
-            f"self-check: the verdict cannot be written to {target or 'the cache'} ({error}): there is none, and `auto` takes "
+            f"self-check: the verdict cannot be written to {target or 'the cache'} ({error}): it is lost, and `auto` takes "
             f"triton; set {FOLDER} to a folder that can be written to",
             stacklevel=2,
         )

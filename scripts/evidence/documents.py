@@ -39,7 +39,7 @@ SHORTEST = 4_000
 MOST_OF_A_PACKAGE = 12_000_000
 """Characters, so that no package is most of the text."""
 HELD_OUT = 40
-"""One in so many documents is for test, and one for validation."""
+"""Of this many documents one is for test, and one for validation."""
 PHRASE, REPEATED = 13, 0.2
 """A held-out document is left out if more than this part of its phrases of so many words stands in the text to train on."""
 _KINDS = re.compile(r"\.(txt|html|pod|rst)(\.gz)?$|/man/man\d/.*\.gz$")

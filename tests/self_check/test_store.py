@@ -92,7 +92,7 @@ def test_a_verdict_that_cannot_be_written_does_not_count(monkeypatch, cache):
     says(monkeypatch, passed())
     with fake_gpu():
         handle = patch_model(tiny_qwen3())
-        with pytest.warns(UserWarning, match="cannot be written to .*: there is none, and `auto` takes triton; set QAT_PATCH"):
+        with pytest.warns(UserWarning, match="cannot be written to .*: it is lost, and `auto` takes triton; set QAT_PATCH"):
             report = handle.check()
         assert not report.checked[0].is_kept and report.checked[0].taken == "triton"
         assert all(layer.impl == "auto" for layer in handle.patched.values())

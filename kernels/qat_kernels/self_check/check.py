@@ -17,11 +17,11 @@ from . import problems, timing
 from .subjects import SUBJECTS, Failed, Subject
 
 _RUNS, _ROWS, _HEADS = 2, 32, 4
-"""Sampled rows: so many runs of so many rows, in so many heads; 256 in all."""
+"""Sampled rows: the numbers of runs, of rows in a run, and of heads; 256 rows in all."""
 
 
 def decided(case: Case, device: torch.device) -> tuple[dict[str, Any], bool]:
-    """`check`, whatever becomes of it: `state` is `passed`, `failed` `none` (no verdict); and whether the process may go on."""
+    """`check` with every outcome: `state` is `passed`, `failed` or `none` (no verdict); and whether the process can continue."""
     try:
         return check(case, device), True
     except Failed as reason:

@@ -115,7 +115,7 @@ def _packed(new: Any, case: Case, device: torch.device, common: dict[str, Any]) 
 
 
 def _fits(elements: int, tensors: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether such a call fits on the GPU: so many tensors, and codes of Q, K and V. If not, hardly any user's does."""
+    """Whether such a call fits on the GPU: this many tensors, and codes of Q, K and V. If not, few calls of users do."""
     if device.type != "cuda":
         return True
     needed = elements * (tensors * dtype.itemsize + 3 * 9 / 16)

@@ -84,7 +84,7 @@ class Fp4:
 
 
 class SageAttention3:
-    """The kernel of others, which returns O alone, in memory of its own."""
+    """The kernel of others. It returns only O, in memory that it allocates."""
 
     bounds = Bounds(0.05, 0.15, math.inf)
     tensors = 12
@@ -99,7 +99,7 @@ class SageAttention3:
         return sageattn3.forward(*args, **options)
 
     def watched(self, problem: Attended) -> tuple[torch.Tensor, ...]:
-        """All memory that it allocates is NaN before, and it may not write into what it is given."""
+        """All memory that it allocates is filled with NaN first, and it must not write into its inputs."""
         if not problem.sampled:  # contiguous, so that it is given these tensors and no copies
             problem = problem._replace(q=problem.q.contiguous(), k=problem.k.contiguous(), v=problem.v.contiguous())
         given = () if problem.sampled else (problem.q, problem.k, problem.v)

@@ -20,7 +20,7 @@ from .precompiled import Launch, Number, Pointer, pointer
 from .quantize import allowed_keys_kernel, fake_quantize_kv_kernel, prepare_kernel
 
 PLANS = 1024
-"""How many are kept: calls of so many shapes and options cost little on the host."""
+"""How many plans are kept: calls with this many different shapes and options cost little on the host."""
 _ELEMENTS = 1024
 """Elements of a tile: 32 for each thread of a warp."""
 
@@ -162,7 +162,7 @@ def head_strides(queries: Sequences) -> tuple[int, int]:
 
 
 def order_of(block_n: int) -> int:
-    """ORDER for tiles of so many keys."""
+    """ORDER for tiles of this many keys."""
     return min(block_n, 64)
 
 
@@ -369,7 +369,7 @@ def is_operand(x: Layout, sequences: Sequences, operand: torch.dtype) -> bool:
 
 
 def preprocess_job(grad_out: Layout, out_hp: Layout, queries: Sequences, given: Given, operand: torch.dtype, copies: bool) -> Job:
-    """What of dO and O' the sums of a backward need (preprocess.py); `copies`: dO as it is, too.
+    """What the sums of a backward need of dO and O' (preprocess.py); `copies`: a copy of dO, too.
 
     Its tensors: dO, O', stats, cu_seqlens of Q, the operands of dO / l and of dO, and delta.
     """

@@ -212,7 +212,7 @@ class _Launcher:
 
 
 def _is_watched() -> bool:
-    """Whether a profiler wants to hear of launches."""
+    """Whether a profiler listens to launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 

@@ -22,7 +22,7 @@ def check_optimizer(name: OptimizerName, device: torch.device, *, is_sharded: bo
         raise ValueError(f"settings.optimizer: expected adamw where weights are sharded over processes, got {name}")
     if name.startswith("paged") and device.type != "cuda":
         raise ValueError(
-            f"settings.optimizer: {name} moves states out of the memory of a GPU, and there is none; take adamw_8bit"
+            f"settings.optimizer: {name} moves states out of the memory of a GPU, and this machine has none; use adamw_8bit"
         )
 
 

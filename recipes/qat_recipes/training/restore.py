@@ -80,7 +80,7 @@ def load(
             is_code = "weights_only" in str(error)
             reason = "it holds something else than tensors and plain values" if is_code else str(error)
             raise ValueError(
-                f"resume: {what} of {folder} cannot be loaded: {reason}. Nothing goes on from it; resume from another "
+                f"resume: {what} of {folder} cannot be loaded: {reason}. The run cannot continue from it; resume from another "
                 "checkpoint, or start again in another output_dir"
             ) from error
 

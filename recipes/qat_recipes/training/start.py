@@ -186,7 +186,7 @@ def _starting_point(settings: TrainingSettings, accelerator: Accelerator) -> tup
 
 
 def _refuse_if_moved(output_dir: Path) -> None:
-    """Raise a ValueError if this run's checkpoints are gone: then its log goes on after the first one."""
+    """Raise a ValueError if this run's checkpoints are gone although its log goes further than the first one."""
     try:
         every = yaml.safe_load((output_dir / SETTINGS).read_text(encoding="utf-8"))["checkpoint_every"]
         last = max(json.loads(line)["step"] for line in (output_dir / METRICS).read_text(encoding="utf-8").splitlines())

@@ -28,7 +28,7 @@ _MAX_LIFT = 112.0
 
 
 class Call(NamedTuple):
-    """What a call is told beside Q, K and V; keys counted from the first allowed one."""
+    """The arguments of a call besides Q, K and V. Keys are counted from the first allowed one."""
 
     key_mask: torch.Tensor | None  # bool [B, Lk]
     positions: torch.Tensor | None  # causal: each query's own place among the keys, [B or 1, Lq]

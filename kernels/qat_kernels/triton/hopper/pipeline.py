@@ -50,7 +50,7 @@ def left_operand(tile, D: gl.constexpr):
 
 @gluon.jit
 def new_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT barriers that open with so many arrivals. `fence_async_shared` has to follow the last ones."""
+    """COUNT barriers that open after this many arrivals. `fence_async_shared` must follow the last ones."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
