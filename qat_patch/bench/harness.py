@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import time
@@ -26,6 +27,14 @@ def machine(device: str, dtype: str) -> dict[str, str]:
 
         about["triton"] = triton.__version__
     return about
+
+
+def number_of_rounds(text: str) -> int:
+    """The argument --rounds, for argparse: times are reported with their quartiles, which one round does not have."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"expected at least 2, got {number}")
+    return number
 
 
 def write(results: list[dict[str, Any]], file: Path | None) -> None:

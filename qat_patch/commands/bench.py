@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for file in (options.json, options.png):
         if not file.absolute().parent.is_dir():
             raise ValueError(f"bench: expected a file in a folder that exists, got {file}")
-    if any(number < 1 for number in (options.batch, options.heads, options.rounds, *options.length)):
-        raise ValueError("bench: --batch, --heads, --rounds and --length: expected numbers from 1 up")
+    if any(number < 1 for number in (options.batch, options.heads, options.rounds - 1, *options.length)):
+        raise ValueError("bench: --batch, --heads and --length: expected numbers from 1 up, and from 2 up for --rounds")
     shapes = [
         SHAPES[0]._replace(batch=options.batch, heads=options.heads, key_heads=options.heads, queries=n, keys=n, head_dim=dim)
         for dim in options.head_dim

@@ -34,7 +34,7 @@ import torch
 from qat_kernels import QuantSpec
 from qat_kernels.spec import Preset
 from qat_patch.bench.attention import TRAINING, attention, inference
-from qat_patch.bench.harness import machine, write
+from qat_patch.bench.harness import machine, number_of_rounds, write
 from qat_patch.bench.shapes import CPU_SHAPES, FIGURE_5_SHAPES, GPU_SHAPES, INFERENCE_SHAPES, Shape
 from scripts.arguments import new_parser
 from scripts.bench.quantize import quantize
@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
         command = commands.add_parser(name, help=text)
         command.add_argument("--shape", action="append", type=Shape.parse, help="default: those of the published models")
         command.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-        command.add_argument("--rounds", type=int, default=20, help="how often each attention is timed (default: 20)")
+        command.add_argument(
+            "--rounds", type=number_of_rounds, default=20, help="how often each attention is timed (default: 20)"
+        )
         command.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
         if name == "attention":
             command.add_argument("--preset", action="append", default=[], choices=get_args(Preset), help="time this preset too")

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from qat_kernels import KVCache, QuantSpec
-from qat_patch.bench.harness import OUTPUT_BOUND, machine, write
+from qat_patch.bench.harness import OUTPUT_BOUND, machine, number_of_rounds, write
 from scripts.arguments import new_parser
 
 HEADS, KEY_HEADS, HEAD_DIM = 40, 8, 128
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = new_parser("scripts.bench.decode", __doc__)
     parser.add_argument("--length", action="append", type=int, help="tokens in the cache, or in the prompt (see above)")
     parser.add_argument("--batch", action="append", type=int, help="sequences (see above)")
-    parser.add_argument("--rounds", type=int, default=50, help="how often a step is timed (default: 50)")
+    parser.add_argument("--rounds", type=number_of_rounds, default=50, help="how often a step is timed (default: 50)")
     parser.add_argument("--generate", action="store_true", help="time `generate` instead of single steps of attention")
     parser.add_argument("--layers", type=int, default=8, help="layers of the model for --generate (default: 8; Qwen3-14B has 40)")
     parser.add_argument("--tiny", action="store_true", help="a small model for --generate, which also runs on a CPU")

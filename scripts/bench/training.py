@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import qat_kernels
 import qat_patch
-from qat_patch.bench.harness import machine, write
+from qat_patch.bench.harness import machine, number_of_rounds, write
 from scripts.arguments import new_parser
 from scripts.bench.model_configs import CONFIGS, SMOLLM2_135M, SMOLLM2_TINY, TINY_CONFIGS
 
@@ -120,12 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Check, time and print. Returns the measurements."""
     parser = new_parser("scripts.bench.training", __doc__)
     parser.add_argument("problem", nargs="*", metavar="PROBLEM", help=f"default: {', '.join(PROBLEMS)}")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each attention is timed (default: 5)")
+    parser.add_argument("--rounds", type=number_of_rounds, default=5, help="how often each attention is timed (default: 5)")
     parser.add_argument("--tiny", action="store_true", help="small models")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        parser.error(f"--rounds: expected at least 2, got {options.rounds}")
     for name in options.problem:
         if name not in PROBLEMS:
             parser.error(f"PROBLEM: expected {', '.join(PROBLEMS)}, got {name}")

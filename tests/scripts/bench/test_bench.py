@@ -11,7 +11,7 @@ from qat_patch.bench.shapes import Shape
 from scripts.bench import __main__ as bench
 from support.kernels.interpreter import interpreted
 
-INFERENCE = ["inference", "--shape", "1,4,2,33,48,32", "--shape", "1,2,1,40,40,16,causal", "--rounds", "3", "--json"]
+INFERENCE = ["inference", "--shape", "1,4,2,33,48,32", "--shape", "1,2,1,40,40,16,causal", "--rounds", "2", "--json"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times other implementations there")
@@ -106,3 +106,9 @@ def test_shapes_that_are_none(text, capsys):
     with pytest.raises(SystemExit):
         bench.main(["attention", "--shape", text])
     assert "expected a shape such as" in capsys.readouterr().err
+
+
+def test_one_round_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["attention", "--shape", "1,1,1,16,16,16", "--rounds", "1"])
+    assert "--rounds: expected at least 2, got 1" in capsys.readouterr().err
