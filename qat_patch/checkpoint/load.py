@@ -18,7 +18,7 @@ from qat_patch.patch import get_handle, patch_model, require_handle, unpatch_mod
 from .adapters import LORA_FILE, load_adapter
 from .manifest import ExportFolder
 from .trust.building import building, check_complete, rename, settle
-from .trust.file_names import holds_tokenizer
+from .trust.file_names import MANIFEST, holds_tokenizer
 from .trust.headers import weight_files
 from .trust.opening import base_model, opened, said_plainly
 from .trust.plain_json import read_json
@@ -77,11 +77,14 @@ def load_tokenizer(folder: str | Path, *, revision: str | None = None) -> Any:
 
 
 def check_tokenizer(folder: str | Path, remedy: str = "put it there with tokenizer.save_pretrained(...)") -> None:
-    """Raise a ValueError if the folder of a language model has no tokenizer.
+    """Raise a ValueError if a folder holds no language model, or one without a tokenizer.
 
     Transformers would build one with an empty vocabulary from the model's config, or complain that sentencepiece is missing.
     """
-    if not holds_tokenizer(os.listdir(folder)):
+    names = os.listdir(folder)
+    if not {"config.json", "adapter_config.json", MANIFEST}.intersection(names):
+        raise ValueError(f"{folder}: expected the folder of a language model, got no config.json there")
+    if not holds_tokenizer(names):
         raise ValueError(f"{folder}: expected the tokenizer of the language model in this folder, got none; {remedy}")
 
 

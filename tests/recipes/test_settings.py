@@ -207,6 +207,7 @@ def test_the_qat_block_is_an_attn_qat_config():
         ({"data.train.path": "none.txt"}, "there is no file or folder none.txt"),
         ({"data.train.path": "./data"}, "there is no file or folder ./data"),
         ({"data.train.path": __file__}, "expected a .txt or .jsonl file, a folder or a Hub dataset"),
+        ({"model.path": "./none"}, "model.path: there is no folder ./none"),
         ({"model.path": ".", "model.revision": "main"}, "revision: only models on the Hub have one"),
     ],
 )

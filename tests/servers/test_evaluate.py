@@ -210,7 +210,7 @@ def test_tasks_of_the_harness_get_every_attention(saved, capsys, monkeypatch):
     assert not torch.equal(seen["original"], seen["kv_nvfp4"]) and "acc,none" in capsys.readouterr().out
     assert main(["evaluate", str(saved / "model"), *arguments[:3], "0"]) == 1 and "--limit" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(ValueError, match="pip install lm-eval"):
+    with pytest.raises(ValueError, match="pip install 'qat-patch.harness.'"):
         harness.run_tasks(lambda: None, ["x"])
 
 

@@ -54,6 +54,8 @@ class ModelSettings:
     """The server to export for; `qat.spec.preset` must be one that it computes (docs/SERVERS.md). null: this package."""
 
     def __post_init__(self) -> None:
+        if self.path.startswith((".", "/", "~")) and not self.is_local:
+            raise ValueError(f"model.path: there is no folder {self.path}")
         if self.keep_attention and not self.gradient_checkpointing:
             raise ValueError(
                 "model.keep_attention: expected model.gradient_checkpointing=true with it; set that, or leave it out"

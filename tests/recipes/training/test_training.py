@@ -140,7 +140,7 @@ def test_data_and_launches_that_do_not_fit_are_refused(inputs, tmp_path, monkeyp
         ({"data.sequence_length": 10**6, "data.train.blocks": ...}, "do not fill one block of 1000000 tokens"),
         ({"qat.include": "['*.9.*']"}, r"the pattern '\*\.9\.\*' matches no attention module"),
         ({"report_to": "[nowhere]"}, "nowhere"),
-        ({"model.path": tmp_path}, "expected the tokenizer of the language model in this folder, got none"),
+        ({"model.path": tmp_path}, "expected the folder of a language model, got no config.json there"),
     ):
         with pytest.raises(ValueError, match=message):
             finetune(inputs, tmp_path / "run", **changes)
