@@ -264,7 +264,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="qat-patch generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="what export_checkpoint wrote, or its name on the Hub")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="what export_checkpoint wrote, or its name on the Hub; or the export folder of a run that trained both transformers",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     parser.add_argument("--prompt", help="text to continue, or a description of the video")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
