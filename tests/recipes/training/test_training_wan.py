@@ -1,15 +1,13 @@
 """The recipe for Wan: flow matching, distillation, adapters, resuming to the last bit, samples, and what is refused."""
 
 import json
-import shutil
 from functools import partial
 
 import av
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
-from PIL import Image
+from diffusers import WanPipeline, WanTransformer3DModel
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -19,69 +17,30 @@ from qat_patch import get_handle, load_checkpoint, patch_model
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from qat_recipes.data.video import EncodedClips
 from qat_recipes.tasks import samples
-from qat_recipes.tasks.flow_matching import FlowMatching, HeldOutClips, noise_levels
+from qat_recipes.tasks.flow_matching import HeldOutClips, noise_levels
 from qat_recipes.training.adapters import LoraSettings, add_adapters
 from qat_recipes.training.objective import evaluate, losses, make_teacher
 from qat_recipes.training.optimization import make_optimizer
-from support.models.clips_to_prepare import moving_square, prepare, write_video
-from support.models.tiny_clips import batch, objective, write_clips
-from support.models.tiny_wan import tiny_pipeline, tiny_ti2v, tiny_transformer
+from support.models.tiny_clips import batch, objective
+from support.models.tiny_wan import tiny_transformer
 from support.runs.runs import (
     SHARDED,
     assert_same_run,
     command_line,
     log,
-    run,
     run_in_two_processes,
     run_until_killed,
     uninterrupted_runs,
     weights,
 )
+from support.runs.wan_runs import BARE, KINDS, RUN, finetune, loud, settings, write_inputs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-RUN = {"steps": 4, "batch_size": 2, "learning_rate": 3e-3, "seed": 3, "eval_timesteps": 2}
-RUN |= {"eval_every": 4, "checkpoint_every": 2, "distillation": 0.5}
-# Without held-out clips and checkpoints: steps only.
-BARE = {"data.eval": ..., "eval_every": 0, "checkpoint_every": 0, "steps": 2, "distillation": 0}
-KINDS = {
-    "full": {"model.gradient_checkpointing": "true", "samples.every": 4, "samples.clips": 1, "samples.inference_steps": 2},
-    "lora": {"lora.rank": 4, "lora.alpha": 8, "lora.dropout": 0.1},
-}
-
-
-def loud(transformer):
-    """With attention so strong that 4 bits show, and values so far from zero that what they show can be unlearned."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in transformer.named_parameters():
-            if "to_v.bias" in name:
-                parameter += 8 * torch.randn_like(parameter)
-            if "to_out.0.weight" in name:
-                parameter *= 4
-    return transformer
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    for name, i2v in (("t2v", False), ("i2v", True)):
-        pipe = tiny_pipeline(i2v, layers=1)
-        loud(pipe.transformer)
-        pipe.save_pretrained(folder / name)
-        write_clips(folder / f"{name}-train", 7, i2v)
-    write_clips(folder / "eval", 2, seed=5)
-    shutil.copytree(folder / "t2v" / "transformer", folder / "bare")
-    return folder
-
-
-def settings(inputs, output_dir, **changes):
-    places = {"model.path": inputs / "t2v", "data.train": inputs / "t2v-train", "data.eval": inputs / "eval"}
-    return places | RUN | {"output_dir": output_dir} | changes
-
-
-def finetune(inputs, output_dir, **changes):
-    run(finetune_wan, settings(inputs, output_dir, **changes))
-    return log(output_dir)
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +105,6 @@ def test_samples_are_videos_of_both_kinds_of_attention(references, inputs, tmp_p
     sizes = {"height": 32, "width": 48, "num_frames": 5, "generator": torch.Generator().manual_seed(0)}
     (expected,) = pipe(prompt_embeds=embeds.float(), **text, **sizes, output_type="pt").frames
     assert (taken[0].permute(0, 3, 1, 2).float() - 255 * expected).abs().max() <= 1
-
-
-def test_image_to_video_trains_and_samples(inputs, tmp_path):
-    changes = {"model.path": inputs / "i2v", "data.train": inputs / "i2v-train", "data.eval": ..., "data.eval_fraction": 0.2}
-    changes |= {"samples.every": 1, "samples.clips": 1, "samples.inference_steps": 1, "samples.guidance_scale": 1}
-    finetune(inputs, tmp_path / "run", **changes, steps=1, eval_every=1, checkpoint_every=0, distillation=0)
-    assert len(list((tmp_path / "run" / "samples").rglob("*.mp4"))) == 4
-    start, end = weights(inputs / "i2v" / "transformer"), weights(tmp_path / "run" / "export")
-    assert not torch.equal(start["blocks.0.attn2.add_k_proj.weight"], end["blocks.0.attn2.add_k_proj.weight"])
 
 
 def test_distillation_brings_4_bit_attention_back_to_where_it_started(inputs, tmp_path):
@@ -306,70 +256,6 @@ def test_the_teacher_is_the_start_in_original_attention(monkeypatch, lora):
     assert torch.equal(teacher(model, inputs), expected)
 
 
-def test_each_expert_is_trained_on_its_part_of_the_schedule(inputs, tmp_path, monkeypatch):
-    tiny_pipeline(transformer_2=True, layers=1).save_pretrained(tmp_path / "wan2.2")
-    drawn, draw = [], FlowMatching.inputs
-    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append(draw(*args)) or drawn[-1])
-    for name, is_high in (("transformer", True), ("transformer_2", False)):
-        drawn.clear()
-        changes = {"model.path": tmp_path / "wan2.2", "model.transformer": name, "batch_size": 4}
-        finetune(inputs, tmp_path / name, **BARE | changes)
-        assert all(((inputs.sigmas >= 0.5) == is_high).all() for inputs in drawn)
-        start, end = weights(tmp_path / "wan2.2" / name), weights(tmp_path / name / "export")
-        assert max((start[key] - end[key]).abs().max().item() for key in start) < 0.01
-
-
-def prepared_for(pipe, folder, size):
-    """Two videos as `qat-patch prepare-wan-data` encodes them for a pipeline; the index, and settings of a run."""
-    pipe.save_pretrained(folder / "model")
-    for number in (1, 2):
-        write_video(folder / f"clips/{number}.mp4", moving_square(5, *size)[::number].repeat(number, 0)[:5])
-        (folder / f"clips/{number}.txt").write_text("a red square moves right")
-    index = prepare(folder / "model", folder / "clips", folder / "data", "--resolutions", "x".join(map(str, size)))
-    return index, BARE | {"model.path": folder / "model", "data.train": folder / "data"}
-
-
-def test_ti2v_5b_from_a_video_to_an_export(tmp_path, monkeypatch):
-    """Its pipeline gives every token a timestep; the recipe gives one for all."""
-    index, changes = prepared_for(tiny_ti2v(), tmp_path, (64, 96))
-    assert [clip["shapes"]["latents"] for clip in index["clips"]] == [[4, 2, 4, 6]] * 2
-    drawn, draw = [], FlowMatching.inputs
-    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append(draw(*args)) or drawn[-1])
-    changes |= {"samples.every": 1, "samples.prompts": "[a]"}
-    size = {"samples.height": 64, "samples.width": 96, "samples.num_frames": 5, "samples.inference_steps": 1}
-    finetune(tmp_path, tmp_path / "run", **changes | size)
-    with av.open(str(tmp_path / "run/samples/step-2/prompt-0-fp4.mp4")) as container:
-        assert next(container.decode(video=0)).to_ndarray().shape[1] == 96
-
-    model, arguments = load_checkpoint(tmp_path / "run/export"), dict(drawn[0].arguments)
-    one, each = arguments["timestep"], arguments["timestep"][:, None].expand(-1, 2 * 2 * 3)
-    assert one.unique().numel() == 2
-    with torch.no_grad(), get_handle(model).disabled():
-        outputs = [model(**arguments | {"timestep": timestep}).sample for timestep in (one, each)]
-    torch.testing.assert_close(*outputs)
-
-
-def test_first_and_last_frame(inputs, tmp_path, monkeypatch):
-    """FLF2V: a sample of a batch gets its own two frames."""
-    _, changes = prepared_for(tiny_pipeline(i2v=True, layers=1, pos_embed_seq_len=2 * 257), tmp_path, (32, 48))
-    own = {"samples.every": 1, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "samples.prompts": "[a]"}
-    with pytest.raises(ValueError, match="samples: .* needs a last frame too"):
-        finetune(tmp_path, tmp_path / "run", **changes | own)
-    drawn, draw = [], FlowMatching.inputs
-    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append((args[1], draw(*args))) or drawn[-1][1])
-    finetune(tmp_path, tmp_path / "run", **changes)
-    (batch, flow), model = drawn[0], load_checkpoint(tmp_path / "run/export")
-    images, arguments = batch["image_embeds"].float(), flow.arguments
-    assert not torch.equal(images[0], images[1]) and not torch.equal(images[:, 0], images[:, 1])
-    with torch.no_grad(), get_handle(model).disabled():
-        both = model(**arguments).sample
-        for number in range(2):
-            own = {name: value[number, None] for name, value in arguments.items()}
-            torch.testing.assert_close(model(**own | {"encoder_hidden_states_image": images[number]}).sample[0], both[number])
-    with pytest.raises(ValueError, match="does not fit the model: expected images as its condition: 2, got 1"):
-        finetune(tmp_path, tmp_path / "other", **changes | {"data.train": inputs / "i2v-train"})
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -411,59 +297,3 @@ def test_what_cannot_be_done_is_refused(inputs, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"fixed shift, as Wan's are, got UniPC.* without use_flow_sigmas"):
         noise_levels({"_class_name": "UniPCMultistepScheduler"}, None)
-
-
-def test_a_bare_transformer_trains_with_a_shift(inputs, tmp_path):
-    changes = {"model.path": inputs / "bare", "timesteps.flow_shift": 3}
-    finetune(inputs, tmp_path / "bare", **BARE | changes)
-    finetune(inputs, tmp_path / "pipeline", **BARE)
-    assert_same_run(tmp_path / "bare", tmp_path / "pipeline")
-
-
-def test_samples_of_your_own_prompts_and_first_frames(inputs, tmp_path, monkeypatch):
-    """Without held-out clips; what is written is what the pipeline makes of them."""
-    videos = {}
-    monkeypatch.setattr(samples, "encode_video", lambda frames, fps, path: videos.update({path: (frames, fps)}))
-    Image.fromarray(torch.randint(0, 255, (70, 90, 3), dtype=torch.uint8).numpy()).save(tmp_path / "first.png")
-    own = {"samples.every": 1, "samples.inference_steps": 2, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5}
-    own |= {"samples.prompts": "[a red square, a green square]", "steps": 1, "samples.negative_prompt": "blue"}
-    types = {"text_encoder": torch.bfloat16, "default": torch.float32}
-    for name, kind in (("t2v", WanPipeline), ("i2v", WanImageToVideoPipeline)):
-        videos.clear()
-        changes = BARE | KINDS["lora"] | own | {"model.path": inputs / name, "data.train": inputs / f"{name}-train"}
-        if name == "i2v":
-            changes["samples.images"] = f"[{tmp_path / 'first.png'}, {tmp_path / 'first.png'}]"
-        finetune(inputs, tmp_path / name, **changes)
-        paths = {f"step-{s}/prompt-{n}-{a}.mp4" for s in (0, 1) for n in (0, 1) for a in ("original", "fp4")}
-        assert {path.removeprefix(f"{tmp_path}/{name}/samples/") for path in videos} == paths
-        pipe = kind.from_pretrained(inputs / name, dtype=types)
-        image = {}
-        if name == "i2v":
-            image = {"image": pipe.video_processor.resize(Image.open(tmp_path / "first.png"), 32, 48, resize_mode="crop")}
-        size = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
-        text = {"prompt": "a green square", "negative_prompt": "blue"}
-        expected = pipe(**text, **image, **size, generator=torch.Generator().manual_seed(1), output_type="pt").frames[0]
-        frames, fps = videos[f"{tmp_path}/{name}/samples/step-0/prompt-1-original.mp4"]
-        assert fps == 16 and (frames.permute(0, 3, 1, 2).float() - 255 * expected).abs().max() <= 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"samples.clips": 1}, "samples.clips: has no effect with samples.prompts"),
-        ({"samples.prompts": "[]"}, "samples.height: has no effect without samples.prompts"),
-        ({"samples.width": ...}, "samples: 'width' is missing; prompts need a size"),
-        ({"samples.width": 40}, "samples.width: expected a multiple of 16, got 40"),
-        ({"samples.num_frames": 6}, "samples.num_frames: expected a multiple of 4 plus 1, got 6"),
-        ({"samples.images": "[a.png]"}, "samples.images: there is no file a.png"),
-        ({"samples.images": "[a.png, b.png]"}, "samples.images: expected one for each of 1 prompts, got 2"),
-        ({"model.path": "i2v", "data.train": "i2v-train"}, "samples.images: expected first frames, because the model"),
-    ],
-)
-def test_prompts_that_cannot_be_sampled(inputs, tmp_path, changes, message):
-    own = {"samples.every": 1, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "samples.prompts": "[a]"}
-    for name in {"model.path", "data.train"} & changes.keys():
-        changes = changes | {name: inputs / changes[name]}
-    with pytest.raises(ValueError, match=message):
-        finetune(inputs, tmp_path / "run", **BARE | own | changes)
-    assert not (tmp_path / "run").exists()
