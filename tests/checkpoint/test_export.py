@@ -241,7 +241,7 @@ def test_the_block_says_in_full_what_inference_has_to_do(exported):
 
 
 def test_adapters_of_an_export(tmp_path):
-    """Patched as they were trained, whatever the export that they started from says."""
+    """They are patched as they were trained, even if the export that they started from says otherwise."""
     base = tiny_qwen3()
     patch_model(base, AttnQATConfig(spec=QuantSpec(rotate=True)))
     export_checkpoint(base, tmp_path / "base")

@@ -1,4 +1,4 @@
-"""What save_pretrained writes about a patched model, whoever patched it, and what comes back."""
+"""What save_pretrained writes about a patched model, and what is read back."""
 
 import json
 import logging

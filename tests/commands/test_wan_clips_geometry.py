@@ -121,7 +121,7 @@ def test_the_tag_of_old_programs(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_frames_with_uneven_timestamps(tmp_path, suffix):
-    """Each is shown until the next; the first one is where the clip starts, whatever its time. Matroska rounds times."""
+    """Each is shown until the next. The clip starts at the first one, at any time. Matroska rounds times."""
     times, brightness = [40, 41, 44, 50, 52], [20, 70, 120, 170, 220]
     with av.open(str(tmp_path / f"a.{suffix}"), "w") as container:
         stream = container.add_stream("mpeg4", rate=16, bit_rate=4_000_000)

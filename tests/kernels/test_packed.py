@@ -128,7 +128,7 @@ def test_neither_strides_nor_what_new_memory_holds_show_in_the_bits(monkeypatch,
 
 
 def test_inputs_are_seen_one_document_at_a_time(monkeypatch):
-    """So that memory is that of the longest document: linear in the total whatever the documents."""
+    """So memory is that of the longest document, and linear in the total for any documents."""
     seen, forward, backward = [], reference.forward, reference.backward
     monkeypatch.setattr(reference, "forward", lambda *x, **kw: seen.append(x[1].shape[2]) or forward(*x, **kw))
     monkeypatch.setattr(reference, "backward", lambda *x, **kw: seen.append(x[2].shape[2]) or backward(*x, **kw))

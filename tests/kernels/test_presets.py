@@ -108,7 +108,7 @@ def test_what_a_mask_excludes_is_never_computed_with(impl):
 
 
 def test_probabilities_of_sage():
-    """Worked by hand: the largest is 6, whatever the scale is rounded to; groups without a scale vanish."""
+    """Worked by hand: the largest is 6, however the scale is rounded; groups without a scale vanish."""
     p = torch.zeros(2, 32)
     p[0, :4] = torch.tensor([1.0, 0.5, 0.25, 0.04])
     p[0, 16], p[1, 0] = 2.0**-20, 0.013

@@ -128,7 +128,7 @@ def test_it_is_bit_equal_again_when_switched_off_undone_or_copied():
 
 
 def test_the_two_switches_are_independent():
-    """Four models in one: each of 4-bit attention and 4-bit linear layers on and off, whoever came first."""
+    """Four models in one: 4-bit attention and 4-bit linear layers, each on and off, in either order."""
     results = []
     for order in (0, 1):
         model = tiny_qwen3(num_hidden_layers=2)

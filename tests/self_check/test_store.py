@@ -130,7 +130,7 @@ def write_many(sender, number):
 
 
 def test_two_processes_write_at_the_same_time(cache):
-    """Each its own cases, and some that both have: whole files whatever the order."""
+    """Each writes its own cases, and some that both have. Files are whole in any order."""
     assert forked(write_many) == ["whole"] * 2
     assert len(store.kept()) == len(os.listdir(cache)) == 7
 

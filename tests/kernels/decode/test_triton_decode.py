@@ -73,7 +73,7 @@ def test_same_bytes_and_output_as_eager(index, device):
 
 
 def step_with(case: Case, size: float, *, device: str):
-    """O and LSE of the last token, with queries so many times as large and a scale that undoes it."""
+    """O and LSE of the last token, with queries multiplied by a factor, and a scale that undoes it."""
     from qat_kernels import KVCache
 
     q, k, v = (x.to(device) for x in case.tensors(torch.bfloat16)[:3])

@@ -16,7 +16,7 @@ CASES = [Case(*sizes, SPEC.to_json(), dtype) for sizes, dtype in (((64, False), 
 
 
 def decide(monkeypatch, kernel, case=CASES[0], names=("gaussian",), times=None):
-    """What the check of a kernel comes to, and whether the process may go on."""
+    """The result of the check of a kernel, and whether the process can continue."""
     monkeypatch.setattr(sageattn3, "_loaded", lambda device, dtype: kernel)
     with fake_gpu(), small_check(names):
         if times is not None:

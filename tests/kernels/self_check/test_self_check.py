@@ -22,7 +22,7 @@ OF_FP4, OTHER = "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale a;
 
 
 def kernel_with(products, other=0):
-    """A compiled kernel whose loop has so many products of FP4 units; Triton shows its PTX."""
+    """A compiled kernel with this many products of FP4 units in its loop; Triton shows its PTX."""
     lines = ["$L__BB0_1:", "mov.u32 %r1, 0;", "$L__BB0_2:", *[OF_FP4] * products, *[OTHER] * other, "@%p1 bra $L__BB0_2;"]
     return SimpleNamespace(asm={"ptx": "\n".join(["bra.uni $L__BB0_1;", *lines, "@%p2 bra $L__BB0_1;", "ret;"])})
 
@@ -50,7 +50,7 @@ def stub(change=lambda out, lse, calls: None, kernel=GOOD_KERNEL):
 
 
 def decide(monkeypatch, forward, *, case=CASES[0], ratios=(2.0,) * 4, arch=80, names=None):
-    """What the check of a launcher comes to, on small problems; and whether the process may go on."""
+    """The result of the check of a launcher on small problems, and whether the process can continue."""
     monkeypatch.setattr(launch, "forward", forward)
     monkeypatch.setattr(training, "forward", lambda *args, **o: SimpleNamespace(out=(r := as_training(*args, **o))[0], lse=r[2]))
     every, sizes = problems.problems, [(a, b) for a in (16, 64) for b in (16, 64)]

@@ -1,4 +1,4 @@
-"""Text that the model writes itself: what it writes, that it goes on where it was, and what is refused."""
+"""Text that the model writes itself: what it writes, how it is resumed, and what is refused."""
 
 import json
 import os
@@ -262,7 +262,7 @@ def test_every_setting_is_explained(capsys):
 
 
 def test_with_linear_layers_in_4_bits_too(inputs, tmp_path):
-    """The model that writes has ordinary ones. The one that learns from the text has not, and goes on to the bit."""
+    """The model that writes has ordinary ones. The one that learns from the text has not, and resumes to the bit."""
     changes = BARE | RUN | {"linear.format": "nvfp4", "steps": 2, "checkpoint_every": 1}
     finetune(inputs, tmp_path / "whole", **changes)
     plain = BARE | RUN | {"steps": 1}

@@ -128,7 +128,7 @@ def test_a_run_resumes_and_refuses_another_file(inputs, tmp_path, use):
 
 @pytest.mark.parametrize("use", ["frozen", "merged"])
 def test_the_teacher_is_what_the_run_starts_from(inputs, use):
-    """The weights with their LoRA, in original attention, whatever one's own adapters have learned."""
+    """The weights with their LoRA, in original attention, without what the trained adapters have learned."""
     start = StartSettings(path=str(inputs / "theirs.safetensors"), use=use)
     expected = tiny_transformer(layers=1)
     merge(expected, start)

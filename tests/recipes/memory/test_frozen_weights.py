@@ -120,7 +120,7 @@ def exported(folder):
 
 @pytest.mark.parametrize("kind", ["float8", "nf4"])
 def test_a_run_and_its_exports(inputs_wan, tmp_path, kind):
-    """Exact weights of the model with the adapters, or these alone; the run goes on bit for bit."""
+    """Exact weights of the model with the adapters, or the adapters alone. The run resumes bit for bit."""
     needs_library(kind)
     changes = FLOAT8 if kind == "float8" else NF4
     whole = finetune(inputs_wan, tmp_path / "whole", **changes)

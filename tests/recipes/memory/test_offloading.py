@@ -131,7 +131,7 @@ def finetune(inputs_wan, output_dir, **changes):
 
 
 def test_a_run_with_offloaded_layers(inputs_wan, tmp_path, waiting):
-    """Also for samples and exports; it goes on bit for bit."""
+    """Samples and exports work too, and the run resumes bit for bit."""
     own = {"samples.every": 3, "samples.inference_steps": 1, "samples.guidance_scale": 1, "samples.prompts": "[a red square]"}
     own |= {"samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "distillation": 0.5}
     finetune(inputs_wan, tmp_path / "plain", **own)

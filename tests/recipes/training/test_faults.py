@@ -137,7 +137,7 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_there(run, tmp_path, monk
 
 
 def test_a_disk_that_is_really_full(run, tmp_path):
-    """The system itself refuses to write more than so many bytes into a file."""
+    """The operating system refuses to write more than this many bytes into a file."""
     program = f"""
 import resource, signal, sys, torch
 from pathlib import Path

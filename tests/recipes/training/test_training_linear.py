@@ -1,4 +1,4 @@
-"""Linear layers in NVFP4 in the recipe for language models: all weights, adapters, what is measured, what goes on."""
+"""Linear layers in NVFP4 in the recipe for language models: all weights, adapters, what is measured, and resuming."""
 
 import pytest
 import torch

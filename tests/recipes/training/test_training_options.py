@@ -106,7 +106,7 @@ def test_modules_are_left_out_of_calibration(inputs, tmp_path):
 
 
 def test_adapters_trained_under_mixed_precision_are_verified(inputs, tmp_path):
-    """What an export records is computed without autocast, as whoever loads it computes."""
+    """What an export records is computed without autocast, as in a process that loads it."""
     finetune(inputs, tmp_path / "run", mixed_precision="bf16", **{"lora.rank": 4, "lora.alpha": 8, "lora.export": "adapters"})
     assert sum("bit-equal" in line for line in verify_checkpoint(tmp_path / "run" / "export")) == 2
 

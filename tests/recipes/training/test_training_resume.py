@@ -1,4 +1,4 @@
-"""Resuming, to the last bit; and what cannot go on is refused with nothing changed."""
+"""Resuming to the last bit. What cannot be resumed is refused, and nothing changes."""
 
 import json
 import shutil

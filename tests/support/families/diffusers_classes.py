@@ -379,7 +379,7 @@ enough to build it, since it is refused as a whole, or nobody knows."""
 
 
 def tiny(name):
-    """A tiny model of a class, and how to call it (None: nobody knows here)."""
+    """A tiny model of a class, and how to call it (None: not known here)."""
     known = _of_families()
     if name in known:
         make, inputs = known[name]
