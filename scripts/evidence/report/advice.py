@@ -130,14 +130,21 @@ def _advice_rows(results: Results) -> list[Sequence[str]]:
             f"PSNR {_arrow(psnr_of(results, 'untrained'), psnr_of(results, 'distill'), digits=1)} dB",
             "servers",
         ),
-        advice_at_length(results("length")),
+        *advice_at_length(results("length")),
     ]
 
 
-def advice_at_length(entries: Entries) -> Sequence[str]:
-    """Train through 4-bit attention if that wins by two standard errors at the longest length that both were run at."""
+def advice_at_length(entries: Entries) -> list[Sequence[str]]:
+    """Of the shortest runs, if there are any, and of the longest length that control and task loss were both run at."""
+    short = _advice_of(entries, (length.SHORT,), f"a task, {length.SIZES[length.SHORT].steps} steps")
     have = "a task, thousands of steps"
-    for size in (length.LONGEST, length.LONG):
+    long = _advice_of(entries, (length.LONGEST, length.LONG), have) or [(have, "any", "not known yet", "", "", "length")]
+    return short + long
+
+
+def _advice_of(entries: Entries, sizes: Sequence[str], have: str) -> list[Sequence[str]]:
+    """Train through 4-bit attention if that wins by two standard errors, at the first of these lengths that has both runs."""
+    for size in sizes:
         arm = report_length.Arm(size, "full", "task", ALL)
         ours, theirs = report_length.with_control(entries, arm)
         if not ours:
@@ -145,17 +152,20 @@ def advice_at_length(entries: Entries) -> Sequence[str]:
         gain = estimate(difference(column(ours)(f"loss_{ALL}"), column(theirs)(f"loss_{ALL}")))
         control = report_length.above_its_own(theirs, ALL)
         task = estimate(report_length.above_control(entries, arm, ALL))
+        original = estimate(difference(column(ours)("loss_original"), column(theirs)("loss_original")))
         wins = gain.mean < -2 * gain.error
-        return (
-            have,
-            "this package's kernels",
-            "train through the three options" if wins else "fine-tune as you do, serve with the three options",
-            "the time of training" if wins else "nothing more",
-            f"above the original attention of the control: {_arrow(control, task)} by training through 4 bits "
-            f"({arm.steps:,} steps, {COUNTS[len(ours)]}; difference {gain.mean:+.3f} ± {gain.error:.3f})",
-            "length",
-        )
-    return (have, "any", "not known yet", "", "", "length")
+        return [
+            (
+                have,
+                "this package's kernels",
+                "train through the three options" if wins else "fine-tune as you do, serve with the three options",
+                f"{original.mean:.3f} nats in original attention" if wins else "nothing more",
+                f"above the original attention of the control: {_arrow(control, task)} by training through 4 bits "
+                f"({arm.steps:,} steps, {COUNTS[len(ours)]}; difference {gain.mean:+.3f} ± {gain.error:.3f})",
+                "length",
+            )
+        ]
+    return []
 
 
 @needs("trained")
@@ -260,7 +270,7 @@ def _quality(results: Results) -> str:
 
 def long_quality(entries: Entries) -> list[Sequence[str]]:
     """The row for all three options at the longest length that control and task loss were both run at, or no row."""
-    for size in (length.LONGEST, length.LONG):
+    for size in (length.LONGEST, length.LONG, length.SHORT):
         arm = report_length.Arm(size, "full", "task", ALL)
         _, controls = report_length.with_control(entries, arm)
         if controls:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scripts.evidence.estimates import Estimate, Matrix, difference, estimate, share
-from scripts.evidence.length import ARMS, FIRST, LONG, LONGEST, OPTIONS, SHORT, SIZES, rate_of
+from scripts.evidence.length import ARMS, FIRST, LONG, LONGEST, OPTIONS, Q_SHIFT, SHORT, SIZES, rate_of
 from scripts.evidence.report.tables_and_figures import devices_of, figure, in_words, measured_on, picture, table
 from scripts.evidence.report.trained import column, describe
 from scripts.evidence.trained import ALL, PLAIN, SEEDS, Run, tried_rates
@@ -86,6 +86,11 @@ def above_control(entries: Entries, arm: Arm, option: str) -> Matrix:
     return difference(column(ours)(f"loss_{option}"), column(theirs)("loss_original")) if ours else []
 
 
+def measured_in(tests: Iterable[dict[str, Any]], option: str) -> bool:
+    """Whether these runs were measured in an option: older ones were not in all of them."""
+    return all(f"loss_{option}" in entry["test"] for entry in tests)
+
+
 def untrained_gap(entries: Entries) -> list[float]:
     """What plain NVFP4 costs the model before training, by window."""
     before = column([entries["untrained/main"]])
@@ -105,6 +110,28 @@ def _losses(results: Results) -> str:
         return found
 
     return _finish(results, _LOSS, cells, ("control", "task", "mix"), picture(CURVES, "What 4-bit attention costs over steps"))
+
+
+def _with_q_shift(results: Results) -> str:
+    """What a calibrated mean of Q adds to all three options, for each arm that was measured with it."""
+    entries = results("length")
+    start = [entry for key, entry in entries.items() if key == "untrained/main"]
+    if not start or not measured_in(start, Q_SHIFT):
+        return ""
+    options, whole = (*OPTIONS, Q_SHIFT), untrained_gap(entries)
+    rows = [["0", "untrained", "", *(str(above_its_own(start, option)) for option in options), "", "", ""]]
+    for arm in map(Arm._make, PLANNED):
+        runs = list(arm.runs(entries).values())
+        if not runs or not measured_in(runs, Q_SHIFT):
+            continue
+        cells = [f"{arm.steps:,}", arm.title(), str(len(runs)), *(str(above_its_own(runs, option)) for option in options)]
+        gaps = [above_control(entries, arm, option) for option in options[1:]]
+        rows.append(
+            [*cells, *(str(estimate(gap)) if gap else "no control yet" for gap in gaps), share(gaps[1], whole) if gaps[1] else ""]
+        )
+    served = ("all three", "all three and a mean of Q")
+    head = ["steps", "trained", "seeds", *(f"{what}: above its own" for what in ("plain", *served))]
+    return table([*head, *(f"{what}: above the control" for what in served), "of the untrained plain gap"], rows)
 
 
 def _divergences(results: Results) -> str:
@@ -195,5 +222,5 @@ def _curves(results: Results, file: Path) -> None:
             axes.set_ylim(bottom=0)
 
 
-TABLES = {"length-losses": _losses, "length-distillation": _divergences}
+TABLES = {"length-losses": _losses, "length-q-shift": _with_q_shift, "length-distillation": _divergences}
 FIGURES = {CURVES: _curves}

@@ -73,19 +73,28 @@ def needs(*files: str) -> Callable[[Callable[[Results], str]], Callable[[Results
     return decorate
 
 
+_WITH_Q_SHIFT = "all three and a calibrated mean of Q"
+
+
+def _options(option: str) -> str:
+    return _WITH_Q_SHIFT if option == length.Q_SHIFT else describe(option)
+
+
 def _served(option: str) -> str:
-    return "served plain" if option == PLAIN else f"served with {describe(option)}"
+    return "served plain" if option == PLAIN else f"served with {_options(option)}"
 
 
 @needs("untrained_language")
 def _untrained(results: Results) -> str:
     entries = results("untrained_language")
     names = ("nvfp4", "nvfp4+rotate", "nvfp4+four_over_six", "nvfp4+k_shift", "nvfp4+rotate+four_over_six+k_shift")
-    names += ("p_only", "v_only", "sage3")
+    names += ("definition+q_shift", length.Q_SHIFT, "p_only", "v_only", "sage3")
+    titles = {"nvfp4": "plain NVFP4", length.Q_SHIFT: f"{_WITH_Q_SHIFT}, not in the kernels"}
+    titles["definition+q_shift"] = f"{ATTENTIONS['definition+q_shift'].removeprefix('with ')}, not in the kernels"
     rows = []
     for name in names:
         extra = estimate(difference([entries[name]["loss"]], [entries["original"]["loss"]]))
-        title = "plain NVFP4" if name == "nvfp4" else ATTENTIONS[name].removeprefix("with ")
+        title = titles.get(name, ATTENTIONS[name].removeprefix("with "))
         rows.append((title, str(extra), str(estimate([entries[name]["kl"]]))))
     return table(("", "extra loss", "KL to the original logits"), rows)
 
@@ -163,18 +172,28 @@ def _length(results: Results) -> str:
     entries = results("length")
     if "untrained/main" not in entries:
         return ""
-    start = [entries["untrained/main"]]
-    rows = [("0", f"untrained, {describe(o)}", "", str(report_length.above_its_own(start, o)), "") for o in length.OPTIONS]
+    start, whole = [entries["untrained/main"]], report_length.untrained_gap(entries)
+    options = (*length.OPTIONS, length.Q_SHIFT)
+    rows = [
+        ("0", f"untrained, {_options(option)}", "", str(report_length.above_its_own(start, option)), "", "")
+        for option in options
+        if report_length.measured_in(start, option)
+    ]
     for size in (length.SHORT, length.LONG, length.LONGEST):
         for method in ("control", "task"):
-            for option in length.OPTIONS:
-                arm = report_length.Arm(size, "full", method, ALL if method == "control" else option)
-                if found := [*arm.runs(entries).values()]:
-                    own, gap = report_length.above_its_own(found, option), report_length.above_control(entries, arm, option)
-                    title = f"control, {_served(option)}" if method == "control" else f"trained through {describe(option)}"
-                    rows.append((f"{arm.steps:,}", title, str(len(found)), str(own), str(estimate(gap)) if gap else "no control"))
+            for option in options:
+                arm = report_length.Arm(size, "full", method, PLAIN if (method, option) == ("task", PLAIN) else ALL)
+                found = [*arm.runs(entries).values()]
+                if not found or not report_length.measured_in(found, option):
+                    continue
+                own, gap = report_length.above_its_own(found, option), report_length.above_control(entries, arm, option)
+                title = f"control, {_served(option)}" if method == "control" else f"trained through {describe(arm.option)}"
+                if method == "task" and option != arm.option:
+                    title += f", {_served(option)}"
+                gaps = (str(estimate(gap)), share(gap, whole)) if gap else ("no control", "")
+                rows.append((f"{arm.steps:,}", title, str(len(found)), str(own), *gaps))
     head = ("steps", "trained", "seeds", "above its own original attention", "above that of the control of equal steps")
-    return table(head, rows)
+    return table((*head, "of the untrained plain gap"), rows)
 
 
 @needs("ablations")

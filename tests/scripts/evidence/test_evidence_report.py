@@ -6,11 +6,13 @@ import math
 import pytest
 
 from scripts.evidence.estimates import Estimate, difference, estimate, ratio, share
+from scripts.evidence.length import Q_SHIFT
 from scripts.evidence.report import advice as report_advice
 from scripts.evidence.report import document as report
 from scripts.evidence.report import length as report_length
 from scripts.evidence.report import servers as report_servers
 from scripts.evidence.report import speed as report_speed
+from scripts.evidence.report import summary as report_summary
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.results import FOLDER, Results
 from scripts.evidence.servers import CACHE
@@ -197,8 +199,8 @@ def test_the_cost_of_the_cache_is_each_models_own(tmp_path):
 def test_training_at_length_is_compared_with_controls_of_equal_steps(tmp_path):
     results, machine = Results(tmp_path / "length.json"), {"machine": {"device": "GPU 9", "torch": "2"}}
 
-    def put(key, original, plain, options):
-        test = {"loss_original": original}
+    def put(key, original, plain, options, q_shift=None):
+        test = {"loss_original": original} | ({f"loss_{Q_SHIFT}": q_shift} if q_shift else {})
         for option, losses in ((PLAIN, plain), (ALL, options)):
             test |= {f"loss_{option}": losses, f"kl_{option}": [0.1, 0.2], f"between_{option}": [0.1, 0.2]}
         curve = {f"{name}_{where}": 1.0 for name in ("loss", "kl") for where in ("original", PLAIN, ALL)}
@@ -209,8 +211,8 @@ def test_training_at_length_is_compared_with_controls_of_equal_steps(tmp_path):
     table = report_length.TABLES["length-losses"](first)
     assert report_advice.long_quality(first("length")) == []
     assert table.count("not run") == 13 and "| 0 | untrained |" in table
-    advised = report_advice.advice_at_length(first("length"))
-    assert advised[2] == "not known yet"
+    ((*_, advised, _, _, _),) = report_advice.advice_at_length(first("length"))
+    assert advised == "not known yet" and report_length.TABLES["length-q-shift"](first) == ""
 
     for method, seeds, losses in (("control", (0, 1), ([2.0, 4.0], [2.2, 4.2], [2.12, 4.12])), ("task", (0,), None)):
         for seed in seeds:
@@ -219,13 +221,30 @@ def test_training_at_length_is_compared_with_controls_of_equal_steps(tmp_path):
     # A seed without control says nothing against controls.
     lonely = report_trained.Run(method="task", option=ALL, size="2000-steps", rate=3e-4, seed=2)
     put(lonely.key, [2.01, 4.01], [9.0, 9.0], [9.0, 9.0])
+    # Two shorter runs, which were measured with a mean of Q too, as the starting model now is.
+    put("untrained/main", [3.0, 5.0], [3.2, 5.4], [3.1, 5.1], [3.05, 5.06])
+    for method, losses in (
+        ("control", ([2.5, 4.5], [2.7, 4.7], [2.62, 4.62], [2.55, 4.56])),
+        ("task", ([2.51, 4.51], [2.65, 4.65], [2.62, 4.63], [2.56, 4.58])),
+    ):
+        put(report_trained.Run(method=method, option=ALL, size="500-steps", rate=3e-4, seed=0).key, *losses)
     last = report.load(tmp_path)
     rows = report_length.TABLES["length-losses"](last).splitlines()
     (task,) = [row for row in rows if row.startswith("| 2,000 | task, all three | 0.0003 (of 1) | 2 |")]
     assert "| +0.0500 ± 0.0100 | 0.17 ± " in task, "in 4 bits 0.05 above the control's original attention, of a gap of 0.3"
     assert "seed=0,2`" in task
-    advised = report_advice.advice_at_length(last("length"))
-    assert advised[2] == "train through the three options" and "0.120 → 0.050" in advised[4] and "one seed" in advised[4]
+    with_mean = [row.split(" | ")[1:] for row in report_length.TABLES["length-q-shift"](last).splitlines()[2:]]
+    assert [row[0] for row in with_mean] == ["untrained", "control", "task, all three"], "older runs have no row"
+    assert with_mean[2][4:7] == ["0.0600 ± 0.0100", "0.1250 ± 0.0050", "0.0700 ± 0.0100"] and with_mean[2][7].startswith(
+        "0.23 ± "
+    )
+    shown = report_summary.TABLES["summary-length"](last)
+    title = "trained through all three, served with all three and a calibrated mean of Q"
+    assert f"| 500 | {title} | 1 | 0.0600 ± 0.0100 | 0.0700 ± 0.0100 | 0.23 ± " in shown and shown.count("mean of Q") == 3
+    short, long = report_advice.advice_at_length(last("length"))
+    assert short[0] == "a task, 500 steps" and short[2].startswith("fine-tune as you do") and "0.120 → 0.125" in short[4]
+    assert long[2] == "train through the three options" and "0.120 → 0.050" in long[4] and "one seed" in long[4]
+    assert long[3] == "0.010 nats in original attention"
     ((_, device, *quality, _),) = report_advice.long_quality(last("length"))
     assert device == "GPU 9" and quality == ["0.100", "0.120", "**0.050**"]
     assert "0.17 ± " in "".join(f"{value.mean:.2f} ± " for value, _ in report_advice.long_targets(last("length"), "task"))
