@@ -65,7 +65,7 @@ def attention_forward(
         return original_attention(original, module, query, key, value, attention_mask, **arguments)
     getattr(module, CHECKED).check(query, attention_mask, kwargs)
     packing = packed_samples.packing(query, attention_mask, kwargs)
-    refuse_unknown(layer.name, module, dropout, kwargs)
+    refuse_unknown(layer, module, dropout, kwargs)
     if layer.probed and layer.observer is None:
         layer.note_call()
     try:
@@ -134,8 +134,9 @@ def original_attention(
     return host_function(module, implementation)(module, query, key, value, mask, **kwargs)
 
 
-def refuse_unknown(name: str, module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_unknown(layer: AttentionLayer, module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise a ValueError if a call asks for something that 4-bit attention does not compute. None and False ask for nothing."""
+    # The name is read only where it is needed: torch.compile of torch 2.11 compiles a graph for each name that it sees.
     features = {"softcap": softcap_of(module), "s_aux": getattr(module, "sinks", None)}
     for argument, asked in kwargs.items():
         if asked is None or asked is False:
@@ -144,14 +145,14 @@ def refuse_unknown(name: str, module: torch.nn.Module, dropout: float, kwargs: d
         if argument in KNOWN and (argument not in features or features[argument] is not None):
             continue
         raise ValueError(
-            f"4-bit attention ({name}): {argument} is not supported: expected nothing for it, got {_short(asked)}; exclude this "
-            "module from the patch, or use handle.disabled()"
+            f"4-bit attention ({layer.name}): {argument} is not supported: expected nothing for it, got {_short(asked)}; "
+            "exclude this module from the patch, or use handle.disabled()"
         )
     is_causal = kwargs.get("is_causal")
     if not (module.is_causal if is_causal is None else is_causal):
-        raise ValueError(f"4-bit attention ({name}): is_causal=False is not supported; use handle.disabled()")
+        raise ValueError(f"4-bit attention ({layer.name}): is_causal=False is not supported; use handle.disabled()")
     if dropout:
-        raise ValueError(f"4-bit attention ({name}): attention dropout is not supported, got {dropout}; set it to 0")
+        raise ValueError(f"4-bit attention ({layer.name}): attention dropout is not supported, got {dropout}; set it to 0")
 
 
 def _short(value: Any) -> str:

@@ -90,7 +90,7 @@ def _advice_rows(results: Results) -> list[Sequence[str]]:
             "distillation",
         ),
         (
-            "a task, a few hundred steps",
+            "a task, up to 360 steps",
             ours,
             "fine-tune as you do, serve with the three options",
             "nothing more",
@@ -99,7 +99,7 @@ def _advice_rows(results: Results) -> list[Sequence[str]]:
             "task",
         ),
         (
-            "a task, a few hundred steps",
+            "a task, up to 360 steps",
             "a kernel for plain NVFP4",
             "train through plain NVFP4",
             f"{original.mean:.3f} nats in original attention",
