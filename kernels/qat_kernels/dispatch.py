@@ -146,7 +146,8 @@ def explain(
     def words(name: str) -> str:
         described = how(name, q.device, q.shape[-1], spec, verdict)
         if name == "triton":
-            described += training_kernels().remark(q.device, q.shape[-1], causal, spec, asked, needs_gradient)
+            hides_keys = causal or "bounds" in asked  # `Mask.hides_keys`
+            described += training_kernels().remark(q.device, q.shape[-1], hides_keys, spec, asked, needs_gradient)
         return described
 
     lines = []

@@ -94,7 +94,7 @@ def _plan(
         key_mask=given.key_mask,
         sinks=has_sinks, unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip
-    chosen = tiles.choose(arch_of(device), problem.head_dim, mask.hides_keys, options, gluon_version())
+    chosen = tiles.choose(arch_of(device), max(problem.head_dim, problem.head_dim_v), mask.hides_keys, options, gluon_version())
     queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
     kept, quantizes_value = keys.lead > 0, spec.formats.value is not None
     two_values = quantizes_value and kept
@@ -115,8 +115,8 @@ def _plan(
         splits = grad_key_value.splits
     elif isinstance(key_tile, tiles.Apart):
         grad_key_value = _Apart(
-            _grad_key_value_launch(problem, key_tile.key, key_shape, grad_out.dtype, given, "key"),
-            _grad_key_value_launch(problem, key_tile.value, key_shape, grad_out.dtype, given, "value"),
+            _grad_key_value_launch(problem, key_tile.key, key_shape, grad_out.dtype, given, value=False),
+            _grad_key_value_launch(problem, key_tile.value, key_shape, grad_out.dtype, given, key=False),
         )
     else:
         grad_key_value = _grad_key_value_launch(problem, key_tile, key_shape, grad_out.dtype, given)
@@ -188,7 +188,14 @@ class _Apart(NamedTuple):
 
 
 def _grad_key_value_launch(
-    problem: Problem, tile: tiles.Tile, key_shape: torch.Size, dtype: torch.dtype, given: Given, of: str = "key value"
+    problem: Problem,
+    tile: tiles.Tile,
+    key_shape: torch.Size,
+    dtype: torch.dtype,
+    given: Given,
+    *,
+    key: bool = True,
+    value: bool = True,
 ) -> Launch:
     """The launch of the Triton kernel of dK and dV, which have this dtype, or of one of them."""
     keys, kept, operand = problem.key, problem.key.lead > 0, operand_dtype(dtype)
@@ -203,7 +210,7 @@ def _grad_key_value_launch(
             q, k, v, grad_out_tiles, v if kept else None, grad_out_tiles if kept else None,
             *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
             float32 if problem.spec.formats.smooth is not None else None, *given.bound_pointers(),
-            float32, float32, *(Pointer(dtype) if name in of else None for name in ("key", "value")),
+            float32, float32, Pointer(dtype) if key else None, Pointer(dtype) if value else None,
         ],
         [
             given.bounds_stride, *contiguous_strides(torch.Size((*key_shape[:-1], 1)))[:3],

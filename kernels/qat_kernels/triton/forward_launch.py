@@ -111,7 +111,9 @@ def _plan(
         k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
         unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip
-    tile = tiles.choose(arch_of(device), problem.head_dim, mask.hides_keys, options, gluon_version()).forward
+    tile = tiles.choose(
+        arch_of(device), max(problem.head_dim, problem.head_dim_v), mask.hides_keys, options, gluon_version()
+    ).forward
     out = empty_out(torch.empty_strided(query.shape, stride, dtype=value.dtype, device="meta"), value.shape[-1])
     to_all = None
     if isinstance(tile, tiles.HopperTile) and hardware_copies(query, strides_of(out)) and rounds_plainly(problem):

@@ -114,8 +114,8 @@ class PrecompiledKernel:
 
     Triton's own launch looks at every argument (its type; of a number: is it 1? a multiple of 16?) and at every global that the
     kernel uses, which takes longer than many kernels run. This one does not. So what Triton looks at must be the same in all
-    launches: numbers as in `arguments`, or in the kernel's `do_not_specialize`, or there neither 1 nor a multiple of 16; tensors
-    as `Pointer` says.
+    launches. A number is the one in `arguments`, or it is in the kernel's `do_not_specialize`. One that is neither 1 nor a
+    multiple of 16 in `arguments` may be any at a launch. Tensors are as `Pointer` says.
 
     Args:
         arguments: in their order: a number as it will be or, if the kernel does not specialize, 0 or 0.0; a dtype or a `Pointer`

@@ -1,8 +1,9 @@
 """Tile sizes of the Triton attention, chosen by GPU architecture, head dim and causality. Data, no autotuning.
 
-Those of sm_90 for head dims up to 128 are the fastest of scripts/bench/tune.py on an H100 (torch 2.11, Triton 3.6). No other GPU
-was at hand: their tiles are the largest tried whose loops do not spill registers to memory and that fit shared memory and tensor
-memory (tests/kernels/triton/test_triton_aot.py), for bfloat16 without a key mask.
+Those of sm_90 for head dims up to 128 are the fastest of scripts/bench/tune.py on an H100 (torch 2.11, Triton 3.6). Those for
+head dim 256 were measured on an H200. No other GPU was at hand: the other tiles are the largest tried whose loops do not spill
+registers to memory and that fit shared memory and tensor memory (tests/kernels/triton/test_triton_aot.py), for bfloat16 without a
+key mask.
 """
 
 from __future__ import annotations
@@ -150,9 +151,9 @@ _SHIFTED = ("k_shift", "rotate")
 _PACKED_AND_SHIFTED = ("packed", "k_shift", "rotate")
 _COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
     (64, False): {
-        "forward": _with_and_without_gradient((), _BOUNDS, ("packed",), *_ROTATED, _SHIFTED),
+        "forward": _with_and_without_gradient((), ("packed",), *_ROTATED, _SHIFTED),
         "to_all": _with_and_without_gradient(()),
-        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",), *_ROTATED),
+        **_of_gradients((), ("packed",), ("key_mask",), ("sinks",), *_ROTATED),
         "splits": {(), ("rotate",)},
     },
     (64, True): {
@@ -162,11 +163,9 @@ _COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
         **_of_gradients((), _WINDOW, _BOUNDS, ("packed",), ("key_mask",), ("sinks",), ("bounds", "sinks"), *_ROTATED),
     },
     (128, False): {
-        "forward": _with_and_without_gradient(
-            (), _BOUNDS, ("packed",), ("packed", "k_shift"), *_ROTATED, _SHIFTED
-        ) | {("bf16_pv",)},
+        "forward": _with_and_without_gradient((), ("packed",), ("packed", "k_shift"), *_ROTATED, _SHIFTED),
         "to_all": _with_and_without_gradient(()),
-        **_of_gradients((), _BOUNDS, ("packed",), ("key_mask",), ("sinks",), *_ROTATED),
+        **_of_gradients((), ("packed",), ("key_mask",), ("sinks",), *_ROTATED),
         "splits": {(), ("rotate",)},
     },
     (128, True): {
@@ -174,7 +173,6 @@ _COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
             *_with_and_without_gradient(
                 (), _WINDOW, _BOUNDS, ("packed",), ("packed", "k_shift"), *_ROTATED, _SHIFTED, _PACKED_AND_SHIFTED
             ),
-            ("bf16_pv",),
             ("bounds", "k_shift", "rotate", "out_hp"),
             ("bounds", "packed", "out_hp"),
             ("bounds", "irregular", "packed", "out_hp"),
@@ -186,9 +184,9 @@ _COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
     },
     **{(head_dim, causal): _of_gradients(()) for head_dim in (40, 80, 96) for causal in (False, True)},
 }  # fmt: skip
-"""The options of the calls, by head dim, causality and kernel, whose results have been compared on an H200 with those of the
-Triton kernels (tests/kernels/triton/test_hopper_gpu.py) since these kernels last changed. "splits": whether dK and dV may be
-summed in parts."""
+"""The options of the calls, by head dim, causality (`Mask.hides_keys`) and kernel, whose results have been compared on an H200 with
+those of the Triton kernels (tests/kernels/triton/test_hopper_gpu.py) since these kernels last changed. Beside other options,
+"bounds" were compared as windows, and in packed calls as blocks too. "splits": whether dK and dV may be summed in parts."""
 
 ARCHITECTURES = (80, 90, 100, 120)
 """The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the

@@ -99,14 +99,15 @@ def check_name(name: str) -> None:
         _options_of_baseline(name)
     elif name != "original" and name not in BASELINES:
         base, _, number = name.partition(_WITHOUT)
-        if number and not number.isdecimal():
+        if _WITHOUT in name and not number.isdecimal():
             raise ValueError(f"attention: expected a number of modules after {_WITHOUT}, got {name!r}")
         _options_of(base)
 
 
 def _options_of_baseline(name: str) -> list[str]:
     options = name.split("+")[1:]
-    if not set(options) <= set(_OF_BASELINE) or len(set(options)) < len(options):
+    both = {"q_shift", "q_shift_by_block"} <= set(options)
+    if both or not set(options) <= set(_OF_BASELINE) or len(set(options)) < len(options):
         raise ValueError(f"attention: expected definition with any of +{' +'.join(_OF_BASELINE)}; got {name!r}")
     return options
 

@@ -299,7 +299,8 @@ def test_recommended_training(head_dim, options):
 def test_forward_with_bf16_p_and_v():
     for causal in (False, True):
         for case in cases(Case(head_dim=128, causal=causal, preset="nvfp4_qk")):
-            check_forward(Call(case, torch.float32), True)
+            for with_gradient in (True, False):
+                check_forward(Call(case, torch.float32), with_gradient)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -47,8 +47,9 @@ def test_other_kernels_fit_one_architecture_each(compiler):
 
 
 def test_kernels_for_unequal_head_dims_fit(compiler):
-    """DeepSeek V3's."""
+    """DeepSeek V3's, and wider values than Q and K."""
     assert_all_fit(compiler, [(90, 192, True)], head_dim_v=128)
+    assert_all_fit(compiler, [(90, 64, True)], head_dim_v=256)
 
 
 def test_kernels_with_a_window_and_sinks_fit(compiler):
