@@ -184,8 +184,8 @@ _COMPARED: dict[tuple[int, bool], dict[str, set[_Options]]] = {
     },
     **{(head_dim, causal): _of_gradients(()) for head_dim in (40, 80, 96) for causal in (False, True)},
 }  # fmt: skip
-"""The options of the calls, by head dim, causality (`Mask.hides_keys`) and kernel, whose results have been compared on an H200 with
-those of the Triton kernels (tests/kernels/triton/test_hopper_gpu.py) since these kernels last changed. Beside other options,
+"""The options of the calls, by head dim, causality (`Mask.hides_keys`) and kernel, whose results have been compared on an H200
+with those of the Triton kernels (tests/kernels/triton/test_hopper_gpu.py) since these kernels last changed. Beside other options,
 "bounds" were compared as windows, and in packed calls as blocks too. "splits": whether dK and dV may be summed in parts."""
 
 ARCHITECTURES = (80, 90, 100, 120)
