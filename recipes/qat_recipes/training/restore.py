@@ -210,10 +210,19 @@ class _PlainUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format  # Python 3.11.0 to 3.11.3 write a member of an enumeration so
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_type and (module, name) not in self.CLASSES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no shards")
         return super().find_class(module, name)
+
+
+def _memory_format(of: Any, name: str) -> Any:
+    """The one attribute that a description of shards may ask for."""
+    if of is not sharded_metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"it asks for {name} of {of!r}, which describes no shards")
+    return of[name]
 
 
 class _PlainReader(FileSystemReader):

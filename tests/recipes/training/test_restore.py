@@ -252,6 +252,23 @@ def test_shards_are_read_as_plain_values(shards, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_format_of_memory_by_its_name():
+    """As Python 3.11.0 to 3.11.3 write it, whatever version runs here; nothing else is read by its name."""
+    formats = sharded.metadata._MEM_FORMAT_ENCODING
+
+    class Named:
+        def __init__(self, *of: object) -> None:
+            self.of = of
+
+        def __reduce__(self):
+            return getattr, self.of
+
+    member = formats.TORCH_CHANNELS_LAST
+    assert restore._PlainUnpickler(io.BytesIO(pickle.dumps(Named(formats, member.name)))).load() is member
+    with pytest.raises(pickle.UnpicklingError, match="which describes no shards"):
+        restore._PlainUnpickler(io.BytesIO(pickle.dumps(Named(torch.Size, "numel")))).load()
+
+
 def test_a_value_among_shards_runs_nothing(tmp_path):
     planner, value = restore._PlainPlanner(), io.BytesIO()
     torch.save(Boom(tmp_path / "ran"), value)
