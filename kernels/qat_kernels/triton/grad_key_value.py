@@ -11,6 +11,15 @@ from .scores import LOG2_E, first_query_to_see, queries_that_reach, seen_slots, 
 
 
 @triton.jit
+def _add_grad_key(grad_key, p, scores, q, v, grad_out, delta, zeros, SOFTCAP: tl.constexpr):
+    """Add dS^T QF of a tile of queries: dS = P (dP - delta), and the derivative of the soft cap."""
+    grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
+    if SOFTCAP > 0:
+        grad_scores *= 1.0 - scores * scores
+    return dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+
+
+@triton.jit
 def _sum_grad_key_value(
     grad_key, grad_value, k, v, slot, present, q_desc, grad_out_desc, mean_scores_ptr, stats_ptr, delta_ptr,
     q_row, q_rows, qheads_per_kvhead, seqlen_q, q_pos_offset, slots, leftpad, lower_ptr, upper_ptr, start, stop,
@@ -65,10 +74,7 @@ def _sum_grad_key_value(
                 p_fq = tl.reshape(groups, (k.shape[0], BLOCK_M))
             grad_value = dot(cast_rn(p_fq, q.dtype), grad_out, grad_value)
         if KEY:
-            grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
-            if SOFTCAP > 0:
-                grad_scores *= 1.0 - scores * scores
-            grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+            grad_key = _add_grad_key(grad_key, p, scores, q, v, grad_out, delta, zeros, SOFTCAP)
         is_last = first_query + BLOCK_M >= stop  # of this head
         first_query = tl.where(is_last, start, first_query + BLOCK_M)
         q_row = tl.where(is_last, q_row + q_rows, q_row)
@@ -118,10 +124,7 @@ def _sum_grad_key_value_kept(
         if VALUE:
             grad_value = dot(cast_rn(p, q.dtype), grad_out, grad_value)
         if KEY:
-            grad_scores = p * (dot(v, tl.trans(grad_out), zeros) - delta[None, :])
-            if SOFTCAP > 0:
-                grad_scores *= 1.0 - scores * scores
-            grad_key = dot(cast_rn(grad_scores, q.dtype), q, grad_key)
+            grad_key = _add_grad_key(grad_key, p, scores, q, v, grad_out, delta, zeros, SOFTCAP)
         is_last = first_query + BLOCK_M >= stop  # of this head
         first_query = tl.where(is_last, start, first_query + BLOCK_M)
         q_row = tl.where(is_last, q_row + q_rows, q_row)
