@@ -76,15 +76,15 @@ class _Reader(NamedTuple):
     parse: Callable[[Any, Any], Any] | None
     checks_itself: bool
 
-    def convert(self, value: Any, hint: Any, where: str) -> Any:
-        """The value, converted to the type of the annotation."""
+    def convert(self, value: Any, hint: Any, where: str, *, optional: bool = False) -> Any:
+        """The value, converted to the type of the annotation. `optional`: null would be taken too, as messages then say."""
         if self.parse is not None:
             value = self.parse(value, hint)
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if origin in (typing.Union, types.UnionType):
             if value is None:
                 return None
-            return self.convert(value, next(arg for arg in args if arg is not types.NoneType), where)
+            return self.convert(value, next(arg for arg in args if arg is not types.NoneType), where, optional=True)
         if dataclasses.is_dataclass(hint):
             if isinstance(value, dict) or not self.checks_itself:
                 cls: Any = hint
@@ -108,4 +108,5 @@ class _Reader(NamedTuple):
         if self.checks_itself:
             return value
         a_list = "a list of " if origin is tuple else ""
-        raise ValueError(f"{where}: expected {a_list}{spell(hint)}, got {value!r}")
+        or_null = "; null is possible too" if optional else ""
+        raise ValueError(f"{where}: expected {a_list}{spell(hint)}, got {value!r}{or_null}")
