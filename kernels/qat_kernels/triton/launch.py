@@ -40,7 +40,7 @@ def remark(
     """
     arch = arch_of(device)
     version = ".".join(map(str, TRITON))
-    slow = f"slower than they could be: Triton {version} spills registers on sm_{arch}, 3.8 does not"
+    slow = f"slower than they could be: Triton {version} spills registers on sm_{arch}, 3.9 does not"
     spills = tiles.entry_of(arch) in tiles.SPILLS.get(TRITON, ())
     if arch != tiles.HOPPER:
         return f" ({slow})" if spills else ""

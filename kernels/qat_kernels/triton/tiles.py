@@ -192,7 +192,7 @@ ARCHITECTURES = (80, 90, 100, 120)
 """The entries of the table; the architectures between them (86, 89, 103, 121) take the entry below. Those of sm_80 fit the
 99 KiB of shared memory that sm_86 and sm_89 have."""
 
-SPILLS: dict[tuple[int, ...], tuple[int, ...]] = {(3, 6): (80, 90, 120), (3, 7): (120,)}
+SPILLS: dict[tuple[int, ...], tuple[int, ...]] = {(3, 6): (80, 90, 120), (3, 7): (120,), (3, 8): (90, 120)}
 """Versions of Triton that keep too little in registers for some tiles, by entry of the table: the same numbers, but slower."""
 
 
