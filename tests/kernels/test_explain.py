@@ -87,7 +87,8 @@ def test_a_triton_that_cannot_compile_for_a_gpu_is_refused_and_auto_is_eager(arc
 
 
 @pytest.mark.parametrize(
-    ("version", "arch", "said"), [((3, 6), 90, True), ((3, 7), 121, True), ((3, 7), 89, False), ((3, 8), 90, True), ((3, 9), 90, False)]
+    ("version", "arch", "said"),
+    [((3, 6), 90, True), ((3, 7), 121, True), ((3, 7), 89, False), ((3, 8), 90, True), ((3, 9), 90, False)],
 )
 def test_a_triton_that_spills_registers_is_taken_and_explained(version, arch, said):
     with ExitStack() as stack:
