@@ -191,7 +191,7 @@ class _Launcher:
             def launch(grid: Grid, *arguments: Any) -> None:
                 in_c(*grid, stream_of(device), *first, *arguments)
 
-        elif triton.__version__.startswith("3.9."):
+        elif triton.__version__.startswith(("3.8.", "3.9.")):
             first = *first, kernel.packed_metadata, *no_hooks, *no_scratch, python.arg_annotations, python.kernel_signature
 
             def launch(grid: Grid, *arguments: Any) -> None:

@@ -6,6 +6,8 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -145,6 +147,55 @@ def test_launches_are_those_of_triton(compiler):
     counts = Counter(name for name, *_ in found)
     assert counts["attention_forward_kernel"] == 2 * len(calls) and counts["grad_query_kernel"] == len(calls)
     assert counts["allowed_keys_kernel"] == 2 * 3
+
+
+@triton.jit
+def small_kernel(rows_desc, scale_ptr, numbers, seqlen_q, factor, BLOCK: tl.constexpr):
+    """Has all that kernels here take: tiles, a pointer, a tuple, numbers, and constants."""
+    row = tl.load(scale_ptr) * factor + numbers[0]
+    rows_desc.store([seqlen_q, 0], rows_desc.load([0, 0]) * row.to(tl.bfloat16) + BLOCK)
+
+
+def launched_in_both_ways() -> list[list]:
+    """What the launcher in C gets from Triton's own launch of a kernel, and from that of `PrecompiledKernel`."""
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    from qat_kernels.triton.precompiled import Pointer, PrecompiledKernel, Tiles
+
+    believe_in(90)
+    launched, utils = [], driver.active.utils
+    driver.active.launcher_cls = nvidia.CudaLauncher
+    # What a module in C would set, which needs a driver.
+    nvidia.PyKernelArg, nvidia.ARG_CONSTEXPR, nvidia.ARG_KERNEL, nvidia.ARG_TUPLE = dict, 0, 1, 2
+    utils.launch = lambda *arguments: launched.append(arguments)
+    utils.load_binary.return_value = 1, 2, 255, 0, 1024
+    utils.get_device_properties.return_value = {"max_shared_mem": 1 << 18}
+    utils.fill_tma_descriptor_tiled = lambda base, *about: ("map", base, *about)
+    utils.build_signature_metadata = tuple
+    tiles, constants = Tiles(torch.bfloat16, (128, 64), 32), {"BLOCK": 4}
+    arguments = [tiles, Pointer(torch.float32), (7, 3), 5, 0.5]
+    kernel = PrecompiledKernel(small_kernel, arguments, constants)
+    assert kernel._launcher is not None, "else both are Triton's"
+    compiled = kernel((2, 1, 1), (4096, 512), ((7, 3), 5, 0.5))
+    descriptor = tiles.descriptor(4096)
+    compiled[(2, 1, 1)](descriptor, 512, (7, 3), 5, 0.5, 4)
+    # But for three about hooks, which hear of Triton's launch alone.
+    return [_flat([*each[:8], *each[11:]]) for each in launched]
+
+
+def _flat(x):
+    """The items of nested tuples and lists."""
+    return [leaf for each in x for leaf in _flat(each)] if isinstance(x, tuple | list) else [x]
+
+
+def test_the_launcher_in_c_gets_what_it_gets_from_triton(compiler):
+    """Where the installed Triton is one whose launcher is known; that of 3.6 is built for each kernel, with a GPU."""
+    if triton.__version__.startswith(("3.6.", "3.7.")):
+        pytest.skip(f"Triton {triton.__version__} has no launcher in C that all kernels share")
+    ours, theirs = compiler.submit(launched_in_both_ways).result()
+    assert ours[ours.index("map") + 1] == 4096
+    assert ours == theirs
 
 
 def described_addresses(addresses: list[int]) -> tuple[list[int], list[tuple]]:
