@@ -9,8 +9,8 @@ the recipes on them by `accelerate launch` with the shipped configs, ten steps e
 attention against the model's own, the task's loss and distillation, FSDP2 and for Wan FSDP2 + Ulysses. The losses of a model cut
 to two layers are compared with those on one GPU. A run is killed behind a checkpoint, resumed and exported; the export is
 verified, and loaded on one GPU. It writes to FILE after each run and goes on where it stopped. What does not fit this machine is
-refused before anything is written; --layers cuts the models. `plan` prints the commands and what they need. `report` writes
-docs/SIZING.md. `--tiny` runs small models, to see that all of it works.
+refused before anything is written; --layers cuts the models. `plan` prints the commands and what they need. `report` prints
+the tables of a file; `make evidence` writes them into docs/SIZING.md. `--tiny` runs small models, to see that all of it works.
 """
 
 from __future__ import annotations
@@ -38,9 +38,8 @@ from qat_patch.checkpoint.golden_output import check_reference
 from qat_patch.checkpoint.trust.file_names import REFERENCE
 from scripts.arguments import new_parser
 from scripts.bench.full_size_inputs import SIZES, TINY_SIZES, Size, write_data, write_model
-from scripts.bench.full_size_report import GIB, MARK, check_machine, needs, section, table_of_needs, tables
+from scripts.bench.full_size_report import GIB, check_machine, needs, table_of_needs, tables
 from scripts.bench.sizing import machine
-from scripts.bench.sizing_report import FILE
 from scripts.demo_tools import read_metrics
 from scripts.paths import OUTPUTS, RECIPES, ROOT
 
@@ -154,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         each.add_argument("--layers", type=int, help="cut the models to this number of layers, to fit fewer GPUs")
         each.add_argument("--work", type=Path, default=OUTPUTS / "full_size", help="folder for weights, samples and checkpoints")
         each.add_argument("--tiny", action="store_true", help="small models")
-    reporting = commands.add_parser("report", help=f"print tables, and write them to {FILE.name}")
+    reporting = commands.add_parser("report", help="print the tables of FILE")
     reporting.add_argument("file", type=Path, metavar="FILE")
     loading = commands.add_parser("load", help="load an export on one GPU and compute its reference output")
     loading.add_argument("folder", type=Path, metavar="EXPORT")
@@ -163,9 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(load(options.folder)))
         return
     if options.command == "report":
-        results = json.loads(options.file.read_text(encoding="utf-8"))
-        print(tables(results))
-        FILE.write_text(FILE.read_text(encoding="utf-8").partition(MARK)[0] + section(results), encoding="utf-8")
+        print(tables(json.loads(options.file.read_text(encoding="utf-8"))))
         return
     if options.gpus < 2:
         parser.error(f"--gpus: expected at least 2, got {options.gpus}")

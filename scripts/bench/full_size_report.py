@@ -23,7 +23,7 @@ GIB = 2**30
 ROOM = 0.9
 """The usable share of memory: the rest is for CUDA contexts, fragmentation, and files that the system keeps in memory."""
 MIB_A_TOKEN = {"wan": 0.693, "qwen3": 2.149}
-"""GPU memory per token with gradient checkpointing, as measured with LoRA (section 3 of docs/SIZING.md)."""
+"""GPU memory per token with gradient checkpointing, as measured with LoRA (docs/SIZING.md, section *Measured*)."""
 A_GATHERED_WEIGHT = 2 + 2 + 4
 """Bytes of a weight that a GPU has whole: it and its gradient in bfloat16, and the float32 copy in which gradients are summed."""
 HOST_A_PROCESS = 4 * GIB
@@ -39,7 +39,7 @@ share one. DDP divides nothing. The first process alone reads the weights and gi
 
 `python -m scripts.bench.full_size measure {results}` runs the recipes on whole 14B models with random
 weights and samples of the real lengths (Wan: 81 frames of 720x1280, 75,600 tokens; Qwen3: 8,192), with the shipped configs, ten
-steps each, and `report` writes the tables below.
+steps each; `make evidence` writes the tables below.
 
 ### What it needs, by arithmetic
 

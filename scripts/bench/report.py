@@ -43,8 +43,7 @@ def attention_table(results: list[Result]) -> Table:
     """Milliseconds, and ours relative to FlashAttention-2; bars are TFLOP/s."""
     by_row: dict[tuple[Shape, str], dict[str, Result]] = {}
     for each in results:
-        shape = Shape(**{field: each[field] for field in Shape._fields if field in each})  # older results lack some fields
-        by_row.setdefault((shape, each["what"]), {})[each["name"]] = each
+        by_row.setdefault((shape_of(each), each["what"]), {})[each["name"]] = each
     names = list(dict.fromkeys(each["name"] for each in results))
     ours = [name for name in names if name in (*TRAINING, *INFERENCE, *get_args(Preset))]
     titles = ["shape", "", *(f"{name}, ms" for name in names), *(f"{name} / FlashAttention-2" for name in ours)]
@@ -58,6 +57,11 @@ def attention_table(results: list[Result]) -> Table:
         lines.append(line([shape, what, *cells]))
         bars[f"{shape}\n{what}"] = {name: shape.flops(what != "forward") / s / 1e12 for name, s in seconds.items()}
     return lines, bars, "TFLOP/s (4 B H Lq Lk D, half of that if causal, 3.5 times as much with backward)"
+
+
+def shape_of(result: Result) -> Shape:
+    """The shape that was timed. Older results lack some of its fields."""
+    return Shape(**{field: result[field] for field in Shape._fields if field in result})
 
 
 def decode_table(results: list[Result]) -> Table:

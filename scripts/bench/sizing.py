@@ -7,7 +7,8 @@ python -m scripts.bench.sizing report docs/benchmarks/h200_memory.json
 weights. It writes the peak of memory at each length, what PyTorch's allocator had reserved, losses and seconds. A model is made
 in the memory of the CPU, as `from_pretrained` does, and goes to the GPU as in a run. Where a claim is about a small GPU,
 PyTorch's allocator gets no more than that (`torch.cuda.set_per_process_memory_fraction`). It writes after each model and goes on
-where it stopped. A length that does not fit is written down as such, and the longer ones with it. `report` writes docs/SIZING.md.
+where it stopped. A length that does not fit is written down as such, and the longer ones with it. `report` prints the
+tables of a file; `make evidence` writes docs/SIZING.md.
 `--tiny` runs small models, to see that all of it works; on a CPU no memory is measured.
 """
 
@@ -34,7 +35,7 @@ from qat_recipes.tasks.fine_tuning import ModelSettings
 from qat_recipes.training.loop import train
 from scripts.arguments import new_parser
 from scripts.bench.sizing_cases import CASES, METHODS, MODELS, TINY, Case, Measured, Model, tiny_cases
-from scripts.bench.sizing_report import FILE, report
+from scripts.bench.sizing_report import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measuring.add_argument("file", type=Path, metavar="FILE")
     measuring.add_argument("--seconds", type=float, default=float("inf"), help="start no other model after so many")
     measuring.add_argument("--tiny", action="store_true", help="small models")
-    reporting = commands.add_parser("report", help=f"write {FILE.name} from FILE")
+    reporting = commands.add_parser("report", help="print the tables of FILE")
     reporting.add_argument("file", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     if options.command == "report":
-        FILE.write_text(report(options.file), encoding="utf-8")
+        print(report(options.file))
         return
     if options.tiny:
         measure(options.file, TINY, tiny_cases(), options.seconds)

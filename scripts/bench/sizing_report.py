@@ -54,7 +54,7 @@ FAR = 2.5
 
 HEAD = """# What fits which GPU
 
-Written by `python -m scripts.bench.sizing report {file}` from what `measure {file}` measured before; do not edit.
+Written by `make evidence` from what `python -m scripts.bench.sizing measure {file}` measured; do not edit.
 Measured on: {about}.
 
 The longest sequence of one training step through 4-bit attention (`batch_size=1`), with the recipes' loop and
@@ -121,6 +121,19 @@ def fit(case: dict[str, Any], weights: int) -> Line | None:
     line = Line(low - slope * n, slope, STATIC[case["method"]] * weights, m, None)
     errors = [abs(line.bytes(length) / peak - 1) for length, peak in between]
     return line._replace(error=max(errors, default=None))
+
+
+def measured() -> Path:
+    """The only file of docs/benchmarks about memory.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = sorted((DOCS / "benchmarks").glob("*_memory.json"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ValueError(f"docs/benchmarks: expected one *_memory.json, got {names}")
+    return found[0]
 
 
 def report(file: Path) -> str:

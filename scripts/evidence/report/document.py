@@ -1,8 +1,8 @@
 """Every table and figure of the experiments in the documents, as the JSON in docs/evidence has it, and the tables of speed.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->` in one of DOCUMENTS; what stands there is replaced. Figures
-are PNG files in docs/evidence. An experiment has a module with TABLES and FIGURES, by name: functions of the results,
-`results(FILE)` being the entries of docs/evidence/FILE.json.
+A table stands between `<!-- table NAME -->` and `<!-- end -->` in one of DOCUMENTS; what stands there is replaced.
+docs/SIZING.md is written whole. Figures are PNG files in docs/evidence. An experiment has a module with TABLES and FIGURES,
+by name: functions of the results, `results(FILE)` being the entries of docs/evidence/FILE.json.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
+from scripts.bench import sizing_report
 from scripts.evidence.report import ablations as report_ablations
 from scripts.evidence.report import advice as report_advice
 from scripts.evidence.report import length as report_length
 from scripts.evidence.report import serve as report_serve
 from scripts.evidence.report import servers as report_servers
+from scripts.evidence.report import several_gpus as report_several_gpus
 from scripts.evidence.report import speed as report_speed
 from scripts.evidence.report import summary as report_summary
 from scripts.evidence.report import trained as report_trained
@@ -25,7 +27,13 @@ from scripts.evidence.report import video as report_video
 from scripts.evidence.results import FOLDER, Entry, Results
 from scripts.paths import DOCS, ROOT
 
-DOCUMENTS = (ROOT / "README.md", DOCS / "EVIDENCE.md", DOCS / "BENCHMARKS.md", *sorted(FOLDER.glob("*.md")))
+DOCUMENTS = (
+    ROOT / "README.md",
+    DOCS / "EVIDENCE.md",
+    DOCS / "BENCHMARKS.md",
+    *sorted(FOLDER.glob("*.md")),
+    sizing_report.FILE,
+)
 EXPERIMENTS = (
     report_untrained,
     report_trained,
@@ -37,6 +45,7 @@ EXPERIMENTS = (
     report_summary,
     report_advice,
     report_speed,
+    report_several_gpus,
 )
 Load = Callable[[str], dict[str, Entry]]
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -61,7 +70,8 @@ def render(documents: Mapping[Path, str], results: Load) -> dict[Path, str]:
     def filled(match: re.Match[str]) -> str:
         return f"{match[1]}{tables[match[2]](results) or '*Not measured yet.*'}\n{match[4]}"
 
-    return {path: _TABLE.sub(filled, text) for path, text in documents.items()}
+    rendered = {path: _TABLE.sub(filled, text) for path, text in documents.items()}
+    return rendered | {sizing_report.FILE: sizing_report.report(sizing_report.measured())}
 
 
 def load(folder: Path) -> Load:

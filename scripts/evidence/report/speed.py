@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from scripts.bench.report import Table, attention_table, decode_table, generation_table
+from qat_patch.bench.shapes import Shape
+from scripts.bench.report import Table, attention_table, decode_table, generation_table, shape_of
 from scripts.evidence.report.tables_and_figures import table
 from scripts.paths import DOCS
 
@@ -17,9 +18,14 @@ _PYTORCH = {"sdpa": "PyTorch"}
 _DECODING = {"bf16 sdpa cudnn": "cuDNN"}
 
 
+def stored(file: str) -> Any:
+    """A file of docs/benchmarks."""
+    return json.loads((FOLDER / f"{file}.json").read_text(encoding="utf-8"))
+
+
 def measurements(file: str) -> list[dict[str, Any]]:
     """The results of a benchmark."""
-    found: list[dict[str, Any]] = json.loads((FOLDER / f"{file}.json").read_text(encoding="utf-8"))
+    found: list[dict[str, Any]] = stored(file)
     return found
 
 
@@ -67,6 +73,19 @@ def _training(_: Any) -> str:
     return table(("step", "GPU", "SDPA", "4-bit", "", "memory"), [*rows])
 
 
+def _presets(_: Any) -> str:
+    """Attention for servers, forward and backward, and PyTorch's."""
+    names = {"kv_nvfp4": "`kv_nvfp4`", "fa4_fp4": "`fa4_fp4`", "sage3": "`sage3`", "ours": "`nvfp4`"}
+    names |= {"sdpa": "BF16, what PyTorch chooses", "sdpa cudnn": "BF16, cuDNN", "sdpa flash": "BF16, FlashAttention-2"}
+    by_shape: dict[Shape, dict[str, str]] = {}
+    for each in measurements("h200_presets"):
+        if each["what"] == "forward+backward":
+            name = {"varlen_attn": "sdpa flash"}.get(each["name"], each["name"])  # the same kernel, for packed samples
+            by_shape.setdefault(shape_of(each), {})[name] = f"{1e3 * each['seconds'][1]:.2f}"
+    rows = [(str(shape), *(found.get(name, "") for name in names)) for shape, found in by_shape.items()]
+    return table(("shape", *names.values()), [*rows])
+
+
 def _row(what: str, file: str, ours: str, theirs: Mapping[str, str], wanted: Mapping[str, Any], command: str) -> tuple[str, ...]:
     """Our time and those of others, of the only measurements in a file that have the wanted values.
 
@@ -105,8 +124,11 @@ def _reported(file: str, tabulate: Callable[[list[dict[str, Any]]], Table], _: A
 TABLES = {
     "speed": _speed,
     "training": _training,
+    "h200_presets": _presets,
     "h200_attention": partial(_reported, "h200_attention", attention_table),
+    "h200_attention_triton39": partial(_reported, "h200_attention_triton39", attention_table),
     "h100_attention": partial(_reported, "h100_attention", attention_table),
+    "h100_figure5": partial(_reported, "h100_figure5", attention_table),
     "h100_inference": partial(_reported, "h100_inference", attention_table),
     "h200_decode": partial(_reported, "h200_decode", decode_table),
     "h100_decode": partial(_reported, "h100_decode", decode_table),

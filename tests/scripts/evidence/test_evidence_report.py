@@ -2,22 +2,25 @@
 
 import json
 import math
+import re
 
 import pytest
 
+from scripts.bench import sizing_report
 from scripts.evidence.estimates import Estimate, difference, estimate, ratio, share
 from scripts.evidence.length import Q_SHIFT
 from scripts.evidence.report import advice as report_advice
 from scripts.evidence.report import document as report
 from scripts.evidence.report import length as report_length
 from scripts.evidence.report import servers as report_servers
+from scripts.evidence.report import several_gpus as report_several_gpus
 from scripts.evidence.report import speed as report_speed
 from scripts.evidence.report import summary as report_summary
 from scripts.evidence.report import trained as report_trained
 from scripts.evidence.results import FOLDER, Results
 from scripts.evidence.servers import CACHE
 from scripts.evidence.trained import ALL, PLAIN, RATES
-from scripts.paths import ROOT
+from scripts.paths import DOCS, ROOT
 
 ALL_UNTRAINED = "nvfp4+rotate+four_over_six+k_shift"
 
@@ -51,9 +54,19 @@ def test_the_claims_of_the_readme_about_speed_are_measured():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"takes {min(flash):.2f} to {max(flash):.2f} of FlashAttention-2's time" in text
     assert f"and {min(cudnn):.1f} to {max(cudnn):.1f} times that of cuDNN's" in text
+    benchmarks = " ".join((DOCS / "BENCHMARKS.md").read_text(encoding="utf-8").split())
+    assert f"take {min(cudnn):.2f} to {max(cudnn):.2f} times cuDNN's time" in benchmarks
     assert ours["length"] == theirs["length"] == 32_768
     assert f"takes {ours['bytes'] / theirs['bytes']:.2f} of BF16's memory" in text
     assert f"decodes {theirs['ms'] / ours['ms']:.1f} times as fast" in text
+
+
+def test_the_claims_about_several_gpus_are_measured():
+    extra = {model: f"{100 * report_several_gpus.extra_time(model):.0f} %" for model in ("qwen3-14b-fsdp2", "wan-14b-ulysses")}
+    for name in ("README.md", "docs/BENCHMARKS.md"):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        words = re.search(r"4-bit attention adds (\d+ %) to a step of Qwen3 14B .*? and (\d+ %) to one of Wan 2.1 14B", text)
+        assert words and words.groups() == tuple(extra.values()), name
 
 
 def test_a_changed_time_makes_the_tables_of_speed_stale(monkeypatch):
@@ -61,6 +74,32 @@ def test_a_changed_time_makes_the_tables_of_speed_stale(monkeypatch):
     monkeypatch.setattr(report_speed, "measurements", lambda file: [each | {"seconds": [9.0] * 3} for each in measurements(file)])
     rendered = report.render(documents, report.load(FOLDER))
     assert {path.name for path in documents if rendered[path] != documents[path]} == {"README.md", "BENCHMARKS.md"}
+
+
+def test_a_changed_run_makes_the_tables_of_several_gpus_stale(monkeypatch):
+    stored = report_several_gpus.stored
+
+    def changed(file):
+        found = stored(file)
+        if file == report_several_gpus.RECIPES:
+            found["small"]["qwen3 ddp"][0]["eval_loss_fp4"] *= 1.5
+        return found
+
+    monkeypatch.setattr(report_several_gpus, "stored", changed)
+    documents = report.read()
+    benchmarks = report.render(documents, report.load(FOLDER))[DOCS / "BENCHMARKS.md"]
+    assert "| Qwen3, DDP | one GPU | 0 | 5.0e-1, 0 |" in benchmarks
+
+
+def test_a_changed_file_of_memory_makes_sizing_stale(tmp_path, monkeypatch):
+    memory = sizing_report.measured()
+    found = json.loads(memory.read_text(encoding="utf-8"))
+    found["about"]["device"] = "NVIDIA X"
+    (tmp_path / memory.name).write_text(json.dumps(found), encoding="utf-8")
+    monkeypatch.setattr(sizing_report, "measured", lambda: tmp_path / memory.name)
+    documents = report.read()
+    rendered = report.render(documents, report.load(FOLDER))
+    assert [path.name for path in documents if rendered[path] != documents[path]] == ["SIZING.md"]
 
 
 def test_a_changed_number_makes_a_document_stale():
