@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -140,9 +141,11 @@ def _parts(model: Any) -> list[tuple[str, str, torch.nn.Module]]:
             )
         parts += [(f"{name}." if name else "", host, module) for module in found.values() if (host := _host_of(module))]
     if not parts:
+        got = f"{type(model).__module__}.{type(model).__name__}"
+        if isinstance(model, (str, os.PathLike)):
+            got = f"{str(model)!r}; load the model first (from_pretrained, or qat_patch.load_checkpoint for an export)"
         raise ValueError(
-            f"patch_model: expected a model of {' or '.join(ADAPTERS)}, or a diffusers pipeline with a transformer, "
-            f"got {type(model).__module__}.{type(model).__name__}"
+            f"patch_model: expected a model of {' or '.join(ADAPTERS)}, or a diffusers pipeline with a transformer, got {got}"
         )
     return parts
 

@@ -40,6 +40,8 @@ def figure_5(shapes: Sequence[Shape], rounds: int, write: Callable[[list[Result]
     """
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
     if (problem := why_not("fp4", torch.device(device), dtype, QuantSpec(), False)) is not None:
+        if device == "cpu":
+            problem = "expected an NVIDIA GPU from sm_80 on, got none that PyTorch finds; qat-patch doctor shows what there is"
         raise ValueError(f"bench figure-5: {problem}")
     where = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
     units = {dim: how("fp4", where, dim, QuantSpec()) for dim in sorted({shape.head_dim for shape in shapes}, reverse=True)}

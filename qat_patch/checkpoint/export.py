@@ -109,7 +109,7 @@ def export_checkpoint(
     folder = Path(folder)
     handle = get_handle(model)
     if handle is None:
-        raise ValueError("export_checkpoint: the model is not patched; patch_model says what an export is to run")
+        raise ValueError("export_checkpoint: the model is not patched; call patch_model first, with what the export is to run")
     handle.check_in_force("export_checkpoint")
     if folder.exists():
         raise ValueError(f"export_checkpoint: {folder} exists; choose another folder or remove it")

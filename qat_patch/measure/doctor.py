@@ -23,6 +23,11 @@ CASES = (
 )
 """The calls of most models, and with `sage3` if SageAttention3 is installed; `handle.check()` checks a model's own calls."""
 
+NO_GPU = (
+    "PyTorch finds no GPU. 4-bit attention runs here, with the same numbers, but slowly.\n"
+    "For an NVIDIA GPU install a PyTorch with CUDA and a driver."
+)
+
 
 def report() -> str:
     """The report, with a few lines for each device."""
@@ -44,6 +49,8 @@ def report() -> str:
             lines.append(f"  {NOT_CHECKED}")
         kernels = device.type == "cuda" and why_not("triton", device, q.dtype, NVFP4, False) is None
         lines += ["  generation with handle.cache()", f"    {'decode kernels of its own' if kernels else 'eager, in PyTorch'}"]
+    if len(devices) == 1:
+        lines += ["", NO_GPU]
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def read_settings(cls: type[Settings], arguments: Sequence[str] | None = None) -
         arguments: the command line without the program's name. Default: that of this process.
 
     Raises:
-        ValueError: an unknown, missing or repeated key, or a value of the wrong type or out of range.
+        ValueError: an unknown, missing or repeated key, a value of the wrong type or out of range, or no settings at all.
     """
     parser = argparse.ArgumentParser(
         description=inspect.getdoc(cls),
@@ -46,6 +46,11 @@ def read_settings(cls: type[Settings], arguments: Sequence[str] | None = None) -
     parser.add_argument("--config", type=Path, help="YAML file of settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override those of the file")
     parsed = parser.parse_intermixed_args(arguments)
+    if not parsed.config and not parsed.overrides:
+        raise ValueError(
+            "settings: got none; pass --config FILE.yaml, or key=value, or both. recipes/configs has files to begin with, and "
+            "--help lists every setting"
+        )
     values = _read_yaml(parsed.config) if parsed.config else {}
     for override in parsed.overrides:
         _override(values, override)

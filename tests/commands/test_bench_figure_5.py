@@ -54,7 +54,7 @@ def test_what_is_wrong_is_not_timed(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it can run there")
 def test_it_says_what_it_needs(tmp_path, capsys, monkeypatch):
     assert run(tmp_path) == 1
-    assert "bench figure-5: expected tensors on an NVIDIA GPU, got cpu" in capsys.readouterr().err
+    assert "bench figure-5: expected an NVIDIA GPU from sm_80 on, got none" in capsys.readouterr().err
     for arguments, words in (
         (["--rounds=0"], "expected numbers from 1 up"),
         ([f"--json={tmp_path}/none/x.json"], "in a folder that exists"),

@@ -42,6 +42,11 @@ def test_a_module_around_several_models_is_refused_by_name():
     assert patch_model(twice).models == [wan]
 
 
+def test_a_name_is_no_model_yet():
+    with pytest.raises(ValueError, match="got 'Qwen/Qwen3-0.6B'; load the model first"):
+        patch_model("Qwen/Qwen3-0.6B")
+
+
 def test_modular_pipelines():
     pipe = WanModularPipeline(blocks=WanBlocks())
     with pytest.raises(ValueError, match="or a diffusers pipeline with a transformer, got .*WanModularPipeline"):

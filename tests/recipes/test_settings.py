@@ -65,6 +65,7 @@ def test_arguments_win_over_the_file_and_have_the_declared_types(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], r"settings: got none; pass --config FILE.yaml"),
         (["rat=1"], r"settings: unknown key 'rat'; .*did you mean 'rate'"),
         (["inner.lenght=1"], r"settings\.inner: unknown key 'lenght'; .*did you mean 'length'"),
         (["inner.name=x"], r"settings\.inner: 'length' is missing"),

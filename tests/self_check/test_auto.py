@@ -275,6 +275,8 @@ def test_doctor_reports_for_a_bug_report(monkeypatch, tmp_path, capsys):
 
 
 def test_doctor_says_that_there_is_nothing_to_check(capsys):
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.endswith(f"{doctor.NO_GPU}\n")
     assert main(["doctor", "--check"]) == 1
     assert "expected an NVIDIA GPU, got a machine without one" in capsys.readouterr().err
 
