@@ -41,6 +41,7 @@ from .manifest import ExportFolder, leave_out_unknown_keys, write_manifest
 from .model_card import model_card
 from .record import attention_in_force
 from .trust.headers import weight_files
+from .trust.system import check_system
 from .weights import as_dtype, exported_dtype, offloaded_weights, quantized_by_others
 
 _log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ def export_checkpoint(
             what the model was patched for, the host library could not load what would be written, or it would compute
             something else. Nothing has been written then.
     """
+    check_system("export_checkpoint")
     folder = Path(folder)
     handle = get_handle(model)
     if handle is None:

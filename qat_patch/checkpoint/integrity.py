@@ -53,7 +53,7 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     Raises:
         OSError: another process holds it. We do not wait.
     """
-    import fcntl  # imported here: only POSIX systems have it, and loading does not need it
+    import fcntl  # imported here: Windows does not have it, and importing this module does not need it
 
     descriptor = os.open(folder, os.O_RDONLY)
     try:

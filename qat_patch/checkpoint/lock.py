@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -14,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .trust.system import check_system
 
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -36,6 +37,7 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds the lock, or the folder cannot be written.
     """
+    check_system(setting)
     folder, key, process = folder.absolute(), os.path.realpath(folder), os.getpid()
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with _guard:
@@ -62,6 +64,9 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
 
 def refuse_if_locked(folder: Path, setting: str) -> None:
     """Raise a ValueError if a process holds this folder now. This only reads."""
+    check_system(setting)
+    import fcntl  # imported here: Windows does not have it
+
     with _guard:
         _refuse_own(folder, os.path.realpath(folder), setting)
         file = folder / LOCK
@@ -81,6 +86,8 @@ def refuse_if_locked(folder: Path, setting: str) -> None:
 
 def _acquire(folder: Path, setting: str) -> int:
     """The descriptor of the locked file."""
+    import fcntl
+
     file = folder / LOCK
     for _ in range(_RETRIES):
         try:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import qat_patch
 from qat_patch import AttnQATConfig, QuantSpec, export_checkpoint, get_handle, load_checkpoint, patch_model, unpatch_model
 from qat_patch.checkpoint import export
+from qat_patch.checkpoint.lock import locked
 from support.models.exports import add_lora, logits
 from support.models.tiny_qwen3 import tiny_qwen3
 from support.runs.runs import reseal
@@ -252,3 +253,17 @@ def test_adapters_of_an_export(tmp_path):
     export_checkpoint(model, tmp_path / "adapters", merge_adapters=False, base_model=str(tmp_path / "base"))
     again = load_checkpoint(tmp_path / "adapters")
     assert get_handle(again).config == get_handle(model).config and torch.equal(logits(again), logits(model))
+
+
+def test_windows_is_refused_by_name(exported, tmp_path, monkeypatch):
+    model, folder = exported
+    monkeypatch.setattr("platform.system", lambda: "Windows")
+    refused = {
+        "export_checkpoint": lambda: export_checkpoint(model, tmp_path / "other"),
+        "load_checkpoint": lambda: load_checkpoint(folder),
+        "output_dir": lambda: locked(tmp_path / "run", "output_dir").__enter__(),
+    }
+    for what, call in refused.items():
+        with pytest.raises(ValueError, match=f"{what}: expected Linux or macOS, .* got Windows; use WSL 2"):
+            call()
+    assert not (tmp_path / "other").exists() and not (tmp_path / "run").exists()

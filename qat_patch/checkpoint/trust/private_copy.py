@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .file_names import LEFT_BY_DOWNLOADS, is_weights
+from .system import check_system
 
 _CHUNK = 1 << 22
 _LARGEST_SMALL_FILE = 1 << 28
@@ -120,8 +121,9 @@ def private_copy(source: Path, *, wanted: Callable[[str], bool] | None = None) -
         wanted: whether to open a file, by its name; the others are not checked. Default: all.
 
     Raises:
-        ValueError: the folder holds anything else.
+        ValueError: the folder holds anything else, or the system is Windows.
     """
+    check_system("load_checkpoint")
     with contextlib.ExitStack() as stack:
         files: dict[str, OpenFile] = {}
         try:
