@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from qat_recipes.data.video import DrawnBatches, EncodedClips, VideoSettings, load_clips, places_of
 from qat_recipes.memory.split_tokens import ParallelSettings, split_tokens, ulysses_mesh
@@ -225,7 +226,15 @@ class VideoDiffusion(FineTuning[Settings]):
         model = settings.model
         try:
             config = DiffusionPipeline.load_config(model.path, revision=model.revision)
-        except OSError:
+        except OSError as error:
+            # A repository without model_index.json is a transformer alone. One that cannot be reached may have anything.
+            missing = error.__context__
+            if not Path(model.path).is_dir() and (
+                not isinstance(missing, EntryNotFoundError) or isinstance(missing, LocalEntryNotFoundError)
+            ):
+                raise ValueError(
+                    f"model.path: {model.path} is not a local folder and cannot be read from the Hub: {missing or error}"
+                ) from error
             config = None
         for name in EXPERTS if model.transformer == "both" else (model.transformer,):
             if (config or {"transformer": ...}).get(name) in (None, [None, None]):

@@ -7,7 +7,8 @@ import av
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -297,3 +298,25 @@ def test_what_cannot_be_done_is_refused(inputs, tmp_path, changes, message):
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match=r"fixed shift, as Wan's are, got UniPC.* without use_flow_sigmas"):
         noise_levels({"_class_name": "UniPCMultistepScheduler"}, None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "message"),
+    [
+        (
+            LocalEntryNotFoundError("no network"),
+            "model.path: org/wan is not a local folder and cannot be read from the Hub: no network",
+        ),
+        (EntryNotFoundError("404"), "samples: org/wan has no VAE"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_no_bare_transformer(inputs, tmp_path, monkeypatch, reason, message):
+    def load_config(path, **options):
+        try:
+            raise reason
+        except EntryNotFoundError:
+            raise OSError(f"{path} does not appear to have a file named model_index.json") from None
+
+    monkeypatch.setattr(DiffusionPipeline, "load_config", load_config)
+    with pytest.raises(ValueError, match=message):
+        finetune(inputs, tmp_path / "run", **{"model.path": "org/wan", "samples.every": 2})
