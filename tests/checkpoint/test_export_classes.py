@@ -55,6 +55,18 @@ def qwen_vl():
     return transformers.Qwen2_5_VLConfig(text_config=SIZES | rope, vision_config=vision | {"fullatt_block_indexes": [0]}, **ids)
 
 
+def gemma4():
+    """Its layers with full attention have other head dims and key heads than the rest."""
+    text = SIZES | {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 2,
+    }
+    text |= {"attention_k_eq_v": True, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128}
+    vision = VISION | {"num_key_value_heads": 2, "head_dim": 16}
+    return transformers.Gemma4Config(text_config=text, vision_config=vision)
+
+
 # By class: its config.
 FAST = {
     "Qwen3Model": qwen3,
@@ -64,6 +76,7 @@ FAST = {
     "BartForConditionalGeneration": bart,
     "BartForCausalLM": bart,
     "LlavaForConditionalGeneration": llava,
+    "Gemma4ForConditionalGeneration": gemma4,
     "WhisperForConditionalGeneration": whisper,
 }
 SLOW = {

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma4TextConfig
 
 from qat_patch import calibrate, export_checkpoint, load_checkpoint, patch_model, verify_checkpoint
 from qat_patch.checkpoint import integrity, load
-from qat_patch.checkpoint.trust import private_copy
+from qat_patch.checkpoint.trust import allowed_keys, private_copy
 from qat_patch.checkpoint.trust.adapter_keys import is_soon_matched
 from support.models.exports import TINY, outcome
 from support.models.tiny_qwen3 import tiny_qwen3, token_ids
@@ -123,6 +123,29 @@ def test_keys_that_a_host_library_would_obey_are_refused(copy_of, key):
     reseal(folder)
     with pytest.raises(ValueError, match=f"sets '{key}'"):
         load_checkpoint(folder)
+
+
+def test_what_some_layers_have_in_place_of_the_rest():
+    config = json.loads(Gemma4TextConfig(num_hidden_layers=6).to_json_string())
+    assert config["per_layer_config"] == {"5": {"head_dim": 512}}
+
+    def refused(layers):
+        return list(allowed_keys.refused("it", "config.json", config | {"per_layer_config": layers}))
+
+    assert refused(config["per_layer_config"]) == refused({}) == []
+    for key in ("auto_map", "_attn_implementation", "quantization_config"):
+        assert refused({"5": {"head_dim": 512, key: {"x": "e.T"}}}) == [f"per_layer_config.5.{key}"]
+    assert refused({"5": 3, "x": {}}) == ["per_layer_config.5", "per_layer_config.x"]
+
+
+def test_sizes_are_no_counts():
+    """Of models as they are published: what is as large as a vocabulary, in spite of a layer or an expert in its name."""
+    for model_type in ("gemma3n_text", "gemma4_text", "qwen2_moe", "nemotron_h", "moshi"):
+        config = json.loads(CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
+        allowed_keys.check_sizes("it", "config.json", config, tensors=300, numbers=10**9)
+    for key in ("num_hidden_layers", "block_sizes", "num_experts"):
+        with pytest.raises(ValueError, match=f"{key}: expected at most 4096"):
+            allowed_keys.check_sizes("it", "config.json", {key: 262144}, tensors=300, numbers=10**9)
 
 
 def test_pipelines(tmp_path):

@@ -25,6 +25,10 @@ _LARGEST_NUMBER = 1 << 22
 _LARGEST_IN_A_SCHEDULER = 10**6
 _MOST_LAYERS = 4096
 _COUNTS = re.compile("layer|block|depth|expert")
+_SIZES = re.compile("(size|dim)$|(vocab|hidden)_size")
+"""Names of sizes, such as `vocab_size_per_layer_input` of Gemma 4, which are no counts."""
+_OF_LAYERS = "per_layer_config"
+"""What some layers have in place of the rest of a transformers config, by their numbers (Gemma 4)."""
 _TEXT = re.compile(r"[\w.,:+=@ -]{0,200}")
 """Texts that may name a class, a function or a type, but no path, repository or terminal control code."""
 # Keys that make a host library run code or download something. They are never allowed. Exporting a model with one of them
@@ -131,7 +135,8 @@ def check_sizes(where: str, name: str, config: Any, tensors: int, numbers: int) 
     """
     for path, value in _numbers(config):
         largest = _LARGEST_IN_A_SCHEDULER if name == "scheduler_config.json" else max(_LARGEST_NUMBER, numbers)
-        if name == "config.json" and _COUNTS.search(path):
+        key = re.sub(rf"{_OF_LAYERS}\.\d+\.", "", path)
+        if name == "config.json" and _COUNTS.search(key) and not _SIZES.search(key):
             largest = max(_MOST_LAYERS, tensors)
         if abs(value) > largest and "theta" not in path:
             raise ValueError(
@@ -141,7 +146,7 @@ def check_sizes(where: str, name: str, config: Any, tensors: int, numbers: int) 
 
 
 def _of_transformers(where: str, config: dict[str, Any], default: Any = None) -> Iterator[str]:
-    from transformers import CONFIG_MAPPING, GenerationConfig
+    from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
     cls: Any = CONFIG_MAPPING[model_type] if isinstance(model_type, str) and model_type in CONFIG_MAPPING else default
@@ -150,12 +155,25 @@ def _of_transformers(where: str, config: dict[str, Any], default: Any = None) ->
             f"load_checkpoint: {where}: model_type: expected one that the installed transformers knows, got {model_type!r}; "
             "upgrade transformers, or export again"
         )
+    yield from _of_class(where, config, cls)
+
+
+def _of_class(where: str, config: dict[str, Any], cls: Any) -> Iterator[str]:
+    """The keys of a config of transformers that its class does not allow."""
+    from transformers import GenerationConfig
+
     parts = getattr(cls, "sub_configs", {})
     known = (_attributes(cast(Hashable, cls)) | _OF_EVERY_CONFIG | set(GenerationConfig._get_default_generation_params())) - LIVE
     for key, value in config.items():
         if key in parts and isinstance(value, dict):
             part = parts[key] if dataclasses.is_dataclass(parts[key]) and parts[key].__name__ != "AutoConfig" else None
             yield from (f"{key}.{inner}" for inner in _of_transformers(f"{where}: {key}", value, part))
+        elif key == _OF_LAYERS and hasattr(cls, key) and isinstance(value, dict):
+            for number, layer in value.items():
+                if not (number.isdecimal() and isinstance(layer, dict)):
+                    yield f"{key}.{number}"
+                else:
+                    yield from (f"{key}.{number}.{inner}" for inner in _of_class(where, layer, cls))
         elif key in ("dtype", "torch_dtype"):
             if not _is_dtype(value):
                 yield key
