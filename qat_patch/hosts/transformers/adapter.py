@@ -66,16 +66,22 @@ def stored_metadata(model: Any) -> AttentionMetadata | None:
 
 
 def attention_modules(model: Any) -> dict[str, torch.nn.Module]:
-    """The modules whose attention goes through AttentionInterface, by name, also those of encoders."""
-    if not model._can_set_attn_implementation():
-        return {}
+    """The modules whose attention goes through AttentionInterface, by name, also those of encoders.
+
+    The model directly around a module decides: some models for pictures or sound have a language model of another file, and an
+    encoder whose attention does not go through the interface.
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if hasattr(module, "is_causal")
-        and hasattr(module, "config")
-        and (hasattr(module, "layer_idx") or attention_code(module) is not None)
+        if _is_attention(module) and _models_around(model, name)[-1]._can_set_attn_implementation()
     }
+
+
+def _is_attention(module: Any) -> bool:
+    if owns(module) or not hasattr(module, "config"):
+        return False
+    return attention_code(module) is not None or (hasattr(module, "is_causal") and hasattr(module, "layer_idx"))
 
 
 def original(model: Any, module: Any) -> str:
@@ -97,7 +103,9 @@ def reason_to_skip(module: Any) -> str | None:
     """Why a module keeps its original attention, in cases that are not a mistake of the user."""
     if attention_code(module) is None:
         return f"its {type(module).__name__} never calls {MECHANISM}"
-    if not module.is_causal or not hasattr(module, "layer_idx"):
+    if hasattr(module, "layer_idx") and not hasattr(module, "is_causal"):
+        return f"its {type(module).__name__} does not say whether it is causal (is_causal)"
+    if not getattr(module, "is_causal", False) or not hasattr(module, "layer_idx"):
         return "not causal: only decoder self-attention is supported"
     head_dim, _ = head_dims_of(module)
     if head_dim is not None and head_dim > MAX_HEAD_DIM:
@@ -168,7 +176,7 @@ def apply(model: Any, layers: list[AttentionLayer]) -> None:
         setattr(module, windows.KIND, windows.layer_kind(module))
         setattr(module, LAYER, layer)
         if layer.is_patched:
-            around = _models_around(model, layer)[-1]
+            around = _models_around(model, layer.name)[-1]
             if not hasattr(around, CHECKED):
                 around.register_forward_pre_hook(_begin_pass, with_kwargs=True)
             setattr(around, CHECKED, checked)
@@ -224,7 +232,7 @@ def restore(model: Any, layers: list[AttentionLayer]) -> None:
 
     configs = _configs(model, layers)
     for layer in layers:
-        for module in (model.get_submodule(layer.name), *_models_around(model, layer)):
+        for module in (model.get_submodule(layer.name), *_models_around(model, layer.name)):
             module.config = module.__dict__.pop(_CONFIG, module.config)
             module.__dict__.pop(LAYER, None)
             module.__dict__.pop(CHECKED, None)
@@ -290,13 +298,13 @@ def _is_ours(name: str | None) -> bool:
 def _configs(model: Any, layers: list[AttentionLayer]) -> list[Any]:
     """The configs that name the attention of patched modules, and those that their models make masks from; each once."""
     patched = [layer for layer in layers if layer.is_patched]
-    modules = [x for layer in patched for x in (*_models_around(model, layer), model.get_submodule(layer.name))]
+    modules = [x for layer in patched for x in (*_models_around(model, layer.name), model.get_submodule(layer.name))]
     return list({id(module.config): module.config for module in modules}.values())
 
 
-def _models_around(model: Any, layer: AttentionLayer) -> list[Any]:
-    """The models of transformers that a module is part of, the outermost first."""
-    names = layer.name.split(".")
+def _models_around(model: Any, name: str) -> list[Any]:
+    """The models of transformers that the module of this name is part of, the outermost first."""
+    names = name.split(".")
     return [x for depth in range(len(names)) if owns(x := model.get_submodule(".".join(names[:depth])))]
 
 
@@ -320,7 +328,7 @@ def _count_positions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _models_that_turn(model: Any, layer: AttentionLayer) -> list[Any]:
     """The models around a module that make its positions or masks, if positions serve only rotary embeddings."""
-    around = _models_around(model, layer)
+    around = _models_around(model, layer.name)
     if not hasattr(around[-1], "rotary_emb"):
         return []
     # Positions in pictures are made by the models around a language model, which do not count padding, and which make none

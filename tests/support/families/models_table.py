@@ -78,11 +78,12 @@ def _published() -> str:
 
 VISION_LANGUAGE = """## Models that see and hear
 
-`patch_model` patches the language model. Encoders of pictures and sound keep their attention, and the receipt names each with the
-reason, `not causal: only decoder self-attention is supported`. `tests/patch/transformers/test_vision_language.py` compares these
-with the stock model and with the oracle; Qwen3-VL also with a picture among the words, with padding, and in `generate`:
-{classes}.
-`Llama4ForConditionalGeneration` of Transformers 5.24.0 fails without a patch too, in its own forward.
+`patch_model` patches the language model. Encoders of pictures and sound keep their attention. The receipt names each module whose
+attention goes through AttentionInterface, with the reason, `not causal: only decoder self-attention is supported`.
+`tests/patch/transformers/test_vision_language.py` compares these with the stock model and with the oracle; Qwen3-VL also with a
+picture among the words, with padding, and in `generate`: {classes}.
+`Llama4ForConditionalGeneration` of Transformers 5.24.0 fails without a patch too, in its own forward. PaliGemma is refused: all
+tokens of its prompt see each other.
 """
 
 
