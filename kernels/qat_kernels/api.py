@@ -29,6 +29,7 @@ def attention(
     scale: float | None = ...,
     key_mask: torch.Tensor | None = ...,
     k_shift: torch.Tensor | None = ...,
+    q_shift: torch.Tensor | None = ...,
     cu_seqlens_q: torch.Tensor | None = ...,
     cu_seqlens_k: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
@@ -55,6 +56,7 @@ def attention(
     scale: float | None = ...,
     key_mask: torch.Tensor | None = ...,
     k_shift: torch.Tensor | None = ...,
+    q_shift: torch.Tensor | None = ...,
     cu_seqlens_q: torch.Tensor | None = ...,
     cu_seqlens_k: torch.Tensor | None = ...,
     max_seqlen_q: int | None = ...,
@@ -80,6 +82,7 @@ def attention(
     scale: float | None = None,
     key_mask: torch.Tensor | None = None,
     k_shift: torch.Tensor | None = None,
+    q_shift: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -113,7 +116,11 @@ def attention(
         key_mask: bool [B, Lk], True where a key may be seen. Excluded keys and values are never used, and may hold anything,
             also NaN. Groups along tokens are counted from the first allowed key. Not with packed sequences: pack only the
             allowed tokens.
-        k_shift: float32 [Hk, D], subtracted from the keys before quantization; does not change the exact scores.
+        k_shift: float32 [Hk, D], subtracted from the keys before quantization. Each row of exact scores changes by a constant, so
+            the result does not change.
+        q_shift: float32 [Hk, D], subtracted from the queries of all query heads that share this key head, before quantization.
+            Its product with the unquantized keys is added to the scores again, so that exact scores do not change
+            (section 6). Both shifts have no gradient.
         cu_seqlens_q, cu_seqlens_k: packed sequences, in the convention of FlashAttention's varlen functions: int32
             [documents + 1] on the device of `q`, starting at 0, never decreasing and ending at total_q (total_k). Document n
             is the tokens from entry n to entry n + 1, and may be empty. Its queries see its keys, and the result is that
@@ -143,7 +150,8 @@ def attention(
             `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere. `Verdicts` are like `auto`, but take
             `fp4` or `sageattn3` if a self-check on this GPU found it right and faster, and the call needs no derivative.
             Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and take values
-            of another head dim. `auto` and `Verdicts` choose accordingly. `explain` says what runs, and why.
+            of another head dim. Only `eager` computes `q_shift`. `auto` and `Verdicts` choose accordingly. `explain` says what
+            runs, and why.
 
     Returns:
         The output in the shape (with Dv), dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse`
@@ -162,15 +170,17 @@ def attention(
         packed = PackingArguments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     features = Features(window, block_size, prefix, bounds, softcap, sinks)
     chosen: Impl = "auto" if isinstance(impl, Verdicts) else impl
-    call = check(q, k, v, spec, key_mask, k_shift, packed, features, chosen, causal=causal, scale=scale, return_lse=return_lse)
+    call = check(
+        q, k, v, spec, key_mask, k_shift, q_shift, packed, features, chosen, causal=causal, scale=scale, return_lse=return_lse
+    )
     needs_gradient = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
     under_transforms = transformed()
     packing, extras = None, NO_EXTRAS
-    if not (key_mask is k_shift is packed is bounds is sinks is None):
+    if not (key_mask is k_shift is q_shift is packed is bounds is sinks is None):
         packing = None if packed is None else Packing(*packed)  # type: ignore[arg-type]  # checked
-        extras = Extras(key_mask, k_shift, packing, None if bounds is None else Bounds(*bounds), sinks)
+        extras = Extras(key_mask, k_shift, q_shift, packing, None if bounds is None else Bounds(*bounds), sinks)
     if isinstance(impl, Verdicts) and impl.win and not call.asked:  # features were not checked
         chosen = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing)
     if chosen == "auto":

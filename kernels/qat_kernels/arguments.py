@@ -10,19 +10,19 @@ from typing import Any, Literal, NamedTuple, NoReturn, get_args
 import torch
 
 from .mask import Mask
-from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, UNEQUAL_HEAD_DIMS, QuantSpec
+from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, Q_SHIFT, UNEQUAL_HEAD_DIMS, QuantSpec
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
 _ALL = (*FEATURES, UNEQUAL_HEAD_DIMS)
 COMPUTED: dict[str, tuple[str, ...]] = {
-    "eager": _ALL,
+    "eager": (*_ALL, Q_SHIFT),
     "sdpa": (),
     "triton": _ALL,
     "fp4": (),
     "sageattn3": (),
 }
-"""Which FEATURES each implementation computes, and whether V may have another head dim than Q and K."""
+"""Which FEATURES each implementation computes, whether V may have another head dim than Q and K, and whether Q may be shifted."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -74,6 +74,7 @@ def validate(
     spec: QuantSpec,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     packed: PackingArguments | None,
     impl: str,
     *,
@@ -130,7 +131,8 @@ def validate(
     if scale is not None and not math.isfinite(scale):
         _refuse("scale", "a finite number, or None for head_dim ** -0.5", scale)
     _check("key_mask", key_mask, torch.bool, (k.shape[0], k.shape[-2]), q.device, ", True where a key may be seen")
-    _check("k_shift", k_shift, torch.float32, (num_heads_k, head_dim), q.device)
+    for name, shift in (("k_shift", k_shift), ("q_shift", q_shift)):
+        _check(name, shift, torch.float32, (num_heads_k, head_dim), q.device)
     for problem in served_problems(
         spec,
         head_dim=head_dim,
@@ -142,7 +144,9 @@ def validate(
         _refuse(*problem)
     if impl != "auto" and head_dim_v != head_dim and UNEQUAL_HEAD_DIMS not in COMPUTED[impl]:
         _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'", head_dim_v)
-    _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, scale, return_lse)
+    _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, q_shift, scale, return_lse)
+    if impl != "auto" and q_shift is not None and Q_SHIFT not in COMPUTED[impl]:
+        _refuse(f"q_shift with impl={impl!r}", "None, or impl='auto': this implementation does not compute it", "a tensor")
 
 
 class Features(NamedTuple):
@@ -280,7 +284,7 @@ class Checked(NamedTuple):
     scale: float
     softcap: float | None
     asked: tuple[str, ...]
-    """Which of FEATURES it asks for, and UNEQUAL_HEAD_DIMS."""
+    """Which of FEATURES it asks for, UNEQUAL_HEAD_DIMS and Q_SHIFT."""
     made: dict[tuple[str, bool], Options]
 
     def options(self, impl: str, needs_gradient: bool) -> Options:
@@ -292,9 +296,10 @@ class Checked(NamedTuple):
         return options
 
 
-def asked_of(features: Features, q: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
+def asked_of(features: Features, q: torch.Tensor, v: torch.Tensor, q_shift: torch.Tensor | None) -> tuple[str, ...]:
     """What a call asks for of what COMPUTED lists."""
-    return features.asked if q.shape[-1] == v.shape[-1] else (*features.asked, UNEQUAL_HEAD_DIMS)
+    unequal = () if q.shape[-1] == v.shape[-1] else (UNEQUAL_HEAD_DIMS,)
+    return *features.asked, *unequal, *(() if q_shift is None else (Q_SHIFT,))
 
 
 _CHECKED: dict[tuple[Any, ...], Checked] = {}
@@ -308,6 +313,7 @@ def check(
     spec: QuantSpec,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     packed: PackingArguments | None,
     features: Features,
     impl: str,
@@ -328,18 +334,18 @@ def check(
                 return_lse, window, block_size, prefix, softcap,
                 # True is 1, and is refused where 1 is not.
                 window.__class__, block_size.__class__, prefix.__class__, softcap.__class__,
-                None if key_mask is k_shift is packed is bounds is sinks is None
-                else tuple(map(_described, (key_mask, k_shift, packed, bounds, sinks))),
+                None if key_mask is k_shift is q_shift is packed is bounds is sinks is None
+                else tuple(map(_described, (key_mask, k_shift, q_shift, packed, bounds, sinks))),
             )  # fmt: skip
             found = _CHECKED.get(key)
         except (AttributeError, TypeError):  # no tensors, or something that has no hash: it will be refused
             key = None
     if found is None:
-        validate(q, k, v, spec, key_mask, k_shift, packed, impl, causal=causal, scale=scale, return_lse=return_lse)
+        validate(q, k, v, spec, key_mask, k_shift, q_shift, packed, impl, causal=causal, scale=scale, return_lse=return_lse)
         mask = features.checked(q, spec, impl, causal=causal, packed=packed is not None, k_shift=k_shift)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         softcap = None if features.softcap is None else float(features.softcap)
-        found = Checked(spec, mask, scale, softcap, asked_of(features, q, v), {})
+        found = Checked(spec, mask, scale, softcap, asked_of(features, q, v, q_shift), {})
         if key is not None:
             if len(_CHECKED) >= _MOST_CHECKED:
                 _CHECKED.clear()
@@ -378,13 +384,20 @@ def served_problems(
 
 
 def _refuse_what_nobody_serves(
-    spec: QuantSpec, impl: str, head_dim: int, k_shift: torch.Tensor | None, scale: float | None, return_lse: bool
+    spec: QuantSpec,
+    impl: str,
+    head_dim: int,
+    k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
+    scale: float | None,
+    return_lse: bool,
 ) -> None:
     rules, name = spec.rules, f"with preset={spec.preset!r}"
     if impl not in ("auto", "eager", *rules.impls):
         _refuse(f"impl {name}", f"one of auto, eager, {', '.join(rules.impls)}".rstrip(", "), repr(impl))
-    if k_shift is not None and not rules.options:
-        _refuse(f"k_shift {name}", "None: its servers subtract none", "a tensor")
+    for shift_name, shift in (("k_shift", k_shift), ("q_shift", q_shift)):
+        if shift is not None and not rules.options:
+            _refuse(f"{shift_name} {name}", "None: its servers subtract none", "a tensor")
     if not rules.own_scale and scale is not None and scale != head_dim**-0.5:
         _refuse(f"scale {name}", f"None or {head_dim**-0.5}: its servers take no other", scale)
     if return_lse and (not rules.own_scale or (spec.kv_only and impl != "eager")):

@@ -129,7 +129,8 @@ class _Attention(torch.autograd.Function):
             _say_that_tangents_are_slow()
         q, k, v, _, _, _, extras = _kept(ctx)
         directions = (torch.zeros_like(x) if t is None else t for x, t in zip((q, k, v), tangents[:3], strict=True))
-        out_tangent = _Tangent.apply(q, k, v, *directions, *tangent_arguments(extras, ctx.options), tangents[-1])
+        rest = (*tangent_arguments(extras, ctx.options), tangents[-2], extras.q_shift)
+        out_tangent = _Tangent.apply(q, k, v, *directions, *rest)
         # Nobody sees the other results, but floats among them have to have a tangent.
         return out_tangent, *(q.new_zeros(x, dtype=dtype) for x, dtype in ctx.others), None
 
@@ -157,7 +158,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, grad_out: torch.Tensor, *_: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     *grads, grad_sinks = _gradient(ctx, grad_out)
-    return *grads, *(None,) * 14, grad_sinks
+    return *grads, *(None,) * 14, grad_sinks, None
 
 
 def _needed_again(

@@ -109,6 +109,7 @@ def explain(
     *,
     spec: QuantSpec = NVFP4,
     causal: bool = False,
+    q_shift: torch.Tensor | None = None,
     window: int | None = None,
     block_size: int = 1,
     prefix: int = 0,
@@ -121,16 +122,16 @@ def explain(
     """Describe what `attention` would run for these arguments on this device: a line for each implementation.
 
     Args:
-        q, k, v, spec, causal, window, block_size, prefix, bounds, softcap, sinks, impl: as for `attention`.
+        q, k, v, spec, causal, q_shift, window, block_size, prefix, bounds, softcap, sinks, impl: as for `attention`.
         needs_gradient: whether a backward pass will follow; default: as `attention` would decide.
 
     Raises:
         ValueError: as `attention` does for wrong shapes, dtypes or devices.
     """
-    validate(q, k, v, spec, None, None, None, "auto")
+    validate(q, k, v, spec, None, None, q_shift, None, "auto")
     features = Features(window, block_size, prefix, bounds, softcap, sinks)
     features.checked(q, spec, "auto", causal=causal, packed=False, k_shift=None)
-    asked = asked_of(features, q, v)
+    asked = asked_of(features, q, v, q_shift)
     if needs_gradient is None:
         differentiable = (q, k, v) if sinks is None else (q, k, v, sinks)
         needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)

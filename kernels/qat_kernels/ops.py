@@ -25,29 +25,30 @@ class Extras(NamedTuple):
 
     key_mask: torch.Tensor | None
     k_shift: torch.Tensor | None
+    q_shift: torch.Tensor | None
     packing: Packing | None
     bounds: Bounds | None
     sinks: torch.Tensor | None
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """All of them: key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks."""
-        key_mask, k_shift, packing, bounds, sinks = self
-        return key_mask, k_shift, *((None, None) if packing is None else packing[:2]), *(bounds or (None, None)), sinks
+        """All of them: key_mask, k_shift, q_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks."""
+        *first, packing, bounds, sinks = self
+        return *first, *((None, None) if packing is None else packing[:2]), *(bounds or (None, None)), sinks
 
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor | None], max_seqlens: Sequence[int]) -> Extras:
         """From `tensors`."""
-        key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = tensors
+        key_mask, k_shift, q_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = tensors
         packing = bounds = None
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             packing = Packing(cu_seqlens_q, cu_seqlens_k, *max_seqlens)
         if lower is not None and upper is not None:
             bounds = Bounds(lower, upper)
-        return cls(key_mask, k_shift, packing, bounds, sinks)
+        return cls(key_mask, k_shift, q_shift, packing, bounds, sinks)
 
 
-NO_EXTRAS = Extras(None, None, None, None, None)
+NO_EXTRAS = Extras(None, None, None, None, None, None)
 
 
 def seen_by_others(*tensors: torch.Tensor) -> bool:
@@ -75,7 +76,7 @@ def forward(
     O' is None or empty where O serves, or no gradient is needed; the last two where the backward reads nothing of them.
     """
     spec, mask, scale, softcap, impl = options.spec, options.mask, options.scale, options.softcap, options.impl
-    key_mask, k_shift, packing, bounds, sinks = extras
+    key_mask, k_shift, q_shift, packing, bounds, sinks = extras
     ran.note("eager" if impl == "sdpa" else impl)  # which comes here for tangents alone
     if impl == "triton":
         return training_kernels().forward(
@@ -93,9 +94,9 @@ def forward(
         numerics: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
         numerics["with_out_hp"] = options.has_out_hp
         if packing is None:
-            out, out_hp, lse = reference.forward(q, k, v, key_mask, k_shift, bounds=bounds, **numerics)
+            out, out_hp, lse = reference.forward(q, k, v, key_mask, k_shift, q_shift, bounds=bounds, **numerics)
         else:
-            out, out_hp, lse = varlen.forward(q, k, v, k_shift, packing, **numerics)
+            out, out_hp, lse = varlen.forward(q, k, v, k_shift, q_shift, packing, **numerics)
     return out, out_hp, lse, lse.new_empty(0), nothing
 
 
@@ -116,7 +117,7 @@ def backward(
     `triton` takes `stats` and `codes` of its forward in place of Q and K, and V only where it is read again.
     """
     spec, mask, scale, softcap = options.spec, options.mask, options.scale, options.softcap
-    key_mask, k_shift, packing, bounds, sinks = extras
+    key_mask, k_shift, q_shift, packing, bounds, sinks = extras
     if options.impl == "triton":
         return training_kernels().backward(
             grad_out, v, out_hp, stats, codes, key_mask, packing,
@@ -127,8 +128,8 @@ def backward(
     numerics: dict[str, Any] = {"spec": spec, "mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks}
     with torch.autocast(grad_out.device.type, enabled=False):
         if packing is None:
-            return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, bounds=bounds, **numerics)
-        return varlen.backward(grad_out, q, k, v, out_hp, k_shift, packing, **numerics)
+            return reference.backward(grad_out, q, k, v, out_hp, key_mask, k_shift, q_shift, bounds=bounds, **numerics)
+        return varlen.backward(grad_out, q, k, v, out_hp, k_shift, q_shift, packing, **numerics)
 
 
 @torch.library.custom_op("qat_kernels::attention_forward", mutates_args=())
@@ -151,9 +152,13 @@ def attention_forward(
     upper: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    q_shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`forward`, with plain values in place of options and tensors of their own; what is None there is empty."""
-    tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
+    """`forward`, with plain values in place of options and tensors of their own; what is None there is empty.
+
+    q_shift: last, as `head_dim` of the backward: compiled code of an older version, which Inductor keeps on disk, passes none.
+    """
+    tensors = (key_mask, k_shift, q_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
     extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
     options = Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl, needs_gradient)
     out, out_hp, lse, stats, codes = forward(q, k, v, extras, options)
@@ -181,9 +186,10 @@ def _(
     upper: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    q_shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     spec_ = QuantSpec.from_json(spec)
-    packing = Extras.of((None, None, cu_seqlens_q, cu_seqlens_k, None, None, None), (max_seqlen_q, max_seqlen_k)).packing
+    packing = Extras.of((None,) * 3 + (cu_seqlens_q, cu_seqlens_k, None, None, None), (max_seqlen_q, max_seqlen_k)).packing
     out = reference.empty_out(q, v.shape[-1])
     out_hp = torch.empty_like(out) if needs_gradient and spec_.quantizes_pv else q.new_empty(0)
     lse = q.new_empty(varlen.lse_shape(q.shape, packing), dtype=reference.accumulator(q.dtype))
@@ -221,12 +227,13 @@ def attention_backward(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     head_dim: int | None = None,
+    q_shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`backward`, with plain values in place of options and tensors of their own; what is None there is empty.
 
     head_dim: of Q and K; None: that of dO. Compiled code of an older version, which Inductor keeps on disk, passes none.
     """
-    tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
+    tensors = (key_mask, k_shift, q_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
     extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
     options = Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl)
     key_shape = _key_shape(grad_out, keys, num_heads_k, head_dim)
@@ -260,6 +267,7 @@ def _(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     head_dim: int | None = None,
+    q_shift: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     shapes = reference.gradient_shapes(grad_out.shape, _key_shape(grad_out, keys, num_heads_k, head_dim))
     dq, dk, dv = map(grad_out.new_empty, shapes)
@@ -288,17 +296,18 @@ def attention_tangent(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     sinks_tangent: torch.Tensor | None = None,
+    q_shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The tangent of O, in eager PyTorch even if a kernel computed O."""
-    tensors = (key_mask, k_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
+    tensors = (key_mask, k_shift, q_shift, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks)
     extras = Extras.of(tensors, (max_seqlen_q, max_seqlen_k))
     numerics: dict[str, Any] = {"spec": QuantSpec.from_json(spec), "mask": Mask.from_json(mask), "scale": scale}
     numerics |= {"softcap": softcap, "sinks": sinks, "sinks_tangent": sinks_tangent}
     tangents = (q_tangent, k_tangent, v_tangent)
     with torch.autocast(q.device.type, enabled=False):
         if extras.packing is None:
-            return reference.tangent(q, k, v, tangents, key_mask, k_shift, bounds=extras.bounds, **numerics)
-        return varlen.tangent(q, k, v, tangents, k_shift, extras.packing, **numerics)
+            return reference.tangent(q, k, v, tangents, key_mask, k_shift, q_shift, bounds=extras.bounds, **numerics)
+        return varlen.tangent(q, k, v, tangents, k_shift, q_shift, extras.packing, **numerics)
 
 
 @attention_tangent.register_fake
@@ -309,14 +318,14 @@ def _(q: torch.Tensor, _: torch.Tensor, v: torch.Tensor, *__: object, **___: obj
 def op_arguments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extras: Extras, options: Options) -> tuple[Any, ...]:
     """Those of `attention_forward`."""
     plain = (options.spec.to_json(), options.mask.to_json(), options.scale, options.needs_gradient, options.impl)
-    return q, k, v, extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, options.softcap)
+    return q, k, v, extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, options.softcap), extras.q_shift
 
 
 def extras_and_options(inputs: Sequence[Any]) -> tuple[Extras, Options]:
     """Of the arguments of `attention_forward`."""
     _, _, _, key_mask, k_shift, spec, mask, scale, needs_gradient, impl, *cu_seqlens, longest_q, longest_k = inputs[:14]
-    *bounds, softcap, sinks = inputs[14:]
-    extras = Extras.of((key_mask, k_shift, *cu_seqlens, *bounds, sinks), (longest_q, longest_k))
+    *bounds, softcap, sinks, q_shift = inputs[14:]
+    extras = Extras.of((key_mask, k_shift, q_shift, *cu_seqlens, *bounds, sinks), (longest_q, longest_k))
     return extras, Options(QuantSpec.from_json(spec), Mask.from_json(mask), scale, softcap, impl, needs_gradient)
 
 
@@ -324,7 +333,8 @@ def backward_arguments(key_shape: torch.Size, extras: Extras, options: Options) 
     """Those of `attention_backward` from the key mask on."""
     keys = key_shape[-2 if len(key_shape) == 4 else 0]
     plain = (keys, key_shape[1], options.spec.to_json(), options.mask.to_json(), options.scale, options.impl)
-    return extras.key_mask, extras.k_shift, *plain, *_last_arguments(extras, options.softcap), key_shape[-1]
+    last = (*_last_arguments(extras, options.softcap), key_shape[-1], extras.q_shift)
+    return extras.key_mask, extras.k_shift, *plain, *last
 
 
 def tangent_arguments(extras: Extras, options: Options) -> tuple[Any, ...]:
@@ -334,8 +344,8 @@ def tangent_arguments(extras: Extras, options: Options) -> tuple[Any, ...]:
 
 
 def _last_arguments(extras: Extras, softcap: float | None) -> tuple[Any, ...]:
-    """What all ops take last: packed sequences, bounds, the soft cap and sinks."""
-    _, _, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = extras.tensors
+    """What all ops take behind their options: packed sequences, bounds, the soft cap and sinks."""
+    _, _, _, cu_seqlens_q, cu_seqlens_k, lower, upper, sinks = extras.tensors
     max_seqlens = (0, 0) if extras.packing is None else extras.packing[2:]
     return cu_seqlens_q, cu_seqlens_k, *max_seqlens, lower, upper, softcap, sinks
 

@@ -37,6 +37,7 @@ def forward(
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     *,
     spec: QuantSpec,
     mask: Mask,
@@ -53,7 +54,7 @@ def forward(
     Raises:
         ValueError: the values of `bounds` are not bounds.
     """
-    ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
+    ops = _prepare(query, key, value, key_mask, k_shift, q_shift, spec, mask, scale, bounds, softcap, sinks)
     return _forward(ops, query, k_shift, scale, with_out_hp)
 
 
@@ -65,6 +66,8 @@ def forward_cached(
     key_mask: torch.Tensor,
     positions: torch.Tensor,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
     *,
     spec: QuantSpec,
     scale: float,
@@ -75,13 +78,14 @@ def forward_cached(
     """O and LSE of the last tokens of sequences whose keys and values were quantized before: causal `forward`.
 
     `key_fq` and `value_fq` [B, K, n, D] are its quantized operands; `value` has the values of the kept groups, and anything
-    finite elsewhere. All of them, `key_mask` [B, n] and `positions` [B, Lq] are counted from each sequence's first allowed key.
-    With a window they may be counted from a later group that no query sees.
+    finite elsewhere. `key_bias` [B, K, n] was made with this `q_shift`; without one both are None. All of them, `key_mask`
+    [B, n] and `positions` [B, Lq] are counted from each sequence's first allowed key. With a window they may be counted from a
+    later group that no query sees.
     """
     dtype = accumulator(query.dtype)
     queries = query.contiguous()
     if spec.formats.query is not None:
-        queries = in_format(rotated(queries.float(), spec), spec.formats.query)
+        queries = in_format(rotated(_less_shift(queries, q_shift), spec), spec.formats.query)
     ops = _Operands(
         query=queries.to(dtype).unflatten(1, (key_fq.shape[1], -1)),
         key_fq=key_fq,
@@ -94,6 +98,7 @@ def forward_cached(
         spec=spec,
         softcap=softcap,
         sinks=None if sinks is None else sinks.to(dtype),
+        key_bias=None if key_bias is None else key_bias.to(dtype),
     )
     out, _, lse = _forward(ops, query, k_shift, scale, with_out_hp=False)
     return out, lse
@@ -128,6 +133,7 @@ def backward(
     out_hp: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     *,
     spec: QuantSpec,
     mask: Mask,
@@ -140,13 +146,14 @@ def backward(
 
     `out_hp` is O' of the forward.
     """
-    ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
+    ops = _prepare(query, key, value, key_mask, k_shift, q_shift, spec, mask, scale, bounds, softcap, sinks)
     # Contiguous, as the op's fake implementation promises; value_fq is not.
     grad_query, grad_key, grad_value = (x.new_zeros(x.shape) for x in (ops.query, ops.key_fq, ops.value_fq))
     grad_sinks = (
         query.new_empty(0) if sinks is None or ops.sinks is None else torch.zeros_like(ops.sinks.view(ops.query.shape[1:3]))
     )
     grad_smooth = None if ops.smooth is None else torch.zeros_like(ops.smooth.scores)
+    grad_bias = None if ops.key_bias is None else torch.zeros_like(ops.key_bias)
     for chunk in _chunks(ops):
         rows, columns = chunk.rows, chunk.columns
         grad = ops.by_key_head(grad_out[:, :, rows])
@@ -168,6 +175,8 @@ def backward(
             grad_smooth.index_add_(
                 -2, _block_of(rows, grad_scores.device), grad_scores.unflatten(2, (-1, rows.stop - rows.start))
             )
+        if grad_bias is not None:
+            grad_bias[:, :, columns] += grad_scores.sum(-2)
         grad_query[:, :, :, rows] = (grad_scores @ ops.key_fq[:, :, columns]).unflatten(2, (ops.qheads_per_kvhead, -1))
         grad_key[:, :, columns] += grad_scores.mT @ ops.query[:, :, :, rows].flatten(2, 3)
     if ops.smooth is not None and grad_smooth is not None:
@@ -176,6 +185,9 @@ def backward(
     if spec.rotate:
         rotation = _hadamard(query.shape[-1], query.device).to(grad_query.dtype)  # symmetric
         grad_query, grad_key = grad_query @ rotation, grad_key @ rotation
+    if q_shift is not None and grad_bias is not None:
+        grad_bias *= rotation_gain(query.shape[-1], spec)
+        grad_key += grad_bias[..., None] * q_shift[:, None].to(grad_key.dtype)
     if key_mask is not None:
         grad_key, grad_value = (_unalign(grad, key_mask) for grad in (grad_key, grad_value))
     grads = grad_query.flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
@@ -189,6 +201,7 @@ def tangent(
     tangents: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     *,
     spec: QuantSpec,
     mask: Mask,
@@ -199,8 +212,8 @@ def tangent(
     sinks_tangent: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """docs/NUMERICS.md, section 5: the tangent of O along those of Q, K, V and sinks, like O."""
-    ops = _prepare(query, key, value, key_mask, k_shift, spec, mask, scale, bounds, softcap, sinks)
-    query_tangent, key_tangent, value_tangent = _prepare_tangents(*tangents, key_mask, spec, ops)
+    ops = _prepare(query, key, value, key_mask, k_shift, q_shift, spec, mask, scale, bounds, softcap, sinks)
+    query_tangent, key_tangent, value_tangent, bias_tangent = _prepare_tangents(*tangents, key_mask, q_shift, spec, ops)
     out = empty_out(query, ops.value.shape[-1]).zero_()
     smooth_tangent = None
     if ops.smooth is not None:  # the tangent of the mean of K adds the same to every score of a row, which changes nothing
@@ -211,6 +224,8 @@ def tangent(
         rows, columns = chunk.rows, chunk.columns
         scores = query_tangent[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, columns].mT
         scores += ops.query[:, :, :, rows].flatten(2, 3) @ key_tangent[:, :, columns].mT
+        if bias_tangent is not None:
+            scores += bias_tangent[:, :, None, columns]
         if smooth_tangent is not None:
             scores += smooth_tangent[..., _block_of(rows, scores.device), :].flatten(2, 3)
         scores *= ops.softmax_scale
@@ -266,6 +281,7 @@ class _Operands:
     prefix: int = 0  # keys that every query sees
     softcap: float | None = None
     sinks: torch.Tensor | None = None  # [H], in the dtype of the arithmetic
+    key_bias: torch.Tensor | None = None  # [B, K, Lk], in the dtype of the arithmetic; added to the scores of all queries
     smooth: smoothing.Smoothed | None = None
     """By key head: query [B, K, G, Lq, D], key [B, K, 1, Lk, D], query_mean and scores [B, K, G, N, ...]."""
 
@@ -332,6 +348,7 @@ def _prepare(
     value: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     spec: QuantSpec,
     mask: Mask,
     scale: float,
@@ -357,8 +374,9 @@ def _prepare(
         smooth = smoothing.Smoothed(*(x.to(dtype) for x in by_key_head))
     if k_shift is not None:
         key = key - k_shift[:, None]
+    bias = None if q_shift is None else key_bias(key, q_shift, spec, dtype).to(dtype)
     if formats.query is not None:
-        query = in_format(rotated(query.float(), spec), formats.query)
+        query = in_format(rotated(_less_shift(query, q_shift), spec), formats.query)
     query, key = query.to(dtype), in_format(rotated(key, spec), formats.key).to(dtype)
     value_fq = in_format(value, formats.value).to(dtype)
     return _Operands(
@@ -374,21 +392,50 @@ def _prepare(
         prefix=min(mask.prefix, key.shape[2]),
         softcap=softcap,
         sinks=None if sinks is None else sinks.to(dtype),
+        key_bias=bias,
         smooth=smooth,
     )
 
 
 def _prepare_tangents(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None, spec: QuantSpec, ops: _Operands
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tangents in the form of their operands in `ops`: aligned, rotated, by key head; never quantized."""
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
+    spec: QuantSpec,
+    ops: _Operands,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Tangents in the form of their operands in `ops`: aligned, rotated, by key head, never quantized; and of the key bias."""
     if key_mask is not None:
         key, value = (_align(x, key_mask) for x in (key, value))
     query, key, value = (x.to(ops.query.dtype).contiguous() for x in (query, key, value))
+    bias = None
+    if q_shift is not None:
+        bias = (key * q_shift[:, None].to(key.dtype)).sum(-1) * rotation_gain(key.shape[-1], spec)
     if spec.rotate:
         rotation = _hadamard(query.shape[-1], query.device).to(query.dtype)
         query, key = query @ rotation, key @ rotation
-    return query.unflatten(1, (key.shape[1], -1)), key, value
+    return query.unflatten(1, (key.shape[1], -1)), key, value, bias
+
+
+def key_bias(key: torch.Tensor, q_shift: torch.Tensor, spec: QuantSpec, dtype: torch.dtype) -> torch.Tensor:
+    """docs/NUMERICS.md, section 6: what `q_shift` adds to the scores of QF and KF, float32 [B, K, Lk].
+
+    Args:
+        key: float32 [B, K, Lk, D], less `k_shift`, before the rotation.
+        dtype: of the arithmetic, in which it is summed.
+    """
+    # No matrix product: it might round its operands to TF32, and sum in an order that depends on the number of keys.
+    products = key.to(dtype) * q_shift[:, None].to(dtype)
+    return (products.sum(-1) * rotation_gain(key.shape[-1], spec)).float()
+
+
+def _less_shift(query: torch.Tensor, q_shift: torch.Tensor | None) -> torch.Tensor:
+    """Q [B, H, Lq, D] in float32, less the shift of its key head."""
+    if q_shift is None:
+        return query.float()
+    return query.float() - q_shift.repeat_interleave(query.shape[1] // len(q_shift), dim=0)[:, None]
 
 
 def rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -398,7 +445,12 @@ def rotated(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
 def scale_of_quantized(scale: float, head_dim: int, spec: QuantSpec) -> float:
     """The factor of the scores of quantized Q and K."""
-    return scale / (HADAMARD_ENTRY**2 * head_dim) if spec.rotate else scale
+    return scale / rotation_gain(head_dim, spec)
+
+
+def rotation_gain(head_dim: int, spec: QuantSpec) -> float:
+    """By how much the rotation enlarges products of Q and K; a power of two."""
+    return HADAMARD_ENTRY**2 * head_dim if spec.rotate else 1.0
 
 
 def _chunks(ops: _Operands) -> Iterator[_Chunk]:
@@ -458,6 +510,8 @@ def _chunk(ops: _Operands, rows: slice) -> _Chunk | None:
     scores = ops.query[:, :, :, rows].flatten(2, 3) @ ops.key_fq[:, :, columns].mT
     if ops.smooth is not None:
         scores += ops.smooth.scores[..., _block_of(rows, scores.device), :].flatten(2, 3)
+    if ops.key_bias is not None:
+        scores += ops.key_bias[:, :, None, columns]
     slope = None
     if ops.softcap is None:
         scores *= ops.softmax_scale * LOG2_E

@@ -31,6 +31,9 @@ FEATURES = ("window", "block_size", "prefix", "bounds", "softcap", "sinks")
 UNEQUAL_HEAD_DIMS = "values of another head dim"
 """V has another head dim than Q and K, as in MLA. Not every implementation computes that either."""
 
+Q_SHIFT = "q_shift"
+"""Q is shifted before it is quantized, and a key bias is added to the scores. Not every implementation computes that either."""
+
 Axis = Literal["head_dim", "keys"]
 ScaleRule = Literal["divide", "reciprocal"]
 InferenceKernel = Literal["fp4", "sageattn3"]
@@ -75,7 +78,7 @@ class _Rules(NamedTuple):
     what: str
     """A description: what is quantized, and which server does so."""
     options: bool = False
-    """Whether `rotate`, `four_over_six` and K shifts are allowed. No server has them."""
+    """Whether `rotate`, `four_over_six`, K shifts and Q shifts are allowed. No server has them."""
     causal: bool = True
     mask: bool = True
     """A key mask, packed sequences, and query heads that share a key head."""

@@ -63,6 +63,7 @@ def forward(
     key: torch.Tensor,
     value: torch.Tensor,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     packing: Packing,
     *,
     spec: QuantSpec,
@@ -79,8 +80,9 @@ def forward(
     for rows, keys in packing.documents(len(query), len(key)):
         q, k, v = _alone(query, rows), _alone(key, keys), _alone(value, keys)
         out_alone, out_hp_alone, lse_alone = reference.forward(
-            q, k, v, None, k_shift, spec=spec, mask=mask, scale=scale, with_out_hp=with_out_hp, softcap=softcap, sinks=sinks
-        )
+            q, k, v, None, k_shift, q_shift,
+            spec=spec, mask=mask, scale=scale, with_out_hp=with_out_hp, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
         _alone(out, rows).copy_(out_alone)
         if with_out_hp:
             _alone(out_hp, rows).copy_(out_hp_alone)
@@ -95,6 +97,7 @@ def backward(
     value: torch.Tensor,
     out_hp: torch.Tensor,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     packing: Packing,
     *,
     spec: QuantSpec,
@@ -109,7 +112,7 @@ def backward(
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     for rows, keys in packing.documents(len(query), len(key)):
         do, q, k, v = _alone(grad_out, rows), _alone(query, rows), _alone(key, keys), _alone(value, keys)
-        dq, dk, dv, of_sinks = reference.backward(do, q, k, v, _alone(out_hp, rows), None, k_shift, **options)
+        dq, dk, dv, of_sinks = reference.backward(do, q, k, v, _alone(out_hp, rows), None, k_shift, q_shift, **options)
         grad_sinks += of_sinks
         _alone(grad_query, rows).copy_(dq)
         _alone(grad_key, keys).copy_(dk)
@@ -123,6 +126,7 @@ def tangent(
     value: torch.Tensor,
     tangents: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     packing: Packing,
     *,
     spec: QuantSpec,
@@ -139,7 +143,7 @@ def tangent(
     for rows, keys in packing.documents(len(query), len(key)):
         q, k, v = _alone(query, rows), _alone(key, keys), _alone(value, keys)
         dq, dk, dv = (_alone(x, where) for x, where in zip(tangents, (rows, keys, keys), strict=True))
-        _alone(out, rows).copy_(reference.tangent(q, k, v, (dq, dk, dv), None, k_shift, **options))
+        _alone(out, rows).copy_(reference.tangent(q, k, v, (dq, dk, dv), None, k_shift, q_shift, **options))
     return out
 
 

@@ -244,8 +244,8 @@ def test_memory_is_linear_in_the_length(monkeypatch, causal):
         q, k, v, grad_out = Case(lq=length, lk=length, head_dim=16, heads=(1, 1), batch=1).tensors(torch.float32)
         options = {"spec": QuantSpec(), "mask": Mask(causal=causal), "scale": 0.25}
         with PeakMemory() as memory:
-            _, out_hp, _ = reference.forward(q, k, v, None, None, with_out_hp=True, **options)
-            reference.backward(grad_out, q, k, v, out_hp, None, None, **options)
+            _, out_hp, _ = reference.forward(q, k, v, None, None, None, with_out_hp=True, **options)
+            reference.backward(grad_out, q, k, v, out_hp, None, None, None, **options)
         peaks.append(memory.peak)
     assert peaks[1] > 8 * q.nbytes  # it does count: quantized copies, O, O' and gradients
     assert peaks[1] < 4 * peaks[0]  # four times the length

@@ -223,8 +223,8 @@ def test_keys_outside_of_all_bounds_are_never_touched(monkeypatch):
         q, k, v, grad_out = Case(lq=length, lk=length, head_dim=16, heads=(1, 1), batch=1).tensors(torch.float32)
         options = {"spec": QuantSpec(), "mask": Mask(causal=True, window=100, prefix=40), "scale": 0.25}
         with PeakMemory() as memory:
-            _, out_hp, _ = reference.forward(q, k, v, None, None, with_out_hp=True, **options)
-            reference.backward(grad_out, q, k, v, out_hp, None, None, **options)
+            _, out_hp, _ = reference.forward(q, k, v, None, None, None, with_out_hp=True, **options)
+            reference.backward(grad_out, q, k, v, out_hp, None, None, None, **options)
         peaks.append(memory.peak)
     assert len(widths) == 2 * (512 + 2048) // 128
     assert max(widths) <= 48 + 100 + 128 + 16

@@ -244,7 +244,7 @@ class KVCache:
         if isinstance(impl, Verdicts):
             impl = "auto"
         # The kernels of the cache are not those that `attention` has for `kv_nvfp4`.
-        validate(q, k, v, spec, None, k_shift, None, "auto" if kv_only else impl, scale=scale)
+        validate(q, k, v, spec, None, k_shift, None, None, "auto" if kv_only else impl, scale=scale)
         features.checked(q, spec, "auto", causal=True, packed=False, k_shift=k_shift)
         problem = None
         slots = self.length + k.shape[2]

@@ -79,7 +79,7 @@ def attend(
     positions = torch.arange(cache.length - q.shape[2], cache.length, device=q.device) - leftpad[:, None] - tokens.start
     options: dict[str, Any] = {"spec": cache.spec, "scale": scale, "window": cache.window, "softcap": softcap, "sinks": sinks}
     with torch.autocast(q.device.type, enabled=False):
-        return reference.forward_cached(q, key, value_fq, value, allowed, positions, k_shift, **options)
+        return reference.forward_cached(q, key, value_fq, value, allowed, positions, k_shift, None, None, **options)
 
 
 class _Tokens(NamedTuple):

@@ -115,8 +115,9 @@ def _sampled_rows(problem: problems.Attended, found: torch.Tensor) -> Iterator[t
             if not smooth:  # which rounds to the dtype of the inputs
                 q, k, v = q.float(), k.float(), v.float()
             expected, *_ = reference.forward(
-                q, k, v, None, None, spec=problem.spec, mask=Mask(causal=problem.causal), scale=head_dim**-0.5, with_out_hp=False
-            )
+                q, k, v, None, None, None,
+                spec=problem.spec, mask=Mask(causal=problem.causal), scale=head_dim**-0.5, with_out_hp=False,
+            )  # fmt: skip
             yield found[b : b + 1, h : h + 1, start:stop], expected[:, :, start - first : stop - first]
 
 

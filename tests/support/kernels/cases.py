@@ -44,6 +44,7 @@ class Case:
     rotate: bool = False
     four_over_six: bool = False
     shift: bool = False
+    q_shifted: bool = False
     scale: float | None = None
     size: float = 1.0
     window: int | None = None
@@ -96,6 +97,12 @@ class Case:
         x = torch.randn(self.heads[1], self.head_dim, generator=torch.Generator().manual_seed(self.seed + 2))
         return ((x * 8).round() / 8 if self.coarse else x) * self.size
 
+    def q_shift(self) -> torch.Tensor | None:
+        if not self.q_shifted:
+            return None
+        x = torch.randn(self.heads[1], self.head_dim, generator=torch.Generator().manual_seed(self.seed + 5))
+        return ((x * 8).round() / 8 if self.coarse else x) * self.size
+
     def sink_logits(self) -> torch.Tensor | None:
         if not self.sinks:
             return None
@@ -118,7 +125,8 @@ class Case:
 
     def tensor_options(self) -> dict:
         options = {"causal": self.causal, "scale": self.scale, "key_mask": self.key_mask(), "k_shift": self.k_shift()}
-        return options | self.features()
+        q_shift = {"q_shift": self.q_shift()} if self.q_shifted else {}
+        return options | q_shift | self.features()
 
     def features(self) -> dict:
         """Of the arguments that not every implementation computes those that are not left out."""
@@ -247,7 +255,7 @@ def forward_op(case: Case, q, k, v, *, needs_gradient: bool = True, impl: str = 
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     return torch.ops.qat_kernels.attention_forward(
         q, k, v, case.key_mask(), case.k_shift(), case.spec().to_json(), case.seen().to_json(), scale, needs_gradient, impl,
-        None, None, 0, 0, *(case.bound_tensors() or (None, None)), case.softcap, case.sink_logits(),
+        None, None, 0, 0, *(case.bound_tensors() or (None, None)), case.softcap, case.sink_logits(), case.q_shift(),
     )[:3]  # fmt: skip
 
 

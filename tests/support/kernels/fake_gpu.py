@@ -27,9 +27,9 @@ def definition(q, k, v, key_mask, k_shift, packing=None, *, spec, mask, scale, b
     """O and LSE, as every launcher returns them first."""
     options = {"spec": spec, "mask": mask, "scale": scale, "with_out_hp": False, "softcap": softcap, "sinks": sinks}
     if packing is None:
-        out, _, lse = reference.forward(q, k, v, key_mask, k_shift, bounds=bounds, **options)
+        out, _, lse = reference.forward(q, k, v, key_mask, k_shift, None, bounds=bounds, **options)
     else:
-        out, _, lse = varlen.forward(q, k, v, k_shift, packing, **options)
+        out, _, lse = varlen.forward(q, k, v, k_shift, None, packing, **options)
     return out, lse
 
 

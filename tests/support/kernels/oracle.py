@@ -5,8 +5,8 @@ grids (section 1), full [Lq, Lk] score matrices (sections 3 and 4), and two inde
 section 5 and autograd through its straight-through rule. Nothing here is fast, and nothing here is shared with the
 implementations that it checks.
 
-Only phi, k - k_shift and the rotation run in float32, because the sections 1 and 6 put them there, and the smoothing of section 9
-in bfloat16.
+Only phi, q - q_shift, k - k_shift and the rotation run in float32, because the sections 1 and 6 put them there, and the
+smoothing of section 9 in bfloat16. The key bias of section 6 is rounded to float32.
 """
 
 import math
@@ -157,6 +157,14 @@ def _quantize_rows(x, shift, rotate, four_over_six, how=OURS):
     return _straight_through(x, in_format(rounded, how, four_over_six))
 
 
+def _key_bias(k, shift, q_shift):
+    """b of one head, in float32, with the gradient of c . (k - s) (docs/NUMERICS.md, section 6)."""
+    rounded, exact = k.detach().float(), k
+    if shift is not None:
+        rounded, exact = rounded - shift.float(), exact - shift.double()
+    return _straight_through(exact @ q_shift.double(), (rounded.double() @ q_shift.double()).float().double())
+
+
 def _ceil_max(s):
     """Ceiled row maximum, -inf for rows without a key (docs/NUMERICS.md, section 3)."""
     # The extra column lets rows of zero keys have a maximum.
@@ -186,7 +194,7 @@ def _who_sees_whom(lq, lk, first, causal, window, block_size, prefix, bounds):
     return seen, kept
 
 
-def _head(q, k, v, valid, seen, kept, *, preset, rotate, four_over_six, scale, shift, softcap, sink):
+def _head(q, k, v, valid, seen, kept, *, preset, rotate, four_over_six, scale, shift, q_shift, softcap, sink):
     """Forward of one head, differentiable by the rule of section 5 (docs/NUMERICS.md, sections 3 and 4).
 
     `k` and `v` start at the first allowed key of the sequence, so that groups along tokens start at index 0; so do the tables
@@ -200,10 +208,12 @@ def _head(q, k, v, valid, seen, kept, *, preset, rotate, four_over_six, scale, s
     added = 0.0
     if preset == "sage3":
         q, k, added = sage_smooth(q, k)
-    qf = _quantize_rows(q, None, rotate, four_over_six, q_format)
+    qf = _quantize_rows(q, q_shift, rotate, four_over_six, q_format)
     kf = _quantize_rows(k, shift, rotate, four_over_six, k_format)
     factor = scale * 64 / q.shape[-1] if rotate else scale
     s, slope, log2_e = qf @ kf.T + added, 1.0, math.log2(math.e)
+    if q_shift is not None:
+        s = s + _key_bias(k, shift, q_shift) * (q.shape[-1] / 64 if rotate else 1)
     if softcap is None:
         s = s * (factor * log2_e)
     else:
@@ -246,7 +256,7 @@ def _head(q, k, v, valid, seen, kept, *, preset, rotate, four_over_six, scale, s
 
 def _heads(
     q, k, v, *, preset="nvfp4", rotate=False, four_over_six=False, causal=False, scale=None, key_mask=None, k_shift=None,
-    window=None, block_size=1, prefix=0, bounds=None, softcap=None, sinks=None,
+    q_shift=None, window=None, block_size=1, prefix=0, bounds=None, softcap=None, sinks=None,
 ):  # fmt: skip
     """Yields (b, h, kv, first, _head(...)) for every query head (docs/NUMERICS.md, Notation, sections 3 and 4)."""
     q, k, v = q.double(), k.double(), v.double()
@@ -263,7 +273,8 @@ def _heads(
             head = _head(
                 q[b, h], k[b, kv, first:], v[b, kv, first:], valid[first:], seen, kept,
                 preset=preset, rotate=rotate, four_over_six=four_over_six, scale=scale, shift=shift,
-                softcap=softcap, sink=None if sinks is None else sinks[h].double(),
+                q_shift=None if q_shift is None else q_shift[kv], softcap=softcap,
+                sink=None if sinks is None else sinks[h].double(),
             )  # fmt: skip
             if shift is not None:
                 head.lse = head.lse + scale * (q[b, h] @ shift.double())
@@ -301,6 +312,9 @@ def backward(q, k, v, grad_out, **options):
         back = hadamard(q.shape[-1]).double().T if options.get("rotate") else torch.eye(q.shape[-1], dtype=torch.float64)
         dq[b, h] = head.factor * ds @ head.kf @ back
         dk[b, kv, first:] += head.factor * ds.T @ head.qf @ back
+        if (q_shift := options.get("q_shift")) is not None:
+            scale = q.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"]
+            dk[b, kv, first:] += scale * ds.sum(0)[:, None] * q_shift[kv].double()
         dv[b, kv, first:] += torch.where(head.kept, head.p, head.pf).T @ do
     return (dq, dk, dv) if options.get("sinks") is None else (dq, dk, dv, dsinks)
 

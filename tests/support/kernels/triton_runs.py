@@ -66,7 +66,7 @@ def run_reference(case: Case, tensors: list[torch.Tensor]) -> tuple:
     q, k, v, grad_out = tensors if case.spec().reads_query else (x.float() for x in tensors)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     options = {"spec": case.spec(), "mask": case.seen(), "scale": scale, "softcap": case.softcap, **on_device(case, q.device)}
-    masks = tuple(None if x is None else x.to(q.device) for x in (case.key_mask(), case.k_shift()))
+    masks = tuple(None if x is None else x.to(q.device) for x in (case.key_mask(), case.k_shift(), case.q_shift()))
     out, out_hp, lse = reference.forward(q, k, v, *masks, with_out_hp=True, **options)
     grads = reference.backward(grad_out, q, k, v, out_hp, *masks, **options)
     return out, out_hp, lse, list(grads[: 3 + case.sinks])
