@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from qat_kernels.spec import HADAMARD_ENTRY
 from qat_kernels.triton.nvfp4 import GROUP, e2m1_codes, e4m3_bits, hadamard, round_groups
 
 from .byte_layout import BLOCK_SCALES
 
 _GROUPS_OF_BLOCK = tl.constexpr(BLOCK_SCALES)
+_ROTATION_GAIN = tl.constexpr(HADAMARD_ENTRY**2)
+"""By how much, for each element of the head dim, the rotation enlarges products of Q and K."""
 _SCANNED = tl.constexpr(1024)
 """Slots of the mask that are looked at in one step."""
 
@@ -90,11 +93,11 @@ def _find_leftpad(key_mask_ptr, leftpad, start, length):
         "k_stride_b", "k_stride_h", "k_stride_l", "v_stride_b", "v_stride_h", "v_stride_l",
         "num_heads_k", "seqlen_new", "length", "num_blocks", "ring_size",
     ],
-    do_not_specialize_on_alignment=["k_ptr", "v_ptr", "k_shift_ptr", "key_mask_ptr"],
+    do_not_specialize_on_alignment=["k_ptr", "v_ptr", "k_shift_ptr", "q_shift_ptr", "key_mask_ptr"],
 )  # fmt: skip
 def append_kernel(
-    k_ptr, v_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr,
-    key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr,
+    k_ptr, v_ptr, k_shift_ptr, q_shift_ptr, key_mask_ptr, leftpad_ptr,
+    key_codes_ptr, key_scales_ptr, key_bias_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr,
     k_stride_b: tl.int64, k_stride_h: tl.int64, k_stride_l: tl.int64,
     v_stride_b: tl.int64, v_stride_h: tl.int64, v_stride_l: tl.int64,
     num_heads_k, seqlen_new, length, num_blocks, ring_size,
@@ -104,9 +107,9 @@ def append_kernel(
 ):  # fmt: skip
     """One group of 16 tokens of one key head, counted from the group that the first new token falls into.
 
-    k, v [B, Hk, n, D] of any strides but the last, which is 1; k_shift float32 [Hk, D]; key_mask uint8 [B, length] over slots;
-    leftpad int32 [B] (not HAS_LEFTPAD: 0), brought up to date if HAS_KEY_MASK; the cache as in `CacheTensors`, with room
-    for `num_blocks` blocks of tokens.
+    k, v [B, Hk, n, D] of any strides but the last, which is 1; k_shift and q_shift float32 [Hk, D] (q_shift None: there is no key
+    bias); key_mask uint8 [B, length] over slots; leftpad int32 [B] (not HAS_LEFTPAD: 0), brought up to date if HAS_KEY_MASK; the
+    cache as in `CacheTensors`, with room for `num_blocks` blocks of tokens.
 
     recent [B, Hk, ring_size, D]: for a group with old and new tokens it holds V of the old ones, and no new slot overwrites them.
 
@@ -147,6 +150,12 @@ def append_kernel(
     k = tl.load(k_ptr + new_row * k_stride_l + columns[None, :], mask=read, other=0.0).to(tl.float32)
     if HAS_K_SHIFT:
         k = k - tl.load(k_shift_ptr + head_k * HEAD_DIM + columns, mask=valid, other=0.0)[None, :]
+    key_bias = None
+    if q_shift_ptr is not None:
+        q_shift = tl.load(q_shift_ptr + head_k * HEAD_DIM + columns, mask=valid, other=0.0)
+        key_bias = tl.sum(k * q_shift[None, :], 1)
+        if ROTATE:
+            key_bias = key_bias * (HEAD_DIM * _ROTATION_GAIN)
     if ROTATE:
         # A head dim of 16 is half of the tile; the other half of the product must be zero.
         k = tl.where(valid[None, :], hadamard(k, GROUP, 32 * BLOCK_WORDS), 0.0)
@@ -157,6 +166,8 @@ def append_kernel(
         rows = batch_head * capacity + token % capacity
         stored = is_new & (token + capacity >= seqlen_k)
     _store_tokens(k, key_codes_ptr, key_scales_ptr, rows, stored, WORDS, BLOCK_WORDS, FOUR_OVER_SIX, KV_ONLY)
+    if key_bias is not None:
+        tl.store(key_bias_ptr + rows, key_bias, mask=stored)
 
     v_ptr += batch * v_stride_b + head_k * v_stride_h
     v = tl.load(v_ptr + new_row * v_stride_l + columns[None, :], mask=read, other=0.0)

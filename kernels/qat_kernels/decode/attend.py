@@ -62,9 +62,12 @@ def _scale_to_float16(x):
 
 
 @triton.jit
-def _scores(k, q, scale_log2, softcap):
-    """Products of K [N, D] and Q [D, M], and the factors float32 [M] that make them scores times log2(e)."""
+def _scores(k, q, key_bias, scale_log2, softcap):
+    """Products of K [N, D] and Q [D, M], plus key_bias [N] (or None), and the factors float32 [M] that make them scores times
+    log2(e)."""
     scores = dot(k, q, tl.zeros((k.shape[0], q.shape[1]), tl.float32))
+    if key_bias is not None:
+        scores += key_bias[:, None]
     if softcap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
         scores = (1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale_log2 * (2.0 / softcap))[None, :]))) * (softcap * LOG2_E)
         scale_log2 = tl.full((q.shape[1],), 1.0, tl.float32)
@@ -81,10 +84,21 @@ def _online_softmax_step(scores, scores_max, scale_log2, row_max):
 
 
 @triton.jit
+def _load_key_bias(ptr, rows, present, NEGATE: tl.constexpr):
+    """The key bias of rows of the cache, times UNPACK_SCALE as their products with Q, of the sign of these; 0 where not `present`
+    (None: all are present). None if ptr is None."""
+    if ptr is None:
+        return None
+    else:
+        key_bias = tl.load(ptr + rows) if present is None else tl.load(ptr + rows, mask=present, other=0.0)
+        return key_bias * (-UNPACK_SCALE if NEGATE else UNPACK_SCALE)
+
+
+@triton.jit
 def _attend_kept(
     out, row_sum, row_max, q, q_pos, lower, start, stop,
-    key_codes_ptr, key_scales_ptr, ring, v_ptr, first_slot, ring_size, key_mask_ptr, scale_log2, softcap,
-    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    key_codes_ptr, key_scales_ptr, key_bias_ptr, ring, v_ptr, first_slot, ring_size, key_mask_ptr, scale_log2, softcap,
+    HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, NEGATE: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     BEFORE_SM_89: tl.constexpr,
 ):  # fmt: skip
     """Unquantized P~ times unquantized V over the keys from `start` to `stop`; a query may see those from `lower` to `q_pos`.
@@ -101,10 +115,11 @@ def _attend_kept(
         if ring is not None:
             row = key % ring
         words = load_rows(key_codes_ptr, key_scales_ptr, row, present, WORDS, BLOCK_WORDS)
+        key_bias = _load_key_bias(key_bias_ptr, row, present, NEGATE)
         v_mask = present[:, None] & (columns < HEAD_DIM)[None, :]
         v_row = (key + first_slot) % ring_size
         v = tl.load(v_ptr + v_row[:, None] * HEAD_DIM + columns[None, :], mask=v_mask, other=0.0)
-        scores, scale = _scores(unpack(*words, BEFORE_SM_89), q, scale_log2, softcap)
+        scores, scale = _scores(unpack(*words, BEFORE_SM_89), q, key_bias, scale_log2, softcap)
         allowed = present[:, None] & (key[:, None] <= q_pos[None, :]) & (key[:, None] >= lower[None, :])
         scores = tl.where(allowed, scores, float("-inf"))
         p, rescale, row_max, _ = _online_softmax_step(scores, tl.max(scores, 0), scale, row_max)
@@ -117,11 +132,11 @@ def _attend_kept(
 def _attend_tile(
     out, sums, row_max, q, tile, cache, ring_tiles, key_mask_ptr, bounds, scale_log2, softcap,
     HEAD_DIM: tl.constexpr, WORDS: tl.constexpr, BLOCK_WORDS: tl.constexpr, BLOCK_N: tl.constexpr,
-    KV_ONLY: tl.constexpr, HAS_KEY_MASK: tl.constexpr, BEFORE_SM_89: tl.constexpr, BOUNDED: tl.constexpr,
+    NEGATE: tl.constexpr, KV_ONLY: tl.constexpr, HAS_KEY_MASK: tl.constexpr, BEFORE_SM_89: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of keys against all queries; BOUNDED: some queries do not see some of these keys."""
     GROUPS: tl.constexpr = BLOCK_N // GROUP
-    key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr = cache
+    key_codes_ptr, key_scales_ptr, key_bias_ptr, value_codes_ptr, value_scales_ptr = cache
     first, stop, lower, window_start = bounds
     columns = tl.arange(0, 32 * BLOCK_WORDS)
     in_tile = tl.arange(0, BLOCK_N)
@@ -134,7 +149,8 @@ def _attend_tile(
         key_codes_ptr + place * (BLOCK_N * 16 * WORDS), key_scales_ptr + place * (BLOCK_N * 2 * WORDS), in_tile, None,
         WORDS, BLOCK_WORDS,
     )  # fmt: skip
-    scores, scale = _scores(unpack(*k, BEFORE_SM_89), q, scale_log2, softcap)
+    key_bias = _load_key_bias(key_bias_ptr, place * BLOCK_N + in_tile, None, NEGATE)
+    scores, scale = _scores(unpack(*k, BEFORE_SM_89), q, key_bias, scale_log2, softcap)
     if BOUNDED:
         seen = present[:, None] & (key[:, None] < lower[None, :]) & (key[:, None] >= window_start[None, :])
         scores = tl.where(seen, scores, float("-inf"))
@@ -169,11 +185,11 @@ def _attend_tile(
         "stride_b", "stride_h", "stride_l", "num_heads_k", "qheads_per_kvhead", "seqlen_new", "length", "num_blocks", "ring_size",
         "num_splits", "early", "softmax_scale_log2", "k_shift_scale", "window", "softcap",
     ],
-    do_not_specialize_on_alignment=["q_ptr", "k_shift_ptr", "key_mask_ptr"],
+    do_not_specialize_on_alignment=["q_ptr", "k_shift_ptr", "q_shift_ptr", "key_mask_ptr"],
 )  # fmt: skip
 def split_kernel(
-    q_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr,
-    key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr, partials_ptr, lse_ptr,
+    q_ptr, k_shift_ptr, q_shift_ptr, key_mask_ptr, leftpad_ptr,
+    key_codes_ptr, key_scales_ptr, key_bias_ptr, value_codes_ptr, value_scales_ptr, sink_ptr, recent_ptr, partials_ptr, lse_ptr,
     stride_b: tl.int64, stride_h: tl.int64, stride_l: tl.int64,
     num_heads_k, qheads_per_kvhead, seqlen_new, length, num_blocks, ring_size, num_splits, early,
     softmax_scale_log2, k_shift_scale, window, softcap,
@@ -185,11 +201,11 @@ def split_kernel(
 
     KV_ONLY: V is stored as K is, Q and P~ are not quantized, and there are no kept groups, so the last part is like the others.
 
-    q [B, H, n, D] of any strides but the last, which is 1; k_shift float32 [Hk, D]; the cache as in `KVCache`, keys and values
-    counted from `leftpad` int32 [B] (not HAS_LEFTPAD: 0), with room for `num_blocks` blocks of values and V of the last slots in
-    a ring; key_mask uint8 [B, length] over slots. partials float32: for each part of each head [B, Hk, num_parts], out
-    [rows, D] before the division; after all of these, [2, rows] for each: m and the sum of P~. lse float32 [B, H, n]: if
-    HAS_K_SHIFT, what the shift takes from it. NEGATE: the scale is negative.
+    q [B, H, n, D] of any strides but the last, which is 1; k_shift and q_shift float32 [Hk, D] (q_shift None: there is no key
+    bias); the cache as in `KVCache`, keys and values counted from `leftpad` int32 [B] (not HAS_LEFTPAD: 0), with room for
+    `num_blocks` blocks of values and V of the last slots in a ring; key_mask uint8 [B, length] over slots. partials float32: for
+    each part of each head [B, Hk, num_parts], out [rows, D] before the division; after all of these, [2, rows] for each: m and
+    the sum of P~. lse float32 [B, H, n]: if HAS_K_SHIFT, what the shift takes from it. NEGATE: the scale is negative.
     window: how many keys a row sees (None: all before it). Then the parts cover only the tiles in a window, and the cache is a
     ring: token j is in place j % (num_blocks * BLOCK). softcap: a number, or None.
 
@@ -219,6 +235,8 @@ def split_kernel(
     if HAS_K_SHIFT and split == num_splits:
         k_shift = tl.load(k_shift_ptr + head_k * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
         tl.store(lse_ptr + batch_head * rows_of_head + rows, tl.sum(q * k_shift[None, :], 1) * k_shift_scale, mask=inside)
+    if q_shift_ptr is not None:
+        q -= tl.load(q_shift_ptr + head_k * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)[None, :]
     q = -q if NEGATE else q
     q_pos = seqlen_k - seqlen_new + rows % seqlen_new
     window_start = tl.zeros_like(q_pos)
@@ -230,6 +248,8 @@ def split_kernel(
     capacity = num_blocks * BLOCK
     key_codes_ptr += batch_head * capacity * (16 * WORDS)
     key_scales_ptr += batch_head * capacity * (2 * WORDS)
+    if key_bias_ptr is not None:
+        key_bias_ptr += batch_head * capacity
     score_scale = tl.full((BLOCK_M,), softmax_scale_log2 / UNPACK_SCALE, tl.float32)
     if KV_ONLY:
         q, undo = _scale_to_float16(q)
@@ -265,20 +285,20 @@ def split_kernel(
         # Tiles that every query sees as a whole, and the others.
         whole_start = tl.minimum(tl.maximum(start, tl.cdiv(tl.maximum(first, last_start), BLOCK_N)), end)
         whole_end = tl.maximum(tl.minimum(end, tl.minimum(stop, seen_by_all) // BLOCK_N), whole_start)
-        cache = (key_codes_ptr, key_scales_ptr, value_codes_ptr, value_scales_ptr)
+        cache = (key_codes_ptr, key_scales_ptr, key_bias_ptr, value_codes_ptr, value_scales_ptr)
         ring_tiles = None if window is None else capacity // BLOCK_N
         bounds = (first, stop, lower, window_start)
         for tile in range(whole_start, whole_end):
             out, sums, row_max = _attend_tile(
                 out, sums, row_max, q, tile, cache, ring_tiles, key_mask_ptr, bounds, score_scale, softcap,
-                HEAD_DIM, WORDS, BLOCK_WORDS, BLOCK_N, KV_ONLY, HAS_KEY_MASK, BEFORE_SM_89, False,
+                HEAD_DIM, WORDS, BLOCK_WORDS, BLOCK_N, NEGATE, KV_ONLY, HAS_KEY_MASK, BEFORE_SM_89, False,
             )  # fmt: skip
         for i in range(end - start - (whole_end - whole_start)):
             tile = start + i
             tile = tl.where(tile < whole_start, tile, tile + whole_end - whole_start)
             out, sums, row_max = _attend_tile(
                 out, sums, row_max, q, tile, cache, ring_tiles, key_mask_ptr, bounds, score_scale, softcap,
-                HEAD_DIM, WORDS, BLOCK_WORDS, BLOCK_N, KV_ONLY, HAS_KEY_MASK, BEFORE_SM_89, True,
+                HEAD_DIM, WORDS, BLOCK_WORDS, BLOCK_N, NEGATE, KV_ONLY, HAS_KEY_MASK, BEFORE_SM_89, True,
             )  # fmt: skip
         row_sum = tl.sum(sums, 0)
         if not KV_ONLY:
@@ -291,17 +311,17 @@ def split_kernel(
         if window is not None:
             sink_stop = tl.where(first_seen < GROUP, sink_stop, 0)
         out, row_sum, row_max = _attend_kept(
-            out, row_sum, row_max, q, q_pos, window_start, 0, sink_stop, key_codes_ptr, key_scales_ptr, ring,
+            out, row_sum, row_max, q, q_pos, window_start, 0, sink_stop, key_codes_ptr, key_scales_ptr, key_bias_ptr, ring,
             sink_ptr + batch_head * GROUP * HEAD_DIM, 0, GROUP, key_mask_ptr, score_scale, softcap,
-            HEAD_DIM, WORDS, BLOCK_WORDS, HAS_KEY_MASK, BEFORE_SM_89,
+            HEAD_DIM, WORDS, BLOCK_WORDS, NEGATE, HAS_KEY_MASK, BEFORE_SM_89,
         )  # fmt: skip
         open_start = tl.maximum((seqlen_k - seqlen_new) & -GROUP, GROUP)
         if window is not None:
             lower = tl.maximum(lower, window_start)
         out, row_sum, row_max = _attend_kept(
-            out, row_sum, row_max, q, q_pos, lower, open_start, seqlen_k, key_codes_ptr, key_scales_ptr, ring,
+            out, row_sum, row_max, q, q_pos, lower, open_start, seqlen_k, key_codes_ptr, key_scales_ptr, key_bias_ptr, ring,
             recent_ptr + batch_head * ring_size * HEAD_DIM, leftpad, ring_size, key_mask_ptr, score_scale, softcap,
-            HEAD_DIM, WORDS, BLOCK_WORDS, HAS_KEY_MASK, BEFORE_SM_89,
+            HEAD_DIM, WORDS, BLOCK_WORDS, NEGATE, HAS_KEY_MASK, BEFORE_SM_89,
         )  # fmt: skip
     if KV_ONLY:
         columns = token_columns(BLOCK_WORDS)

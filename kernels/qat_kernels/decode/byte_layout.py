@@ -31,8 +31,9 @@ class CacheTensors(NamedTuple):
 
     packed: dict[str, torch.Tensor]
     """`key_codes`, `key_scales` [B, Hk, capacity, bytes]; `value_codes`, `value_scales` [B, Hk, blocks, D, bytes]; and `sink`, V
-    of the sink group [B, Hk, 16, D]. With `kv_nvfp4` values are stored like keys, and there is no sink group. All except the sink
-    group are rings: token j is in the place of token j % capacity. This matters only with a window, which keeps fewer tokens."""
+    of the sink group [B, Hk, 16, D]. With a Q shift there is `key_bias`, float32 [B, Hk, capacity], too. With `kv_nvfp4` values
+    are stored like keys, and there is no sink group. All except the sink group are rings: token j is in the place of
+    token j % capacity. This matters only with a window, which keeps fewer tokens."""
     recent: torch.Tensor | None
     """V of the last slots as a ring [B, Hk, n, D], 0 where the mask excludes a slot. Slot s is at s % n. None with `kv_nvfp4`."""
     leftpad: torch.Tensor | None
@@ -56,7 +57,7 @@ class CacheTensors(NamedTuple):
     @property
     def stored(self) -> tuple[torch.Tensor | None, ...]:
         """The tensors that the kernels read and change, in the order of their arguments."""
-        names = ("key_codes", "key_scales", "value_codes", "value_scales", "sink")
+        names = ("key_codes", "key_scales", "key_bias", "value_codes", "value_scales", "sink")
         return (*(self.packed.get(name) for name in names), self.recent)
 
 

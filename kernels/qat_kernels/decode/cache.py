@@ -44,7 +44,7 @@ class KVCache:
 
     Slots are the columns of a batch, padding included. Inside, tokens are counted from each sequence's first allowed slot, as
     groups along tokens are. A value takes 4.5 bits. Except with `kv_nvfp4`, it also keeps 64 tokens of V in the dtype of
-    the inputs.
+    the inputs. A Q shift takes 32 bits more for each token and key head.
     """
 
     presets = ("nvfp4", "kv_nvfp4")
@@ -93,6 +93,7 @@ class KVCache:
         scale: float | None = ...,
         key_mask: torch.Tensor | None = ...,
         k_shift: torch.Tensor | None = ...,
+        q_shift: torch.Tensor | None = ...,
         window: int | None = ...,
         softcap: float | None = ...,
         sinks: torch.Tensor | None = ...,
@@ -111,6 +112,7 @@ class KVCache:
         scale: float | None = ...,
         key_mask: torch.Tensor | None = ...,
         k_shift: torch.Tensor | None = ...,
+        q_shift: torch.Tensor | None = ...,
         window: int | None = ...,
         softcap: float | None = ...,
         sinks: torch.Tensor | None = ...,
@@ -128,6 +130,7 @@ class KVCache:
         scale: float | None = None,
         key_mask: torch.Tensor | None = None,
         k_shift: torch.Tensor | None = None,
+        q_shift: torch.Tensor | None = None,
         window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
@@ -153,14 +156,14 @@ class KVCache:
         """
         features = Features(window=window, softcap=softcap, sinks=sinks)
         scale = None if scale is None else number("scale", scale)
-        for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, features, impl, scale)
+        for_first, impl = impl, self._check(q, k, v, spec, key_mask, k_shift, q_shift, features, impl, scale)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         # SDPA returns no log-sum-exp and computes none of the features.
         if self.length == 0 and not (spec.kv_only and (return_lse or features.asked)):
-            out, lse = self._attend_at_once(q, k, v, scale, key_mask, k_shift, spec, features, for_first)
-            self._extend(k, v, key_mask, k_shift, spec, window, impl)
+            out, lse = self._attend_at_once(q, k, v, scale, key_mask, k_shift, q_shift, spec, features, for_first)
+            self._extend(k, v, key_mask, k_shift, q_shift, spec, window, impl)
         else:
-            out, lse = self._attend_as_it_grows(q, k, v, scale, key_mask, k_shift, spec, features, impl)
+            out, lse = self._attend_as_it_grows(q, k, v, scale, key_mask, k_shift, q_shift, spec, features, impl)
         self._trim()
         if not return_lse:
             return out
@@ -175,12 +178,13 @@ class KVCache:
         spec: QuantSpec = NVFP4,
         key_mask: torch.Tensor | None = None,
         k_shift: torch.Tensor | None = None,
+        q_shift: torch.Tensor | None = None,
         window: int | None = None,
         impl: Impl | Verdicts = "auto",
     ) -> None:
         """Add k and v without attending, with the arguments and errors of `attention`."""
-        impl = self._check(k, k, v, spec, key_mask, k_shift, Features(window=window), impl, None)
-        self._extend(k, v, key_mask, k_shift, spec, window, impl)
+        impl = self._check(k, k, v, spec, key_mask, k_shift, q_shift, Features(window=window), impl, None)
+        self._extend(k, v, key_mask, k_shift, q_shift, spec, window, impl)
         self._trim()
 
     def crop(self, tokens: int) -> None:
@@ -235,6 +239,7 @@ class KVCache:
         spec: QuantSpec,
         key_mask: torch.Tensor | None,
         k_shift: torch.Tensor | None,
+        q_shift: torch.Tensor | None,
         features: Features,
         impl: Impl | Verdicts,
         scale: float | None,
@@ -243,8 +248,9 @@ class KVCache:
         kv_only = isinstance(spec, QuantSpec) and spec.kv_only
         if isinstance(impl, Verdicts):
             impl = "auto"
-        # The kernels of the cache are not those that `attention` has for `kv_nvfp4`.
-        validate(q, k, v, spec, None, k_shift, None, None, "auto" if kv_only else impl, scale=scale)
+        # The kernels of the cache are not those that `attention` has for `kv_nvfp4`, which are none for `q_shift`.
+        own_kernels = kv_only or (q_shift is not None and impl == "triton")
+        validate(q, k, v, spec, None, k_shift, q_shift, None, "auto" if own_kernels else impl, scale=scale)
         features.checked(q, spec, "auto", causal=True, packed=False, k_shift=k_shift)
         problem = None
         slots = self.length + k.shape[2]
@@ -269,6 +275,9 @@ class KVCache:
             problem = f"expected {self.spec}, with which it was filled, got {spec}"
         elif self.length and features.window != self.window:
             problem = f"expected window={self.window}, with which it was filled, got window={features.window}"
+        elif self.length and (q_shift is not None) != ("key_bias" in self._packed):
+            was, got = ("None", "a tensor") if q_shift is not None else ("a tensor", "None")
+            problem = f"expected q_shift={was}, with which it was filled, got {got}"
         elif self.length and (k.dtype, k.device, *k.shape[:2], k.shape[3]) != (
             self._recent.dtype, self._recent.device, *self._recent.shape[:2], self._recent.shape[3]
         ):  # fmt: skip
@@ -298,6 +307,7 @@ class KVCache:
         scale: float,
         key_mask: torch.Tensor | None,
         k_shift: torch.Tensor | None,
+        q_shift: torch.Tensor | None,
         spec: QuantSpec,
         features: Features,
         impl: Impl | Verdicts,
@@ -308,8 +318,8 @@ class KVCache:
                 at_once: Impl = "eager" if impl == "eager" else "sdpa"
                 return attention(q, k, v, spec=spec, causal=True, scale=scale, key_mask=key_mask, impl=at_once), None
             return attention(
-                q, k, v, spec=spec, causal=True, scale=scale, key_mask=key_mask, k_shift=k_shift, window=features.window,
-                softcap=features.softcap, sinks=features.sinks, return_lse=True, impl=impl,
+                q, k, v, spec=spec, causal=True, scale=scale, key_mask=key_mask, k_shift=k_shift, q_shift=q_shift,
+                window=features.window, softcap=features.softcap, sinks=features.sinks, return_lse=True, impl=impl,
             )  # fmt: skip
 
     def _attend_as_it_grows(
@@ -320,6 +330,7 @@ class KVCache:
         scale: float,
         key_mask: torch.Tensor | None,
         k_shift: torch.Tensor | None,
+        q_shift: torch.Tensor | None,
         spec: QuantSpec,
         features: Features,
         impl: Impl,
@@ -333,8 +344,9 @@ class KVCache:
         for begin in range(0, new, at_once):
             part = slice(begin, min(begin + at_once, new))
             mask = None if key_mask is None else key_mask[:, : start + part.stop]
-            self._extend(k[:, :, part], v[:, :, part], mask, k_shift, spec, features.window, impl)
-            parts.append(kernels.attend(self._tensors(spec), q[:, :, part], mask, k_shift, scale, softcap, features.sinks))
+            self._extend(k[:, :, part], v[:, :, part], mask, k_shift, q_shift, spec, features.window, impl)
+            inputs = (q[:, :, part], mask, k_shift, q_shift)
+            parts.append(kernels.attend(self._tensors(spec), *inputs, scale, softcap, features.sinks))
         if len(parts) == 1:
             return parts[0]
         out = torch.empty_like(q)
@@ -347,6 +359,7 @@ class KVCache:
         v: torch.Tensor,
         key_mask: torch.Tensor | None,
         k_shift: torch.Tensor | None,
+        q_shift: torch.Tensor | None,
         spec: QuantSpec,
         window: int | None,
         impl: Impl,
@@ -357,10 +370,10 @@ class KVCache:
         # No new slot may overwrite a slot of the open group.
         self._resize(max(RECENT_TOKENS, new + GROUP_SIZE - 1) if start else RECENT_TOKENS, v)
         self.length = start + new
-        self._grow(k)
+        self._grow(k, has_key_bias=q_shift is not None)
         if key_mask is not None and self._leftpad is None:
             self._leftpad = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
-        _implementation(impl).append(self._tensors(spec), k, v, key_mask, k_shift)
+        _implementation(impl).append(self._tensors(spec), k, v, key_mask, k_shift, q_shift)
         self._recent_start = max(self._recent_start, self.length - self._recent.shape[2])
         if window is not None:
             self._first = max(self._first, self.length - _ring(window))
@@ -381,7 +394,7 @@ class KVCache:
             kept = torch.arange(self._recent_start, self.length, device=like.device)
             self._recent[:, :, kept % slots] = old[:, :, kept % old.shape[2]]
 
-    def _grow(self, k: torch.Tensor) -> None:
+    def _grow(self, k: torch.Tensor, *, has_key_bias: bool) -> None:
         """Make room for all slots; with a window, for those that are kept."""
         batch, num_heads_k, _, head_dim = k.shape
         assert self.spec is not None, "something is added"
@@ -401,8 +414,11 @@ class KVCache:
             shapes |= {"value_codes": shapes["key_codes"], "value_scales": shapes["key_scales"]}
         else:
             shapes |= {"value_codes": (blocks, head_dim, BLOCK_BYTES), "value_scales": (blocks, head_dim, BLOCK_SCALES)}
+        if has_key_bias:
+            shapes["key_bias"] = (blocks * BLOCK_TOKENS,)
         for name, shape in shapes.items():
-            grown = k.new_zeros(batch, num_heads_k, *shape, dtype=torch.uint8)
+            dtype = torch.float32 if name == "key_bias" else torch.uint8
+            grown = k.new_zeros(batch, num_heads_k, *shape, dtype=dtype)
             if name in self._packed:
                 grown[:, :, : self._packed[name].shape[2]] = self._packed[name]
             self._packed[name] = grown

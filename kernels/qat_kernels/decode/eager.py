@@ -23,7 +23,12 @@ from .byte_layout import (
 
 
 def append(
-    cache: CacheTensors, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, k_shift: torch.Tensor | None
+    cache: CacheTensors,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
 ) -> None:
     """Quantize and store K and V of the last slots, for which there is room already."""
     start, formats = cache.length - k.shape[2], cache.spec.formats
@@ -34,22 +39,25 @@ def append(
         k, v = (torch.where(new_mask[:, None, :, None], x, 0.0) for x in (k, v))
         begin = start + torch.where(new_mask.any(1), new_mask.int().argmax(1), k.shape[2]).int()
         cache.leftpad.copy_(torch.where(cache.leftpad >= start, begin, cache.leftpad))
+    stored = {}
     with torch.autocast(k.device.type, enabled=False):
-        k = reference.rotated(k if k_shift is None else k - k_shift[:, None], cache.spec)
-    tokens = {"key": _quantized_rows(k, formats.key)}
+        k = k if k_shift is None else k - k_shift[:, None]
+        if q_shift is not None:
+            stored["key_bias"] = reference.key_bias(k, q_shift, cache.spec, reference.accumulator(v.dtype))
+        k = reference.rotated(k, cache.spec)
+    stored["key_codes"], stored["key_scales"] = _quantized_rows(k, formats.key)
     if cache.spec.kv_only:
         assert formats.value is not None
-        tokens["value"] = _quantized_rows(v, formats.value)
+        stored["value_codes"], stored["value_scales"] = _quantized_rows(v, formats.value)
     else:
         _append_values(cache, v, start)
-    for name, (codes, scales) in tokens.items():
+    for name, new in stored.items():
         for rows, leftpad in _rows(cache):
             count = cache.length - leftpad
             old = max(start - leftpad, 0, count - cache.capacity)
             if old < count:
                 places = torch.arange(old, count, device=k.device) % cache.capacity
-                cache.packed[f"{name}_codes"][rows, :, places] = codes[rows, :, leftpad + old - start :]
-                cache.packed[f"{name}_scales"][rows, :, places] = scales[rows, :, leftpad + old - start :]
+                cache.packed[name][rows, :, places] = new[rows, :, leftpad + old - start :]
 
 
 def attend(
@@ -57,6 +65,7 @@ def attend(
     q: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -66,6 +75,9 @@ def attend(
     leftpad = torch.zeros(1, dtype=torch.int32, device=q.device) if cache.leftpad is None else cache.leftpad
     tokens = _Tokens(_first_read(cache, leftpad, q.shape[2]), cache.length - int(leftpad.min()))
     key = _tokens(cache, "key", tokens, q.shape[-1]).to(dtype)
+    key_bias = None
+    if q_shift is not None:
+        key_bias = cache.packed["key_bias"][:, :, tokens.numbers(q.device) % cache.capacity]
     slots = tokens.numbers(q.device) + leftpad[:, None]
     allowed = slots < cache.length
     if cache.spec.kv_only:
@@ -79,7 +91,7 @@ def attend(
     positions = torch.arange(cache.length - q.shape[2], cache.length, device=q.device) - leftpad[:, None] - tokens.start
     options: dict[str, Any] = {"spec": cache.spec, "scale": scale, "window": cache.window, "softcap": softcap, "sinks": sinks}
     with torch.autocast(q.device.type, enabled=False):
-        return reference.forward_cached(q, key, value_fq, value, allowed, positions, k_shift, None, None, **options)
+        return reference.forward_cached(q, key, value_fq, value, allowed, positions, k_shift, q_shift, key_bias, **options)
 
 
 class _Tokens(NamedTuple):

@@ -67,12 +67,14 @@ class Given(NamedTuple):
     leftpad: bool
     key_mask: bool
     k_shift: bool
+    q_shift: bool
 
     @property
     def types(self) -> tuple[torch.dtype | None, ...]:
-        """The types of k_shift, key_mask and leftpad."""
+        """The types of k_shift, q_shift, key_mask and leftpad."""
         return (
             torch.float32 if self.k_shift else None,
+            torch.float32 if self.q_shift else None,
             torch.uint8 if self.key_mask else None,
             torch.int32 if self.leftpad else None,
         )
@@ -90,7 +92,7 @@ def _append_kernel_for(
     words = row_words(head_dim)
     return PrecompiledKernel(
         append_kernel,
-        [dtype, dtype, *given.types, *_stored_types(dtype, spec), *[0] * 11],
+        [dtype, dtype, *given.types, *_stored_types(dtype, spec, given), *[0] * 11],
         {
             "HEAD_DIM": head_dim, "WORDS": words, "BLOCK_WORDS": triton.next_power_of_2(words), **given.constants,
             "ROTATE": spec.rotate, "FOUR_OVER_SIX": spec.four_over_six, "KV_ONLY": spec.kv_only, "RING": ring,
@@ -110,7 +112,7 @@ def _attend_kernels_for(
     split = PrecompiledKernel(
         split_kernel,
         [
-            dtype, *given.types, *_stored_types(dtype, spec), *[torch.float32] * 2, *[0] * 11, 0.0, 0.0,
+            dtype, *given.types, *_stored_types(dtype, spec, given), *[torch.float32] * 2, *[0] * 11, 0.0, 0.0,
             0 if has_window else None, 0.0 if has_softcap else None,
         ],
         {
@@ -133,9 +135,10 @@ def _attend_kernels_for(
     return split, combine
 
 
-def _stored_types(dtype: torch.dtype, spec: QuantSpec) -> tuple[torch.dtype | None, ...]:
+def _stored_types(dtype: torch.dtype, spec: QuantSpec, given: Given) -> tuple[torch.dtype | None, ...]:
     """The types of `CacheTensors.stored`."""
-    return (*[torch.uint8] * 4, *[None if spec.kv_only else dtype] * 2)
+    key_bias = torch.float32 if given.q_shift else None
+    return (*[torch.uint8] * 2, key_bias, *[torch.uint8] * 2, *[None if spec.kv_only else dtype] * 2)
 
 
 def _ring_size(cache: CacheTensors) -> int:
@@ -143,16 +146,23 @@ def _ring_size(cache: CacheTensors) -> int:
 
 
 def append(
-    cache: CacheTensors, k: torch.Tensor, v: torch.Tensor, key_mask: torch.Tensor | None, k_shift: torch.Tensor | None
+    cache: CacheTensors,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_mask: torch.Tensor | None,
+    k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
 ) -> None:
     """Quantize and store K and V of the last slots, for which there is room already."""
     batch, num_heads_k, seqlen_new, head_dim = k.shape
     k, v = _rows(k), _rows(v)
-    given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
+    given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None, q_shift is not None)
     with on_device(k.device):
         _append_kernel_for(k.device, k.dtype, head_dim, cache.spec, given, cache.window is not None)(
             (batch * num_heads_k, (seqlen_new + GROUP_SIZE - 2) // GROUP_SIZE + 1, 1),
-            _pointers(k, v, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored),
+            _pointers(
+                k, v, _contiguous(k_shift), _contiguous(q_shift), _uint8(key_mask), cache.leftpad, *cache.stored
+            ),
             (*k.stride()[:3], *v.stride()[:3], num_heads_k, seqlen_new, cache.length, cache.num_blocks, _ring_size(cache)),
         )  # fmt: skip
 
@@ -162,12 +172,14 @@ def attend(
     q: torch.Tensor,
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """O in the strides of q, and LSE float32 [B, H, n], of the last n tokens in the cache."""
     given_q, q = q, _rows(q)
+    given_q_shift, q_shift = q_shift, _contiguous(q_shift)
     device, (batch, num_heads, seqlen_new, head_dim) = q.device, q.shape
     spec, num_heads_k = cache.spec, cache.packed["key_codes"].shape[1]
     qheads_per_kvhead = num_heads // num_heads_k
@@ -183,9 +195,10 @@ def attend(
     out, lse = torch.empty_like(q), q.new_empty((batch, num_heads, seqlen_new), dtype=torch.float32)
     partials = q.new_empty(batch * num_heads * seqlen_new * num_parts * (head_dim + 2), dtype=torch.float32)
     softmax_scale_log2 = scale_of_quantized(abs(scale), head_dim, spec) * LOG2_E
-    given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None)
-    # Complete groups do not need what `append` stores, and q is older than that kernel unless it was copied here.
-    early = int(seqlen_new == 1 and not given.leftpad and not spec.kv_only and q is given_q)
+    given = Given(cache.leftpad is not None, key_mask is not None, k_shift is not None, q_shift is not None)
+    # Complete groups do not need what `append` stores. q and q_shift are older than that kernel unless they were copied here.
+    as_given = q is given_q and q_shift is given_q_shift
+    early = int(seqlen_new == 1 and not given.leftpad and not spec.kv_only and as_given)
     with on_device(device):
         split, combine = _attend_kernels_for(
             device, q.dtype, head_dim, spec, given, tile, 16 if num_parts <= 16 else 64, scale < 0,
@@ -194,8 +207,7 @@ def attend(
         split(
             (batch * num_heads_k, num_parts, row_blocks),
             _pointers(
-                q, None if k_shift is None else k_shift.contiguous(), _uint8(key_mask), cache.leftpad, *cache.stored,
-                partials, lse,
+                q, _contiguous(k_shift), q_shift, _uint8(key_mask), cache.leftpad, *cache.stored, partials, lse,
             ),
             (
                 *q.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, cache.length, cache.num_blocks,
@@ -204,7 +216,7 @@ def attend(
         )  # fmt: skip
         combine(
             (batch * num_heads * seqlen_new, 1, 1),
-            _pointers(partials, out, lse, None if sinks is None else sinks.contiguous()),
+            _pointers(partials, out, lse, _contiguous(sinks)),
             (*out.stride()[:3], num_heads_k, qheads_per_kvhead, seqlen_new, num_parts),
         )  # fmt: skip
     return out, lse
@@ -223,6 +235,10 @@ def _pointers(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The tensor, with neighbouring elements along the head dim."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _uint8(mask: torch.Tensor | None) -> torch.Tensor | None:

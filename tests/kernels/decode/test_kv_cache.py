@@ -35,6 +35,9 @@ CASES = [
     case(window=48, mask="empty row", sinks=True),
     case(softcap=0.5, sinks=True, mask="right", size=3.0),
     case(window=30, rotate=True, shift=True, mask="left"),
+    case(q_shifted=True),
+    case(q_shifted=True, shift=True, rotate=True, mask="left", coarse=True, scale=-0.3),
+    case(q_shifted=True, window=33, softcap=2.0, sinks=True, mask="holes", heads=(6, 2), head_dim=80),
     case(preset="kv_nvfp4"),
     case(preset="kv_nvfp4", window=23, softcap=3.0, mask="left"),
     case(preset="kv_nvfp4", window=7),
@@ -42,6 +45,9 @@ CASES = [
     case(preset="kv_nvfp4", mask="holes", head_dim=80, scale=-0.3),
     case(preset="kv_nvfp4", mask="empty row", head_dim=48, size=1e-3),
 ]
+
+
+each_kind = pytest.mark.parametrize("kind", [*({"preset": each} for each in KVCache.presets), {"q_shifted": True}], ids=str)
 
 
 @pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
@@ -61,6 +67,7 @@ WINDOWED = [
     {"window": 65, "mask": "holes", "softcap": 2.0, "heads": (6, 2)},
     {"window": 1, "mask": "empty row"},
     {"window": 300},
+    {"window": 41, "mask": "left", "shift": True, "q_shifted": True},
     {"window": 23, "preset": "kv_nvfp4", "mask": "left", "softcap": 3.0},
     {"window": 128, "preset": "kv_nvfp4"},
 ]
@@ -94,14 +101,16 @@ def test_bytes_follow_the_window_and_not_the_length(preset):
     assert sizes[0] - recent == 2 * of_bfloat16 * 9 / 32
 
 
-def test_crop_within_what_a_window_keeps():
-    problem = case(lq=400, lk=400, window=60, mask="left")
+@pytest.mark.parametrize("q_shifted", [False, True])
+def test_crop_within_what_a_window_keeps(q_shifted):
+    problem = case(lq=400, lk=400, window=60, mask="left", q_shifted=q_shifted)
     q, k, v, _ = problem.tensors()
     key_mask, cache = problem.key_mask(), KVCache()
 
     def step(stop):
         part = slice(cache.length, stop)
-        return cache.attention(*(x[:, :, part] for x in (q, k, v)), key_mask=key_mask[:, :stop], window=60)
+        options = {"key_mask": key_mask[:, :stop], "window": 60, "q_shift": problem.q_shift()}
+        return cache.attention(*(x[:, :, part] for x in (q, k, v)), **options)
 
     expected = attention(q, k, v, **problem.options())
     step(300), step(330)
@@ -123,10 +132,10 @@ def test_crop_within_what_a_window_keeps():
 
 
 @pytest.mark.parametrize("mask", [None, "left"])
-@pytest.mark.parametrize("preset", KVCache.presets)
-def test_crop_removes_tokens(mask, preset):
+@each_kind
+def test_crop_removes_tokens(mask, kind):
     """Past the ends of groups, again and again; what cannot be restored is refused, and nothing has changed then."""
-    problem = case(mask=mask, preset=preset)
+    problem = case(mask=mask, **kind)
     q, k, v, _ = problem.tensors()
     key_mask = problem.key_mask()
 
@@ -134,6 +143,7 @@ def test_crop_removes_tokens(mask, preset):
         part = slice(cache.length, stop)
         wrong = [x[:, :, part].flip(2) * 7 + 1 for x in (q, k, v)]
         options = {"spec": problem.spec(), "key_mask": None if key_mask is None else key_mask[:, :stop]}
+        options["q_shift"] = problem.q_shift()
         cache.attention(*wrong, **options)
         cache.crop(stop - part.start)
         return cache.attention(*(x[:, :, part] for x in (q, k, v)), **options)
@@ -204,16 +214,45 @@ def test_holds_what_servers_hold(head_dim):
     assert cache.nbytes == 2 * 2 * 3 * 128 * 18 * -(-head_dim // 32)  # room for 128 tokens, in rows of 32 elements
 
 
-@pytest.mark.parametrize("preset", KVCache.presets)
-def test_select_reorders_drops_and_repeats_sequences(preset):
-    problem = case(mask="left", batch=3, preset=preset)
+@each_kind
+def test_select_reorders_drops_and_repeats_sequences(kind):
+    problem = case(mask="left", batch=3, **kind)
     q, k, v, _ = problem.tensors()
     mask, rows = problem.key_mask(), torch.tensor([2, 0, 0, 1])
-    cache = KVCache()
-    cache.attention(q[:, :, :50], k[:, :, :50], v[:, :, :50], spec=problem.spec(), key_mask=mask[:, :50])
+    cache, options = KVCache(), {"spec": problem.spec(), "q_shift": problem.q_shift()}
+    cache.attention(q[:, :, :50], k[:, :, :50], v[:, :, :50], key_mask=mask[:, :50], **options)
     cache.select(rows)
-    out = cache.attention(*(x[rows, :, 50:] for x in (q, k, v)), spec=problem.spec(), key_mask=mask[rows])
+    out = cache.attention(*(x[rows, :, 50:] for x in (q, k, v)), key_mask=mask[rows], **options)
     assert error(out, attention(q, k, v, **problem.options())[rows, :, 50:]) < 1e-12
+
+
+def test_of_keys_with_a_shift_of_queries_the_cache_keeps_a_float32_more():
+    """One for each key and key head that there is room for, and nothing without a shift; `crop` and `select` know it."""
+    k, sizes = torch.randn(2, 3, 300, 64, dtype=torch.bfloat16), []
+    for q_shift in (None, torch.randn(3, 64)):
+        cache = KVCache()
+        cache.append(k, k, q_shift=q_shift)
+        sizes.append(cache.nbytes)
+        cache.select(torch.tensor([1]))
+        sizes.append(cache.nbytes)
+        cache.crop(300)
+        assert cache.nbytes == 0
+    assert [large - small for small, large in zip(sizes[:2], sizes[2:], strict=True)] == [4 * 2 * 3 * 384, 4 * 3 * 384]
+
+
+def test_excluded_and_removed_keys_may_hold_anything_with_a_shift_of_queries():
+    problem = case(mask="holes", q_shifted=True, shift=True)
+    q, k, v, _ = problem.tensors()
+    mask, expected = problem.key_mask(), attention(q, k, v, **problem.options())
+    k, v = (torch.where(mask[:, None, :, None], x, torch.nan) for x in (k, v))
+    cache, parts = KVCache(), []
+    for stop in (40, 41, 60, 75):
+        part, options = slice(cache.length, stop), {"k_shift": problem.k_shift(), "q_shift": problem.q_shift()}
+        wrong = torch.full_like(k[:, :, part], torch.nan)
+        cache.append(wrong, wrong, key_mask=mask[:, :stop], **options)
+        cache.crop(stop - part.start)
+        parts.append(cache.attention(*(x[:, :, part] for x in (q, k, v)), key_mask=mask[:, :stop], **options))
+    assert error(torch.cat(parts, 2), expected) < 1e-12
 
 
 @pytest.mark.parametrize("length", [4096, 4097, 10_000])
@@ -236,6 +275,8 @@ def test_bytes_are_at_most_30_percent_of_bfloat16(length, head_dim, preset):
         ({"spec": QuantSpec(preset="kv_nvfp4")}, "expected QuantSpec.*'nvfp4'.*with which it was filled, got .*'kv_nvfp4'"),
         ({"spec": QuantSpec(rotate=True)}, "expected QuantSpec.*rotate=False.*with which it was filled"),
         ({"window": 5}, "expected window=None, with which it was filled, got window=5"),
+        ({"q_shift": torch.zeros(2, 32)}, "expected q_shift=None, with which it was filled, got a tensor"),
+        ({"q_shift": torch.zeros(4, 32)}, r"q_shift: expected torch.float32 \[2, 32\]"),
         ({"window": 0}, "window: expected an int from 1 on"),
         ({"sinks": torch.zeros(3)}, r"sinks: expected torch.float32 or torch.float32 \[4\]"),
         ({"sinks": torch.zeros(4, requires_grad=True)}, "no gradient"),
@@ -257,6 +298,18 @@ def test_what_does_not_continue_the_cache_is_refused(change, message):
     assert cache.attention(q[:, :, :3], k[:, :, :3], v[:, :, :3]).shape == (2, 4, 3, 32)
 
 
+def test_a_cache_that_was_filled_with_a_shift_of_queries_needs_it():
+    x, q_shift = torch.zeros(1, 2, 20, 32), torch.zeros(2, 32)
+    cache = KVCache()
+    cache.append(x, x, q_shift=q_shift)
+    with pytest.raises(ValueError, match="expected q_shift=a tensor, with which it was filled, got None"):
+        cache.append(x, x)
+    assert cache.length == 20
+    cache.crop(20)  # an empty cache takes either
+    cache.append(x, x)
+    assert cache.length == 20
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -264,6 +317,7 @@ def test_what_does_not_continue_the_cache_is_refused(change, message):
         ({"impl": "sdpa"}, "impl with preset='kv_nvfp4': expected auto, eager or triton, got 'sdpa'"),
         ({"impl": "triton"}, "dtype with impl='triton': expected float32.*got torch.float64"),
         ({"k_shift": torch.zeros(2, 32)}, "k_shift with preset='kv_nvfp4'"),
+        ({"q_shift": torch.zeros(2, 32)}, "q_shift with preset='kv_nvfp4'"),
         ({"sinks": torch.zeros(4)}, "sinks with preset='kv_nvfp4'"),
     ],
 )

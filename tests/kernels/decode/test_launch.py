@@ -30,7 +30,7 @@ class Recorder:
 
 
 def record_steps(
-    *, window: int | None = None, softcap: float | None = None, sinks: bool = False, **spec: bool | str
+    *, window: int | None = None, softcap: float | None = None, sinks: bool = False, q_shifted: bool = False, **spec: bool | str
 ) -> tuple[Counter, list[bool], list[bool]]:
     """Decode with fake kernels, launching each time in both ways.
 
@@ -78,6 +78,7 @@ def record_steps(
                 options["window"] = window
                 if spec["preset"] == "nvfp4" and window is None:
                     options["k_shift"] = zeros(offset, key_heads, 32)
+                options["q_shift"] = zeros(offset, key_heads, 32) if q_shifted else None
                 if cache.length:
                     features = {"softcap": softcap, "sinks": zeros(offset, heads) if sinks else None}
                     cache.attention(q, k, v, impl="triton", scale=1.0, **options, **features)
@@ -93,7 +94,7 @@ def record_steps(
     [
         {"preset": "nvfp4", "rotate": True},
         {"preset": "kv_nvfp4"},
-        {"preset": "nvfp4", "window": 9, "softcap": 2.0, "sinks": True},
+        {"preset": "nvfp4", "window": 9, "softcap": 2.0, "sinks": True, "q_shifted": True},
     ],
     ids=str,
 )

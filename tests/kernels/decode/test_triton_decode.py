@@ -25,6 +25,9 @@ CASES = [
         {"head_dim": 256, "batch": 1, "size": 3.0},
         {"window": 40, "mask": "left", "sinks": True, "softcap": 2.0, "heads": (3, 1)},
         {"window": 9, "heads": (2, 2), "batch": 1, "sinks": True},
+        {"q_shifted": True, "mask": "left", "heads": (3, 1)},
+        {"q_shifted": True, "mask": "holes", "rotate": True, "shift": True, "head_dim": 16, "scale": -0.7},
+        {"q_shifted": True, "window": 40, "sinks": True, "softcap": 2.0, "heads": (3, 1), "head_dim": 48, "batch": 1},
         {"preset": "kv_nvfp4", "window": 50, "mask": "left", "softcap": 2.0, "batch": 1},
         SHORT | {"heads": (5, 1), "head_dim": 128, "batch": 1},
         SHORT | {"mask": "empty row", "head_dim": 80, "scale": -0.7},
@@ -199,27 +202,34 @@ def test_of_more_tokens_than_are_kept_the_last_ones_are(preset, device):
         assert torch.equal(packed[name], expected[name]), name
 
 
+LONG = ({}, {"mask": "left"}, {"head_dim": 64, "heads": (9, 3)}, {"window": 1000, "softcap": 5.0, "mask": "left"}, {"window": 4})
+Q_SHIFTED = {"q_shifted": True, "coarse": True}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mask": "left"}, {"head_dim": 64, "heads": (9, 3)}, {"window": 1000, "softcap": 5.0, "mask": "left"}, {"window": 4}],
+    [
+        *({"preset": preset} | options for preset in ("nvfp4", "kv_nvfp4") for options in LONG),
+        *(Q_SHIFTED | {"rotate": True}, Q_SHIFTED | {"window": 1000, "softcap": 5.0, "mask": "left"}),
+    ],
     ids=str,
 )
-def test_long_caches_stay_within_the_bounds(options, preset):
+def test_long_caches_stay_within_the_bounds(options):
     """Many splits, and rows of different lengths; a prompt of thousands of tokens, then one, then several."""
     from qat_kernels import KVCache
 
-    case = {"lq": 5013, "lk": 5013, "batch": 3, "heads": (40, 8), "head_dim": 128, "causal": True, "seed": 5, "preset": preset}
+    case = {"lq": 5013, "lk": 5013, "batch": 3, "heads": (40, 8), "head_dim": 128, "causal": True, "seed": 5}
     case = Case(**(case | options))
     q, k, v = (x.cuda() for x in case.tensors(torch.bfloat16)[:3])
-    mask = None if case.mask is None else case.key_mask().cuda()
-    caches, prompt, spec = (KVCache(), KVCache()), 5000, case.spec()
+    mask, q_shift = (None if x is None else x.cuda() for x in (case.key_mask(), case.q_shift()))
+    shared = {"spec": case.spec(), "q_shift": q_shift}
+    caches, prompt = (KVCache(), KVCache()), 5000
     for cache, impl in zip(caches, ("triton", "eager"), strict=True):
-        part = {"key_mask": None if mask is None else mask[:, :prompt], "spec": spec, "window": case.window, "impl": impl}
-        cache.append(k[:, :, :prompt], v[:, :, :prompt], **part)
+        part = {"key_mask": None if mask is None else mask[:, :prompt], "window": case.window, "impl": impl}
+        cache.append(k[:, :, :prompt], v[:, :, :prompt], **part, **shared)
     for start, stop in ((prompt, prompt + 1), (prompt + 1, 5013)):
-        options = {"key_mask": None if mask is None else mask[:, :stop], "return_lse": True, "spec": spec} | case.features()
+        options = {"key_mask": None if mask is None else mask[:, :stop], "return_lse": True} | shared | case.features()
         inputs = [x[:, :, start:stop] for x in (q, k, v)]
         out, lse = caches[0].attention(*inputs, impl="triton", **options)
         expected, expected_lse = caches[1].attention(*inputs, impl="eager", **options)

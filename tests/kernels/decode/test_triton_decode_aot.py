@@ -30,6 +30,7 @@ def compile_decode(
     new: int,
     masked: bool,
     shifted: bool = False,
+    q_shifted: bool = False,
     window: int | None = None,
     softcap: float | None = None,
     sinks: bool = False,
@@ -57,10 +58,10 @@ def compile_decode(
         return kernel
 
     q, k = (torch.empty(8, heads, new, head_dim, dtype=torch.bfloat16, device="meta") for heads in (40, 8))
-    shift = torch.empty(8, head_dim, device="meta") if shifted else None
+    k_shift, q_shift = (torch.empty(8, head_dim, device="meta") if there else None for there in (shifted, q_shifted))
     cache, mask = KVCache(), None
     cache.length, cache.spec, cache.window = LENGTH, QuantSpec(**spec), window
-    cache._grow(k)
+    cache._grow(k, has_key_bias=q_shifted)
     cache._resize(RECENT_TOKENS, k)
     if masked:
         mask, cache._leftpad = (
@@ -74,9 +75,9 @@ def compile_decode(
         mock.patch.object(decode_launch, "check_device", lambda _: None),
         mock.patch.object(decode_launch, "_processors", lambda _: 132),
     ):
-        decode_launch.append(cache._tensors(cache.spec), k, k, mask, shift)
+        decode_launch.append(cache._tensors(cache.spec), k, k, mask, k_shift, q_shift)
         logits = torch.empty(40, dtype=torch.bfloat16, device="meta") if sinks else None
-        decode_launch.attend(cache._tensors(cache.spec), q, mask, shift, 0.1, softcap, logits)
+        decode_launch.attend(cache._tensors(cache.spec), q, mask, k_shift, q_shift, 0.1, softcap, logits)
     return compiled
 
 
@@ -135,6 +136,11 @@ def test_other_calls_fit_one_architecture_each(compiler):
         ((120, 64, 5, True), {"window": 128, "sinks": True}),
     ]  # fmt: skip
     futures += [(call[0], compiler.submit(compile_decode, *call, **options)) for call, options in features]
+    shifted = [
+        ((90, 128, 1, False), {}), ((80, 128, 5, True), {"shifted": True}), ((100, 64, 1, True), {"rotate": True}),
+        ((120, 256, 1, False), {"window": 1024, "softcap": 50.0}),
+    ]  # fmt: skip
+    futures += [(call[0], compiler.submit(compile_decode, *call, q_shifted=True, **options)) for call, options in shifted]
     calls = [(80, 128, 5, True), (90, 64, 1, True), (100, 80, 1, True), (120, 256, 5, False)]
     of_servers = [(call[0], compiler.submit(compile_decode, *call, preset="kv_nvfp4")) for call in calls]
     of_servers.append((100, compiler.submit(compile_decode, 100, 128, 1, False, window=4096, softcap=50.0, preset="kv_nvfp4")))
@@ -145,9 +151,9 @@ def test_other_calls_fit_one_architecture_each(compiler):
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
 @pytest.mark.parametrize("new", [1, 5])
-@pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
+@pytest.mark.parametrize("kind", [{"preset": "nvfp4"}, {"preset": "kv_nvfp4"}, {"q_shifted": True}], ids=str)
 @pytest.mark.parametrize("features", [{}, {"window": 4096, "softcap": 50.0}], ids=str)
-def test_all_calls_fit(head_dim, new, preset, features, compiler):
+def test_all_calls_fit(head_dim, new, kind, features, compiler):
     calls = [(arch, head_dim, new, masked) for arch in SHARED_MEMORY for masked in (False, True)]
-    for call, future in [(call, compiler.submit(compile_decode, *call, preset=preset, **features)) for call in calls]:
+    for call, future in [(call, compiler.submit(compile_decode, *call, **kind, **features)) for call in calls]:
         assert_fits(call[0], future.result(), spilled=8)
