@@ -15,7 +15,7 @@ from qat_kernels.verdicts import Case
 
 from .config import AttnQATConfig
 from .implementation import describe_impl, devices_of
-from .layer import AttentionCall, AttentionLayer
+from .layer import SHIFTS, AttentionCall, AttentionLayer, Shifts
 from .plan import Plan, restore
 from .self_check.check import Checked, CheckReport, check, known_verdicts, unchecked
 
@@ -69,11 +69,24 @@ class PatchHandle:
 
     @property
     def k_shift(self) -> dict[str, torch.Tensor]:
-        """The active shifts by module name, float32 [key heads, head_dim], for each patched module that has one.
+        """The active K shifts by module name, float32 [key heads, head_dim], for each patched module that has one."""
+        return self.shifts["k_shift"]
 
-        You can use them after unpatching: `patch_model(model, handle.config, k_shift=handle.k_shift)` restores the patch.
+    @property
+    def q_shift(self) -> dict[str, torch.Tensor]:
+        """The same for Q shifts."""
+        return self.shifts["q_shift"]
+
+    @property
+    def shifts(self) -> Shifts:
+        """`k_shift` and `q_shift` by these names.
+
+        You can use them after unpatching: `patch_model(model, handle.config, **handle.shifts)` restores the patch.
         """
-        return {name: layer.k_shift for name, layer in self.patched.items() if layer.k_shift is not None}
+        patched = self.patched
+        return {
+            which: {name: layer.shifts[which] for name, layer in patched.items() if which in layer.shifts} for which in SHIFTS
+        }
 
     @property
     def impl(self) -> Impl:

@@ -12,6 +12,11 @@ from qat_kernels import QuantSpec
 from qat_kernels.arguments import Impl
 from qat_kernels.verdicts import Verdicts
 
+SHIFTS = {"k_shift": "K shift", "q_shift": "Q shift"}
+"""What may be subtracted before quantization: the argument of `qat_kernels.attention` and `patch_model`, and in words."""
+Shifts = dict[str, Any]
+"""Arguments of `patch_model`: by kind (`SHIFTS`), then by module name, float32 [key heads, head_dim]."""
+
 
 @dataclasses.dataclass(eq=False, repr=False)
 class AttentionLayer:
@@ -29,6 +34,8 @@ class AttentionLayer:
     """Registers the host's 4-bit attention for `original`. Called when the layer is unpickled, perhaps in a new process."""
     k_shift: torch.Tensor | None = None
     """float32 [key heads, head_dim], subtracted from the keys before they are quantized (docs/NUMERICS.md, section 6)."""
+    q_shift: torch.Tensor | None = None
+    """float32 [key heads, head_dim], subtracted from the queries that share a key head, before they are quantized."""
     impl: Impl | Verdicts = "auto"
     """The implementation that its calls run, as for `qat_kernels.attention`. Not a part of the numerics."""
     off: int = 0
@@ -54,14 +61,20 @@ class AttentionLayer:
         """Whether a call runs 4-bit attention now."""
         return self.enabled and self.is_patched
 
-    def shift_on(self, device: torch.device) -> torch.Tensor | None:
-        """`k_shift` on a device. It does not move with the model: a buffer would, but would add a key to the state_dict."""
-        if self.k_shift is None or self.k_shift.device == device:
-            return self.k_shift
-        moved = self.k_shift.to(device)
-        if not torch.compiler.is_compiling():  # torch.compile allows no side effects inside a checkpointed block
-            self.k_shift = moved
-        return moved
+    @property
+    def shifts(self) -> dict[str, Any]:
+        """The shifts that the module has, by argument."""
+        return {which: shift for which in SHIFTS if (shift := getattr(self, which)) is not None}
+
+    def shifts_on(self, device: torch.device) -> dict[str, Any]:
+        """`shifts` on a device. They do not move with the model: buffers would, but would add keys to the state_dict."""
+        shifts = self.shifts
+        for which, shift in shifts.items():
+            if shift.device != device:
+                shifts[which] = shift.to(device)
+                if not torch.compiler.is_compiling():  # torch.compile allows no side effects inside a checkpointed block
+                    setattr(self, which, shifts[which])
+        return shifts
 
     def note_call(self) -> None:
         """Note that a call has reached 4-bit attention. Called only if `probed`, so that other calls cost nothing."""
@@ -107,6 +120,14 @@ class AttentionCall:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     """[heads]"""
+
+    @property
+    def query_mask(self) -> torch.Tensor | None:
+        """bool [batch, queries], False where a query is padding; None if no query is. A mask of keys is one of queries too where
+        a sequence attends to itself: the last keys are those of the queries."""
+        queries = self.query.shape[2]
+        is_self_attention = self.causal or self.bounds is not None or queries == self.key.shape[2]
+        return self.key_mask[:, -queries:] if self.key_mask is not None and is_self_attention else None
 
 
 def under_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

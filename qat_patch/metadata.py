@@ -13,6 +13,7 @@ from qat_kernels.spec import E2M1_MAX, GROUP_SIZE, HADAMARD_ENTRY, P_GLOBAL_SCAL
 
 from .config import AttnQATConfig
 from .config_reader import check_keys
+from .layer import SHIFTS
 
 METHOD = "qat_patch"
 """`quant_method` in a Transformers config, and the key of the metadata in a safetensors header."""
@@ -128,6 +129,8 @@ class AttentionMetadata:
     """The QuantSpec of each patched module, by its name. Loading checks that it gets the same again."""
     k_shift: str | None = None
     """SHA-256 of the file of K shifts beside the weights; None if no module has one."""
+    q_shift: str | None = None
+    """The same for Q shifts."""
     package_version: str
     """The version of qat_patch that wrote the export."""
     training: dict[str, Any] | None = None
@@ -137,6 +140,11 @@ class AttentionMetadata:
     def modules(self) -> tuple[str, ...]:
         """The names of the patched modules."""
         return tuple(self.specs)
+
+    @property
+    def shifts(self) -> dict[str, str]:
+        """The SHA-256 of each file of shifts (`SHIFTS`) that is beside the weights."""
+        return {which: digest for which in SHIFTS if (digest := getattr(self, which)) is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of the config file; `from_dict` is the inverse."""
@@ -153,6 +161,8 @@ class AttentionMetadata:
                 for spec, modules in groups.items()
             ],
             "k_shift": self.k_shift,
+            # Earlier versions do not know the key, and refuse an export that has it.
+            **({} if self.q_shift is None else {"q_shift": self.q_shift}),
             "training": self.training,
         }
 
@@ -173,13 +183,16 @@ class AttentionMetadata:
         check_format_version("attention metadata", values)
         if values["format_version"] == 2:
             values = _from_format_2(values)
-        known = ["quant_method", "format_version", "package_version", "attention", "groups", "k_shift", "training"]
+        values = {"q_shift": None} | values
+        known = ["quant_method", "format_version", "package_version", "attention", "groups", *SHIFTS, "training"]
         check_all_keys("attention metadata", values, known)
-        groups, shift, version, training = (values[key] for key in ("groups", "k_shift", "package_version", "training"))
+        groups, version, training = (values[key] for key in ("groups", "package_version", "training"))
         if not isinstance(version, str):
             raise ValueError(f"attention metadata: package_version: expected text, got {version!r}")
-        if not (shift is None or (isinstance(shift, str) and re.fullmatch("[0-9a-f]{64}", shift))):
-            raise ValueError(f"attention metadata: k_shift: expected a SHA-256 or null, got {shift!r}")
+        for which in SHIFTS:
+            digest = values[which]
+            if not (digest is None or (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest))):
+                raise ValueError(f"attention metadata: {which}: expected a SHA-256 or null, got {digest!r}")
         if not isinstance(training, dict | None):
             raise ValueError(f"attention metadata: training: expected a mapping or null, got {training!r}")
         if not isinstance(groups, list) or not groups:
@@ -191,7 +204,7 @@ class AttentionMetadata:
         return cls(
             config=AttnQATConfig.from_dict(values["attention"]),
             specs=specs,
-            k_shift=shift,
+            **{which: values[which] for which in SHIFTS},
             package_version=version,
             training=training,
         )
@@ -242,7 +255,7 @@ def check_format_version(what: str, values: dict[str, Any]) -> None:
 
 
 def _from_format_2(values: dict[str, Any]) -> dict[str, Any]:
-    """Metadata of format 2 in format 3: a spec had `pv` instead of `preset`."""
+    """Metadata of format 2 in format 3: a spec had `pv` instead of `preset`, and there were no Q shifts."""
 
     def renewed(spec: Any) -> Any:
         if not isinstance(spec, dict):
@@ -257,6 +270,8 @@ def _from_format_2(values: dict[str, Any]) -> dict[str, Any]:
         rest = {key: value for key, value in spec.items() if key != "pv"}
         return rest | {"preset": "nvfp4" if pv == "nvfp4" else "nvfp4_qk"}
 
+    if "q_shift" in values:
+        raise ValueError("attention metadata: format 2 has no key 'q_shift'; the export is damaged")
     values = dict(values)
     if isinstance(attention := values.get("attention"), dict):
         attention = values["attention"] = attention | {"spec": renewed(attention.get("spec"))}

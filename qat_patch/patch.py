@@ -22,6 +22,7 @@ def patch_model(
     config: AttnQATConfig | None = None,
     *,
     k_shift: Mapping[str, torch.Tensor] | None = None,
+    q_shift: Mapping[str, torch.Tensor] | None = None,
     impl: Impl = "auto",
 ) -> PatchHandle:
     """Switch a model to 4-bit attention, in place. Parameters and state_dict keys stay as they are.
@@ -37,6 +38,8 @@ def patch_model(
         k_shift: vectors that are subtracted from keys before quantization, float32 [key heads, head_dim], by the names of
             patched modules (docs/NUMERICS.md, section 6). `calibrate` measures them; `handle.k_shift` has them. Without
             `config`, a model from an export with K shifts needs them, or `{}` to run without.
+        q_shift: the same for queries: one vector for the query heads that share a key head. What it takes from the scores is
+            added back from the unquantized keys, so no exact score changes.
         impl: the implementation of 4-bit attention, as for `qat_kernels.attention`. It changes the speed (and, with
             `sageattn3`, how P is scaled: docs/NUMERICS.md, section 9); checkpoints do not store it. `auto` takes the fastest
             that is known to be right on this machine: FP4 units, with `fp4` or `sageattn3`, for calls without a gradient, if
@@ -47,7 +50,7 @@ def patch_model(
 
     Raises:
         ValueError: the model is patched already, has no attention that can be patched, needs something that 4-bit attention
-            cannot do, or the K shifts of its export are missing; a module holds several models; `impl` cannot run here; or
+            cannot do, or the shifts of its export are missing; a module holds several models; `impl` cannot run here; or
             this version of the host library is not supported. Then nothing was changed.
     """
     if taken := _handles(model):
@@ -57,12 +60,14 @@ def patch_model(
         raise ValueError(
             f"patch_model: config: expected an AttnQATConfig, got {config!r}; for a preset AttnQATConfig(spec=QuantSpec(...))"
         )
-    plans = {prefix: make_plan(host, part, config, with_shifts=k_shift is not None) for prefix, host, part in _parts(model)}
+    shifts = {which: given for which, given in (("k_shift", k_shift), ("q_shift", q_shift)) if given is not None}
+    plans = {prefix: make_plan(host, part, config, given=shifts) for prefix, host, part in _parts(model)}
     skipped = [f"{name}: {reason}" for plan in plans.values() for name, reason in plan.skipped.items()]
     if not any(plan.patched for plan in plans.values()):
         reasons = "; ".join(skipped[:3]) + ("; ..." if len(skipped) > 3 else "")
         raise ValueError(f"patch_model: nothing to patch in {type(model).__name__} ({reasons})")
-    set_shifts(plans, k_shift or {})
+    for which, given in shifts.items():
+        set_shifts(plans, which, given)
     choose_impl(plans.values(), impl)
     try:
         for plan in plans.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ from qat_kernels.verdicts import Case, Verdicts
 from .config import AttnQATConfig
 from .first_call import unwatch, watch
 from .hosts import ADAPTERS, HostAdapter
-from .layer import AttentionLayer
+from .layer import SHIFTS, AttentionLayer
 from .versions import check_version
 
 HANDLE = "_qat_handle"
@@ -62,8 +62,7 @@ class Plan:
     def describe(self, layer: AttentionLayer) -> str:
         """The receipt's words about a patched module."""
         options = [name for name in ("rotate", "four_over_six") if getattr(layer.spec, name)]
-        options += ["k_shift"] if layer.k_shift is not None else []
-        return f"{', '.join([layer.spec.preset, *options])} - {self._calls(layer)}"
+        return f"{', '.join([layer.spec.preset, *options, *layer.shifts])} - {self._calls(layer)}"
 
     def _calls(self, layer: AttentionLayer) -> str:
         """What happened to the calls of a patched module."""
@@ -120,17 +119,21 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
 
 
-def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *, with_shifts: bool) -> Plan:
-    """Decide what to do with every attention module of a model. Raises a ValueError if that is impossible; changes nothing."""
+def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *, given: Collection[str]) -> Plan:
+    """Decide what to do with every attention module of a model. Raises a ValueError if that is impossible; changes nothing.
+
+    `given`: the kinds of shifts (`SHIFTS`) that the caller has passed.
+    """
     adapter = ADAPTERS[host]
     check_version("patch_model", sys.modules[host])
     if config is None and (metadata := adapter.stored_metadata(model)) is not None:
-        if metadata.k_shift is not None and not with_shifts:
-            raise ValueError(
-                f"patch_model: {type(model).__name__} comes from an export with K shifts, which are in a file next to its "
-                "weights: expected k_shift, got none; load_checkpoint brings them along (get_handle(model).k_shift), or pass "
-                "k_shift={} to do without"
-            )
+        for which in metadata.shifts:
+            if which not in given:
+                raise ValueError(
+                    f"patch_model: {type(model).__name__} comes from an export with {SHIFTS[which]}s, which are in a file next "
+                    f"to its weights: expected {which}, got none; load_checkpoint brings them along (get_handle(model).{which}), "
+                    f"or pass {which}={{}} to do without"
+                )
         config = metadata.config
     config = config or AttnQATConfig()
     names = adapter.attention_modules(model)
@@ -171,8 +174,8 @@ def _refusal(model: torch.nn.Module, config: AttnQATConfig, refused: dict[str, s
     return f"{found}; no other is left" if is_all else f"{found}; or leave them out: AttnQATConfig(exclude={exclude!r})"
 
 
-def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> None:
-    """Set the K shifts of layers, by prefixed name. Raises a ValueError for anything that is not a shift of a patched module."""
+def set_shifts(plans: dict[str, Plan], which: str, shifts: Mapping[str, torch.Tensor]) -> None:
+    """Set shifts of one kind (`SHIFTS`), by prefixed name. Raises a ValueError for what is not a shift of a patched module."""
     layers = {prefix + layer.name: layer for prefix, plan in plans.items() for layer in plan.patched}
     shapes = {
         prefix + layer.name: plan.adapter.key_shape(plan.model.get_submodule(layer.name))
@@ -182,17 +185,17 @@ def set_shifts(plans: dict[str, Plan], shifts: Mapping[str, torch.Tensor]) -> No
     for name, shift in shifts.items():
         if name not in layers:
             raise ValueError(
-                f"patch_model: k_shift: expected names of modules that are patched, such as {next(iter(layers))}, got {name!r}"
+                f"patch_model: {which}: expected names of modules that are patched, such as {next(iter(layers))}, got {name!r}"
             )
         if not isinstance(shift, torch.Tensor) or shift.dtype != torch.float32 or shift.ndim != 2:
             got = f"{shift.dtype} {list(shift.shape)}" if isinstance(shift, torch.Tensor) else repr(shift)
-            raise ValueError(f"patch_model: k_shift[{name!r}]: expected float32 [key heads, head_dim], got {got}")
+            raise ValueError(f"patch_model: {which}[{name!r}]: expected float32 [key heads, head_dim], got {got}")
         if shapes[name] not in (None, tuple(shift.shape)):
             raise ValueError(
-                f"patch_model: k_shift[{name!r}]: expected [key heads, head_dim] of this module, {list(shapes[name] or ())}, got "
+                f"patch_model: {which}[{name!r}]: expected [key heads, head_dim] of this module, {list(shapes[name] or ())}, got "
                 f"{list(shift.shape)}; measure it on this model"
             )
-        layers[name].k_shift = shift.detach()
+        setattr(layers[name], which, shift.detach())
 
 
 def restore(plans: Iterable[Plan]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from qat_kernels import QuantSpec
 
 from .handle import PatchHandle
+from .layer import SHIFTS
 from .linear.handle import LinearHandle
 
 _log = logging.getLogger(__name__)
@@ -141,10 +142,11 @@ def check_servable(
     if len(specs) > 1:
         found = ", ".join(sorted(spec.preset for spec in specs))
         raise ValueError(f"server={server!r}: expected one preset for all modules, got {found}; a server has one for a model")
-    if handle.k_shift:
-        raise ValueError(
-            f"server={server!r}: expected no K shifts, which {about.name} does not subtract, got {len(handle.k_shift)}"
-        )
+    for which, shifts in handle.shifts.items():
+        if shifts:
+            raise ValueError(
+                f"server={server!r}: expected no {SHIFTS[which]}s, which {about.name} does not subtract, got {len(shifts)}"
+            )
     if server != "diffusers-sage3":
         _check_language_model(server, handle)
     if server == "vllm" and next(iter(specs)).preset == "kv_nvfp4" and 64 in head_sizes(handle):

@@ -35,11 +35,11 @@ from .exportable import (
 from .golden_output import dtype_of, live_outputs, write_reference
 from .golden_output import example_inputs as default_inputs
 from .integrity import written_aside
-from .k_shift import write_k_shift
 from .load import COMPONENT, load_part, load_pipeline
 from .manifest import ExportFolder, leave_out_unknown_keys, write_manifest
 from .model_card import model_card
 from .record import attention_in_force
+from .shifts import write_shifts
 from .trust.headers import weight_files
 from .trust.system import check_system
 from .weights import as_dtype, exported_dtype, offloaded_weights, quantized_by_others
@@ -66,12 +66,12 @@ def export_checkpoint(
 ) -> Path:
     """Save a patched model to a folder that its host library loads, with or without this package.
 
-    Weights keep their names. The config and the headers of the safetensors files carry the attention metadata; K shifts have a
-    file of their own. Without this package the folder loads as a model with ordinary attention. If linear layers are quantized
-    (`quantize_linears`), their weights are packed in the layout of compressed-tensors; the config then names that layout, and
-    the attention metadata is in `qat_patch.json`. The folder is written under a temporary name, loaded once on the CPU and
-    compared with the model by what both make of a reference input (`python -m qat_patch verify` repeats that), and renamed when
-    it is complete.
+    Weights keep their names. The config and the headers of the safetensors files carry the attention metadata; K and Q shifts
+    have a file of their own each. Without this package the folder loads as a model with ordinary attention. If linear layers are
+    quantized (`quantize_linears`), their weights are packed in the layout of compressed-tensors; the config then names that
+    layout, and the attention metadata is in `qat_patch.json`. The folder is written under a temporary name, loaded once on the
+    CPU and compared with the model by what both make of a reference input (`python -m qat_patch verify` repeats that), and
+    renamed when it is complete.
 
     Args:
         model: a patched Transformers model, Diffusers transformer or Diffusers pipeline (which is saved whole), or a wrapper
@@ -240,11 +240,11 @@ def _is_exact(model: torch.nn.Module) -> bool:
 
 
 def _add_metadata(folder: Path, part: Any, training: dict[str, Any] | None, component: str | None) -> AttentionMetadata:
-    """Put the metadata of a saved model into the headers of its weights, and K shifts beside them."""
+    """Put the metadata of a saved model into the headers of its weights, and shifts beside them."""
     found = attention_in_force(part)
     assert found is not None  # the handle of the caller
     metadata = dataclasses.replace(found[0], training=training)
-    write_k_shift(folder, found[1])
+    write_shifts(folder, found[1])
     header = {METHOD: metadata.to_json()} | ({} if component is None else {COMPONENT: component})
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as weights:

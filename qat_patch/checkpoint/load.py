@@ -258,7 +258,7 @@ def _base_class(export: ExportFolder) -> Any:
 
 
 def _patch(export: ExportFolder, part: str, model: torch.nn.Module) -> None:
-    patch_model(model, export.metadata[part].config, k_shift=export.k_shift(part))
+    patch_model(model, export.metadata[part].config, **export.shifts(part))
 
 
 def _finished(export: ExportFolder, part: str, model: torch.nn.Module, folders: list[Path]) -> torch.nn.Module:

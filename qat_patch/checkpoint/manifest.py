@@ -11,8 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from qat_patch.layer import Shifts
 from qat_patch.linear.packed import LinearRecord
 from qat_patch.metadata import (
     CONFIG_KEYS,
@@ -26,9 +25,9 @@ from qat_patch.metadata import (
 from qat_patch.servers import AUTO_CONFIG, AUTO_ENABLE, SERVERS
 
 from . import integrity
-from .k_shift import read_k_shift
+from .shifts import read_shifts
 from .trust import allowed_keys, file_names
-from .trust.file_names import K_SHIFT, MANIFEST, README, REFERENCE, REFERENCE_FOR_SERVERS, check_plain
+from .trust.file_names import MANIFEST, README, REFERENCE, REFERENCE_FOR_SERVERS, check_plain
 from .trust.headers import check_weights, weight_files, weight_sizes
 from .trust.plain_json import parse_json, read_json
 from .trust.private_copy import PrivateCopy
@@ -74,10 +73,9 @@ class ExportFolder:
         """The file with the reference of a model by subfolder."""
         return self.folder / part / (REFERENCE_FOR_SERVERS if self.is_beside else REFERENCE)
 
-    def k_shift(self, part: str) -> dict[str, torch.Tensor]:
-        """The K shifts of a model by subfolder: module name -> float32 [key heads, head dim]; empty if it has none."""
-        metadata = self.metadata[part]
-        return {} if metadata.k_shift is None else read_k_shift(self.folder / part / K_SHIFT, metadata)
+    def shifts(self, part: str) -> Shifts:
+        """The K and Q shifts of a model by subfolder; empty where it has none."""
+        return read_shifts(self.metadata[part], lambda name: self.folder / part / name)
 
 
 def write_manifest(export: ExportFolder) -> None:

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qat_patch.metadata import METHOD, AttentionMetadata
 from qat_patch.patch import patch_model
 
-from .k_shift import K_SHIFT, read_k_shift
+from .shifts import read_shifts
 
 
 class Saving(NamedTuple):
@@ -61,12 +61,12 @@ class QATPatchQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _check_shapes(model, self.shapes)
         metadata = self.quantization_config.metadata
-        shifts = {} if metadata.k_shift is None else read_k_shift(_beside_the_weights(model, K_SHIFT), metadata)
+        shifts = read_shifts(metadata, lambda name: _beside_the_weights(model, name))
         rename = _new_names(model, metadata)
         if rename is not None:
-            metadata, shifts = metadata.renamed(rename), {rename(name): x for name, x in shifts.items()}
-            self.quantization_config.metadata = metadata
-        metadata.check_patched(patch_model(model, metadata.config, k_shift=shifts).specs)
+            metadata = self.quantization_config.metadata = metadata.renamed(rename)
+            shifts = {which: {rename(name): x for name, x in found.items()} for which, found in shifts.items()}
+        metadata.check_patched(patch_model(model, metadata.config, **shifts).specs)
         model.is_quantized = False  # the weights are not quantized: .half() and .float() are fine
         return model
 

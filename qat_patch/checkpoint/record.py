@@ -1,6 +1,6 @@
 """The record that `save_pretrained` of a host library writes about a patched model: the attention in force.
 
-A Transformers config holds it as `quantization_config`, a Diffusers config under our own key, and K shifts are in a file beside
+A Transformers config holds it as `quantization_config`, a Diffusers config under our own key, and shifts are in files beside
 the weights. If `quantization_config` belongs to another quantizer, or only adapters are saved, the record is `qat_patch.json`.
 """
 
@@ -19,21 +19,22 @@ from typing import Any
 import torch
 
 from qat_patch.hosts.transformers.adapter import named_original
+from qat_patch.layer import Shifts
 from qat_patch.linear.handle import get_linear_handle
 from qat_patch.metadata import CONFIG_KEYS, METHOD, NOTICE, NOTICE_KEY, RECORD, AttentionMetadata, config_entries
 from qat_patch.patch import get_handle
 from qat_patch.servers import AUTO_CONFIG, SERVERS, SERVING
 from qat_patch.version import __version__
 
-from .k_shift import K_SHIFT, digest, write_k_shift
-from .trust.file_names import MANIFEST, REFERENCE, REFERENCE_FOR_SERVERS
+from .shifts import digests, write_shifts
+from .trust.file_names import MANIFEST, REFERENCE, REFERENCE_FOR_SERVERS, SHIFT_FILES
 from .trust.plain_json import read_json
 
 _log = logging.getLogger(__name__)
 
 
-def attention_in_force(model: torch.nn.Module) -> tuple[AttentionMetadata, dict[str, torch.Tensor]] | None:
-    """The attention that a patched model runs, and its K shifts, by module names in `model`; None if nothing is patched."""
+def attention_in_force(model: torch.nn.Module) -> tuple[AttentionMetadata, Shifts] | None:
+    """The attention that a patched model runs, and its shifts, by module names in `model`; None if nothing is patched."""
     handle = get_handle(model)
     if handle is None:
         return None
@@ -41,16 +42,16 @@ def attention_in_force(model: torch.nn.Module) -> tuple[AttentionMetadata, dict[
     kept = [layer.name for layer in plan.patched if plan.replaced(layer) is None]
     if not kept:
         return None
-    shifts = {name: x for name, x in handle.k_shift.items() if name in kept}
+    shifts = {which: {name: x for name, x in found.items() if name in kept} for which, found in handle.shifts.items()}
     specs = {name: handle.specs[name] for name in kept}
-    metadata = AttentionMetadata(config=handle.config, specs=specs, k_shift=digest(shifts), package_version=__version__)
+    metadata = AttentionMetadata(config=handle.config, specs=specs, **digests(shifts), package_version=__version__)
     prefix = next(name for name, module in model.named_modules() if module is plan.model)
     if not prefix and len(kept) == len(plan.patched):
         return metadata, shifts
     # `model` is a part of the patched model, or contains it.
     names = {name: f"{prefix}.{name}".removeprefix(".") for name in kept}
-    shifts = {names[name]: x for name, x in shifts.items()}
-    return dataclasses.replace(metadata.renamed(lambda name: names[name]), k_shift=digest(shifts)), shifts
+    shifts = {which: {names[name]: x for name, x in found.items()} for which, found in shifts.items()}
+    return dataclasses.replace(metadata.renamed(lambda name: names[name]), **digests(shifts)), shifts
 
 
 def record_in_transformers(module: Any) -> None:
@@ -136,7 +137,8 @@ def record_in_diffusers(module: Any) -> None:
         if found is None:
             return save(self, *args, **kwargs)
         metadata, shifts = found
-        _write_shifts(folder, shifts)
+        if folder is not None:
+            write_shifts(folder, shifts)
         before = self._internal_dict
         try:
             self.register_to_config(**config_entries("diffusers", _in_any_order(metadata)))
@@ -184,24 +186,18 @@ def _destination(call: dict[str, Any]) -> Path | None:
 def _remove_what_stands_there(folder: Path | None) -> None:
     """Remove our files about weights that are now overwritten."""
     if folder is not None:
-        for name in (K_SHIFT, MANIFEST, REFERENCE, REFERENCE_FOR_SERVERS, SERVING, AUTO_CONFIG):
+        for name in (*SHIFT_FILES.values(), MANIFEST, REFERENCE, REFERENCE_FOR_SERVERS, SERVING, AUTO_CONFIG):
             (folder / name).unlink(missing_ok=True)
 
 
-def _write_shifts(folder: Path | None, shifts: dict[str, torch.Tensor]) -> None:
-    if folder is not None and shifts:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_k_shift(folder, shifts)
-
-
-def _write_beside(folder: Path | None, found: tuple[AttentionMetadata, dict[str, torch.Tensor]] | None) -> None:
+def _write_beside(folder: Path | None, found: tuple[AttentionMetadata, Shifts] | None) -> None:
     """Write the record to its own file, if the config has no place for it."""
     _remove_what_stands_there(folder)
     if folder is None or found is None:
         return
     metadata, shifts = found
     folder.mkdir(parents=True, exist_ok=True)
-    write_k_shift(folder, shifts)
+    write_shifts(folder, shifts)
     (folder / MANIFEST).write_text(json.dumps(metadata.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
@@ -214,14 +210,15 @@ def _is_free(model: Any) -> bool:
 
 @contextlib.contextmanager
 def _as_quantizer(
-    model: Any, metadata: AttentionMetadata, shifts: dict[str, torch.Tensor], folder: Path | None, state_dict: Any
+    model: Any, metadata: AttentionMetadata, shifts: Shifts, folder: Path | None, state_dict: Any
 ) -> Iterator[None]:
     """Inside, the model saves this metadata as that of its quantizer."""
     from .quantizer import QATPatchConfig, QATPatchQuantizer, Saving
 
     def write_beside() -> None:
         _remove_what_stands_there(folder)
-        _write_shifts(folder, shifts)
+        if folder is not None:
+            write_shifts(folder, shifts)
 
     config = QATPatchConfig(**metadata.to_dict())
     quantizer = QATPatchQuantizer(config)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from qat_patch.layer import SHIFTS
 from qat_patch.servers import SERVERS
 
 from .golden_output import check_reference
@@ -20,7 +21,7 @@ from .weights import FLOATS
 def verify_checkpoint(folder: str | Path, *, revision: str | None = None) -> list[str]:
     """Check an export as far as possible without the original model.
 
-    Every file must have its recorded hash; config, headers, index and K shifts must belong together; every weight must be finite,
+    Every file must have its recorded hash; config, headers, index and shifts must belong together; every weight must be finite,
     and have the same shape and type in the loaded model as in the file; and the model must give the recorded output for the
     reference input. All on the CPU. `python -m qat_patch verify FOLDER` does this in its own process.
 
@@ -54,8 +55,8 @@ def _verified(export: ExportFolder) -> list[str]:
         model = load_part(export, part, dtype) if pipeline is None else getattr(pipeline, part)
         if export.kind != "adapters":
             _check_shapes(export, part, model)
-        shifts = len(export.k_shift(part))
-        report.append(f"{name}: {len(metadata.modules)} modules patched as exported, {shifts} of them with a K shift")
+        shifts = " and ".join(f"{len(found)} with a {SHIFTS[which]}" for which, found in export.shifts(part).items())
+        report.append(f"{name}: {len(metadata.modules)} modules patched as exported, of them {shifts}")
         if export.linear is not None:
             packed = "" if export.kind == "adapters" else ", packed as compressed-tensors reads them"
             report.append(f"{name}: {len(export.linear.scales)} linear layers in {export.linear.config.format}{packed}")

@@ -60,13 +60,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--config", type=Path, help="JSON of an AttnQATConfig; default: that of the export or model, else NVFP4"
     )
     attention.add_argument("--preset", choices=get_args(Preset), help="preset of QuantSpec for all modules")
-    parser.add_argument("--calibrate", action="store_true", help="measure k_shift on the same inputs first, and use it")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure k_shift and q_shift on the same inputs first, and use them"
+    )
     parser.add_argument(
         "--calibration-exclude",
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="with --calibrate: modules that get no shift, such as '*.attn2' of Wan's image to video",
+        help="with --calibrate: modules that get no shifts",
     )
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the result to this file (needs matplotlib)")
     return parser.parse_args(arguments)

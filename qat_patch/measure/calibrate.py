@@ -1,4 +1,4 @@
-"""Measure on real inputs: the mean keys for `k_shift`, and the values that NVFP4 flushes to zero or saturates."""
+"""Measure on real inputs: the means for `k_shift` and `q_shift`, and the values that NVFP4 flushes to zero or saturates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qat_kernels.reference import rotated
 from qat_kernels.smoothing import smooth
 from qat_kernels.spec import E2M1_MAX, E4M3_MAX, GROUP_SIZE, NVFP4Format
 from qat_patch.handle import PatchHandle
-from qat_patch.layer import AttentionCall, AttentionLayer
+from qat_patch.layer import SHIFTS, AttentionCall, AttentionLayer
 from qat_patch.patch import get_handle
 
 FLUSHED_AT = {"divide": 2.0**-11, "reciprocal": E2M1_MAX * 2.0**-10}
@@ -35,52 +35,62 @@ class Limits:
     """The share of values beyond the largest that NVFP4 holds."""
 
 
-def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()) -> dict[str, dict[str, Limits]]:
-    """Measure `k_shift`, the mean key of each key head as attention sees it, and apply it.
+def calibrate(
+    model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = (), shifts: Sequence[str] = tuple(SHIFTS)
+) -> dict[str, dict[str, Limits]]:
+    """Measure the means of K and Q as attention sees them, and apply them: `k_shift` and `q_shift` of each key head.
 
-    The mean is over all visible keys of all batches, in float32; with rotary positions it is taken after the rotation. Padding
-    does not count. The model runs its original attention, without gradients and in evaluation mode. Only
-    `get_handle(model).k_shift` changes: it holds the result. With several processes (torch.distributed) each passes its own
-    batches, the same number of them, and all get the same shifts.
+    `k_shift` is the mean of all visible keys of all batches, and `q_shift` that of all queries of the query heads that share the
+    key head, in float32; with rotary positions they are taken after the rotation. Padding does not count. The model runs its
+    original attention, without gradients and in evaluation mode. Only `get_handle(model).k_shift` and `.q_shift` change: they
+    hold the result. With several processes (torch.distributed) each passes its own batches, the same number of them, and all get
+    the same shifts.
+
+    Two kinds of modules get a Q shift only: those with a soft cap or sinks, which see what a K shift adds to all scores of a row;
+    and those that attend to several sets of keys in one call, such as the text and the image in `attn2` of Wan's image to video,
+    because a module has one K shift, and the mean over all of them fits none.
 
     Args:
         model: a patched model, a wrapper around one, or a patched Diffusers pipeline.
         batches: arguments of model calls: mappings of keyword arguments, sequences of positional ones, or tensors. A few
-            batches of real data are enough: the mean hardly depends on their number.
-        exclude: patterns of patched modules whose shift stays as it is, such as `("*.attn2",)` of Wan's image to video: they
-            attend to the keys of the text and of the image, whose means differ, but a module has one shift.
+            batches of real data are enough: the means hardly depend on their number.
+        exclude: patterns of patched modules whose shifts stay as they are.
+        shifts: what to measure; the other shift of a module stays as it is.
 
     Returns:
-        For each measured module, and for `query`, `key` and `value`: how much NVFP4 cannot hold (keys without the new shift, as
-        they were quantized before).
+        For each measured module, and for `query`, `key` and `value`: how much NVFP4 cannot hold (without the new shifts, as they
+        were quantized before).
 
     Raises:
         ValueError: the model is not patched or lost its patch, there are no batches, a patched module was never called, a module
-            attends to several sets of keys in one call, or a pattern matches nothing. The shifts do not change then.
+            can have a Q shift only and `shifts` asks for K shifts only or holds another name, or a pattern matches nothing. The
+            shifts do not change then.
     """
-    means: dict[str, _Mean] = {}
+    means: dict[str, dict[str, _Mean]] = {}
     counts: dict[str, dict[str, LimitCounts]] = {}
     keys_of_call: dict[str, torch.Tensor] = {}
+    without_k_shift: set[str] = set()
 
     def observe(name: str, layer: AttentionLayer, call: AttentionCall) -> None:
         if any(fnmatchcase(name, pattern) for pattern in exclude):
             return
-        if call.softcap is not None or call.sinks is not None:
-            what = "a soft cap of the scores" if call.softcap is not None else "attention sinks"
-            raise ValueError(
-                f"calibrate: {name} has {what}, which sees what a K shift adds to all scores of a row; expected modules without: "
-                f"exclude it, with exclude=[{name!r}]"
-            )
-        if not call.causal and call.bounds is None:
-            _check_one_set_of_keys(name, keys_of_call.setdefault(name, call.key), call.key)
-        means.setdefault(name, _Mean()).add(call)
+        if "k_shift" in shifts and (reason := _why_no_k_shift(name, call, keys_of_call)) is not None:
+            if "q_shift" not in shifts:
+                raise ValueError(f"calibrate: {name} {reason}: exclude it, with exclude=[{name!r}], or measure its q_shift only")
+            without_k_shift.add(name)
+        of_module = means.setdefault(name, {which: _Mean() for which in shifts})
+        for which, mean in of_module.items():
+            x, mask = (call.key, call.key_mask) if which == "k_shift" else (call.query, call.query_mask)
+            mean.add(x, mask, call.key.shape[1])
         counts[name] = count_limits(counts.get(name), layer, call)
 
     handle = _handle_in_force("calibrate", model)
+    if isinstance(shifts, str) or not shifts or not SHIFTS.keys() >= {*shifts}:
+        raise ValueError(f"calibrate: shifts: expected some of {', '.join(SHIFTS)}, got {shifts!r}")
     for name, layer in handle.patched.items():
         if not layer.spec.rules.options:
             raise ValueError(
-                f"calibrate: {name} has preset={layer.spec.preset!r}, whose servers subtract no K shift: there is nothing to "
+                f"calibrate: {name} has preset={layer.spec.preset!r}, whose servers subtract no shifts: there is nothing to "
                 "calibrate; expected nvfp4 or nvfp4_qk"
             )
     for pattern in exclude:
@@ -89,21 +99,29 @@ def calibrate(model: Any, batches: Iterable[Any], *, exclude: Sequence[str] = ()
                 f"calibrate: exclude: the pattern {pattern!r} matches no patched module; there are {', '.join(handle.patched)}"
             )
     run_observed("calibrate", model, batches, observe, begin=lambda name: keys_of_call.pop(name, None))
-    for name, layer in handle.patched.items():
-        if name in means:
-            layer.k_shift = means[name].result()
+    for name, of_module in means.items():
+        for which, mean in of_module.items():
+            shift = mean.result()  # also of what is left out, since every process takes part
+            if which != "k_shift" or name not in without_k_shift:
+                setattr(handle.patched[name], which, shift)
     return {name: {which: count.result() for which, count in of_layer.items()} for name, of_layer in counts.items()}
 
 
-def _check_one_set_of_keys(name: str, first: torch.Tensor, key: torch.Tensor) -> None:
-    """Raise a ValueError if a module attends to different keys within one call."""
+def _why_no_k_shift(name: str, call: AttentionCall, keys_of_call: dict[str, torch.Tensor]) -> str | None:
+    """Why a module can have no K shift, or None. `keys_of_call`: the first keys in the present call of each module."""
+    if call.softcap is not None or call.sinks is not None:
+        what = "a soft cap of the scores" if call.softcap is not None else "attention sinks"
+        return f"has {what}, which sees what a K shift adds to all scores of a row"
+    if call.causal or call.bounds is not None:
+        return None
+    first, key = keys_of_call.setdefault(name, call.key), call.key
     length = min(first.shape[2], key.shape[2])
-    if first is not key and not torch.equal(first[:, :, :length], key[:, :, :length]):
-        raise ValueError(
-            f"calibrate: {name} attends to several sets of keys in one call (such as those of a text and of an image): expected "
-            "one, for a module has one K shift, and the mean over all of them fits none; leave such modules without a shift: "
-            f"calibrate(model, batches, exclude=['*.{name.rpartition('.')[2]}'])"
-        )
+    if first is key or torch.equal(first[:, :, :length], key[:, :, :length]):
+        return None
+    return (
+        "attends to several sets of keys in one call (such as those of a text and of an image), but a module has one K shift, "
+        "and the mean over all of them fits none"
+    )
 
 
 def _handle_in_force(what: str, model: Any) -> PatchHandle:
@@ -175,19 +193,20 @@ def _call(model: Any, batch: Any) -> None:
 
 
 class _Mean:
-    """The running mean of keys, by key head."""
+    """The running mean of keys or queries, by key head."""
 
     def __init__(self) -> None:
         self.total: Any = 0.0  # float64 [key heads, head_dim] after the first call
         self.count: Any = 0.0
 
-    def add(self, call: AttentionCall) -> None:
-        key, mask = call.key.float(), call.key_mask
-        count = torch.tensor(key.shape[0] * key.shape[2], device=key.device)
+    def add(self, x: torch.Tensor, mask: torch.Tensor | None, key_heads: int) -> None:
+        """Add x [batch, heads, tokens, head_dim], without those where mask [batch, tokens] is False."""
+        x, shared_by = x.float(), x.shape[1] // key_heads
+        count = torch.tensor(x.shape[0] * x.shape[2], device=x.device)
         if mask is not None:
-            key, count = torch.where(mask[:, None, :, None], key, 0.0), mask.sum()
-        self.total = self.total + key.sum((0, 2)).double()
-        self.count = self.count + count.double()
+            x, count = torch.where(mask[:, None, :, None], x, 0.0), mask.sum()
+        self.total = self.total + x.sum((0, 2)).double().unflatten(0, (key_heads, -1)).sum(1)
+        self.count = self.count + count.double() * shared_by
 
     def result(self) -> torch.Tensor:
         sums = torch.cat([self.total.flatten(), self.count.flatten()])
@@ -224,8 +243,11 @@ def count_limits(counts: dict[str, LimitCounts] | None, layer: AttentionLayer, c
     if formats.smooth is not None:
         query, key = smooth(query, key)[:2]
     query, key = query.float(), key.float()
-    if (shift := layer.shift_on(key.device)) is not None:
-        key = key - shift[:, None]
+    shifts = layer.shifts_on(key.device)
+    if "k_shift" in shifts:
+        key = key - shifts["k_shift"][:, None]
+    if "q_shift" in shifts:
+        query = query - shifts["q_shift"].repeat_interleave(query.shape[1] // key.shape[1], 0)[:, None]
     query, key = rotated(query, layer.spec), rotated(key, layer.spec)
     seen: int | torch.Tensor = key.numel()
     if mask is not None:

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from qat_kernels import QuantSpec
 from qat_patch.config import AttnQATConfig
-from qat_patch.patch import get_handle, patch_model, unpatch_model
+from qat_patch.layer import Shifts
+from qat_patch.patch import get_handle, patch_model, require_handle, unpatch_model
 
 from .videos import check_installed, motion, psnr, ssim
 
@@ -61,14 +62,13 @@ class Attentions:
     def __init__(self, model: Any, names: Sequence[str], config: AttnQATConfig | None = None) -> None:
         handle = get_handle(model)
         self.names = list(dict.fromkeys([ORIGINAL, *names]))
-        self.exported: list[tuple[Any, AttnQATConfig, dict[str, torch.Tensor]]] = []
+        self.exported: list[tuple[Any, AttnQATConfig, Shifts]] = []
         self.targets = [(model, config or AttnQATConfig())]
         if handle is not None:
             if config is not None:
                 raise ValueError("evaluate: the model is patched, which says which modules: expected no config")
             for plan in handle.plans.values():
-                shifts = {layer.name: layer.k_shift for layer in plan.patched if layer.k_shift is not None}
-                self.exported.append((plan.model, plan.config, shifts))
+                self.exported.append((plan.model, plan.config, require_handle(plan.model).shifts))
             self.targets = [(part, part_config) for part, part_config, _ in self.exported]
             unpatch_model(model)
         try:
@@ -88,13 +88,13 @@ class Attentions:
                 if not self.exported:
                     raise ValueError(f"evaluate: --attention {EXPORTED}: expected an export, got a model that says nothing")
                 for model, config, shifts in self.exported:
-                    patch_model(model, config, k_shift=shifts)
+                    patch_model(model, config, **shifts)
                     patched.append(model)
             elif name != ORIGINAL:
                 spec = _preset(name)
                 for model, config in self.targets:
                     try:
-                        patch_model(model, dataclasses.replace(config, spec=spec, overrides={}), k_shift={})
+                        patch_model(model, dataclasses.replace(config, spec=spec, overrides={}), k_shift={}, q_shift={})
                     except ValueError as error:
                         raise ValueError(f"evaluate: --attention {name}: {error}") from error
                     patched.append(model)
@@ -107,7 +107,7 @@ class Attentions:
         """Restore the model's patch."""
         for model, config, shifts in self.exported:
             if get_handle(model) is None:
-                patch_model(model, config, k_shift=shifts)
+                patch_model(model, config, **shifts)
 
     def __enter__(self) -> Attentions:
         return self

@@ -80,7 +80,7 @@ def sensitivity(model: Any, batches: Iterable[Any]) -> SensitivityReport:
     """Compare 4-bit with original attention, module by module, on real inputs.
 
     The model runs its original attention, so the error of one module does not reach the next. Each patched module is measured
-    with its own QuantSpec and `k_shift`. Queries of padding do not count.
+    with its own QuantSpec and shifts. Queries of padding do not count.
 
     Args:
         model: a patched model, a wrapper around one, or a patched Diffusers pipeline.
@@ -120,16 +120,13 @@ def _squares(layer: AttentionLayer, call: AttentionCall) -> tuple[torch.Tensor, 
         causal=call.causal,
         scale=call.scale,
         key_mask=call.key_mask,
-        k_shift=layer.shift_on(call.key.device),
+        **layer.shifts_on(call.key.device),
         window=call.window,
         bounds=call.bounds,
         softcap=call.softcap,
         sinks=call.sinks,
     ).double()
     original = call.out.double()
-    queries = call.query.shape[2]
-    is_self_attention = call.causal or call.bounds is not None or queries == call.key.shape[2]
-    if call.key_mask is not None and is_self_attention:  # the last keys are those of the queries
-        seen = call.key_mask[:, None, -queries:, None]
-        ours, original = (torch.where(seen, x, 0.0) for x in (ours, original))
+    if (mask := call.query_mask) is not None:
+        ours, original = (torch.where(mask[:, None, :, None], x, 0.0) for x in (ours, original))
     return (ours - original).square().sum(), original.square().sum()

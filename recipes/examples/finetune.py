@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
     train, held_out = (blocks(tokenizer, file, options.length).to(device) for file in (options.train, options.held_out))
 
-    # Rotation, four over six and K shifts halve what 4-bit attention costs (docs/EVIDENCE.md).
+    # Rotation, four over six and K shifts halve what 4-bit attention costs, and Q shifts halve the rest (docs/EVIDENCE.md).
     handle = patch_model(model, AttnQATConfig(spec=QuantSpec(rotate=True, four_over_six=True)))
     calibrate(model, train[:8].split(1))
     print(handle)

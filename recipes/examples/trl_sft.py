@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
         peft_config=get_peft_config(chosen),
     )
-    # K shifts, rotation and four over six halve what 4-bit attention costs (docs/EVIDENCE.md).
+    # Rotation, four over six and K shifts halve what 4-bit attention costs, and Q shifts halve the rest (docs/EVIDENCE.md).
     print(patch_model(trainer.model, AttnQATConfig(spec=QuantSpec(rotate=True, four_over_six=True))))
     trainer.add_callback(QATCallback(trainer, calibration_batches=8, export_dir=f"{training.output_dir}/export"))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from qat_patch import LinearHandle, PatchHandle, calibrate, export_checkpoint, get_linear_handle
 from qat_patch.checkpoint.adapters import adapter_owner
 from qat_patch.checkpoint.record import attention_in_force
+from qat_patch.layer import SHIFTS, Shifts
 from qat_patch.metadata import AttentionMetadata
 from qat_patch.patch import require_handle
 from qat_patch.servers import check_servable
@@ -35,7 +36,7 @@ _EXPORT_OPTIONS = inspect.signature(export_checkpoint).parameters.keys() - {"mod
 
 
 class QATCallback(TrainerCallback):
-    """Measures in both attentions, calibrates, keeps K shifts in checkpoints, and exports.
+    """Measures in both attentions, calibrates, keeps K and Q shifts in checkpoints, and exports.
 
     - **Before the first step** it checks that the model is patched, and calibrates if `calibration_batches` is set. This includes
       linear layers that round their inputs (`quantize_linears`): their ranges must be measured here or before.
@@ -43,18 +44,18 @@ class QATCallback(TrainerCallback):
       attention; the callback adds `eval_original_loss` and every other number that the trainer measures (such as
       `eval_original_reward`), without quantized linear layers. `metric_for_best_model` may be one of them. The random numbers of
       the training do not change. GRPOTrainer samples again in each attention.
-    - **Checkpoints** hold the attention, the K shifts and the scales of linear layers. A resumed run (`resume_from_checkpoint`)
+    - **Checkpoints** hold the attention, the shifts and the scales of linear layers. A resumed run (`resume_from_checkpoint`)
       gets these back, and is refused if the model is patched or quantized in another way.
     - **After the last step**, and after `load_best_model_at_end`, the model is exported.
 
     Args:
         trainer: the trainer. Its model must be patched before it trains. Make a trainer with a reference model before the
             patch; see recipes/examples.
-        calibration_batches: how many of the first training batches of each process to measure the mean keys on (`k_shift`, as
-            `qat_patch.calibrate`, with presets that have them), and the input ranges of quantized linear layers. 0: measure
+        calibration_batches: how many of the first training batches of each process to measure the means of K and Q on (as
+            `qat_patch.calibrate`, with presets that have shifts), and the input ranges of quantized linear layers. 0: measure
             nothing, keep the present values. The batches must hold token ids. Those of GRPOTrainer do not: call `calibrate`
             before its training.
-        calibration_exclude: patterns of patched modules that get no shift.
+        calibration_exclude: patterns of patched modules that get no shifts.
         export_dir: the folder to export to, which must not exist; None: no export.
         export_options: passed on to `qat_patch.export_checkpoint`, such as dtype="bfloat16", server="vllm" or
             merge_adapters=False. The default tokenizer is the trainer's.
@@ -105,7 +106,7 @@ class QATCallback(TrainerCallback):
         return require_handle(self.trainer.model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check the patch. Use the K shifts of a checkpoint, or calibrate."""
+        """Check the patch. Use the shifts of a checkpoint, or calibrate."""
         handle = self.handle
         handle.check_in_force("QATCallback")
         if state.global_step:
@@ -116,7 +117,7 @@ class QATCallback(TrainerCallback):
         linears = get_linear_handle(self.trainer.model)
         state.stateful_callbacks[_STATE] = {
             "attention": metadata.to_dict(),
-            "k_shift": {name: shift.tolist() for name, shift in shifts.items()},
+            **{which: {name: shift.tolist() for name, shift in found.items()} for which, found in shifts.items()},
             "linears": None if linears is None else _scales(linears),
         }
         if server := self.export_options.get("server"):
@@ -177,11 +178,11 @@ class QATCallback(TrainerCallback):
         trainer.accelerator.wait_for_everyone()
 
     def _go_on(self, handle: PatchHandle, state: TrainerState) -> None:
-        """Restore the K shifts and scales of a checkpoint, after checking that it fits."""
+        """Restore the shifts and scales of a checkpoint, after checking that it fits."""
         kept = state.stateful_callbacks.get(_STATE)
         if kept is None:
             raise ValueError(
-                "QATCallback: the checkpoint to resume from was written without this callback, so its K shifts are not known; "
+                "QATCallback: the checkpoint to resume from was written without this callback, so its shifts are not known; "
                 "resume without the callback from a model that was loaded from that checkpoint, or start again"
             )
         then, (now, _) = AttentionMetadata.from_dict(kept["attention"]), _in_force(handle)
@@ -200,8 +201,9 @@ class QATCallback(TrainerCallback):
                 f"{different[0]}: expected {expected}, got {found}; call quantize_linears as it was called, or unquantize_linears"
             )
         for name, layer in handle.patched.items():
-            shift = kept["k_shift"].get(name)
-            layer.k_shift = None if shift is None else torch.tensor(shift)
+            for which in SHIFTS:
+                shift = kept.get(which, {}).get(name)  # checkpoints of earlier versions have no Q shifts
+                setattr(layer, which, None if shift is None else torch.tensor(shift))
         for name, linear in quantized.items():
             linear.weight_scale, linear.input_scale = scales[name]
 
@@ -247,7 +249,7 @@ def _scales(linears: LinearHandle) -> dict[str, list[float | None]]:
         raise ValueError(f"QATCallback: {error}; or set calibration_batches") from None
 
 
-def _in_force(handle: PatchHandle) -> tuple[AttentionMetadata, dict[str, torch.Tensor]]:
+def _in_force(handle: PatchHandle) -> tuple[AttentionMetadata, Shifts]:
     found = attention_in_force(handle.models[0])
     assert found is not None  # the handle says so
     return found

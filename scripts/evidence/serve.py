@@ -168,7 +168,7 @@ def _forward(
     if layer.probed:
         layer.note_call()
     query, key, value = under_autocast(query, key, value)
-    options = {"spec": layer.spec, "k_shift": layer.shift_on(query.device), "impl": impl}
+    options = {"spec": layer.spec, "impl": impl} | layer.shifts_on(query.device)
     return attention(query, key, value, causal=True, scale=scaling, **options).transpose(1, 2).contiguous(), None
 
 

@@ -178,6 +178,7 @@ def test_load_refuses_what_is_not_an_export(tmp_path, exported):
         (lambda block: block.update(groups="all"), "groups: expected a list of groups"),
         (lambda block: block.update(training=3), "training: expected a mapping or null, got 3"),
         (lambda block: block.update(k_shift="../shift"), "k_shift: expected a SHA-256 or null"),
+        (lambda block: block.update(q_shift=3), "q_shift: expected a SHA-256 or null, got 3"),
         (lambda block: block["groups"][0].update(modules="all"), "modules: expected a list of module names"),
         (lambda block: block["groups"].append(block["groups"][0]), "model.layers.1.self_attn occurs twice"),
         (lambda block: block["groups"][0]["spec"].pop("rotate"), "spec: the key 'rotate' is missing"),

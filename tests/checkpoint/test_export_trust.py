@@ -325,7 +325,7 @@ def test_messages_hold_no_terminal_control_characters(copy_of, place):
             error = error.__cause__
 
 
-# --- base models, K shifts, killed exports
+# --- base models, shifts, killed exports
 
 
 def test_base_models_pass_the_same_checks(copy_of, originals, tmp_path, caplog):
@@ -344,18 +344,19 @@ def test_base_models_pass_the_same_checks(copy_of, originals, tmp_path, caplog):
         load_checkpoint(folder)
 
 
-def test_shifts_have_the_shape_of_their_modules(tmp_path):
+@pytest.mark.parametrize("which", ["k_shift", "q_shift"])
+def test_shifts_have_the_shape_of_their_modules(tmp_path, which):
     model = tiny_qwen3(**TINY)
     patch_model(model)
     calibrate(model, [token_ids(1, 40) % 64])
     export_checkpoint(model, tmp_path / "out")
-    file = tmp_path / "out" / "qat_patch_k_shift.safetensors"
+    file = tmp_path / "out" / f"qat_patch_{which}.safetensors"
 
     def changed(shifts):
         folder = shutil.copytree(tmp_path / "out", tmp_path / "changed", dirs_exist_ok=True)
         save_file(shifts, folder / file.name)
         config = json.loads((folder / "config.json").read_text())
-        config["quantization_config"]["k_shift"] = integrity.sha256(folder / file.name)
+        config["quantization_config"][which] = integrity.sha256(folder / file.name)
         (folder / "config.json").write_text(json.dumps(config))
         edit_weights(folder / "model.safetensors", lambda tensors: None, qat_patch=json.dumps(config["quantization_config"]))
         reseal(folder)
@@ -366,8 +367,8 @@ def test_shifts_have_the_shape_of_their_modules(tmp_path):
     for change in (lambda x: x[:1], lambda x: torch.cat([x, x], 1), lambda x: x[:, :8]):
         wrong = {name: change(shifts[name]).contiguous()}
         unpatched = tiny_qwen3(**TINY)
-        with pytest.raises(ValueError, match=r"k_shift\['model.layers.0.self_attn'\]: expected \[key heads, head_dim\]"):
-            patch_model(unpatched, k_shift=wrong)
+        with pytest.raises(ValueError, match=rf"{which}\['model.layers.0.self_attn'\]: expected \[key heads, head_dim\]"):
+            patch_model(unpatched, **{which: wrong})
         folder = changed(shifts | wrong)
         for read in (load_checkpoint, verify_checkpoint, AutoModelForCausalLM.from_pretrained):
             with pytest.raises(ValueError, match=r"expected \[key heads, head_dim\] of this module"):

@@ -28,21 +28,28 @@ from support.models.tiny_qwen3 import tiny_qwen3, token_ids
 from support.models.tiny_wan import tiny_pipeline, tiny_transformer
 
 CONFIG = AttnQATConfig(spec=QuantSpec(rotate=True), exclude=["*.0.*"])
-FILE = "qat_patch_k_shift.safetensors"
-SHIFT = torch.randn(2, 32, generator=torch.Generator().manual_seed(3))
+FILES = {which: f"qat_patch_{which}.safetensors" for which in ("k_shift", "q_shift")}
+SHIFTS = {
+    which: {"model.layers.1.self_attn": torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))}
+    for seed, which in enumerate(FILES)
+}
 
 
 def patched(config=CONFIG, shifted=True, **options):
     model = tiny_qwen3(num_hidden_layers=2, **options)
-    patch_model(model, config, k_shift={"model.layers.1.self_attn": SHIFT} if shifted else None)
+    patch_model(model, config, **(SHIFTS if shifted else {}))
     return model
 
 
 def assert_same(loaded, model):
     a, b = get_handle(loaded), get_handle(model)
-    assert a.specs == b.specs and a.k_shift.keys() == b.k_shift.keys()
-    assert all(torch.equal(a.k_shift[name], x) for name, x in b.k_shift.items())
+    assert a.specs == b.specs
+    torch.testing.assert_close(a.shifts, b.shifts, rtol=0, atol=0)
     assert torch.equal(logits(loaded), logits(model))
+
+
+def files(folder):
+    return {which: load_file(folder / file) for which, file in FILES.items()}
 
 
 def test_a_model_that_was_patched_by_hand(tmp_path):
@@ -85,7 +92,7 @@ def test_what_is_in_force_counts_not_what_was_loaded(tmp_path):
     assert_same(again, loaded)
     # Over what was saved before: nothing of that is left.
     loaded.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out" / FILE).exists() and not (tmp_path / "out" / "qat_patch.json").exists()
+    assert not [*(tmp_path / "out").glob("qat_patch*")]
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), loaded)
     # Attention that was replaced after the patch is not in force.
     loaded.set_attn_implementation("sdpa")
@@ -118,18 +125,20 @@ def test_checkpoints_of_trainer(tmp_path, origin):
 
 
 def test_without_the_head_and_with_another(tmp_path):
-    """Names of modules are those of the class that is loaded, those of K shifts too."""
+    """Names of modules are those of the class that is loaded, those of shifts too."""
     model = patched()
     export_checkpoint(model, tmp_path / "out")
     base = AutoModel.from_pretrained(tmp_path / "out")
-    assert list(get_handle(base).patched) == list(get_handle(base).k_shift) == ["layers.1.self_attn"]
+    handle = get_handle(base)
+    assert list(handle.patched) == list(handle.k_shift) == list(handle.q_shift) == ["layers.1.self_attn"]
     with torch.no_grad():
         assert torch.equal(base(token_ids())[0], model.model(token_ids())[0])
     base.save_pretrained(tmp_path / "base")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert get_handle(again).specs == get_handle(model).specs
     export_checkpoint(base, tmp_path / "again")
-    assert list(get_handle(load_checkpoint(tmp_path / "again")).k_shift) == ["layers.1.self_attn"]
+    handle = get_handle(load_checkpoint(tmp_path / "again"))
+    assert list(handle.k_shift) == list(handle.q_shift) == ["layers.1.self_attn"]
 
 
 def test_a_model_inside_of_the_one_that_is_saved(tmp_path):
@@ -164,7 +173,7 @@ def others(monkeypatch):
 def test_where_the_config_belongs_to_another_quantizer(tmp_path, others, caplog):
     tiny_qwen3(num_hidden_layers=2).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=others)
-    patch_model(model, CONFIG, k_shift={"model.layers.1.self_attn": SHIFT})
+    patch_model(model, CONFIG, **SHIFTS)
     model.save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "others"
     with caplog.at_level(logging.WARNING, "qat_patch"):
@@ -174,7 +183,9 @@ def test_where_the_config_belongs_to_another_quantizer(tmp_path, others, caplog)
     assert "runs original attention; qat_patch.patch_model(model) switches it on" in message and "\n" not in message
     with pytest.raises(ValueError, match="K shifts, which are in a file next to its weights"):
         patch_model(again)
-    assert patch_model(again, k_shift=load_file(tmp_path / "out" / FILE)).config == CONFIG
+    with pytest.raises(ValueError, match="Q shifts, which are in a file next to its weights.*pass q_shift={} to do without"):
+        patch_model(again, k_shift={})
+    assert patch_model(again, **files(tmp_path / "out")).config == CONFIG
     assert_same(again, model)
     with pytest.raises(ValueError, match="was saved by save_pretrained and is no export"):
         load_checkpoint(tmp_path / "out")
@@ -182,7 +193,7 @@ def test_where_the_config_belongs_to_another_quantizer(tmp_path, others, caplog)
     assert patch_model(again).config == AttnQATConfig()
     unpatch_model(again)
     again.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out" / "qat_patch.json").exists()
+    assert not [*(tmp_path / "out").glob("qat_patch*")]
     with pytest.raises(ValueError, match="expected weights as ordinary tensors, got a Qwen3ForCausalLM quantized by others"):
         export_checkpoint(model, tmp_path / "export")
     assert not (tmp_path / "export").exists()
@@ -204,20 +215,20 @@ def test_adapters_that_peft_saves(tmp_path, caplog):
 
 def test_diffusers(tmp_path):
     model = tiny_transformer()
-    shift = {"blocks.1.attn1": torch.randn(2, 16, generator=torch.Generator().manual_seed(0))}
+    shifts = {which: {"blocks.1.attn1": torch.ones(2, 16) * number} for number, which in enumerate(FILES, 1)}
     config = AttnQATConfig(include=["*.attn1"], exclude_first_blocks=1)
-    patch_model(model, config, k_shift=shift)
+    patch_model(model, config, **shifts)
     model.save_pretrained(tmp_path / "out")
     assert not [key for key in model.config if "attention_quantization" in key]
     again = WanTransformer3DModel.from_pretrained(tmp_path / "out")
-    assert patch_model(again, k_shift=load_file(tmp_path / "out" / FILE)).config == config
+    assert patch_model(again, **files(tmp_path / "out")).config == config
     assert torch.allclose(velocity(again), velocity(model), atol=1e-5)  # its weights lie in the mapped file: other addresses
     # Patched otherwise, or not at all, since it was loaded.
     unpatch_model(again)
     assert not [key for key in again.config if "attention_quantization" in key]
     patch_model(again, AttnQATConfig(spec=QuantSpec(preset="nvfp4_qk")))
     again.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out" / FILE).exists()
+    assert not [*(tmp_path / "out").glob("qat_patch*")]
     third = WanTransformer3DModel.from_pretrained(tmp_path / "out")
     assert patch_model(third).specs == get_handle(again).specs
     unpatch_model(third)

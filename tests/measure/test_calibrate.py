@@ -19,12 +19,12 @@ from support.models.tiny_wan import TEXT_DIM, tiny_tokenizer
 NAMES = [f"model.layers.{i}.self_attn" for i in range(3)]
 
 
-def keys_of(model, monkeypatch, **inputs):
-    """The keys of each layer, by a way of its own: what the patched model hands to attention."""
+def queries_and_keys(model, monkeypatch, **inputs):
+    """Those of each layer, by a way of its own: what the patched model hands to attention."""
     seen = []
 
     def keep(q, k, v, **kwargs):
-        seen.append(k)
+        seen.append((q, k))
         mask = kwargs["key_mask"]
         mask = None if mask is None else mask[:, None, None] & torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
@@ -36,29 +36,45 @@ def keys_of(model, monkeypatch, **inputs):
 
 
 def biased(model):
-    """Keys with a mean that no RMSNorm takes out again."""
+    """Keys and queries with a mean that no RMSNorm takes out again."""
     for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.k_norm.weight, mean=2.0)
+        for norm in (layer.self_attn.k_norm, layer.self_attn.q_norm):
+            torch.nn.init.normal_(norm.weight, mean=2.0)
     return model
 
 
-def test_k_shift_is_the_mean_of_the_keys_that_may_be_seen(monkeypatch):
+def test_shifts_are_the_means_of_the_keys_that_may_be_seen_and_of_their_queries(monkeypatch):
+    """Two query heads share a key head, and have one Q shift."""
     model = biased(tiny_qwen3())
     handle = patch_model(model)
     short, mask = pad(token_ids(length=30, seed=2), 11, "left")
     batches = [{"input_ids": token_ids()}, {"input_ids": short, "attention_mask": mask}]
-    whole, padded = (keys_of(model, monkeypatch, **batch) for batch in batches)
-    assert handle.k_shift == {}
+    whole, padded = (queries_and_keys(model, monkeypatch, **batch) for batch in batches)
+    assert handle.k_shift == handle.q_shift == {}
     calibrate(model, iter(batches))
-    assert list(handle.k_shift) == NAMES
-    for name, a, b in zip(NAMES, whole, padded, strict=True):
-        keys = torch.cat([a.transpose(1, 2).flatten(0, 1), b[:, :, 11:].transpose(1, 2).flatten(0, 1)])
-        assert keys.shape[0] == 2 * 50 + 2 * 30
-        shift = handle.k_shift[name]
-        assert (shift.dtype, shift.shape) == (torch.float32, (2, 32))
-        assert torch.allclose(shift, keys.mean(0), atol=1e-5)
-        assert shift.norm() > 0.1
-    assert "k_shift" in str(handle)
+    assert list(handle.k_shift) == list(handle.q_shift) == NAMES
+    for name, first, second in zip(NAMES, whole, padded, strict=True):
+        for shift, a, b in zip((handle.q_shift[name], handle.k_shift[name]), first, second, strict=True):
+            of_heads = [x.transpose(1, 2).unflatten(2, (2, -1)).transpose(2, 3) for x in (a, b[:, :, 11:])]
+            vectors = torch.cat([x.flatten(0, 2) for x in of_heads])
+            assert vectors.shape == ((2 * 50 + 2 * 30) * a.shape[1] // 2, 2, 32)
+            assert (shift.dtype, shift.shape) == (torch.float32, (2, 32))
+            assert torch.allclose(shift, vectors.mean(0), atol=1e-5)
+            assert shift.norm() > 0.1
+    assert "k_shift, q_shift" in str(handle)
+
+
+def test_what_is_asked_for_is_measured_and_the_rest_stays():
+    model, ids = biased(tiny_qwen3()), token_ids()
+    handle = patch_model(model)
+    calibrate(model, [ids], shifts=("q_shift",))
+    queries = handle.q_shift
+    assert list(queries) == NAMES and handle.k_shift == {}
+    calibrate(model, [token_ids(seed=4)], shifts=("k_shift",))
+    assert list(handle.k_shift) == NAMES and all(handle.q_shift[name] is x for name, x in queries.items())
+    for wrong in ((), "k_shift", ("v_shift",)):
+        with pytest.raises(ValueError, match="calibrate: shifts: expected some of k_shift, q_shift, got"):
+            calibrate(model, [ids], shifts=wrong)
 
 
 def test_packed_samples_count_as_if_each_had_a_row():
@@ -79,13 +95,12 @@ def test_packed_samples_count_as_if_each_had_a_row():
     for ours, theirs in zip(report.layers, by_row.layers, strict=True):
         assert ours.error == pytest.approx(theirs.error, rel=1e-3) and ours.error > 0.01
     calibrate(model, together)
-    shifts = handle.k_shift
+    shifts = handle.shifts
     calibrate(model, alone)
-    for name, shift in handle.k_shift.items():
-        torch.testing.assert_close(shifts[name], shift, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shifts, handle.shifts, rtol=1e-4, atol=1e-5)
 
 
-def test_calibration_leaves_the_model_as_it_was_but_for_the_shift():
+def test_calibration_leaves_the_model_as_it_was_but_for_the_shifts():
     model = biased(tiny_qwen3()).train()
     model.model.layers[1].eval()
     ids = token_ids()
@@ -108,22 +123,24 @@ def test_calibration_leaves_the_model_as_it_was_but_for_the_shift():
     assert get_handle(clone).k_shift[NAMES[0]] is not handle.k_shift[NAMES[0]]
     unpatch_model(model)
     assert torch.equal(model(ids).logits, before)
-    again = patch_model(model, handle.config, k_shift=handle.k_shift)
+    again = patch_model(model, handle.config, **handle.shifts)
     assert torch.equal(model(ids).logits, shifted)
-    assert again.k_shift.keys() == handle.k_shift.keys()
+    assert list(again.k_shift) == list(again.q_shift) == NAMES
 
 
-def test_shift_takes_the_mean_out_before_quantization():
-    """Keys with a large part in common lose their differences to its rounding; the shift brings them back."""
+@pytest.mark.parametrize("which", ["k_shift", "q_shift"])
+def test_shift_takes_the_mean_out_before_quantization(which):
+    """Keys or queries with a large part in common lose their differences to its rounding; the shift brings them back."""
     model = tiny_qwen3()
     common = torch.zeros(32)
     common[[14, 15, 30, 31]] = 20.0  # the dimensions that rotate slowest
     for layer in model.model.layers:
-        layer.self_attn.k_norm.register_forward_hook(lambda module, arguments, output: output + common)
+        norm = getattr(layer.self_attn, {"k_shift": "k_norm", "q_shift": "q_norm"}[which])
+        norm.register_forward_hook(lambda module, arguments, output: output + common)
     patch_model(model)
     batches = [token_ids(seed=seed) for seed in range(3)]
     before = sensitivity(model, batches)
-    calibrate(model, batches)
+    calibrate(model, batches, shifts=(which,))
     after = sensitivity(model, batches)
     assert [layer.name for layer in after.layers] == NAMES
     assert all(a.error < 0.7 * b.error for a, b in zip(after.layers, before.layers, strict=True))
@@ -191,16 +208,20 @@ def test_flushed_and_saturated_shares():
     assert counts["key"].saturated > 0.9  # rotation spreads what is large
 
 
-def test_keys_are_counted_as_they_are_quantized_with_their_shift():
+def test_keys_and_queries_are_counted_as_they_are_quantized_with_their_shifts():
     model = tiny_qwen3(num_hidden_layers=1)
     common = torch.zeros(32)
     common[[15, 31]] = 1e4  # the dimensions that hardly rotate
-    model.model.layers[0].self_attn.k_norm.register_forward_hook(lambda module, arguments, output: output + common)
+    attn = model.model.layers[0].self_attn
+    for norm in (attn.k_norm, attn.q_norm):
+        norm.register_forward_hook(lambda module, arguments, output: output + common)
     patch_model(model)
-    before = calibrate(model, [token_ids()])[NAMES[0]]["key"]
-    assert before.saturated == 2 / 32
-    assert calibrate(model, [token_ids()])[NAMES[0]]["key"].saturated == 0.0
-    assert sensitivity(model, [token_ids()]).layers[0].key.saturated == 0.0
+    before = calibrate(model, [token_ids()])[NAMES[0]]
+    assert before["key"].saturated == before["query"].saturated == 2 / 32
+    again = calibrate(model, [token_ids()])[NAMES[0]]
+    assert again["key"].saturated == again["query"].saturated == 0.0
+    after = sensitivity(model, [token_ids()]).layers[0]
+    assert after.key.saturated == after.query.saturated == 0.0
 
 
 def test_diffusers_models_and_pipelines():
@@ -212,14 +233,16 @@ def test_diffusers_models_and_pipelines():
     report = sensitivity(model, [batch, batch])
     assert [layer.name for layer in report.layers] == ["blocks.0.attn1", "blocks.0.attn2"]
     assert all(0.005 < layer.error < 0.5 for layer in report.layers)
-    # text and image keys are attended by two calls of one module: one mean fits neither
-    with pytest.raises(ValueError, match=r"blocks.0.attn2 attends to several sets of keys.*exclude=\['\*.attn2'\]"):
-        calibrate(model, [batch])
-    assert handle.k_shift == {} and all(layer.observer is None for layer in handle.patched.values())
+    # text and image keys are attended by two calls of one module: one mean fits neither, but the queries are the same
+    with pytest.raises(ValueError, match=r"blocks.0.attn2 attends to several sets of keys.*exclude=\['blocks.0.attn2'\]"):
+        calibrate(model, [batch], shifts=("k_shift",))
+    assert not any(handle.shifts.values()) and all(layer.observer is None for layer in handle.patched.values())
     with pytest.raises(ValueError, match=r"exclude: the pattern '\*.attn3' matches no patched module"):
         calibrate(model, [batch], exclude=["*.attn3"])
-    assert list(calibrate(model, [batch], exclude=["*.attn2"])) == list(handle.k_shift) == ["blocks.0.attn1"]
-    assert handle.k_shift["blocks.0.attn1"].shape == (2, 32)
+    assert list(calibrate(model, [batch], exclude=["*.attn2"])) == list(handle.k_shift) == list(handle.q_shift)
+    assert list(calibrate(model, [batch])) == list(handle.q_shift) == ["blocks.0.attn1", "blocks.0.attn2"]
+    assert list(handle.k_shift) == ["blocks.0.attn1"]
+    assert handle.k_shift["blocks.0.attn1"].shape == handle.q_shift["blocks.0.attn2"].shape == (2, 32)
     assert not torch.equal(velocity(model), patched)
     with handle.disabled():
         assert torch.equal(velocity(model), before)
@@ -230,10 +253,10 @@ def test_diffusers_models_and_pipelines():
     call = {name: torch.randn(shape) for name in ("prompt_embeds", "negative_prompt_embeds")}
     call |= {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
     calibrate(pipe, [call])
-    assert list(handle.k_shift) == list(handle.patched)
-    again = {name.removeprefix("transformer."): x for name, x in handle.k_shift.items() if name.startswith("transformer.")}
+    assert list(handle.k_shift) == list(handle.q_shift) == list(handle.patched)
+    again = get_handle(pipe.transformer).shifts
     unpatch_model(pipe.transformer)
-    assert patch_model(pipe.transformer, k_shift=again).k_shift.keys() == again.keys()
+    assert patch_model(pipe.transformer, **again).q_shift.keys() == again["q_shift"].keys() != handle.q_shift.keys()
 
 
 def test_original_attention_is_what_runs():
@@ -267,9 +290,10 @@ def test_mistakes():
         ({NAMES[0]: torch.zeros(2, 32, dtype=torch.bfloat16)}, r"expected float32 \[key heads, head_dim\], got torch.bfloat16"),
         ({NAMES[0]: [0.0]}, r"got \[0.0\]"),
     ):
-        with pytest.raises(ValueError, match=message):
-            patch_model(model, k_shift=shifts)
-        assert get_handle(model) is None
+        for which in ("k_shift", "q_shift"):
+            with pytest.raises(ValueError, match=f"patch_model: {which}.*{message}"):
+                patch_model(model, **{which: shifts})
+            assert get_handle(model) is None
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -301,7 +325,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     (tmp_path / "text").write_text("a red square moves left " * 20)
     text = ["--text", str(tmp_path / "text"), "--tokens", "40", "--batches", "2", "--calibrate", "--device", "cpu"]
     assert main(["sensitivity", str(tmp_path / "model"), *text]) == 0
-    assert "nvfp4, k_shift" in capsys.readouterr().out
+    assert "nvfp4, k_shift, q_shift" in capsys.readouterr().out
     assert main(["sensitivity", str(tmp_path / "model"), *text, "--calibration-exclude", "*.0.*", "*.1.*"]) == 0
     (shifted,) = (line for line in capsys.readouterr().out.splitlines() if "k_shift" in line)
     assert NAMES[2] in shifted

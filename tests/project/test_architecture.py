@@ -112,7 +112,7 @@ ROOMS = {
         "qat_patch.config_reader": set(),
         "qat_patch.config": {"config_reader"},
         "qat_patch.layer": set(),
-        "qat_patch.metadata": {"config", "config_reader"},
+        "qat_patch.metadata": {"config", "config_reader", "layer"},
         "qat_patch.hosts": {"config", "layer", "metadata"},
         "qat_patch.first_call": {"layer", "hosts"},
         "qat_patch.plan": {"versions", "config", "layer", "hosts", "first_call"},
@@ -121,7 +121,7 @@ ROOMS = {
         "qat_patch.handle": {"config", "layer", "plan", "self_check", "implementation"},
         "qat_patch.patch": {"config", "hosts", "plan", "implementation", "handle"},
         "qat_patch.linear": {"config", "config_reader", "hosts"},
-        "qat_patch.servers": {"handle", "linear"},
+        "qat_patch.servers": {"layer", "handle", "linear"},
         "qat_patch.serving": {"metadata", "handle", "linear", "servers"},
         "qat_patch.measure": {"version", "versions", "config", "layer", "self_check", "handle", "patch", "servers"},
         "qat_patch.checkpoint": {

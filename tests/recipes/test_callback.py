@@ -89,12 +89,13 @@ def test_calibrates_before_the_first_step_on_its_batches(folder, tmp_path):
     callback.on_train_begin(trainer.args, trainer.state, trainer.control)
     assert not trainer.accelerator.gradient_state.in_dataloader  # of the loader whose first batches were looked at
     trainer.train()
-    shift, expected = get_handle(trainer.model).k_shift, get_handle(model).k_shift
-    assert [*shift] == ["model.layers.0.self_attn"] and same(shift, expected)
+    shifts, expected = get_handle(trainer.model).shifts, get_handle(model).shifts
+    for which in ("k_shift", "q_shift"):
+        assert [*shifts[which]] == ["model.layers.0.self_attn"] and same(shifts[which], expected[which])
     # as if nobody had looked at the batches before
     alone = sft(folder, tmp_path, callback=False, packing=True, max_length=64)
     for name, layer in get_handle(alone.model).patched.items():
-        layer.k_shift = expected.get(name)
+        layer.k_shift, layer.q_shift = expected["k_shift"].get(name), expected["q_shift"].get(name)
     alone.train()
     assert same(weights(trainer), weights(alone))
 
@@ -108,11 +109,13 @@ def test_resumes_from_a_checkpoint(peft_config, folder, tmp_path):
     resumed = sft(folder, tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert same(weights(resumed), weights(whole))
-    assert same(get_handle(resumed.model).k_shift, get_handle(whole.model).k_shift)
-    assert len(get_handle(whole.model).k_shift) == 2
+    shifts = get_handle(whole.model).shifts
+    torch.testing.assert_close(get_handle(resumed.model).shifts, shifts, rtol=0, atol=0)
+    assert len(shifts["k_shift"]) == len(shifts["q_shift"]) == 2
     if peft_config is None:
         reloaded = get_handle(load(checkpoint))
-        assert same(reloaded.k_shift, get_handle(whole.model).k_shift) and reloaded.config == CONFIG
+        torch.testing.assert_close(reloaded.shifts, shifts, rtol=0, atol=0)
+        assert reloaded.config == CONFIG
     with pytest.raises(
         ValueError, match=r"trained with other attention in 2 modules, such as .*layers.0.*rotate=True.*rotate=False"
     ):
@@ -127,7 +130,7 @@ def test_resumes_from_a_checkpoint(peft_config, folder, tmp_path):
 
 @pytest.mark.parametrize("preset", ["nvfp4", "kv_nvfp4"])
 def test_with_linear_layers_in_4_bits(folder, tmp_path, preset):
-    """Measured, calibrated, resumed to the bit and exported packed. Grids of servers have no K shifts, but inputs have ranges."""
+    """Measured, calibrated, resumed to the bit and exported packed. Grids of servers have no shifts, but inputs have ranges."""
     config = AttnQATConfig(spec=QuantSpec(preset=preset))
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "calibration_batches": 1, **EVERY_STEP}
 
@@ -180,7 +183,8 @@ def test_exports_the_best_model(folder, tmp_path):
     assert trainer.state.best_metric == min(losses) and losses.index(min(losses)) != len(losses) - 1
     loaded = load_checkpoint(tmp_path / "export")
     handle = get_handle(loaded)
-    assert same(handle.k_shift, get_handle(trainer.model).k_shift) and handle.config == CONFIG
+    torch.testing.assert_close(handle.shifts, get_handle(trainer.model).shifts, rtol=0, atol=0)
+    assert handle.config == CONFIG
     merged = trainer.model.merge_and_unload()
     assert all(torch.allclose(x, loaded.state_dict()[name], atol=1e-6) for name, x in merged.state_dict().items())
     about = (tmp_path / "export" / "README.md").read_text()

@@ -252,6 +252,6 @@ def test_the_papers_settings_for_video(size, steps, clips):
     assert (read.mixed_precision, read.model.gradient_checkpointing, read.timesteps.flow_shift) == ("bf16", True, None)
 
 
-def test_what_has_no_k_shift_is_not_calibrated():
-    with pytest.raises(ValueError, match="calibration_batches: expected 0 with preset kv_nvfp4, which has no K shifts, got 2"):
+def test_what_has_no_shifts_is_not_calibrated():
+    with pytest.raises(ValueError, match="calibration_batches: expected 0 with preset kv_nvfp4, which has no shifts, got 2"):
         read_settings(Settings, [*arguments(), "qat.spec.preset=kv_nvfp4", "calibration_batches=2"])

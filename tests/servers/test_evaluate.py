@@ -58,9 +58,9 @@ def test_long_rows_are_compared_piece_by_piece(monkeypatch):
 
 def test_an_export_is_measured_as_it_was_exported_and_left_so():
     model, rows = tiny_qwen3(), [token_ids(1, 40)]
-    shift = {"model.layers.1.self_attn": torch.ones(2, 32)}
+    shifts = {which: {"model.layers.1.self_attn": torch.ones(2, 32)} for which in ("k_shift", "q_shift")}
     config = AttnQATConfig(spec=QuantSpec(rotate=True), exclude=["*.0.*"])
-    handle = patch_model(model, config, k_shift=shift)
+    handle = patch_model(model, config, **shifts)
     before = logits(model)
     with Attentions(model, ["exported", "kv_nvfp4"]) as attentions:
         with attentions.in_force("exported"):
@@ -69,7 +69,7 @@ def test_an_export_is_measured_as_it_was_exported_and_left_so():
             # In the modules that the export patches.
             other = get_handle(model)
             assert other.specs == dict.fromkeys(handle.specs, QuantSpec(preset="kv_nvfp4"))
-            assert not other.k_shift
+            assert not any(other.shifts.values())
         report = text_quality(model, rows, attentions)
     assert report.attentions["exported"]["kl"] != report.attentions["kv_nvfp4"]["kl"]
     assert get_handle(model).config == config and torch.equal(logits(model), before)

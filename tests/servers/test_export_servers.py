@@ -270,6 +270,14 @@ def patched_wan(which):
     return model
 
 
+@pytest.mark.parametrize(("which", "words"), [("k_shift", "K shifts"), ("q_shift", "Q shifts")])
+def test_shifts_are_refused_because_no_server_subtracts_them(which, words):
+    model = tiny_qwen3(num_hidden_layers=2)
+    handle = patch_model(model, config(), **{which: {"model.layers.1.self_attn": torch.ones(2, 32)}})
+    with pytest.raises(ValueError, match=f"server='vllm': expected no {words}, which vLLM does not subtract, got 1"):
+        check_servable("vllm", handle)
+
+
 def test_damaged_records_are_refused(tmp_path):
     folder = export_checkpoint(qwen3(), tmp_path / "out", server="vllm")
     manifest = json.loads((folder / "qat_patch.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from qat_patch.layer import SHIFTS
 from qat_patch.metadata import LOADING_ADAPTERS
 
 MANIFEST = "qat_patch.json"
@@ -12,7 +13,7 @@ MANIFEST = "qat_patch.json"
 README = "README.md"
 MAY_COME_LATER = frozenset({README, "chat_template.jinja"})
 """Known files that may be added to an export later."""
-K_SHIFT = "qat_patch_k_shift.safetensors"
+SHIFT_FILES = {which: f"qat_patch_{which}.safetensors" for which in SHIFTS}
 """Beside the weights of a model: a float32 tensor [key heads, head dim] for each patched module, by its name."""
 REFERENCE = "qat_patch_reference.safetensors"
 """Beside the weights of a model: an input and the exported model's output for it; see golden_output.py."""
@@ -30,9 +31,8 @@ _TOKENIZER = (
 )
 # Files that a server reads, but no host library.
 _FOR_SERVERS = ("hf_quant_config.json",)
-_LOADED = re.compile(
-    "|".join((_WEIGHTS, _ADAPTERS, _CONFIGS, _TOKENIZER, *map(re.escape, (K_SHIFT, REFERENCE, REFERENCE_FOR_SERVERS)))), re.ASCII
-)
+_OURS = (*SHIFT_FILES.values(), REFERENCE, REFERENCE_FOR_SERVERS)
+_LOADED = re.compile("|".join((_WEIGHTS, _ADAPTERS, _CONFIGS, _TOKENIZER, *map(re.escape, _OURS))), re.ASCII)
 _CHAT_TEMPLATE = re.compile(r"[\w-]{1,64}\.jinja", re.ASCII)
 # For people; host libraries never see them: pictures of a model card, licences, and files that the Hub adds.
 _FOR_PEOPLE = re.compile(
@@ -44,6 +44,7 @@ LEFT_BY_DOWNLOADS = (".git", ".cache")
 """Folders at the top that git and `hf download` leave; we ignore them."""
 _PLAIN = re.compile(r"(?:[A-Za-z0-9_][\w.+-]*/)*[A-Za-z0-9_][\w.+-]*", re.ASCII)
 _LONGEST_NAME = 255
+_BESIDE_WEIGHTS = ("config.json", "generation_config.json", *SHIFT_FILES.values())
 
 
 def holds_tokenizer(names: Iterable[str]) -> bool:
@@ -107,13 +108,11 @@ def is_weights(name: str) -> bool:
 def weights_of_a_base_model(host: str) -> list[str]:
     """Patterns of the files to download of a base model. They match no other parts of a pipeline."""
     stem = "model" if host == "transformers" else "diffusion_pytorch_model"
-    names = ["config.json", "generation_config.json", K_SHIFT, f"{stem}*.safetensors", f"{stem}.safetensors.index.json"]
+    names = [*_BESIDE_WEIGHTS, f"{stem}*.safetensors", f"{stem}.safetensors.index.json"]
     return names if host == "transformers" else [*names, *(f"{part}/{name}" for part in LOADING_ADAPTERS for name in names)]
 
 
 def of_a_base_model(name: str) -> bool:
     """Whether we take this file of a base model: its config and weights, for a pipeline those of its transformer."""
     folder, _, file = name.rpartition("/")
-    return folder in ("", *LOADING_ADAPTERS) and (
-        file in ("config.json", "generation_config.json", K_SHIFT) or re.fullmatch(_WEIGHTS, file) is not None
-    )
+    return folder in ("", *LOADING_ADAPTERS) and (file in _BESIDE_WEIGHTS or re.fullmatch(_WEIGHTS, file) is not None)

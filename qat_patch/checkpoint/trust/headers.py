@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 from qat_patch.metadata import METHOD
 
-from ..k_shift import readable
+from ..shifts import readable
 from .adapter_keys import refused_in_adapters
-from .file_names import K_SHIFT, REFERENCE, check_plain
+from .file_names import REFERENCE, SHIFT_FILES, check_plain
 from .plain_json import parse_json, read_json
 
-_BESIDE = {K_SHIFT, REFERENCE}
+_BESIDE = {*SHIFT_FILES.values(), REFERENCE}
 _ADAPTER_METADATA = "lora_adapter_metadata"
 """The header key of adapter weights in which diffusers keeps their config."""
 _PREFIX = "transformer."

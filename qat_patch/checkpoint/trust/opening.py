@@ -73,7 +73,8 @@ def base_model(export: ExportFolder) -> Iterator[Path]:
 
 def _take_base(copy: PrivateCopy) -> None:
     copy.take([name for name in copy.files if file_names.is_weights(name) or name.endswith(".index.json")])
-    weights = [name for name in copy.files if file_names.is_weights(name) and name.rpartition("/")[2] != file_names.K_SHIFT]
+    beside = file_names.SHIFT_FILES.values()
+    weights = [name for name in copy.files if file_names.is_weights(name) and name.rpartition("/")[2] not in beside]
     if not weights:
         raise ValueError(
             f"load_checkpoint: expected a base model with a config and safetensors weights in {copy.source}, and found none; "

@@ -248,22 +248,22 @@ def _knowing_layers(dispatch: Callable[..., torch.Tensor]) -> Callable[..., torc
             layer.observer(layer, call)
             return out
         query, key, value = under_autocast(query, key, value)
-        k_shift = layer.shift_on(key.device)
+        shifts = layer.shifts_on(key.device)
 
-        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, k_shift: torch.Tensor | None) -> torch.Tensor:
-            options: dict[str, Any] = {"spec": layer.spec, "causal": causal, "scale": scale, "impl": layer.impl}
-            out = attention(query, key, value, key_mask=key_mask, bounds=seen.bounds, k_shift=k_shift, **options)
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shifts: dict[str, torch.Tensor]) -> torch.Tensor:
+            options: dict[str, Any] = {"spec": layer.spec, "causal": causal, "scale": scale, "impl": layer.impl} | shifts
+            out = attention(query, key, value, key_mask=key_mask, bounds=seen.bounds, **options)
             if layer.probed:
                 layer.note_call()
             return out
 
         if context is not None:
-            return context_parallel.attend(attend, query, key, value, k_shift, context)
+            return context_parallel.attend(attend, query, key, value, shifts, context)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         if (listener := listeners.listener()) is None:
-            out = attend(query, key, value, k_shift)
+            out = attend(query, key, value, shifts)
         else:
-            heard = functools.partial(attend, k_shift=k_shift)
+            heard = functools.partial(attend, shifts=shifts)
             told = attn_mask if seen.bounds is not None or key_mask is None else key_mask[:, None, None]
             out = listeners.heard(heard, query, key, value, told, causal, scale)
             if layer.probed and not layer.reached:

@@ -22,15 +22,15 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    k_shift: torch.Tensor | None,
+    shifts: dict[str, torch.Tensor],
     config: Any,
 ) -> torch.Tensor:
     """Attention over the tokens of all ranks.
 
     Args:
-        attention: a function of query, key, value [B, H, L, D] and k_shift.
+        attention: a function of query, key, value [B, H, L, D] and shifts.
         query, key, value: those of this rank, [B, L / ranks, H, D], self-attention.
-        k_shift: for all heads, [H, D].
+        shifts: K and Q shifts for all heads, [H, D].
         config: diffusers' ContextParallelConfig.
 
     Returns:
@@ -55,12 +55,11 @@ def attend(
                 f"and {key.shape[2]} key heads"
             )
         query, key, value = (SeqAllToAllDim.apply(ulysses, x, 2, 1) for x in (query, key, value))
-        if k_shift is not None:
-            k_shift = k_shift.chunk(ranks)[dist.get_rank(ulysses)]
+        shifts = {which: shift.chunk(ranks)[dist.get_rank(ulysses)] for which, shift in shifts.items()}
     if config.ring_degree > 1:
         ring = config._ring_mesh.get_group()
         key, value = (_Gather.apply(x, ring) for x in (key, value))
-    out = attention(*(x.transpose(1, 2) for x in (query, key, value)), k_shift=k_shift).transpose(1, 2)
+    out = attention(*(x.transpose(1, 2) for x in (query, key, value)), shifts=shifts).transpose(1, 2)
     return out if ulysses is None else SeqAllToAllDim.apply(ulysses, out.contiguous(), 1, 2)
 
 

@@ -79,7 +79,7 @@ def attention_forward(
         raise ValueError(f"4-bit attention ({layer.name}): {error}") from None
     features: dict[str, Any] = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     extras = features | {"window": None if causal.bounds else window, "bounds": causal.bounds}
-    options: dict[str, Any] = {"spec": layer.spec, "scale": scaling, "impl": layer.impl, "k_shift": layer.shift_on(query.device)}
+    options: dict[str, Any] = {"spec": layer.spec, "scale": scaling, "impl": layer.impl, **layer.shifts_on(query.device)}
     if not isinstance(key, torch.Tensor):
         if packing is not None:
             raise ValueError(f"{layer.name}: expected no cache with packed samples, got an FP4 cache; pass use_cache=False")

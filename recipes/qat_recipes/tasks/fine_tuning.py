@@ -23,6 +23,7 @@ from qat_patch import (
 from qat_patch.checkpoint.adapters import adapter_owner, check_comfy
 from qat_patch.checkpoint.exportable import check_linears
 from qat_patch.checkpoint.integrity import written_aside
+from qat_patch.layer import Shifts
 from qat_patch.linear.handle import GlobalScales
 from qat_patch.patch import require_handle
 from qat_patch.servers import check_servable, check_spec
@@ -321,7 +322,7 @@ class FineTuning(Task, Generic[Settings]):
             weights = {name: x for name, x in weights.items() if f".{OWN}." in name}
         # With the measured scales, which are not in the weights.
         scales = None if (linears := get_linear_handle(trained)) is None else linears.scales
-        model = self._build(component, lora, require_handle(trained).k_shift, scales)
+        model = self._build(component, lora, require_handle(trained).shifts, scales)
         missing, unexpected = model.load_state_dict(weights, strict=False)
         if lost := [*unexpected, *(name for name in missing if lora is None or f".{OWN}." in name)]:
             raise RuntimeError(f"export: {lost[0]} is in one of the trained and the exported model only")
@@ -331,7 +332,7 @@ class FineTuning(Task, Generic[Settings]):
         self,
         component: str | None,
         lora: LoraSettings | None,
-        k_shift: dict[str, torch.Tensor] | None = None,
+        shifts: Shifts | None = None,
         scales: dict[str, GlobalScales] | None = None,
         *,
         is_split: bool = False,
@@ -350,7 +351,7 @@ class FineTuning(Task, Generic[Settings]):
             self.split_tokens(model)
         if lora is not None:
             model = add_adapters(model, lora, self.lora_targets, settings.seed)
-        handle, linears = patch_model(model, settings.qat, k_shift=k_shift), None
+        handle, linears = patch_model(model, settings.qat, **shifts or {}), None
         alone = lora is not None and lora.export == "adapters"
         if settings.linear is not None:
             linears = quantize_linears(

@@ -1,5 +1,5 @@
-"""Measurements before the first step: mean keys (`k_shift`) and ranges of inputs. They apply from then on, and are in
-checkpoints."""
+"""Measurements before the first step: means of K and Q (`k_shift`, `q_shift`) and ranges of inputs. They apply from then on,
+and are in checkpoints."""
 
 from __future__ import annotations
 
@@ -11,32 +11,40 @@ import torch
 from accelerate import Accelerator
 
 from qat_patch import LinearHandle, PatchHandle, calibrate
+from qat_patch.layer import SHIFTS, Shifts
 
 from .objective import CalledWithBatch, Objective
 
 
 class Calibration:
-    """`handle.k_shift` for Accelerate to save and load: it is not in the model's state_dict."""
+    """`handle.shifts` for Accelerate to save and load: they are not in the model's state_dict."""
 
-    def __init__(self, handle: PatchHandle, accelerator: Accelerator, exclude: Sequence[str] = ()) -> None:
-        """`exclude`: patterns of modules that get no shift, as for `calibrate`."""
-        self.handle, self.device, self.exclude = handle, accelerator.device, exclude
+    def __init__(
+        self, handle: PatchHandle, accelerator: Accelerator, exclude: Sequence[str] = (), shifts: Sequence[str] = tuple(SHIFTS)
+    ) -> None:
+        """`exclude` and `shifts`: as for `calibrate`."""
+        self.handle, self.device, self.exclude, self.shifts = handle, accelerator.device, exclude, shifts
 
     def measure(self, objective: Objective, model: torch.nn.Module, batches: Sequence[Any]) -> None:
-        """Measure and apply the mean keys over batches of every process. The random numbers of the training do not change."""
+        """Measure and apply the means over batches of every process. The random numbers of the training do not change."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            calibrate(CalledWithBatch(objective, model), batches, exclude=self.exclude)
+            calibrate(CalledWithBatch(objective, model), batches, exclude=self.exclude, shifts=self.shifts)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.handle.k_shift
+    def state_dict(self) -> Shifts:
+        return {which: found for which, found in self.handle.shifts.items() if found}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: Shifts) -> None:
         patched = self.handle.patched
-        expected = {name for name in patched if not any(fnmatchcase(name, pattern) for pattern in self.exclude)}
-        if state.keys() != expected or any(x.dim() != 2 or x.dtype != torch.float32 for x in state.values()):
-            raise ValueError("expected the mean keys of every patched module that is calibrated, float32 [key heads, head_dim]")
-        for name, shift in state.items():
-            patched[name].k_shift = shift
+        calibrated = {name for name in patched if not any(fnmatchcase(name, pattern) for pattern in self.exclude)}
+        for which in SHIFTS:
+            found, expected = state.get(which, {}), calibrated if which in self.shifts else set()
+            is_right = found.keys() == expected
+            if which == "k_shift" and "q_shift" in self.shifts:  # some modules can have a Q shift only
+                is_right = found.keys() <= expected
+            if not is_right or any(x.dim() != 2 or x.dtype != torch.float32 for x in found.values()):
+                raise ValueError(f"expected {which} of every patched module that is calibrated, float32 [key heads, head_dim]")
+            for name, shift in found.items():
+                setattr(patched[name], which, shift)
 
 
 class LinearCalibration:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from qat_patch.checkpoint import integrity
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "checkpoint.json"
 """Written last: the recipe's state, and size and SHA-256 of every other file, with a hash of itself."""
 

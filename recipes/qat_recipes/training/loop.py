@@ -126,7 +126,9 @@ class _Run:
         self.scheduler = get_scheduler(schedule, optimizer, settings.warmup_steps, settings.steps)
         self.average = WeightAverage(task.model, settings.ema_decay, accelerator) if settings.ema_decay else None
         self.calibration = (
-            Calibration(task.handle, accelerator, settings.calibration_exclude) if settings.calibration_batches else None
+            Calibration(task.handle, accelerator, settings.calibration_exclude, settings.calibration_shifts)
+            if settings.calibration_batches
+            else None
         )
         linears, self.linear_calibration = get_linear_handle(task.model), None
         if linears is not None and settings.linear_batches:

@@ -46,11 +46,12 @@ class TrainingSettings:
     """Linear layers in NVFP4 too, rounded by compressed-tensors and exported packed for vLLM and SGLang (docs/SERVERS.md). null:
     unchanged. The held-out loss is measured with only 4-bit attention, only 4-bit linear layers, both, and neither."""
     calibration_batches: int = 0
-    """Before the first step, measure the mean keys that are subtracted before quantization (`k_shift`) on this many of the first
-    batches of each process; 0: nothing is subtracted."""
+    """Before the first step, measure the means of K and Q that are subtracted before quantization (`calibration_shifts`) on this
+    many of the first batches of each process; 0: nothing is subtracted."""
+    calibration_shifts: tuple[Literal["k_shift", "q_shift"], ...] = ("k_shift", "q_shift")
+    """Which means to measure and subtract: of K, of Q, or of both."""
     calibration_exclude: tuple[str, ...] = ()
-    """Patterns of patched modules that get no `k_shift`, such as ["*.attn2"] of Wan's image to video, which attends to text and
-    to an image in one call."""
+    """Patterns of patched modules that get no shifts."""
     distillation: float = 0.0
     """The weight in the loss of the distance to the teacher, which is the starting model with original attention and linear
     layers. 0: only the loss of the task; 1: only the distance; between: a mix. Without adapters the teacher is a second model in
@@ -128,7 +129,14 @@ class TrainingSettings:
         need(
             not self.calibration_batches or shifts,
             "calibration_batches",
-            f"0 with preset {self.qat.spec.preset}, which has no K shifts",
+            f"0 with preset {self.qat.spec.preset}, which has no shifts",
+        )
+        both = ("k_shift", "q_shift")
+        need(len(self.calibration_shifts) > 0, "calibration_shifts", "k_shift, q_shift or both; for none: calibration_batches=0")
+        need(
+            self.calibration_batches > 0 or self.calibration_shifts == both,
+            "calibration_shifts",
+            "its default without calibration_batches",
         )
         need(
             self.calibration_batches > 0 or not self.calibration_exclude, "calibration_exclude", "[] without calibration_batches"

@@ -89,7 +89,7 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
         spec, shifted = _options_of(name)
         with qat_patch.patch_model(model, AttnQATConfig(spec=spec, exclude=left_out)) as handle:
             if shifted:
-                qat_patch.calibrate(model, calibration)
+                qat_patch.calibrate(model, calibration, shifts=("k_shift",))
             yield handle
 
 

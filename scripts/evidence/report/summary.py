@@ -89,8 +89,8 @@ def _untrained(results: Results) -> str:
     entries = results("untrained_language")
     names = ("nvfp4", "nvfp4+rotate", "nvfp4+four_over_six", "nvfp4+k_shift", "nvfp4+rotate+four_over_six+k_shift")
     names += ("definition+q_shift", length.Q_SHIFT, "p_only", "v_only", "sage3")
-    titles = {"nvfp4": "plain NVFP4", length.Q_SHIFT: f"{_WITH_Q_SHIFT}, not in the kernels"}
-    titles["definition+q_shift"] = f"{ATTENTIONS['definition+q_shift'].removeprefix('with ')}, not in the kernels"
+    titles = {"nvfp4": "plain NVFP4", length.Q_SHIFT: f"{_WITH_Q_SHIFT}, eager baseline"}
+    titles["definition+q_shift"] = f"{ATTENTIONS['definition+q_shift'].removeprefix('with ')}, eager baseline"
     rows = []
     for name in names:
         extra = estimate(difference([entries[name]["loss"]], [entries["original"]["loss"]]))

@@ -24,8 +24,8 @@ def qkv(batch=2, queries=40, keys=53, heads=4, key_heads=4, seed=0):
     return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
-def dispatch(q, k, v, mask=None, spec=SPECS[0], k_shift=None, **kwargs):
-    layer = AttentionLayer(name="blocks.0.attn1", spec=spec, original=None, k_shift=k_shift)
+def dispatch(q, k, v, mask=None, spec=SPECS[0], k_shift=None, q_shift=None, **kwargs):
+    layer = AttentionLayer(name="blocks.0.attn1", spec=spec, original=None, k_shift=k_shift, q_shift=q_shift)
     return diffusers_adapter._knowing_layers(dispatch_attention_fn)(q, k, v, mask, backend=layer, **kwargs)
 
 
@@ -126,12 +126,14 @@ def test_calls_without_a_layer_go_to_the_stock_dispatcher():
     assert vars(transformer_wan)["dispatch_attention_fn"] is first  # wrapped once
 
 
-def test_each_spec_and_shift_reaches_attention():
-    shift = torch.randn(4, 32, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("which", [("k_shift",), ("q_shift",), ("k_shift", "q_shift")])
+def test_each_spec_and_shift_reaches_attention(which):
+    generator = torch.Generator().manual_seed(3)
+    shifts = {each: torch.randn(4, 32, generator=generator) for each in which}
     outputs = []
     for spec in SPECS:
-        outputs.append(dispatch(*qkv(), spec=spec, k_shift=shift))
-        assert torch.equal(outputs[-1], direct(*qkv(), spec=spec, k_shift=shift))
+        outputs.append(dispatch(*qkv(), spec=spec, **shifts))
+        assert torch.equal(outputs[-1], direct(*qkv(), spec=spec, **shifts))
         assert not torch.equal(outputs[-1], direct(*qkv(), spec=spec))
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
 

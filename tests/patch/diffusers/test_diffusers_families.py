@@ -1,7 +1,6 @@
 """Every family of Diffusers models in every mode: the tests behind docs/MODELS.md."""
 
 import re
-from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ def compiled(family, monkeypatch):
     """One graph, with gradient checkpointing in it, forward and backward."""
     torch._dynamo.reset()
     model, inputs = family.patched().train(), family.inputs()
-    calibrate(model, [inputs], exclude=family.no_shift)
+    calibrate(model, [inputs])
     model.enable_gradient_checkpointing()
     plain = gradients(model, inputs)
     model.compile(fullgraph=True, backend="aot_eager")
@@ -99,7 +98,7 @@ def compiled_blocks(family, monkeypatch):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         if name == "patched":
-            calibrate(model, [inputs], exclude=family.no_shift)
+            calibrate(model, [inputs])
         before = run(model, inputs)
         model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
         assert relative(run(model, inputs), before) < 1e-5
@@ -186,12 +185,11 @@ def calibrated(family, monkeypatch):
     before = run(model, inputs)
     report = sensitivity(model, [inputs])
     assert all(0 < layer.error < 1 for layer in report.layers)
-    if family.no_shift:
+    if family.no_k_shift:
         with pytest.raises(ValueError, match="attends to several sets of keys"):
-            calibrate(model, [inputs])
-    calibrate(model, [inputs], exclude=family.no_shift)
-    without = {name for name in get_handle(model).patched if any(fnmatch(name, pattern) for pattern in family.no_shift)}
-    assert get_handle(model).k_shift.keys() == get_handle(model).patched.keys() - without
+            calibrate(model, [inputs], shifts=("k_shift",))
+    calibrate(model, [inputs])
+    family.check_shifts(get_handle(model))
     assert not torch.equal(run(model, inputs), before)
 
 

@@ -243,12 +243,13 @@ def test_compiled_in_one_graph():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert relative(velocity(compiled), patched) < 1e-6
     assert get_handle(compiled) is handle
-    calibrate(compiled, [wan_inputs(i2v=True)], exclude=["*.attn2"])  # runs eagerly
+    calibrate(compiled, [wan_inputs(i2v=True)])  # runs eagerly
+    assert len(handle.k_shift) == 2 and len(handle.q_shift) == 4
     shifted = velocity(model)
     assert not torch.equal(shifted, patched)
     assert relative(velocity(compiled), shifted) < 1e-6
     for layer in handle.patched.values():
-        layer.k_shift = None
+        layer.k_shift = layer.q_shift = None
     with get_handle(compiled).disabled():
         assert relative(velocity(compiled), stock) < 1e-6
     assert relative(velocity(compiled), patched) < 1e-6

@@ -238,9 +238,12 @@ def test_ip_adapters_are_patched_with_the_model(calls):
     assert relative(patched, before) > 1e-3
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(flux(clone), patched) and list(clone.state_dict()) == list(state)
+    images = {"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(1, 4, 16)]}}
     with pytest.raises(ValueError, match="transformer_blocks.0.attn attends to several sets of keys"):
-        images = {"joint_attention_kwargs": {"ip_adapter_image_embeds": [torch.randn(1, 4, 16)]}}
-        calibrate(model, [FLUX.inputs() | images])
+        calibrate(model, [FLUX.inputs() | images], shifts=("k_shift",))
+    calibrate(model, [FLUX.inputs() | images])
+    handle = get_handle(model)
+    assert handle.q_shift.keys() - handle.k_shift.keys() == {"transformer_blocks.0.attn"}
     unpatch_model(model)
     assert torch.equal(flux(model), before)
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
@@ -293,11 +296,14 @@ def test_backends_are_refused_whole():
         clone.reset_attention_backend()
 
 
-def test_a_shift_for_two_sets_of_keys_is_refused_however_it_is_called():
+def test_two_sets_of_keys_are_seen_however_attention_is_called():
     model = tiny_wan(i2v=True)
-    patch_model(model)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="blocks.0.attn2 attends to several sets"):
+    handle = patch_model(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="blocks.0.attn2 attends to several sets"):
+            calibrate(model, [wan_inputs(i2v=True)], shifts=("k_shift",))
         calibrate(model, [wan_inputs(i2v=True)])
+    assert handle.q_shift.keys() - handle.k_shift.keys() == {"blocks.0.attn2", "blocks.1.attn2"}
     plain = tiny_wan()
     patch_model(plain)  # other texts in other calls are no other sets of keys
     batches = [wan_inputs(False), wan_inputs(False) | {"encoder_hidden_states": torch.randn(2, 512, 32)}]

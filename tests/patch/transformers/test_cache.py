@@ -12,7 +12,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 from transformers.models.mllama import modeling_mllama
 
 from qat_kernels import KVCache, QuantSpec
-from qat_patch import AttnQATConfig, patch_model
+from qat_patch import AttnQATConfig, calibrate, patch_model
 from qat_patch.hosts.transformers.cache import FP4Layer, cache_argument
 from support.families import every_causal_lm
 from support.families.families import lively, relative
@@ -44,6 +44,20 @@ def test_equals_full_recomputation_also_with_left_padding(build, config):
     cache = handle.cache()
     assert torch.equal(generate(model, padded, attention_mask=mask, past_key_values=cache), full)
     assert cache.get_seq_length() == 30 + 40 - 1
+    assert all(isinstance(layer, FP4Layer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_with_calibrated_shifts_too(family):
+    """Gemma 2 has a soft cap, and so a Q shift only."""
+    model, ids = every_causal_lm.build(family), token_ids(length=21) % 97 + 3
+    padded, mask = pad(ids, 9, "left")
+    handle = patch_model(model)
+    calibrate(model, [ids])
+    assert len(handle.q_shift) == 2 and len(handle.k_shift) == (2 if family == "qwen3" else 0)
+    full = generate(model, padded, attention_mask=mask, use_cache=False)
+    cache = handle.cache()
+    assert torch.equal(generate(model, padded, attention_mask=mask, past_key_values=cache), full)
     assert all(isinstance(layer, FP4Layer) for layer in cache.layers)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from qat_patch import patch_model
+from qat_patch import calibrate, patch_model
 from qat_patch.hosts.transformers.cache import FP4Layer, cache_argument
 from support.families import every_causal_lm
 from support.families.families import relative
@@ -139,6 +139,27 @@ def test_outputs_and_gradients_are_the_oracles(number, padded):
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True) if b.any()) < 1e-9
     assert relative(found[0], logits(stock(number), ids, **given)[mask.bool()]) > 1e-3
     assert all(a.any() == b.any() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss"])
+def test_with_calibrated_shifts_they_are_the_oracles(family):
+    """Those with a soft cap or sinks have a Q shift only."""
+    model = every_causal_lm.build(family)
+    both = [pad(token_ids(batch=1, length=25) % 97 + 3, 5, side) for side in ("left", "right")]
+    ids, mask = (torch.cat(x) for x in zip(*both, strict=True))
+    given = {"attention_mask": mask, "use_cache": False}
+    other, handle = copy.deepcopy(model), patch_model(model)
+    plain = logits(model, ids, **given)[mask.bool()]
+    calibrate(model, [{"input_ids": ids} | given])
+    shifts = handle.shifts
+    assert len(shifts["q_shift"]) == len(handle.patched) and bool(shifts["k_shift"]) == (family == "qwen3")
+    found = results(lambda model: model(ids, **given).logits, model, mask, True)
+    expected = results(
+        lambda model: every_causal_lm.with_oracle(model, list(handle.patched), ids, mask, shifts), other, mask, True
+    )
+    assert len(found) == len(expected) > 10
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True) if b.any()) < 1e-9
+    assert relative(found[0], plain) > 1e-3
 
 
 def fp4(kind, handle):

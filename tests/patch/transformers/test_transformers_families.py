@@ -179,8 +179,7 @@ def lora(family, monkeypatch, tmp_path):
 def packed(family, monkeypatch):
     """Samples one after the other in a row, told apart by position_ids: each as if alone, forward and backward."""
     model, ids = family.patched(torch.float64).train(), token_ids(batch=1, length=60)
-    if "`calibrate`, `sensitivity`" not in family.refused_modes:
-        calibrate(model, [ids])
+    calibrate(model, [ids])
     positions = torch.cat([torch.arange(23), torch.arange(37)])[None]
     whole = model(ids, position_ids=positions, use_cache=False).logits
     whole.square().sum().backward()
@@ -198,7 +197,7 @@ def calibrated(family, monkeypatch):
     report = sensitivity(model, [inputs])
     assert all(0 < layer.error < 1 for layer in report.layers)
     calibrate(model, [inputs])
-    assert get_handle(model).k_shift.keys() == get_handle(model).patched.keys()
+    family.check_shifts(get_handle(model))
     assert not torch.equal(logits(model, **inputs), before)
 
 

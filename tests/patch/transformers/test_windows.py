@@ -150,12 +150,16 @@ SIZES = {
 }
 
 
-def test_modules_with_a_cap_are_not_calibrated():
-    model = lively(Gemma2ForCausalLM(Gemma2Config(**SIZES))).eval()
-    patch_model(model)
+def test_modules_with_a_cap_get_a_q_shift_only():
+    model, ids = lively(Gemma2ForCausalLM(Gemma2Config(**SIZES))).eval(), token_ids(length=20)
+    handle = patch_model(model)
     with pytest.raises(ValueError, match=r"calibrate: model\.layers\.0\.self_attn has a soft cap of the scores"):
-        calibrate(model, [token_ids(length=20)])
-    assert not get_handle(model).k_shift
+        calibrate(model, [ids], shifts=("k_shift",))
+    assert not any(handle.shifts.values())
+    before = logits(model, ids)
+    calibrate(model, [ids])
+    assert list(handle.q_shift) == list(handle.patched) and not handle.k_shift
+    assert not torch.equal(logits(model, ids), before)
 
 
 def test_a_mask_with_another_window_than_the_module_asks_for_is_refused(models):

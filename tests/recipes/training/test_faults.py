@@ -185,4 +185,4 @@ def test_every_bit_of_the_manifest_counts(run, tmp_path):
             checkpoints.check(tmp_path / "checkpoint-2")
     file.write_bytes(data)
     assert checkpoints.check(tmp_path / "checkpoint-2") == {"step": 2}
-    assert json.loads(data)["format_version"] == 3
+    assert json.loads(data)["format_version"] == 4

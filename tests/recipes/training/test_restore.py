@@ -104,16 +104,17 @@ def small(tmp_path, monkeypatch):
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    shifts = {"attention": torch.ones(2, 3)}
-    handle = SimpleNamespace(patched={"attention": SimpleNamespace()}, k_shift=shifts)
+    shifts = {"k_shift": {"attention": torch.ones(2, 3)}, "q_shift": {"attention": torch.zeros(2, 3)}}
+    handle = SimpleNamespace(patched={"attention": SimpleNamespace()}, shifts=shifts)
     registered = [get_scheduler("linear", optimizer, 1, 4), EMAModel(model.parameters()), Calibration(handle, accelerator)]
     accelerator.register_for_checkpointing(*registered)
     accelerator.save_state(tmp_path / "checkpoint")
-    handle.k_shift = {}
+    handle.shifts = {"k_shift": {}, "q_shift": {}}
 
     def load_it(left_out=frozenset()):
         found = restore.load(accelerator, tmp_path / "checkpoint", model, optimizer, registered, left_out=left_out)
-        assert torch.equal(handle.patched["attention"].k_shift, shifts["attention"])
+        for which, found in shifts.items():
+            assert torch.equal(getattr(handle.patched["attention"], which), found["attention"])
         return found
 
     return load_it
@@ -152,8 +153,14 @@ def shapes(state):
         (SCHEDULE, lambda x: x | {"last_epoch": "1"}, "of the types"),
         (AVERAGE, without("shadow_params"), r"\(EMAModel\) .* expected .*shadow_params"),
         (AVERAGE, shapes, "of the types and shapes"),
-        (SHIFTS, lambda x: {}, r"\(Calibration\) .* expected the mean keys of every patched module"),
-        (SHIFTS, lambda x: {name: value[0] for name, value in x.items()}, "expected the mean keys"),
+        (SHIFTS, lambda x: {}, r"\(Calibration\) .* expected q_shift of every patched module"),
+        (
+            SHIFTS,
+            lambda x: x | {"k_shift": x["k_shift"] | {"other": torch.ones(2, 3)}},
+            "expected k_shift of every patched module",
+        ),
+        (SHIFTS, lambda x: x | {"q_shift": {name: value[0] for name, value in x["q_shift"].items()}}, "expected q_shift"),
+        (SHIFTS, lambda x: x | {"k_shift": {name: value.double() for name, value in x["k_shift"].items()}}, "expected k_shift"),
     ],
 )
 def test_what_is_missing_or_does_not_fit_stops_the_run(small, tmp_path, name, change, message):
@@ -203,7 +210,7 @@ def test_a_state_of_other_types(killed, inputs, state):
 def test_checkpoints_of_an_older_version_are_named(killed, inputs):
     file = killed / "checkpoint-1" / "checkpoint.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 2}))
-    with pytest.raises(ValueError, match="checkpoint-1 has format_version 2, and this program reads 3"):
+    with pytest.raises(ValueError, match="checkpoint-1 has format_version 2, and this program reads 4"):
         resume(inputs, killed)
 
 

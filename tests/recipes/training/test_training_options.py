@@ -64,40 +64,54 @@ def test_calibration(inputs, tmp_path):
     options = {"calibration_batches": 3, "checkpoint_every": 2, "model.gradient_checkpointing": "true"}
     records = finetune(inputs, tmp_path / "whole", **options)
     assert [r["loss"] for r in records] != [r["loss"] for r in finetune(inputs, tmp_path / "plain")]
-    shifts = get_handle(load_checkpoint(tmp_path / "whole" / "export")).k_shift
+    shifts = get_handle(load_checkpoint(tmp_path / "whole" / "export")).shifts
 
     chosen = read_settings(Settings, command_line(settings(inputs, tmp_path / "no")))
     task = LanguageModeling(chosen, Accelerator())
     batches = [default_collate([task.train_data[i] for i in indices]) for indices in task.batches(0, 3)]
     calibrate(CalledWithBatch(task.objective, task.model), batches)
-    assert shifts.keys() == get_handle(task.model).k_shift.keys() and len(shifts) == 2
-    for name, shift in get_handle(task.model).k_shift.items():
-        torch.testing.assert_close(shifts[name], shift)
+    assert len(shifts["k_shift"]) == len(shifts["q_shift"]) == 2
+    torch.testing.assert_close(shifts, get_handle(task.model).shifts)
 
     run_until_killed(finetune_qwen3, settings(inputs, tmp_path / "killed", **options), "checkpoint-4")
     assert finetune(inputs, tmp_path / "killed", resume="latest", **options) == records
-    again = get_handle(load_checkpoint(tmp_path / "killed" / "export")).k_shift
-    assert all(torch.equal(again[name], shift) for name, shift in shifts.items())
+    again = get_handle(load_checkpoint(tmp_path / "killed" / "export")).shifts
+    torch.testing.assert_close(again, shifts, rtol=0, atol=0)
+
+    alone = options | {"calibration_shifts": "['q_shift']"}
+    finetune(inputs, tmp_path / "alone", **alone)
+    handle = get_handle(load_checkpoint(tmp_path / "alone" / "export"))
+    assert not handle.k_shift
+    torch.testing.assert_close(handle.q_shift, shifts["q_shift"], rtol=0, atol=0)
+    for wrong, message in (
+        ("[]", "expected k_shift, q_shift or both"),
+        ("['v_shift']", "expected k_shift or q_shift, got"),
+    ):
+        with pytest.raises(ValueError, match=f"calibration_shifts.*{message}"):
+            finetune(inputs, tmp_path / "wrong", **options | {"calibration_shifts": wrong})
+    with pytest.raises(ValueError, match="calibration_shifts: expected its default without calibration_batches"):
+        finetune(inputs, tmp_path / "nothing", calibration_shifts="['q_shift']")
 
 
 def test_modules_are_left_out_of_calibration(inputs, tmp_path):
     """They have no shift in the run, in its checkpoints, and in the export; the others' are those that all would have."""
     options = {"calibration_batches": 3, "checkpoint_every": 2}
     finetune(inputs, tmp_path / "all", **options)
-    expected = get_handle(load_checkpoint(tmp_path / "all" / "export")).k_shift
+    expected = get_handle(load_checkpoint(tmp_path / "all" / "export")).shifts
     left_out = options | {"calibration_exclude": "['*.0.*']"}
     records = finetune(inputs, tmp_path / "some", **left_out)
     handle = get_handle(load_checkpoint(tmp_path / "some" / "export"))
-    (name,) = handle.k_shift
-    assert name == "model.layers.1.self_attn" and len(handle.patched) == 2
-    assert torch.equal(handle.k_shift[name], expected[name])
+    name = "model.layers.1.self_attn"
+    assert len(handle.patched) == 2
+    kept = {which: {name: found[name]} for which, found in expected.items()}
+    torch.testing.assert_close(handle.shifts, kept, rtol=0, atol=0)
 
     run_until_killed(finetune_qwen3, settings(inputs, tmp_path / "killed", **left_out), "checkpoint-4")
     for changed in ("[]", "['*.1.*']"):
         with pytest.raises(ValueError, match="calibration_exclude"):
             finetune(inputs, tmp_path / "killed", resume="latest", **options | {"calibration_exclude": changed})
     assert finetune(inputs, tmp_path / "killed", resume="latest", **left_out) == records
-    assert list(get_handle(load_checkpoint(tmp_path / "killed" / "export")).k_shift) == [name]
+    torch.testing.assert_close(get_handle(load_checkpoint(tmp_path / "killed" / "export")).shifts, kept, rtol=0, atol=0)
 
     with pytest.raises(ValueError, match=r"exclude: the pattern '\*.attn2' matches no patched module"):
         finetune(inputs, tmp_path / "typo", **options | {"calibration_exclude": "['*.attn2']"})
@@ -173,9 +187,11 @@ def test_samples_are_compared(tmp_path):
     options |= {"calibration_batches": 1, "samples.every": 1, "samples.clips": 1, "samples.inference_steps": 2}
     run(finetune_wan, options)
     assert any(shift.abs().max() > 0 for shift in get_handle(load_checkpoint(tmp_path / "run" / "export")).k_shift.values())
-    for record in log(tmp_path / "run"):
-        assert 10 < record["sample_psnr"] < 100 and 0.3 < record["sample_ssim"] < 1
+    records = log(tmp_path / "run")
+    for record in records:
+        assert 10 < record["sample_psnr"] <= 100 and 0.3 < record["sample_ssim"] < 1.001
         assert record["eval_velocity_error_between"] > 0
+    assert any(record["sample_psnr"] < 100 for record in records)  # few pixels: some samples may be equal
     from qat_recipes.tasks.samples import psnr, ssim
 
     video = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(0)).numpy()

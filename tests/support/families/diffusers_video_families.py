@@ -107,7 +107,7 @@ FAMILIES = [
         wan_i2v,
         lambda: video(channels=12, text=512) | {"encoder_hidden_states_image": randn(1, 257, 8)},
         calls=6,
-        no_shift=("*.attn2",),
+        no_k_shift=("*.attn2",),
         refused_modes=FUSED,
     ),
     # expand_timesteps: one timestep for each of 2 * 4 * 3 tokens
@@ -146,7 +146,7 @@ FAMILIES = [
         lambda: WanAnimateTransformer3DModel(**WAN | ANIMATE, num_layers=2),
         animate,
         calls=8,
-        no_shift=("*.attn2",),
+        no_k_shift=("*.attn2",),
         refused_modes=FUSED,
         not_applicable=(FULLGRAPH,),
     ),

@@ -165,8 +165,8 @@ def reference(stock, layers, ids, mask, **inputs):
         return with_oracle(stock, layers, ids, mask, **inputs)
 
 
-def with_oracle(stock, layers, ids, mask, **inputs):
-    """The same, with gradients."""
+def with_oracle(stock, layers, ids, mask, shifts=None, **inputs):
+    """The same, with gradients. `shifts`: those of each kind by module name, as `patch_model` takes them."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -201,6 +201,7 @@ def with_oracle(stock, layers, ids, mask, **inputs):
             return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         reached.add(ours[module])
         options = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+        options |= {which: found.get(ours[module]) for which, found in (shifts or {}).items()}
         if attention_mask is None:
             out = oracle_attention(query, key, value, causal=True, **options)
         else:

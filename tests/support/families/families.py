@@ -1,12 +1,14 @@
 """What the tests of model families share."""
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
 from qat_patch import AttnQATConfig, patch_model
+from qat_patch.handle import PatchHandle
 
 
 class Family(NamedTuple):
@@ -24,8 +26,8 @@ class Family(NamedTuple):
     """What it hands to attention: none, bool or additive."""
     config: AttnQATConfig = AttnQATConfig()
     """What one has to set for this family."""
-    no_shift: tuple[str, ...] = ()
-    """Patterns of modules that attend to several sets of keys in one call, so that no K shift fits them."""
+    no_k_shift: tuple[str, ...] = ()
+    """Patterns of modules that no K shift fits: they attend to several sets of keys in one call, or have a soft cap or sinks."""
     refused: str | None = None
     """Part of the message that refuses the whole family."""
     refused_modes: Mapping[str, str] = MappingProxyType({})
@@ -42,6 +44,12 @@ class Family(NamedTuple):
         model = self.build(dtype)
         patch_model(model, self.config)
         return model
+
+    def check_shifts(self, handle: PatchHandle) -> None:
+        """`calibrate` gave every module a Q shift, and a K shift where one fits."""
+        without = {name for name in handle.patched if any(fnmatchcase(name, pattern) for pattern in self.no_k_shift)}
+        assert handle.q_shift.keys() == handle.patched.keys()
+        assert handle.k_shift.keys() == handle.patched.keys() - without
 
 
 def lively(model: torch.nn.Module) -> torch.nn.Module:

@@ -22,7 +22,6 @@ SLIDING = {"static cache": "nor a static one whose window slides"}
 # Older releases count chunks across samples.
 COUNTS_IN_SAMPLES = hasattr(masking_utils, "remap_positions_for_packed_sequence")
 CHUNKED = {} if COUNTS_IN_SAMPLES else {"packed samples": "unsupported mask"}
-NO_SHIFT = {"`calibrate`, `sensitivity`": "which sees what a K shift adds to all scores of a row"}
 FULLGRAPH = "`torch.compile(fullgraph=True)`, training"
 GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
@@ -51,7 +50,12 @@ FAMILIES = [
     Family("Mistral, no window", causal_lm("MistralConfig", sliding_window=None), inputs, calls=2),
     Family("Mistral", causal_lm("MistralConfig", sliding_window=12), inputs, calls=2, refused_modes=SLIDING),
     Family(
-        "Gemma 2", causal_lm("Gemma2Config", head_dim=16, sliding_window=12), inputs, calls=2, refused_modes=SLIDING | NO_SHIFT
+        "Gemma 2",
+        causal_lm("Gemma2Config", head_dim=16, sliding_window=12),
+        inputs,
+        calls=2,
+        no_k_shift=("*",),
+        refused_modes=SLIDING,
     ),
     Family(
         "Gemma 3",
@@ -82,8 +86,9 @@ FAMILIES = [
         causal_lm("GptOssConfig", head_dim=16, num_local_experts=2, num_experts_per_tok=2, sliding_window=12),
         inputs,
         calls=2,
+        no_k_shift=("*",),
         # The stock model does not separate them.
-        refused_modes=SLIDING | NO_SHIFT | {"packed samples": "position_ids restart inside a row (packed samples)"},
+        refused_modes=SLIDING | {"packed samples": "position_ids restart inside a row (packed samples)"},
     ),
     Family(
         "Llama 4, text",

@@ -33,7 +33,7 @@ def context_parallel(kind):
     expected, gradients = step(one, inputs)
     config = ContextParallelConfig(**{f"{kind}_degree": 2})
     two.enable_parallelism(config=config)
-    handle = qat_patch.patch_model(two, k_shift=qat_patch.get_handle(one).k_shift)
+    handle = qat_patch.patch_model(two, **qat_patch.get_handle(one).shifts)
     out, found = step(two, inputs)
     # Groups of 16 tokens lie across the ranks, and yet:
     assert torch.equal(out, expected)
@@ -63,20 +63,23 @@ def calibration():
     model = tiny_qwen3()
     handle = qat_patch.patch_model(model)
     qat_patch.calibrate(model, batches[dist.get_rank() :: 2])
-    found = handle.k_shift
+    found = handle.shifts
     everywhere = [None, None]
     dist.all_gather_object(everywhere, found)
-    assert all(torch.equal(everywhere[0][name], everywhere[1][name]) for name in found)
+    torch.testing.assert_close(everywhere[0], everywhere[1], rtol=0, atol=0)
     with torch.no_grad():
         alone = tiny_qwen3()
         handle = qat_patch.patch_model(alone)
         seen = []
-        with handle.observed(lambda layer, call: seen.append((layer.name, call.key.mean((0, 2))))):
+        with handle.observed(lambda layer, call: seen.append((layer.name, call))):
             for batch in batches:
                 alone(batch)
-    for name, shift in found.items():
-        expected = torch.stack([mean for layer, mean in seen if layer == name]).mean(0)
-        assert torch.allclose(shift, expected, atol=1e-5)
+    for name in handle.patched:
+        calls = [call for layer, call in seen if layer == name]
+        keys = torch.stack([call.key.mean((0, 2)) for call in calls]).mean(0)
+        queries = torch.stack([call.query.unflatten(1, (2, -1)).mean((0, 2, 3)) for call in calls]).mean(0)
+        assert torch.allclose(found["k_shift"][name], keys, atol=1e-5)
+        assert torch.allclose(found["q_shift"][name], queries, atol=1e-5)
     # And the largest input of all.
     scales = []
     for mine in (batches[dist.get_rank() :: 2], batches):
@@ -98,12 +101,17 @@ def data_parallel(shard):
         one, two = build(), build()
         handle = qat_patch.patch_model(one)
         with torch.no_grad():
-            keys = {}
-            with handle.observed(lambda layer, call, keys=keys: keys.setdefault(layer.name, call.key.mean((0, 2)))):
+            keys, queries = {}, {}
+
+            def keep(layer, call, keys=keys, queries=queries):
+                keys[layer.name] = call.key.mean((0, 2))
+                queries[layer.name] = call.query.unflatten(1, (call.key.shape[1], -1)).mean((0, 2, 3))
+
+            with handle.observed(keep):
                 call(one, inputs)
         qat_patch.unpatch_model(one)
         for model in (one, two):
-            qat_patch.patch_model(model, k_shift=keys)
+            qat_patch.patch_model(model, k_shift=keys, q_shift=queries)
         call(one, inputs).square().mean().backward()
         if shard:
             for block in two.blocks if build is tiny_wan else two.model.layers:
