@@ -14,6 +14,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -56,9 +57,14 @@ def main() -> None:
     results = {"seconds": seconds, "plain": plain, "qat": qat, "control": control, "reloaded_eval_loss_fp4": reloaded}
     (OUTPUT / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(qat, control, OUTPUT / "curves.png")
-    untrained = {"not trained, plain NVFP4": plain, "not trained, with the three options": qat[0]}
-    print(f"\n{table(untrained, qat, control)}\n")
+    print(f"\n{losses(results)}\n")
     print(f"{seconds:.0f} s in all; {OUTPUT.relative_to(ROOT)} has results.json, curves.png, qat/export")
+
+
+def losses(results: dict[str, Any]) -> str:
+    """The table that the demo ends with, from its results.json."""
+    untrained = {"not trained, plain NVFP4": results["plain"], "not trained, with the three options": results["qat"][0]}
+    return table(untrained, results["qat"], results["control"])
 
 
 def packaged_gguf() -> Path:

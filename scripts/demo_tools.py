@@ -55,17 +55,18 @@ def plot(qat: Records, control: Records, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
-    for name, records, color in (("4-bit", qat, "tab:blue"), ("original (control)", control, "tab:orange")):
+    for name, records, color in (("4-bit", qat, "tab:blue"), ("original", control, "tab:orange")):
+        trained = f"trained through {name} attention{' (control)' if records is control else ''}"
         steps = [record for record in records if "loss" in record]
         losses = [record.get("task_loss", record["loss"]) for record in steps]  # where distilled, `loss` is another quantity
-        left.plot([record["step"] for record in steps], losses, color=color, label=f"trained through {name} attention")
+        left.plot([record["step"] for record in steps], losses, color=color, label=trained)
         measured = [record for record in records if "eval_loss_fp4" in record]
         for attention, style in (("fp4", "o-"), ("original", "o--")):
-            label = f"trained through {name}, measured with {'4-bit' if attention == 'fp4' else 'original'}"
+            label = f"{trained}, measured in {'4-bit' if attention == 'fp4' else 'original'} attention"
             losses = [record[f"eval_loss_{attention}"] for record in measured]
             right.plot([record["step"] for record in measured], losses, style, color=color, label=label)
     left.set(title="training loss", xlabel="step")
-    right.set(title="held-out loss", xlabel="step")
+    right.set(title="held-out loss (lower is better)", xlabel="step")
     for axes in (left, right):
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         axes.grid(alpha=0.3)

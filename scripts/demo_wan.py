@@ -15,6 +15,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
@@ -60,21 +61,26 @@ def main() -> None:
         "4-bit, trained": sample(OUTPUT / "qat" / "export", fp4=True),
         "4-bit, control": sample(OUTPUT / "control" / "export", fp4=True),
     }
-    draw(videos, OUTPUT / "frames.png")
     distances = {name: psnr(video, videos["original"]) for name, video in videos.items() if name != "original"}
+    draw(videos, distances, OUTPUT / "frames.png")
 
     seconds = time.perf_counter() - began
     results = {"seconds": seconds, "qat": qat, "control": control, "psnr_to_original": distances}
     (OUTPUT / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(qat, control, OUTPUT / "curves.png")
     untrained, trained = (record["eval_velocity_error_fp4"] for record in (qat[0], qat[-1]))
-    print(f"\n{table({'not trained': qat[0]}, qat, control)}\n")
+    print(f"\n{losses(results)}\n")
     print("squared error of the 4-bit velocity against that of the model before training:")
     print(f"  untrained: {untrained:.5f}\n  trained: {trained:.5f}")
     print("\nPSNR of the samples to those of the model before training, in original attention:")
     for name, value in distances.items():
         print(f"  {name}: {value:.2f} dB")
     print(f"\n{seconds:.0f} s in all; results.json, curves.png and frames.png are in {OUTPUT.relative_to(ROOT)}")
+
+
+def losses(results: dict[str, Any]) -> str:
+    """The table of held-out losses, from the demo's results.json."""
+    return table({"not trained": results["qat"][0]}, results["qat"], results["control"])
 
 
 def train(output: Path, model: Path, *settings: str) -> None:
@@ -177,8 +183,8 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> float:
     return (-10 * (video - reference).square().mean().log10()).item()
 
 
-def draw(videos: dict[str, torch.Tensor], file: Path) -> None:
-    """Draw one row per model, with the first and the last frame of each clip."""
+def draw(videos: dict[str, torch.Tensor], distances: dict[str, float], file: Path) -> None:
+    """Draw one row per model, with the first and the last frame of each clip, and the PSNR to the first row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +197,8 @@ def draw(videos: dict[str, torch.Tensor], file: Path) -> None:
         for column, axis in enumerate(row):
             axis.imshow(video[column // 2, -(column % 2)].numpy(), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(name, fontsize=10)
+        row[0].set_ylabel(f"{name}\n{distances[name]:.1f} dB" if name in distances else name, fontsize=10)
+    figure.suptitle("samples of the same noise, and their PSNR to those of the original model (higher is closer)")
     figure.tight_layout()
     figure.savefig(file, dpi=100)
 

@@ -290,7 +290,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         return int(height), int(width)
 
     def option(name: str, help: str, **kind: Any) -> None:
-        parser.add_argument(name, help=help + (" (default: %(default)s)" if "default" in kind else ""), **kind)
+        default = kind.get("default")
+        if isinstance(default, list):
+            default = " ".join("x".join(map(str, each)) if isinstance(each, tuple) else str(each) for each in default)
+        parser.add_argument(name, help=help + (f" (default: {default})" if default is not None else ""), **kind)
 
     option("--model", "folder or Hub name of a Wan pipeline in Diffusers' format", required=True)
     option("--input", "folder of videos and images with captions", required=True, type=Path)

@@ -1,4 +1,8 @@
-"""qat-patch sensitivity MODEL: measures which layers lose most in 4-bit attention, on a text, a prompt or files."""
+"""Measure which layers lose most in 4-bit attention, on a text, a prompt or files.
+
+qat-patch sensitivity Qwen/Qwen3-0.6B --preset kv_nvfp4 --text held_out.txt --png layers.png
+qat-patch sensitivity Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A red boat" --dtype bfloat16
+"""
 
 from __future__ import annotations
 

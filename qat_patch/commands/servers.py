@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 from qat_patch.measure.servers import report
 
+ABOUT = """Show which presets this machine can train, evaluate and serve, which server programs are installed, and which server
+serves which preset. It starts no server, and imports none."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report."""
-    argparse.ArgumentParser(prog="qat-patch servers", description=report.__doc__).parse_args(arguments)
+    argparse.ArgumentParser(prog="qat-patch servers", description=ABOUT).parse_args(arguments)
     print(report())

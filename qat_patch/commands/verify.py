@@ -1,4 +1,11 @@
-"""qat-patch verify EXPORT: check an export from end to end."""
+"""Check an export from end to end, on the CPU and without the original model.
+
+qat-patch verify outputs/run/export
+
+Every file must have its recorded hash; config, headers, index and K shifts must belong together; every weight must be finite,
+and loaded with the shape and type that it has in the file; and the model must give the recorded output for the reference input.
+It prints a line for each check, and "verified" at the end. The exit status is 1 if something is wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: what is wrong with the export.
     """
-    parser = argparse.ArgumentParser(prog="qat-patch verify", description=verify_checkpoint.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="qat-patch verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="what export_checkpoint wrote, or its name on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub (default: main)")
     options = parser.parse_args(arguments)

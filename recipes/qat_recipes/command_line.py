@@ -155,16 +155,21 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[key] = argument
 
 
-def _describe(cls: type, prefix: str = "") -> list[str]:
-    """One paragraph for each setting in --help: name, type, default, and the docstring under the field."""
+def _describe(cls: type, prefix: str = "", group: str = "") -> list[str]:
+    """One paragraph for each setting in --help: name, type, default, and the docstring under the field.
+
+    `group`: the settings that these belong to, if they may be left out as a whole.
+    """
     documentation = _documentation(cls)
     lines, hints = [], typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = next(arg for arg in (*typing.get_args(hints[field.name]), hints[field.name]) if arg is not types.NoneType)
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            lines += _describe(hint, f"{prefix}{field.name}.")
+            name = prefix + field.name
+            lines += _describe(hint, f"{name}.", name if field.default is None else group)
             continue
-        default = "required" if field.default is dataclasses.MISSING else f"default {field.default}"
+        required = f"required with {group}" if group else "required"
+        default = required if field.default is dataclasses.MISSING else f"default {field.default}"
         default = default if field.default_factory is dataclasses.MISSING else f"default {field.default_factory()}"
         lines.append(f"  {prefix}{field.name} ({spell(hints[field.name])}; {default})")
         lines += textwrap.wrap(documentation[field.name], 110, initial_indent=" " * 6, subsequent_indent=" " * 6)

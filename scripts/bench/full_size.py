@@ -7,7 +7,7 @@ python -m scripts.bench.full_size report docs/benchmarks/full_size.json
 `measure` writes models with random weights of the published sizes and synthetic samples of the real lengths to --work, and starts
 the recipes on them by `accelerate launch` with the shipped configs, ten steps each: seconds a step, MFU and memory, 4-bit
 attention against the model's own, the task's loss and distillation, FSDP2 and for Wan FSDP2 + Ulysses. The losses of a model cut
-to two layers are compared with those on one GPU. A run is killed behind a checkpoint, resumed and exported; the export is
+to two layers are compared with those on one GPU. A run is killed after a checkpoint, resumed and exported; the export is
 verified, and loaded on one GPU. It writes to FILE after each run and goes on where it stopped. What does not fit this machine is
 refused before anything is written; --layers cuts the models. `plan` prints the commands and what they need. `report` prints
 the tables of a file; `make evidence` writes them into docs/SIZING.md. `--tiny` runs small models, to see that all of it works.

@@ -41,12 +41,12 @@ share one. DDP divides nothing. The first process alone reads the weights and gi
 weights and samples of the real lengths (Wan: 81 frames of 720x1280, 75,600 tokens; Qwen3: 8,192), with the shipped configs, ten
 steps each; `make evidence` writes the tables below.
 
-### What it needs, by arithmetic
+### Calculated needs
 
-Of {gpus} GPUs. Nothing here was measured but what a token takes (the section *Measured*). A step needs 16 bytes a weight, over
-the number of GPUs, and 8 bytes on each GPU for every weight that it has whole: those of two layers, the embeddings and the head.
-These are a weight and its gradient in bfloat16, and the float32 copy in which gradients are summed. The sum is a bound:
-gradients of the embeddings are summed last, when most of what tokens take is free again.
+For {gpus} GPUs. Only the memory of a token was measured (section *Measured*); the rest is calculated. A step needs 16 bytes a
+weight, over the number of GPUs, and 8 bytes on each GPU for every weight that it has whole: those of two layers, the embeddings
+and the head. These are a weight and its gradient in bfloat16, and the float32 copy in which gradients are summed. The sum is a
+bound: gradients of the embeddings are summed last, when most of what tokens take is free again.
 
 {needs}
 
@@ -57,7 +57,7 @@ memory is the peak of what PyTorch has allocated on the first GPU.
 
 {steps}
 
-### As on one GPU
+### Compared with one GPU
 
 The same cut to two layers, with the same samples on one GPU and on all: the largest relative difference of the held-out losses in
 both attentions, before the first step and after the last.
@@ -66,7 +66,7 @@ both attentions, before the first step and after the last.
 
 ### The life of a run
 
-Killed behind a checkpoint, resumed, exported in bfloat16 from the shards, verified on the CPU, and loaded on one GPU: seconds and
+Killed after a checkpoint, resumed, exported in bfloat16 from the shards, verified on the CPU, and loaded on one GPU: seconds and
 peak memory of the host.
 
 {life}

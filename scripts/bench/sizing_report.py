@@ -61,7 +61,7 @@ The longest sequence of one training step through 4-bit attention (`batch_size=1
 `mixed_precision=bf16`, `model.gradient_checkpointing=true` and `fused_optimizer=true`:
 
 - **full**: all weights, in float32, with gradients and AdamW's moments: 16 bytes a weight;
-- **distillation**: that, and a float32 copy as the teacher: 20 bytes a weight;
+- **distillation**: the same, and a float32 copy as the teacher: 20 bytes a weight;
 - **LoRA**: rank 16 on the projections of attention, frozen weights in bfloat16: 2 bytes a weight;
 - **LoRA distillation**: the same; the model is its own teacher.
 
@@ -79,8 +79,8 @@ What makes it larger, and steps shorter:
 
 - **kept attention** (`model.keep_attention=true`): the results of 4-bit attention are kept, which otherwise runs twice a step.
 
-What fits takes at most {used:.0f} % of so many GiB: the rest is for the CUDA context and fragmentation, and because a GPU has a
-little less than its number. Measuring on held-out data, and `samples`, may take more.
+A length fits if the step takes at most {used:.0f} % of the GPU's GiB. The rest is for the CUDA context and for fragmentation, and
+a GPU has a little less memory than its number says. Measuring on held-out data, and `samples`, may take more.
 
 - **-**: does not fit;
 - **~**: longer than what was measured, by the straight line of the section *Measured*; at most {far} times as long;
@@ -90,8 +90,8 @@ little less than its number. Measuring on held-out data, and `samples`, may take
 
 CAPPED = """## 3. Small GPUs
 
-PyTorch's allocator got no more than the GiB of the third column, on a larger GPU (`torch.cuda.set_per_process_memory_fraction`).
-The CUDA context, about half a GiB, is not counted. What is reserved is what the allocator took from the GPU at most. Seconds are
+We limited PyTorch's allocator to the GiB of the third column, on a larger GPU (`torch.cuda.set_per_process_memory_fraction`).
+The CUDA context, about half a GiB, is not counted. *Reserved* is the most that the allocator took from the GPU. Seconds are
 of one step of the longest length, where it was timed; other work ran on the same GPU then.
 """
 
@@ -157,7 +157,11 @@ def report(file: Path) -> str:
     )
     sections = [head]
     for number, (family, what, cell) in enumerate(
-        (("Wan", "Frames of 480x832 and of 720x1280, of 81", _frames), ("Qwen3", "Tokens, of 32,768", _tokens)), 1
+        (
+            ("Wan", "How many of 81 frames fit, at 480x832 / at 720x1280", _frames),
+            ("Qwen3", "How many of 32,768 tokens fit", _tokens),
+        ),
+        1,
     ):
         sections += [f"## {number}. {family}\n", f"{what}.\n", _table(family, results, lines, cell)]
     capped = [case for case in results["cases"] if case.get("cap_gib")]

@@ -125,7 +125,7 @@ def test_help_documents_every_setting(settings, capsys):
         read_settings(settings, ["--help"])
     printed = capsys.readouterr().out
     if settings is Outer:
-        assert "  inner.length (int; required)\n      How long.\n" in printed
+        assert "  inner.length (int; required with inner)\n      How long.\n" in printed
         assert "  pair (float, float; default (0.0, 1.0))\n      Two.\n" in printed
     else:
         assert printed.count(")\n      ") >= 5

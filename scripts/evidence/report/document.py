@@ -15,6 +15,7 @@ from pathlib import Path
 from scripts.bench import sizing_report
 from scripts.evidence.report import ablations as report_ablations
 from scripts.evidence.report import advice as report_advice
+from scripts.evidence.report import demos as report_demos
 from scripts.evidence.report import length as report_length
 from scripts.evidence.report import serve as report_serve
 from scripts.evidence.report import servers as report_servers
@@ -46,6 +47,7 @@ EXPERIMENTS = (
     report_advice,
     report_speed,
     report_several_gpus,
+    report_demos,
 )
 Load = Callable[[str], dict[str, Entry]]
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -187,7 +187,7 @@ def test_the_tables(tmp_path, monkeypatch, capsys):
     about = {"device": "NVIDIA H200", "gpus": 4, "layers": None, "models": {}}
     exports = {model: {"verify": part, "load": part} for model in SIZES}
     text = full_size_report.section({"about": about, "runs": runs, "exports": exports})
-    assert "Measured on: device NVIDIA H200, gpus 4." in text and "Of 4 GPUs" in text
+    assert "Measured on: device NVIDIA H200, gpus 4." in text and "For 4 GPUs" in text
     assert "| Wan 2.1 14B, FSDP2 | task loss | 4-bit | 30.00 | 40.0 % | 90.0 | 1.500 |" in text
     assert "| Wan 2.1 14B, two layers | 0.0e+00 | 1.0e-02 | 1.000 |" in text
     assert "| export | not measured | not measured | 100 | 200.0 |" in text
