@@ -34,8 +34,8 @@ NOT = "not measured"
 
 TEXT = """
 FSDP2 over N GPUs (`recipes/accelerate_configs/fsdp2.yaml`) divides the bytes that weights take by N and adds what a GPU has whole
-while it computes with it. What a token takes stays, since each GPU has a sequence of its own; with `parallel.ulysses` the GPUs
-share one. DDP divides nothing. The first process alone reads the weights and gives each its part.
+while it computes with it. The memory of a token stays the same, since each GPU has its own sequence; with `parallel.ulysses` the
+GPUs share one. DDP divides nothing. The first process alone reads the weights and gives each its part.
 
 `python -m scripts.bench.full_size measure {results}` runs the recipes on whole 14B models with random
 weights and samples of the real lengths (Wan: 81 frames of 720x1280, 75,600 tokens; Qwen3: 8,192), with the shipped configs, ten

@@ -67,9 +67,9 @@ The longest sequence of one training step through 4-bit attention (`batch_size=1
 
 What makes it smaller:
 
-- **8-bit AdamW** (`optimizer=adamw_8bit`): 10 bytes a weight in place of 16;
-- **paged AdamW** (`optimizer=paged_adamw`): its moments, 8 bytes a weight, leave the GPU when it is full, and are no part of what
-  is measured here;
+- **8-bit AdamW** (`optimizer=adamw_8bit`): 10 bytes a weight instead of 16;
+- **paged AdamW** (`optimizer=paged_adamw`): its moments, 8 bytes a weight, leave the GPU when it is full, and are not measured
+  here;
 - **float8**, **NF4** (`lora.base_dtype`): frozen weights of the blocks take 1 byte, or about half a byte;
 - **layers** (`lora.offload=layers`): frozen weights of the blocks wait in CPU memory until they are needed;
 - **expert** (`lora.offload=expert`): of Wan 2.2 the transformer that is not in use waits there;
