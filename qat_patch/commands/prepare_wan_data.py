@@ -83,8 +83,8 @@ def load_pipeline(model: str, dtype: torch.dtype, device: str) -> WanPipeline | 
         raise ValueError(f"--model: expected one of {', '.join(kinds)}, got {model}, a {config['_class_name']}")
     if kind is WanImageToVideoPipeline and config.get("expand_timesteps"):
         raise ValueError(
-            f"--model: {model} puts the first frame into the latents (expand_timesteps), which is not supported; give it as a "
-            "WanPipeline, for text to video"
+            f"--model: {model} is a {kind.__name__} with expand_timesteps; give it as a WanPipeline, whose clips serve runs "
+            "with and without a first frame"
         )
     # Only the pipeline's own class can leave out the transformers; DiffusionPipeline would load them.
     types = {"default": dtype, "vae": torch.float32, "image_encoder": torch.float32}

@@ -38,6 +38,9 @@ class VideoSettings:
     once."""
     caption_dropout: float = 0.0
     """The fraction of samples that are trained without their caption, which guidance needs."""
+    first_frame: float = 0.0
+    """Wan 2.2 TI2V 5B only: the fraction of samples that are given their first frame, as in video from an image; the others are
+    from text alone. Held-out clips are given theirs if this is 1."""
 
     def __post_init__(self) -> None:
         if self.eval is not None and self.eval_fraction is not None:
@@ -46,6 +49,8 @@ class VideoSettings:
             raise ValueError(f"data.eval_fraction: expected a number between 0 and 1, got {self.eval_fraction}")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"data.caption_dropout: expected a number in [0, 1), got {self.caption_dropout}")
+        if not 0 <= self.first_frame <= 1:
+            raise ValueError(f"data.first_frame: expected a number in [0, 1], got {self.first_frame}")
         for pattern, times in self.repeats.items():
             if times < 1:
                 raise ValueError(f"data.repeats[{pattern!r}]: expected at least 1, got {times}")
@@ -63,7 +68,7 @@ class EncodedClips(Dataset):
 
     latents [C, F, h, w], normalized as in the pipeline; prompt_embeds [text length, D], padded with zeros; for image to video
     condition [4 + C, F, h, w], to concatenate to noisy latents, and image_embeds [257, D], or [2, 257, D] with the last
-    frame, if the model takes them.
+    frame, if the model takes them; with `first_frame` a bool of this name, True if the first frame is given.
 
     An index may be a pair: the clip, and a number that seeds the choice of its caption, if there are several or some are dropped.
 
@@ -71,6 +76,7 @@ class EncodedClips(Dataset):
         folder: the folder that `qat-patch prepare-wan-data` wrote.
         part: which of its clips, ordered by name.
         caption_dropout: the fraction of samples with a number that have no caption.
+        first_frame: the fraction of samples with a number whose first frame is given; of others none, or all if it is 1.
         seed: seed of these choices.
 
     Attributes:
@@ -83,8 +89,16 @@ class EncodedClips(Dataset):
         ValueError: the folder has no index, the index cannot be read, or files that it lists are missing.
     """
 
-    def __init__(self, folder: str | Path, part: slice = slice(None), *, caption_dropout: float = 0.0, seed: int = 0) -> None:
-        self.folder, self.caption_dropout, self.seed = Path(folder), caption_dropout, seed
+    def __init__(
+        self,
+        folder: str | Path,
+        part: slice = slice(None),
+        *,
+        caption_dropout: float = 0.0,
+        first_frame: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.folder, self.caption_dropout, self.first_frame, self.seed = Path(folder), caption_dropout, first_frame, seed
         file = self.folder / INDEX
         if not file.is_file():
             raise ValueError(f"data: there is no {file}; expected a folder that qat-patch prepare-wan-data has finished")
@@ -124,6 +138,9 @@ class EncodedClips(Dataset):
         tensors = self._read(self.clips[index]["file"])
         captions = [tensors.pop(name) for name in sorted(tensors) if name.startswith("prompt_embeds")]
         tensors["prompt_embeds"] = self._filled_up(captions[0] if number is None else self._drawn(captions, number))
+        if self.first_frame:
+            # Of an image nothing would be left to learn.
+            tensors["first_frame"] = torch.tensor(tensors["latents"].shape[1] > 1 and self._is_given(number))
         return tensors
 
     def _drawn(self, captions: list[torch.Tensor], number: int) -> torch.Tensor:
@@ -132,6 +149,12 @@ class EncodedClips(Dataset):
         if draw.random() < self.caption_dropout:
             return self._read(EMPTY_CAPTION)["prompt_embeds"]
         return draw.choice(captions)
+
+    def _is_given(self, number: int | None) -> bool:
+        """Whether the first frame is given. It depends only on the seed and the number."""
+        if number is None:
+            return self.first_frame == 1
+        return random.Random(f"first frame {self.seed} {number}").random() < self.first_frame
 
     def _filled_up(self, embeds: torch.Tensor) -> torch.Tensor:
         """The embeddings, padded with zeros as in the pipeline."""
@@ -258,15 +281,16 @@ def places_of(clips: EncodedClips, settings: VideoSettings) -> list[list[int]]:
 
 
 def load_clips(settings: VideoSettings, seed: int = 0) -> tuple[EncodedClips, EncodedClips | None]:
-    """Clips to train on and held-out clips (None if nothing is held out). `seed`: seed of the choice of captions.
+    """Clips to train on and held-out clips (None if nothing is held out). `seed`: seed of what is drawn for a sample.
 
     Raises:
         ValueError: a folder cannot be read, folders were made by different encoders, or there are too few clips to hold some out.
     """
-    captions: dict[str, Any] = {"caption_dropout": settings.caption_dropout, "seed": seed}
-    train = EncodedClips(settings.train, **captions)
+    first_frame = settings.first_frame
+    drawn: dict[str, Any] = {"caption_dropout": settings.caption_dropout, "first_frame": first_frame, "seed": seed}
+    train = EncodedClips(settings.train, **drawn)
     if settings.eval is not None:
-        evaluation = EncodedClips(settings.eval)
+        evaluation = EncodedClips(settings.eval, first_frame=first_frame)
         shared = ("pipeline", "vae", "text_encoder", "image_encoder", "text_length")
         differing = [name for name in shared if train.settings.get(name) != evaluation.settings.get(name)]
         if differing:
@@ -282,4 +306,5 @@ def load_clips(settings: VideoSettings, seed: int = 0) -> tuple[EncodedClips, En
         raise ValueError(f"data.eval_fraction: {settings.eval_fraction} of {len(sources)} clips leaves none; give more clips")
     first = next(index for index, clip in enumerate(train.clips) if clip["source"] == sources[-held_out])
     start = first - len(train.clips)
-    return EncodedClips(settings.train, slice(start), **captions), EncodedClips(settings.train, slice(start, None))
+    held = EncodedClips(settings.train, slice(start, None), first_frame=first_frame)
+    return EncodedClips(settings.train, slice(start), **drawn), held

@@ -81,6 +81,9 @@ class FlowInputs:
     """Noise levels, float32 [batch, 1, 1, 1, 1]."""
     velocity: torch.Tensor
     """The target: noise - latents, float32 [batch, C, F, h, w]."""
+    made: torch.Tensor | None = None
+    """bool [batch, 1, F, 1, 1], False where a latent frame is given: there is no noise and nothing to predict, so velocity and
+    outputs are 0. None: all frames are made."""
 
 
 class FlowMatching:
@@ -113,19 +116,28 @@ class FlowMatching:
         sigmas = levels_of[indices].to(latents.device)
         levels = sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - levels) * latents + levels * noise
+        timesteps, velocity, made = sigmas * self.steps, noise - latents, None
+        if "first_frame" in batch:
+            # As in WanImageToVideoPipeline with expand_timesteps: a given frame is at timestep 0. Patches are 2 x 2 latents.
+            frames = torch.arange(latents.shape[2], device=latents.device)
+            made = ~batch["first_frame"].view(-1, 1, 1, 1, 1) | (frames > 0).view(-1, 1, 1)
+            noisy, velocity = torch.where(made, noisy, latents), torch.where(made, velocity, 0.0)
+            patches = (latents.shape[3] // 2) * (latents.shape[4] // 2)
+            timesteps = (timesteps[:, None] * made.flatten(1)).repeat_interleave(patches, dim=1)
         if "condition" in batch:
             noisy = torch.cat([noisy, batch["condition"].float()], dim=1)
-        arguments: dict[str, Any] = {"hidden_states": noisy, "timestep": sigmas * self.steps}
+        arguments: dict[str, Any] = {"hidden_states": noisy, "timestep": timesteps}
         if "expert" in batch:
             arguments["expert"] = batch["expert"][0]
         arguments["encoder_hidden_states"] = batch["prompt_embeds"].float()
         if "image_embeds" in batch:
             # The first and the last frame of a clip follow each other: [2 * B, 257, D].
             arguments["encoder_hidden_states_image"] = batch["image_embeds"].float().flatten(0, -3)
-        return FlowInputs(arguments, levels, noise - latents)
+        return FlowInputs(arguments, levels, velocity, made)
 
     def outputs(self, model: torch.nn.Module, inputs: FlowInputs) -> torch.Tensor:
-        return model(**inputs.arguments, return_dict=False)[0].float()
+        outputs = model(**inputs.arguments, return_dict=False)[0].float()
+        return outputs if inputs.made is None else torch.where(inputs.made, outputs, 0.0)
 
     def loss(self, outputs: torch.Tensor, inputs: FlowInputs) -> torch.Tensor:
         """Mean squared error of the velocity, weighted."""

@@ -31,7 +31,7 @@ class SampleSettings:
     prompts: tuple[str, ...] = ()
     """Your own prompts, instead of held-out clips."""
     images: tuple[str, ...] = ()
-    """First frames for image to video: an image file for each of `prompts`."""
+    """First frames for image to video (of TI2V 5B with data.first_frame): an image file for each of `prompts`."""
     height: int | None = None
     """Of the videos of `prompts`."""
     width: int | None = None
@@ -91,7 +91,10 @@ class Samples:
         handle: PatchHandle,
         clips: EncodedClips,
     ) -> None:
-        kind = WanPipeline if clips.settings["pipeline"] == "WanPipeline" else WanImageToVideoPipeline
+        # TI2V 5B is a model for both pipelines.
+        given = clips.first_frame > 0 if settings.images else clips.first_frame == 1 and not settings.prompts
+        self.from_images = clips.settings["pipeline"] != "WanPipeline" or given
+        kind = WanImageToVideoPipeline if self.from_images else WanPipeline
         # Wan's text encoder is several times as large as the rest, and is needed at most once.
         needs_text = settings.guidance_scale > 1 or settings.prompts
         unused = {} if needs_text else {"text_encoder": None, "tokenizer": None}
@@ -101,7 +104,7 @@ class Samples:
         self.settings, self.handle, self.clips = settings, handle, clips
         self.transformers = list(transformers.values())
         if settings.prompts:
-            self._check_prompts(kind is WanImageToVideoPipeline)
+            self._check_prompts()
         self.negative = self._encoded(settings.negative_prompt) if settings.guidance_scale > 1 else None
         self.prompts = [self._encoded(prompt) for prompt in settings.prompts]
         if needs_text:
@@ -156,7 +159,7 @@ class Samples:
             clip, about = self.clips[number], self.clips.clips[number]
             inputs = {"prompt_embeds": clip["prompt_embeds"][None].to(device)}
             inputs |= {"height": about["height"], "width": about["width"], "num_frames": about["frames"]}
-            if "condition" in clip:
+            if self.from_images:
                 inputs["image"] = self._first_frame(clip["latents"].to(device))
         if self.negative is not None:
             inputs["negative_prompt_embeds"] = self.negative.to(device)
@@ -177,10 +180,10 @@ class Samples:
         )
         return embeds
 
-    def _check_prompts(self, needs_images: bool) -> None:
+    def _check_prompts(self) -> None:
         settings, pipe = self.settings, self.pipe
-        if needs_images != bool(settings.images):
-            expected = "first frames, because the model makes video from images" if needs_images else "[] with text to video"
+        if self.from_images != bool(settings.images):
+            expected = "first frames, because the model makes video from images" if self.from_images else "[] with text to video"
             raise ValueError(f"samples.images: expected {expected}")
         spatial, temporal = 2 * pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         for name in ("height", "width"):

@@ -70,6 +70,8 @@ class Settings(FineTuningSettings):
             )
         if self.samples is not None and self.samples.every > self.steps:
             raise ValueError(f"samples.every: expected at most steps ({self.steps}), got {self.samples.every}")
+        if self.parallel is not None and self.data.first_frame:
+            raise ValueError("data.first_frame: has not been tried with parallel; leave one of them out")
         if self.parallel is not None and self.trains_in_turns:
             raise ValueError("model.transformer: both has not been tried with parallel; train one after the other")
         if self.parallel is not None:
@@ -242,10 +244,16 @@ class VideoDiffusion(FineTuning[Settings]):
         if config is None and settings.samples is not None:
             raise ValueError(f"samples: {model.path} has no VAE to make videos with; give a whole pipeline, or leave them out")
         # Wan 2.2 TI2V 5B. Without a first frame the timesteps of all tokens are equal, and one for each sample says the same.
-        if config is not None and config.get("expand_timesteps") and config["_class_name"] != "WanPipeline":
+        is_ti2v = config is not None and config.get("expand_timesteps")
+        if is_ti2v and config["_class_name"] != "WanPipeline":
             raise ValueError(
-                f"model.path: {model.path} puts the first frame into the latents (expand_timesteps), which is not supported; "
-                "train it as a WanPipeline, from text to video"
+                f"model.path: {model.path} is a {config['_class_name']} with expand_timesteps; train it as a WanPipeline, from "
+                "images with data.first_frame"
+            )
+        if settings.data.first_frame and not is_ti2v:
+            raise ValueError(
+                f"data.first_frame: only models with a timestep for each token can be given a first frame this way "
+                f"(expand_timesteps, as Wan 2.2 TI2V 5B), and {model.path} is none; leave it out"
             )
         boundary = None if config is None else config.get("boundary_ratio")
         if model.transformer == "both" and boundary is None:

@@ -7,9 +7,11 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from qat_patch import get_handle, load_checkpoint
+from qat_recipes.data.video import Draw, EncodedClips
 from qat_recipes.tasks import samples
-from qat_recipes.tasks.flow_matching import FlowMatching
+from qat_recipes.tasks.flow_matching import FlowMatching, TimestepSettings, noise_levels
 from support.models.clips_to_prepare import moving_square, prepare, write_video
+from support.models.tiny_clips import batch, objective, write_clips
 from support.models.tiny_wan import tiny_pipeline, tiny_ti2v
 from support.runs.runs import assert_same_run, weights
 from support.runs.wan_runs import BARE, KINDS, finetune, write_inputs
@@ -72,6 +74,67 @@ def test_ti2v_5b_from_a_video_to_an_export(tmp_path, monkeypatch):
     with torch.no_grad(), get_handle(model).disabled():
         outputs = [model(**arguments | {"timestep": timestep}).sample for timestep in (one, each)]
     torch.testing.assert_close(*outputs)
+
+
+def test_ti2v_5b_from_first_frames(tmp_path, monkeypatch):
+    """What the transformer gets is what Diffusers' pipeline gives it, and what it says of the given frame does not count."""
+    _, changes = prepared_for(tiny_ti2v(), tmp_path, (64, 96))
+    drawn, draw = [], FlowMatching.inputs
+    monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append((args[1], draw(*args))) or drawn[-1][1])
+    Image.fromarray(torch.randint(0, 255, (70, 90, 3), dtype=torch.uint8).numpy()).save(tmp_path / "first.png")
+    changes |= {
+        "data.first_frame": 1,
+        "samples.every": 1,
+        "samples.prompts": "[a]",
+        "samples.images": f"[{tmp_path / 'first.png'}]",
+    }
+    size = {"samples.height": 64, "samples.width": 96, "samples.num_frames": 5, "samples.inference_steps": 1}
+    finetune(tmp_path, tmp_path / "run", **changes | size)
+    batch, flow = drawn[0]
+    assert batch["first_frame"].all()
+    latents, timesteps = batch["latents"].float(), flow.sigmas.flatten()[:, None] * 1000
+    assert torch.equal(flow.arguments["hidden_states"][:, :, 0], latents[:, :, 0])
+    assert not torch.equal(flow.arguments["hidden_states"][:, :, 1], latents[:, :, 1])
+
+    pipe, seen = WanImageToVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32), {}
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, args, given: seen.update(given), with_kwargs=True)
+    frame = Image.fromarray(moving_square(5, 64, 96)[0])
+    pipe(frame, "a", height=64, width=96, num_frames=5, num_inference_steps=1, guidance_scale=1, output_type="latent")
+    handle.remove()
+    assert torch.equal(flow.arguments["timestep"] == 0, (seen["timestep"] == 0).expand(2, -1))
+    assert torch.equal(flow.arguments["timestep"].amax(1, keepdim=True), timesteps)
+    # The first latent frame of a video is that of its first frame alone.
+    clip = next(
+        clip
+        for clip in EncodedClips(tmp_path / "data")
+        if (clip["latents"][:, 0] - seen["hidden_states"][0, :, 0]).abs().max() < 0.05
+    )
+    assert "first_frame" not in clip
+
+    model, objective = (
+        load_checkpoint(tmp_path / "run/export").requires_grad_(True),
+        FlowMatching(TimestepSettings(), *noise_levels(None, 5.0)),
+    )
+    outputs = objective.outputs(model, flow)
+    assert (
+        not outputs[:, :, 0].any()
+        and not flow.velocity[:, :, 0].any()
+        and outputs[:, :, 1].all()
+        and flow.velocity[:, :, 1].all()
+    )
+
+
+def test_a_fraction_of_the_samples_is_given_its_first_frame(tmp_path):
+    write_clips(tmp_path, 3)
+    clips = EncodedClips(tmp_path, first_frame=0.25, seed=1)
+    given = [clips[Draw(0, number)]["first_frame"].item() for number in range(200)]
+    assert 30 < sum(given) < 70 and given == [clips[Draw(1, number)]["first_frame"].item() for number in range(200)]
+    assert not clips[0]["first_frame"] and EncodedClips(tmp_path, first_frame=1)[0]["first_frame"]
+    mixed = batch() | {"first_frame": torch.tensor([True, False])}
+    flow = objective().inputs(mixed)
+    assert (flow.arguments["timestep"] == 0).sum(1).tolist() == [6, 0]
+    assert torch.equal(flow.arguments["hidden_states"][0, :, 0], mixed["latents"][0, :, 0])
+    assert (flow.velocity == 0).flatten(2).sum(2)[:, 0].tolist() == [24, 0]
 
 
 def test_first_and_last_frame(inputs, tmp_path, monkeypatch):
