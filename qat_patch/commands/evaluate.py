@@ -25,10 +25,20 @@ from qat_patch.measure.harness import run_tasks
 from qat_patch.measure.quality import EXPORTED, ORIGINAL, Attentions, sample_quality, text_quality
 
 from .generate import make_pipeline
-from .models import add_model_arguments, add_text_arguments, config_of, is_export, load_model, load_tokenizer_of, text_rows
+from .models import (
+    add_image_arguments,
+    add_model_arguments,
+    add_text_arguments,
+    config_of,
+    is_export,
+    load_model,
+    load_tokenizer_of,
+    text_rows,
+    with_images,
+)
 
 _OF_TASKS = ("include_path", "num_fewshot", "limit", "batch_size")
-_OF_SAMPLES = ("seeds", "pipe", "pipeline", "component")
+_OF_SAMPLES = ("seeds", "pipe", "pipeline", "component", "image", "last_image")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -82,9 +92,10 @@ def _samples(options: argparse.Namespace) -> Any:
         pipe = load_model(options)
     if isinstance(pipe, torch.nn.Module):
         raise ValueError(f"--prompt: expected a pipeline, got a {type(pipe).__name__}; a language model needs --text or --tasks")
+    pipe, images = with_images(pipe, options)
     seeds = 1 if options.seeds is None else options.seeds
     with Attentions(pipe, _names(options, "sage3"), _config(options)) as attentions:
-        return sample_quality(pipe, options.prompt, attentions, seeds=seeds, arguments=options.pipe or {})
+        return sample_quality(pipe, options.prompt, attentions, seeds=seeds, arguments=(options.pipe or {}) | images)
 
 
 def _tasks(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -147,5 +158,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     samples.add_argument("--seeds", type=int, metavar="N", help="samples for each prompt (default: 1)")
     samples.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
     samples.add_argument("--component", help="which transformer of that pipeline the export is, if it does not say so")
+    add_image_arguments(samples)
     samples.add_argument("--pipe", type=json.loads, metavar="JSON", help="more arguments of the pipeline: '{\"height\": 480}'")
     return parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 qat-patch generate outputs/run/export --prompt "To be, or not to be"
 qat-patch generate outputs/wan/export --pipeline Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "A red boat" --output boat.mp4
+qat-patch generate outputs/wan/export --pipeline Wan-AI/Wan2.2-TI2V-5B-Diffusers --prompt Boat --image boat.png --output boat.mp4
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from qat_patch.metadata import LOADING_ADAPTERS
 from qat_patch.patch import require_handle
 from qat_patch.self_check.store import FOLDER
 
-from .models import transformers_in
+from .models import add_image_arguments, transformers_in, with_images
 
 _CHECKED: set[tuple[torch.device, Case]] = set()
 """What this process has checked already, even if the verdict could not be saved."""
@@ -43,6 +44,8 @@ _VIDEO_ONLY = (
     "pipeline",
     "component",
     "prompt_embeds",
+    "image",
+    "last_image",
     "negative_prompt",
     "height",
     "width",
@@ -162,6 +165,7 @@ def _video(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     needs_text = options.prompt_embeds is None
     pipe = make_pipeline(options.folder, options.pipeline, dtype, component=options.component, needs_text=needs_text)
+    pipe, images = with_images(pipe, options)
     handle = require_handle(pipe)
     checked(handle, device)
     pipe = pipe.to(device)
@@ -170,7 +174,7 @@ def _video(options: argparse.Namespace, device: str) -> tuple[PatchHandle, Run]:
         names.get(name, name): getattr(options, name)
         for name in ("prompt", "negative_prompt", "height", "width", "num_frames", "steps", "guidance_scale")
         if getattr(options, name) is not None
-    }
+    } | images
     if options.prompt_embeds is not None:
         call |= _embeds(options.prompt_embeds, device, dtype)
     generator = torch.Generator().manual_seed(options.seed or 0)
@@ -280,6 +284,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     video.add_argument("--pipeline", help="for an export of a transformer alone: folder or Hub name of the whole pipeline")
     video.add_argument("--component", help="which transformer of that pipeline the export is, if it does not say so")
     video.add_argument("--prompt-embeds", type=Path, metavar="FILE", help="instead of --prompt: a clip of prepare-wan-data")
+    add_image_arguments(video)
     video.add_argument("--negative-prompt", help="what the video should not show")
     for name, what in (("height", "pixels"), ("width", "pixels"), ("num-frames", "4n + 1"), ("steps", "denoising steps")):
         video.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: the pipeline's)")

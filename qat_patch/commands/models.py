@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,42 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how much of a text to read."""
     parser.add_argument("--batches", type=int, default=4, metavar="N", help="with --text: how many rows (default: 4)")
     parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="with --text: tokens in a row (default: 1024)")
+
+
+def add_image_arguments(parser: Any) -> None:
+    """Add the options that name the images a pipeline starts from."""
+    parser.add_argument("--image", type=Path, metavar="FILE", help="the first frame, for video from an image")
+    parser.add_argument("--last-image", type=Path, metavar="FILE", help="the last frame, for pipelines that take one")
+
+
+def with_images(pipe: Any, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The pipeline for the images that the options name, and its arguments. TI2V 5B of Wan 2.2 is a model for both pipelines.
+
+    Raises:
+        ValueError: an image is missing, or the pipeline takes none.
+    """
+    files = {name: getattr(options, name) for name in ("image", "last_image") if getattr(options, name) is not None}
+    if "image" in files and type(pipe).__name__ == "WanPipeline" and pipe.config.expand_timesteps:
+        from diffusers import WanImageToVideoPipeline
+
+        pipe = WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
+    taken, name_of = inspect.signature(type(pipe).__call__).parameters, type(pipe).__name__
+    needed = {name for name in ("image",) if name in taken and taken[name].default is inspect.Parameter.empty}
+    if getattr(getattr(getattr(pipe, "transformer", None), "config", None), "pos_embed_seq_len", None) is not None:
+        needed.add("last_image")  # FLF2V of Wan 2.1
+    for name in ("image", "last_image"):
+        option = f"--{name.replace('_', '-')}"
+        if name in files and name not in taken:
+            raise ValueError(f"{option}: has no effect: a {name_of} takes none; leave it out")
+        if name in needed and name not in files:
+            raise ValueError(f"{option}: expected an image file, because this {name_of} makes video from it, got none")
+        if name in files and not files[name].is_file():
+            raise ValueError(f"{option}: there is no file {files[name]}")
+    if not files:
+        return pipe, {}
+    from diffusers.utils import load_image
+
+    return pipe, {name: load_image(str(file)) for name, file in files.items()}
 
 
 def is_export(options: argparse.Namespace) -> bool:

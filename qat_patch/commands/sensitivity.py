@@ -22,7 +22,16 @@ from qat_patch.measure.calibrate import calibrate
 from qat_patch.measure.sensitivity import sensitivity
 from qat_patch.patch import get_handle, patch_model
 
-from .models import add_model_arguments, add_text_arguments, config_of, is_export, load_model, text_rows
+from .models import (
+    add_image_arguments,
+    add_model_arguments,
+    add_text_arguments,
+    config_of,
+    is_export,
+    load_model,
+    text_rows,
+    with_images,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.calibration_exclude and not options.calibrate:
         raise ValueError("sensitivity: --calibration-exclude: expected --calibrate with it, which measures the shifts")
     model = _patched(options)
-    batches = _batches(options, is_pipeline=not isinstance(model, torch.nn.Module))
+    if options.prompt is None and (options.image or options.last_image):
+        raise ValueError("sensitivity: --image and --last-image: expected --prompt with them; leave them out")
+    is_pipeline = not isinstance(model, torch.nn.Module)
+    model, images = with_images(model, options) if is_pipeline else (model, {})
+    batches = _batches(options, images, is_pipeline=is_pipeline)
     if options.calibrate:
         calibrate(model, batches, exclude=options.calibration_exclude)
     report = sensitivity(model, batches)
@@ -56,6 +69,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     inputs.add_argument("--prompt", help="for a pipeline: the prompt to generate from")
     inputs.add_argument("--inputs", type=Path, nargs="+", help="safetensors files, each with the keyword arguments of one call")
     add_text_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument(
         "--pipe", type=json.loads, default={}, help="JSON of more arguments for --prompt, such as '{\"height\": 480}'"
     )
@@ -94,12 +108,12 @@ def _patched(options: argparse.Namespace) -> Any:
     return model
 
 
-def _batches(options: argparse.Namespace, *, is_pipeline: bool) -> list[dict[str, Any]]:
+def _batches(options: argparse.Namespace, images: dict[str, Any], *, is_pipeline: bool) -> list[dict[str, Any]]:
     if is_pipeline != (options.prompt is not None):
         what = "a pipeline: expected --prompt" if is_pipeline else "a model: expected no --prompt"
         raise ValueError(f"sensitivity: {options.model} is {what}")
     if options.prompt is not None:
-        return [{"prompt": options.prompt, "output_type": "latent"} | options.pipe]
+        return [{"prompt": options.prompt, "output_type": "latent"} | options.pipe | images]
     if options.inputs is not None:
         return [load_file(file, device=options.device) for file in options.inputs]
     return [{"input_ids": row, "use_cache": False} for row in text_rows(options)]

@@ -1,9 +1,13 @@
 """qat-patch generate on exports of every kind."""
 
+import functools
+
 import av
 import pytest
 import torch
+from diffusers import WanImageToVideoPipeline
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import save_file
 
 from qat_patch import AttnQATConfig, PatchHandle, QuantSpec, export_checkpoint, load_checkpoint, patch_model
@@ -11,7 +15,7 @@ from qat_patch.commands import generate
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from support.kernels.fake_gpu import fake_gpu
 from support.models.tiny_qwen3 import tiny_qwen3
-from support.models.tiny_wan import TEXT_DIM, tiny_pipeline, tiny_tokenizer
+from support.models.tiny_wan import TEXT_DIM, tiny_pipeline, tiny_ti2v, tiny_tokenizer
 
 SIZE = ["--height=16", "--width=32", "--num-frames=5", "--steps=3"]
 
@@ -70,6 +74,49 @@ def test_video(exports, tmp_path, capsys, export):
     )
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(2):
+        pixels = torch.randint(0, 255, (40, 50, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    return [str(folder / f"{number}.png") for number in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["i2v", "flf2v", "ti2v"])
+def test_video_from_images(tmp_path, pictures, monkeypatch, kind):
+    """TI2V 5B is stored as a pipeline from text."""
+    length = {"pos_embed_seq_len": 2 * 257} if kind == "flf2v" else {}
+    pipe = tiny_ti2v() if kind == "ti2v" else tiny_pipeline(i2v=True, layers=1, **length)
+    pipe.save_pretrained(tmp_path / "base")
+    patch_model(pipe.transformer)
+    export_checkpoint(pipe.transformer, tmp_path / "out")
+    calls, call = [], WanImageToVideoPipeline.__call__
+    watched = functools.wraps(call)(lambda self, **given: calls.append(given) or call(self, **given))
+    monkeypatch.setattr(WanImageToVideoPipeline, "__call__", watched)
+    size = ["--height=32", "--width=32", "--num-frames=5", "--steps=1", "--guidance-scale=1"]
+    arguments = [str(tmp_path / "out"), f"--pipeline={tmp_path / 'base'}", *size, "--prompt=a", f"--output={tmp_path / 'o.mp4'}"]
+    images = ["--image", pictures[0]]
+    if kind == "flf2v":
+        with pytest.raises(ValueError, match="--last-image: expected an image file"):
+            generate.main([*arguments, *images])
+        images += ["--last-image", pictures[1]]
+    generate.main([*arguments, *images])
+    assert shape(tmp_path / "o.mp4") == (5, 32, 32, 3)
+    given = {name: calls[-1].get(name) for name in ("image", "last_image")}
+    assert [x and x.tobytes() for x in given.values()] == [
+        Image.open(path).tobytes() if path in images else None for path in pictures
+    ]
+    with pytest.raises(ValueError, match="--image: there is no file nothing.png"):
+        generate.main([*arguments, "--image=nothing.png"])
+    if kind == "ti2v":
+        generate.main(arguments)
+        assert len(calls) == 1
+    else:
+        with pytest.raises(ValueError, match="--image: expected an image file, because this WanImageToVideoPipeline makes video"):
+            generate.main(arguments)
+
+
 def test_prompt_embeddings_need_no_text_encoder(exports, tmp_path, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the text encoder ran")
@@ -108,6 +155,7 @@ def test_first_steps_in_original_attention(exports, tmp_path, monkeypatch):
         (["pipeline", "--prompt=a"], "needs --output"),
         (["pipeline", "--output=x.mp4"], "one of --prompt and --prompt-embeds"),
         (["pipeline", "--prompt=a", "--output=x.mp4", "--pipeline=base"], "is a whole pipeline"),
+        (["pipeline", "--prompt=a", "--output=x.mp4", "--image=x.png"], "--image: has no effect: a WanPipeline takes none"),
         (["transformer", "--prompt=a", "--output=x.mp4"], "is a transformer alone; name the pipeline"),
         (["base", "--prompt=a", "--output=x.mp4"], "load it with its own library and call patch_model"),
     ],

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from qat_kernels.spec import Preset
@@ -134,6 +135,18 @@ def test_command_on_a_pipeline(tmp_path, capsys):
     assert run(tmp_path, "pipe", "--prompt", "a red square", "--pipe", json.dumps(SIZE), "--attention", "sage3,nvfp4") == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[-3:]] == ["original", "sage3", "nvfp4"] and "ssim" in printed[-4]
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--attention=nvfp4"], ["sensitivity"]], ids=lambda parts: parts[0])
+def test_pipelines_that_start_from_an_image(tmp_path, capsys, command):
+    tiny_pipeline(i2v=True, layers=1).save_pretrained(tmp_path / "pipe")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    size = json.dumps({"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 1})
+    arguments = [*command, str(tmp_path / "pipe"), "--device=cpu", "--prompt", "a", "--pipe", size]
+    assert main(arguments) == 1
+    assert "--image: expected an image file, because this WanImageToVideoPipeline" in capsys.readouterr().err
+    assert main([*arguments, "--image", str(tmp_path / "red.png")]) == 0
+    assert "nvfp4" in capsys.readouterr().out
 
 
 def test_command_on_a_transformer_alone(tmp_path, capsys):
