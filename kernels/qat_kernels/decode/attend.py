@@ -20,7 +20,7 @@ from qat_kernels.triton.nvfp4 import (
     round_groups,
     signed_values,
 )
-from qat_kernels.triton.scores import LOG2_E
+from qat_kernels.triton.scores import LOG2_E, add_key_bias
 
 from .byte_layout import BLOCK_TOKENS
 from .unpack import UNPACK_SCALE, load_rows, token_columns, unpack, unpack_tokens
@@ -62,12 +62,15 @@ def _scale_to_float16(x):
 
 
 @triton.jit
-def _scores(k, q, key_bias, scale_log2, softcap):
-    """Products of K [N, D] and Q [D, M], plus key_bias [N] (or None), and the factors float32 [M] that make them scores times
-    log2(e)."""
+def _scores(k, q, key_bias, scale_log2, softcap, NEGATE: tl.constexpr):
+    """Products of K [N, D] and Q [D, M], and the factors float32 [M] that make them scores times log2(e).
+
+    K has the factor UNPACK_SCALE, and with NEGATE Q has the opposite sign. key_bias float32 [N] (or None), which is added, has
+    neither.
+    """
     scores = dot(k, q, tl.zeros((k.shape[0], q.shape[1]), tl.float32))
     if key_bias is not None:
-        scores += key_bias[:, None]
+        scores = add_key_bias(scores, (key_bias * (-UNPACK_SCALE if NEGATE else UNPACK_SCALE))[:, None])
     if softcap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x)
         scores = (1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale_log2 * (2.0 / softcap))[None, :]))) * (softcap * LOG2_E)
         scale_log2 = tl.full((q.shape[1],), 1.0, tl.float32)
@@ -81,17 +84,6 @@ def _online_softmax_step(scores, scores_max, scale_log2, row_max):
     row_max_safe = tl.where(row_max_new == float("-inf"), 0.0, row_max_new)
     p = tl.exp2(scores * scale_log2 - row_max_safe)
     return p, tl.exp2(row_max - row_max_safe), row_max_new, row_max_safe
-
-
-@triton.jit
-def _load_key_bias(ptr, rows, present, NEGATE: tl.constexpr):
-    """The key bias of rows of the cache, times UNPACK_SCALE as their products with Q, of the sign of these; 0 where not `present`
-    (None: all are present). None if ptr is None."""
-    if ptr is None:
-        return None
-    else:
-        key_bias = tl.load(ptr + rows) if present is None else tl.load(ptr + rows, mask=present, other=0.0)
-        return key_bias * (-UNPACK_SCALE if NEGATE else UNPACK_SCALE)
 
 
 @triton.jit
@@ -115,11 +107,13 @@ def _attend_kept(
         if ring is not None:
             row = key % ring
         words = load_rows(key_codes_ptr, key_scales_ptr, row, present, WORDS, BLOCK_WORDS)
-        key_bias = _load_key_bias(key_bias_ptr, row, present, NEGATE)
+        key_bias = None
+        if key_bias_ptr is not None:
+            key_bias = tl.load(key_bias_ptr + row, mask=present, other=0.0)
         v_mask = present[:, None] & (columns < HEAD_DIM)[None, :]
         v_row = (key + first_slot) % ring_size
         v = tl.load(v_ptr + v_row[:, None] * HEAD_DIM + columns[None, :], mask=v_mask, other=0.0)
-        scores, scale = _scores(unpack(*words, BEFORE_SM_89), q, key_bias, scale_log2, softcap)
+        scores, scale = _scores(unpack(*words, BEFORE_SM_89), q, key_bias, scale_log2, softcap, NEGATE)
         allowed = present[:, None] & (key[:, None] <= q_pos[None, :]) & (key[:, None] >= lower[None, :])
         scores = tl.where(allowed, scores, float("-inf"))
         p, rescale, row_max, _ = _online_softmax_step(scores, tl.max(scores, 0), scale, row_max)
@@ -149,8 +143,10 @@ def _attend_tile(
         key_codes_ptr + place * (BLOCK_N * 16 * WORDS), key_scales_ptr + place * (BLOCK_N * 2 * WORDS), in_tile, None,
         WORDS, BLOCK_WORDS,
     )  # fmt: skip
-    key_bias = _load_key_bias(key_bias_ptr, place * BLOCK_N + in_tile, None, NEGATE)
-    scores, scale = _scores(unpack(*k, BEFORE_SM_89), q, key_bias, scale_log2, softcap)
+    key_bias = None
+    if key_bias_ptr is not None:
+        key_bias = tl.load(key_bias_ptr + place * BLOCK_N + in_tile)
+    scores, scale = _scores(unpack(*k, BEFORE_SM_89), q, key_bias, scale_log2, softcap, NEGATE)
     if BOUNDED:
         seen = present[:, None] & (key[:, None] < lower[None, :]) & (key[:, None] >= window_start[None, :])
         scores = tl.where(seen, scores, float("-inf"))

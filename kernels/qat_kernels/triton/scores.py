@@ -23,6 +23,15 @@ def soft_cap(scores, softmax_scale_log2, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def add_key_bias(scores, key_bias):
+    """scores + key_bias.
+
+    As a fused multiply-add: Triton makes a plain sum the start of the matrix product, and then products wait for each other.
+    """
+    return tl.fma(scores, 1.0, key_bias)
+
+
+@triton.jit
 def seen_slots(
     query, q_pos_offset, slots, leftpad, lower_ptr, upper_ptr,
     LEAD: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr,
