@@ -42,7 +42,7 @@ def baseline_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; the message says what was expected.
     """
-    validate(q, k, v, NVFP4, key_mask, None, None, "eager")
+    validate(q, k, v, NVFP4, key_mask, None, None, None, "eager")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.autocast(q.device.type, enabled=False):
         positions = torch.arange(q.shape[2], device=q.device)[None] + (k.shape[2] - q.shape[2]) if causal else None
