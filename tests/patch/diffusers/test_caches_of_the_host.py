@@ -1,16 +1,19 @@
 """Caches of keys and values that models of Diffusers keep themselves: plain tensors, all of which 4-bit attention reads at once.
 
 SANA-WM's refiner has a rolling one, for autoregressive video: blocks of frames attend to a sink, to the frames before them in a
-window, and to themselves. Flux 2 keeps those of reference pictures from the first step.
+window, and to themselves. Flux 2 and GLM-Image keep those of reference pictures from the first step, Qwen-Image 2.1 those of
+text and pictures.
 """
 
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor, Flux2KVParallelSelfAttnProcessor
+from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from torch.utils._pytree import tree_map_only
 
 from qat_patch import patch_model
-from support.families import every_transformer
+from support.families import diffusers_classes, every_transformer
 from support.families.diffusers_classes import sana_wm_refiner
 from support.families.diffusers_image_families import image
 from support.families.diffusers_reference import oracle_in
@@ -19,6 +22,10 @@ from support.families.families import relative
 transformer = pytest.importorskip("diffusers.models.transformers.transformer_sana_wm_refiner")
 TOKENS, BLOCKS, WINDOW = 12, 4, 18
 """Of a block, in the video, and tokens of the history that are kept: no multiple of a group."""
+
+
+def in_float64(x):
+    return x.double() if x.is_floating_point() else x
 
 
 def given(block):
@@ -66,18 +73,63 @@ def flux_2():
     return model
 
 
-def test_flux_2_is_the_oracle():
-    stock, model = flux_2(), flux_2()
-    before = reference_pictures(stock)
+def glm_image():
+    return every_transformer.build("GlmImageTransformer2DModel")[0]
+
+
+def in_each_mode(model):
+    """The keys and values of the prompt are written, read, and passed over."""
+    inputs = tree_map_only(torch.Tensor, in_float64, diffusers_classes.tiny("GlmImageTransformer2DModel")[1]())
+    cache, outputs = GlmImageKVCache(num_layers=model.config.num_layers), []
+    with torch.no_grad():
+        for mode in ("write", "read", "skip"):
+            cache.set_mode(mode)
+            outputs.append(model(**inputs, kv_caches=cache, return_dict=False)[0])
+    return outputs
+
+
+def qwen_image():
+    return every_transformer.build("QwenImage21Transformer2DModel")[0]
+
+
+def text_and_picture(model):
+    """Two prompts, one of them padded, with a picture in the middle: one call for all, and one that finds them in the cache."""
+    generator = torch.Generator().manual_seed(0)
+    width = diffusers_classes.tiny("QwenImage21Transformer2DModel")[1]()["encoder_hidden_states"].shape[-1]
+    picture = [True] * 4
+    words = torch.ones(2, 24)
+    words[1, -3:] = 0
+    inputs = {
+        "hidden_states": torch.randn(2, 32, 4, dtype=torch.float64, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 24, width, dtype=torch.float64, generator=generator),
+        "encoder_hidden_states_mask": words,
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 4, 4), (1, 4, 4)]],
+        "img_mask": torch.tensor([[False] * 5 + picture + [False] * 15 + picture] * 2),
+        "return_dict": False,
+    }
+    cache = QwenImage21KVCache(len(model.transformer_blocks))
+    with torch.no_grad():
+        return [model(**inputs, kv_cache=cache, kv_cache_mode=mode)[0] for mode in ("extract", "cached")]
+
+
+@pytest.mark.parametrize(
+    ("build", "run"),
+    [(flux_2, reference_pictures), (glm_image, in_each_mode), (qwen_image, text_and_picture)],
+    ids=["flux_2", "glm", "qwen"],
+)
+def test_what_was_kept_is_the_oracles(build, run):
+    stock, model = build(), build()
+    before = run(stock)
     handle = patch_model(model)
-    found = reference_pictures(model)
+    found = run(model)
     assert not handle.skipped and all(layer.reached for layer in handle.patched.values())
     with oracle_in(stock, list(handle.patched)):
-        expected = reference_pictures(stock)
+        expected = run(stock)
     for ours, wanted, plain in zip(found, expected, before, strict=True):
         assert relative(ours, wanted) < 1e-9 and relative(ours, plain) > 1e-3
     with handle.disabled():
-        assert all(map(torch.equal, reference_pictures(model), before))
+        assert all(map(torch.equal, run(model), before))
 
 
 def test_blocks_of_frames_are_the_oracles():

@@ -102,8 +102,8 @@ CACHES = """## Caches
   frames is that of the oracle (`tests/patch/diffusers/test_caches_of_the_host.py`). AnyFlow FAR insists on flex attention: its
   self-attention is left, and its cross-attention is patched. SkyReels V2 and Helios keep frames, and compute keys and values
   again. Self-Forcing, CausVid and LongLive are no classes of Diffusers.
-- **What caches of Diffusers hold stays in the dtype of the model**, also the keys and values of reference pictures that Flux 2
-  (in the same tests), GLM-Image, Qwen-Image 2.1 and Wan Animate 2 keep; `handle.cache()` refuses models of Diffusers. Their
+- **What caches of Diffusers hold stays in the dtype of the model**, also the keys and values of reference pictures that Flux 2,
+  GLM-Image, Qwen-Image 2.1 (in the same tests) and Wan Animate 2 keep; `handle.cache()` refuses models of Diffusers. Their
   processors store plain tensors and join them themselves. A window that moves by frames also moves the groups of 16 tokens that
   share a scale of V, so what was stored in NVFP4 would not be what 4-bit attention computes without a cache.
 """
