@@ -91,7 +91,14 @@ def add_adapters(model: torch.nn.Module, settings: LoraSettings, default: tuple[
     if start is None or start.use != "trained":
         for target in settings.target_modules or default:
             if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
-                raise ValueError(f"lora.target_modules: {type(model).__name__} has no module {target}; leave it out")
+                linear = dict.fromkeys(
+                    x.rpartition(".")[2] for x, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+                )
+                remedy = "leave it out" if settings.target_modules else "null means that one too; name those of its attention"
+                raise ValueError(
+                    f"lora.target_modules: {type(model).__name__} has no module {target}; {remedy} (its linear layers are "
+                    f"{', '.join(linear)})"
+                )
     if start is not None and start.use == "merged":
         merge(model, start)
     if settings.base_dtype == "nf4":

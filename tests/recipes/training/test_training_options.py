@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import finetune_qwen3
 import finetune_wan
@@ -14,6 +15,7 @@ from qat_patch import calibrate, get_handle, load_checkpoint, patch_model, verif
 from qat_recipes.command_line import read_settings
 from qat_recipes.tasks.language_modeling import LanguageModeling, NextToken, Settings
 from qat_recipes.training import diagnostics
+from qat_recipes.training.adapters import LoraSettings, add_adapters
 from qat_recipes.training.objective import CalledWithBatch
 from support.models.tiny_clips import write_clips
 from support.models.tiny_qwen3 import tiny_qwen3, token_ids
@@ -117,6 +119,20 @@ def test_modules_are_left_out_of_calibration(inputs, tmp_path):
         finetune(inputs, tmp_path / "typo", **options | {"calibration_exclude": "['*.attn2']"})
     with pytest.raises(ValueError, match=r"calibration_exclude: expected \[\] without calibration_batches"):
         finetune(inputs, tmp_path / "nothing", calibration_exclude="['*.0.*']")
+
+
+def test_a_model_whose_projections_have_other_names():
+    """Phi-3 has one for Q, K and V."""
+    config = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Phi3ForCausalLM(Phi3Config(**config, pad_token_id=0))
+    with pytest.raises(
+        ValueError, match=r"no module q_proj; null means that one too; .*layers are o_proj, qkv_proj, gate_up_proj,"
+    ):
+        add_adapters(model, LoraSettings(rank=2, alpha=2), LanguageModeling.lora_targets, 0)
+    with pytest.raises(ValueError, match="no module q_proj; leave it out"):
+        add_adapters(model, LoraSettings(rank=2, alpha=2, target_modules=("o_proj", "q_proj")), LanguageModeling.lora_targets, 0)
+    trained = add_adapters(model, LoraSettings(rank=2, alpha=2, target_modules=("qkv_proj",)), LanguageModeling.lora_targets, 0)
+    assert sum(x.requires_grad for x in trained.parameters()) == 2
 
 
 def test_adapters_trained_under_mixed_precision_are_verified(inputs, tmp_path):
