@@ -21,8 +21,8 @@ from qat_recipes.data.video import EncodedClips
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """Videos to look at: of held-out clips with their prompts, sizes and, for image to video, first frames; or of your own
-    prompts."""
+    """Videos to look at: of held-out clips with their prompts, sizes and, for image to video, first (and last) frames; or of
+    your own prompts."""
 
     every: int
     """Sample before the first step, every N steps, and after the last."""
@@ -32,6 +32,8 @@ class SampleSettings:
     """Your own prompts, instead of held-out clips."""
     images: tuple[str, ...] = ()
     """First frames for image to video (of TI2V 5B with data.first_frame): an image file for each of `prompts`."""
+    last_images: tuple[str, ...] = ()
+    """The same for last frames, if the model takes them (Wan 2.1 FLF2V)."""
     height: int | None = None
     """Of the videos of `prompts`."""
     width: int | None = None
@@ -53,17 +55,19 @@ class SampleSettings:
             if (value := getattr(self, name)) is not None and value < 1:
                 remedy = "; set samples to null for none" if name == "every" else ""
                 raise ValueError(f"samples.{name}: expected at least 1, got {value}{remedy}")
-        of_prompts, of_clips = ("images", *sizes), ("clips",)
+        of_prompts, of_clips = ("images", "last_images", *sizes), ("clips",)
         for name in of_clips if self.prompts else of_prompts:
             if getattr(self, name):
                 have = "with" if self.prompts else "without"
                 raise ValueError(f"samples.{name}: has no effect {have} samples.prompts; leave it out")
         if self.prompts and (missing := next((name for name in sizes if getattr(self, name) is None), None)):
             raise ValueError(f"samples: {missing!r} is missing; prompts need a size")
-        if self.images and len(self.images) != len(self.prompts):
-            raise ValueError(f"samples.images: expected one for each of {len(self.prompts)} prompts, got {len(self.images)}")
-        if missing := next((path for path in self.images if not Path(path).is_file()), None):
-            raise ValueError(f"samples.images: there is no file {missing}")
+        for name in ("images", "last_images"):
+            paths = getattr(self, name)
+            if paths and len(paths) != len(self.prompts):
+                raise ValueError(f"samples.{name}: expected one for each of {len(self.prompts)} prompts, got {len(paths)}")
+            if missing := next((path for path in paths if not Path(path).is_file()), None):
+                raise ValueError(f"samples.{name}: there is no file {missing}")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError("samples.negative_prompt: has no effect without guidance; leave it out or raise guidance_scale")
 
@@ -79,8 +83,8 @@ class Samples:
         clips: held-out clips; with your own prompts any clips of the model, which say how they were encoded.
 
     Raises:
-        ValueError: image to video has prompts without first frames, text to video has first frames, or the pipeline cannot make
-            a size.
+        ValueError: image to video has prompts without first frames (or last ones, if it takes them), text to video has images,
+            or the pipeline cannot make a size.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Samples:
         # TI2V 5B is a model for both pipelines.
         given = clips.first_frame > 0 if settings.images else clips.first_frame == 1 and not settings.prompts
         self.from_images = clips.settings["pipeline"] != "WanPipeline" or given
+        self.to_images = any(map(takes_last_frame, transformers.values()))
         kind = WanImageToVideoPipeline if self.from_images else WanPipeline
         # Wan's text encoder is several times as large as the rest, and is needed at most once.
         needs_text = settings.guidance_scale > 1 or settings.prompts
@@ -155,12 +160,17 @@ class Samples:
             inputs |= {name: getattr(settings, name) for name in ("height", "width", "num_frames")}
             if settings.images:
                 inputs["image"] = self._own_image(settings.images[number])
+            if settings.last_images:
+                inputs["last_image"] = self._own_image(settings.last_images[number])
         else:
             clip, about = self.clips[number], self.clips.clips[number]
             inputs = {"prompt_embeds": clip["prompt_embeds"][None].to(device)}
             inputs |= {"height": about["height"], "width": about["width"], "num_frames": about["frames"]}
             if self.from_images:
-                inputs["image"] = self._first_frame(clip["latents"].to(device))
+                # The first latent frame holds only the first frame.
+                inputs["image"] = self._last_frame(clip["latents"][:, :1].to(device))
+            if self.to_images:
+                inputs["last_image"] = self._last_frame(clip["latents"].to(device))
         if self.negative is not None:
             inputs["negative_prompt_embeds"] = self.negative.to(device)
         return self.pipe(
@@ -185,6 +195,9 @@ class Samples:
         if self.from_images != bool(settings.images):
             expected = "first frames, because the model makes video from images" if self.from_images else "[] with text to video"
             raise ValueError(f"samples.images: expected {expected}")
+        if self.to_images != bool(settings.last_images):
+            expected = "last frames, which the model takes" if self.to_images else "[], because the model takes no last frame"
+            raise ValueError(f"samples.last_images: expected {expected}")
         spatial, temporal = 2 * pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         for name in ("height", "width"):
             if getattr(settings, name) % spatial:
@@ -196,14 +209,20 @@ class Samples:
         """An image file as viewers show it, resized and centre-cropped."""
         return self.pipe.video_processor.resize(load_image(path), self.settings.height, self.settings.width, resize_mode="crop")
 
-    def _first_frame(self, latents: torch.Tensor) -> Any:
-        """The first frame as an image. The first latent frame holds only this frame."""
+    def _last_frame(self, latents: torch.Tensor) -> Any:
+        """The last frame of latents as an image."""
         vae = self.pipe.vae
         mean, std = (
             torch.tensor(x, device=latents.device).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std)
         )
-        frame = vae.decode(latents[None, :, :1].float() * std + mean).sample
+        frame = vae.decode(latents[None].float() * std + mean).sample[:, :, -1:]
         return self.pipe.video_processor.postprocess_video(frame, output_type="pil")[0][0]
+
+
+def takes_last_frame(transformer: torch.nn.Module) -> bool:
+    """Whether it makes videos from a first and a last frame (Wan 2.1 FLF2V)."""
+    config: Any = transformer.config
+    return config.pos_embed_seq_len is not None
 
 
 @contextlib.contextmanager

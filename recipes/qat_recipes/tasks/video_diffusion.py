@@ -22,7 +22,7 @@ from qat_recipes.training.adapters import LoraSettings
 from .experts import ClipsInTurns, Experts
 from .fine_tuning import FineTuning, FineTuningSettings, ModelSettings
 from .flow_matching import FlowMatching, HeldOutClips, TimestepSettings, noise_levels
-from .samples import Samples, SampleSettings
+from .samples import Samples, SampleSettings, takes_last_frame
 
 EXPERTS = ("transformer", "transformer_2")
 """The transformers of Wan 2.2: for high noise, from `boundary_ratio` of its pipeline up, and for low noise."""
@@ -141,10 +141,6 @@ class VideoDiffusion(FineTuning[Settings]):
         if settings.samples is not None:
             about = clips if self.held_out is None else self.held_out
             transformers = {name: model for name, model in self.parts.items() if name is not None}
-            if any(map(takes_last_frame, transformers.values())):
-                raise ValueError(
-                    f"samples: {settings.model.path} needs a last frame too, which samples do not have; leave them out"
-                )
             self.samples = Samples(settings.samples, self.source, transformers, self.handle, about)
 
     def load(self, component: str | None) -> torch.nn.Module:
@@ -283,12 +279,6 @@ class VideoDiffusion(FineTuning[Settings]):
                     f"{float(sigmas[-1]):.3g} to {float(sigmas[0]):.3g}"
                 )
         return (parts if self.settings.trains_in_turns else parts[self.settings.model.transformer]), steps
-
-
-def takes_last_frame(transformer: torch.nn.Module) -> bool:
-    """Whether it makes videos from a first and a last frame (Wan 2.1 FLF2V)."""
-    config: Any = transformer.config
-    return config.pos_embed_seq_len is not None
 
 
 def check_clips(model: torch.nn.Module, clips: EncodedClips, parts: int = 1) -> None:

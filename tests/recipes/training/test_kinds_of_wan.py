@@ -140,9 +140,6 @@ def test_a_fraction_of_the_samples_is_given_its_first_frame(tmp_path):
 def test_first_and_last_frame(inputs, tmp_path, monkeypatch):
     """FLF2V: a sample of a batch gets its own two frames."""
     _, changes = prepared_for(tiny_pipeline(i2v=True, layers=1, pos_embed_seq_len=2 * 257), tmp_path, (32, 48))
-    own = {"samples.every": 1, "samples.height": 32, "samples.width": 48, "samples.num_frames": 5, "samples.prompts": "[a]"}
-    with pytest.raises(ValueError, match="samples: .* needs a last frame too"):
-        finetune(tmp_path, tmp_path / "run", **changes | own)
     drawn, draw = [], FlowMatching.inputs
     monkeypatch.setattr(FlowMatching, "inputs", lambda *args: drawn.append((args[1], draw(*args))) or drawn[-1][1])
     finetune(tmp_path, tmp_path / "run", **changes)
@@ -156,6 +153,45 @@ def test_first_and_last_frame(inputs, tmp_path, monkeypatch):
             torch.testing.assert_close(model(**own | {"encoder_hidden_states_image": images[number]}).sample[0], both[number])
     with pytest.raises(ValueError, match="does not fit the model: expected images as its condition: 2, got 1"):
         finetune(tmp_path, tmp_path / "other", **changes | {"data.train": inputs / "i2v-train"})
+
+
+def test_samples_between_two_frames(tmp_path, monkeypatch):
+    """FLF2V, of prompts with your own images and of held-out clips; what is written is what the pipeline makes of them."""
+    videos = {}
+    monkeypatch.setattr(samples, "encode_video", lambda frames, fps, path: videos.update({path.rpartition("step-0/")[2]: frames}))
+    _, changes = prepared_for(tiny_pipeline(i2v=True, layers=1, pos_embed_seq_len=2 * 257), tmp_path, (32, 48))
+    for number in range(2):
+        pixels = torch.randint(0, 255, (70, 90, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{number}.png")
+    changes |= {"steps": 1, "samples.every": 1, "samples.inference_steps": 1, "samples.guidance_scale": 1}
+    size = {"height": 32, "width": 48, "num_frames": 5}
+    own = {f"samples.{name}": value for name, value in size.items()}
+    own |= {"samples.prompts": "[a red square]", "samples.images": f"[{tmp_path / '0.png'}]"}
+    with pytest.raises(ValueError, match="samples.last_images: expected last frames, which the model takes"):
+        finetune(tmp_path, tmp_path / "own", **changes | own)
+    finetune(tmp_path, tmp_path / "own", **changes | own | {"samples.last_images": f"[{tmp_path / '1.png'}]"})
+    finetune(tmp_path, tmp_path / "clips", **changes | {"data.eval_fraction": 0.5, "eval_every": 1, "samples.clips": 1})
+
+    types = {"text_encoder": torch.bfloat16, "default": torch.float32}
+    pipe = WanImageToVideoPipeline.from_pretrained(tmp_path / "model", dtype=types)
+    first, last = (
+        pipe.video_processor.resize(Image.open(tmp_path / f"{number}.png"), 32, 48, resize_mode="crop") for number in range(2)
+    )
+    options = size | {"num_inference_steps": 1, "guidance_scale": 1, "output_type": "pt"}
+
+    def made(name, *images, **text):
+        generator = torch.Generator().manual_seed(0)
+        expected = pipe(image=images[0], last_image=images[1], **text, **options, generator=generator).frames[0]
+        return (videos[name].permute(0, 3, 1, 2).float() - 255 * expected).abs().max() <= 1
+
+    assert made("prompt-0-original.mp4", first, last, prompt="a red square")
+    assert not made("prompt-0-original.mp4", first, first, prompt="a red square")
+    clip = EncodedClips(tmp_path / "data", slice(-1, None))[0]
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std))
+    with torch.no_grad():
+        decoded = pipe.vae.decode(clip["latents"][None].float() * std + mean).sample
+    frames = pipe.video_processor.postprocess_video(decoded, output_type="pil")[0]
+    assert made("clip-0-original.mp4", frames[0], frames[-1], prompt_embeds=clip["prompt_embeds"][None].float())
 
 
 def test_a_bare_transformer_trains_with_a_shift(inputs, tmp_path):
@@ -202,6 +238,7 @@ def test_samples_of_your_own_prompts_and_first_frames(inputs, tmp_path, monkeypa
         ({"samples.num_frames": 6}, "samples.num_frames: expected a multiple of 4 plus 1, got 6"),
         ({"samples.images": "[a.png]"}, "samples.images: there is no file a.png"),
         ({"samples.images": "[a.png, b.png]"}, "samples.images: expected one for each of 1 prompts, got 2"),
+        ({"samples.last_images": f"[{__file__}]"}, r"samples.last_images: expected \[\], because the model takes no last frame"),
         ({"model.path": "i2v", "data.train": "i2v-train"}, "samples.images: expected first frames, because the model"),
     ],
 )
