@@ -149,8 +149,8 @@ def attention(
             FP4 units. `sdpa` is PyTorch's own attention, only for specs that quantize K and V alone (`QuantSpec.kv_only`).
             `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere. `Verdicts` are like `auto`, but take
             `fp4` or `sageattn3` if a self-check on this GPU found it right and faster, and the call needs no derivative.
-            Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and take values
-            of another head dim. Only `eager` computes `q_shift`. `auto` and `Verdicts` choose accordingly. `explain` says what
+            Only `eager` and `triton` compute `q_shift`, `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and
+            take values of another head dim. `auto` and `Verdicts` choose accordingly. `explain` says what
             runs, and why.
 
     Returns:

@@ -14,9 +14,9 @@ from .spec import FEATURES, GROUP_SIZE, MAX_HEAD_DIM, Q_SHIFT, UNEQUAL_HEAD_DIMS
 
 Impl = Literal["auto", "eager", "sdpa", "triton", "fp4", "sageattn3"]
 """The implementations of attention; `auto` chooses one."""
-_ALL = (*FEATURES, UNEQUAL_HEAD_DIMS)
+_ALL = (*FEATURES, UNEQUAL_HEAD_DIMS, Q_SHIFT)
 COMPUTED: dict[str, tuple[str, ...]] = {
-    "eager": (*_ALL, Q_SHIFT),
+    "eager": _ALL,
     "sdpa": (),
     "triton": _ALL,
     "fp4": (),

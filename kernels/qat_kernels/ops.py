@@ -81,7 +81,8 @@ def forward(
     if impl == "triton":
         return training_kernels().forward(
             q, k, v, key_mask, k_shift, packing,
-            spec=spec, mask=mask, scale=scale, with_gradient=options.needs_gradient, bounds=bounds, softcap=softcap, sinks=sinks,
+            spec=spec, mask=mask, scale=scale, with_gradient=options.needs_gradient, q_shift=q_shift, bounds=bounds,
+            softcap=softcap, sinks=sinks,
         )  # fmt: skip
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
@@ -121,7 +122,7 @@ def backward(
     if options.impl == "triton":
         return training_kernels().backward(
             grad_out, v, out_hp, stats, codes, key_mask, packing,
-            key_shape=key_shape, spec=spec, mask=mask, scale=scale, bounds=bounds, softcap=softcap, sinks=sinks,
+            key_shape=key_shape, spec=spec, mask=mask, scale=scale, q_shift=q_shift, bounds=bounds, softcap=softcap, sinks=sinks,
             query=q, key=k,
         )  # fmt: skip
     assert q is not None and k is not None and v is not None, "eager reads its inputs again"
@@ -196,8 +197,9 @@ def _(
     stats_shape = codes_shape = (0,)
     if impl == "triton":
         stats_shape, codes_shape = training_kernels().output_shapes(
-            q.shape, v.shape, packing, spec=spec_, mask=Mask.from_json(mask), with_gradient=needs_gradient
-        )
+            q.shape, v.shape, packing, spec=spec_, mask=Mask.from_json(mask), with_gradient=needs_gradient,
+            key_bias=q_shift is not None,
+        )  # fmt: skip
     return out, out_hp, lse, lse.new_empty(stats_shape), q.new_empty(codes_shape, dtype=torch.uint8)
 
 

@@ -197,6 +197,9 @@ def test_which_kernels_run_on_hopper():
         assert "grad_query in Triton: Gluon's, it does not compute softcap" in words_for(softcap=30.0, needs_gradient=True)
         words = words_for(sinks=torch.zeros(2), needs_gradient=True)
         assert "forward in Triton: Gluon's, it does not compute sinks" in words
+        words = words_for(q_shift=torch.zeros(2, 128), needs_gradient=True)
+        for kernel in ("forward", "grad_query", "grad_key_value"):
+            assert f"{kernel} in Triton: Gluon's, it does not compute q_shift" in words
         words = words_for(112, needs_gradient=True)
         assert "grad_query in Triton: Gluon's, its results for such calls have not been compared on a GPU yet" in words
         assert "forward in Triton: Gluon's, it does not take head_dim 96" in words_for(96, needs_gradient=True)

@@ -161,7 +161,7 @@ def _plan(
         together(
             rows_job(
                 query, queries, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate, codes=True,
-                heads_per_k_shift=queries.num_heads // keys.num_heads if given.k_shift else 1,
+                heads_per_shift=queries.num_heads // keys.num_heads if given.k_shift else 1,
             ),
             rows_job(key, keys, given, formats.key, is_k=True, order=tile.order, rotate=spec.rotate, codes=True),
             *([tokens_job(value, keys, given, formats.value, codes=True, col_major=True)] if spec.quantizes_pv else []),
@@ -207,7 +207,7 @@ def forward(
     if is_empty(query.shape, key.shape, packed):
         return out.zero_(), lse.fill_(-torch.inf)
     with on_device(device):
-        given, k_shift, *_ = given_tensors(key_mask, k_shift, packing, None, None)
+        given, k_shift, *_ = given_tensors(key_mask, k_shift, None, packing, None, None)
         arch = arch_of(device)
         plan = _plan(
             device, arch, choose(arch, head_dim, spec.quantizes_pv), why_not_native(arch, head_dim, spec.quantizes_pv) is None,
@@ -223,8 +223,8 @@ def forward(
         at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
         at_q, at_k, at_v = (tuple(map(pointer, codes)) for codes in (q, k, v))
         plan.prepare((
-            (pointer(query), at_shift, None, None, cu_q, None, *at_q, at_products),
-            (pointer(key), at_shift, at_mask, at_leftpad, cu_k, None, *at_k, None),
+            (pointer(query), at_shift, None, None, None, cu_q, None, *at_q, at_products, None),
+            (pointer(key), at_shift, None, at_mask, at_leftpad, cu_k, None, *at_k, None, None),
             *([(pointer(value), at_mask, at_leftpad, cu_k, None, None, *at_v)] if spec.quantizes_pv else []),
         ))  # fmt: skip
         kernel = plan.attend(

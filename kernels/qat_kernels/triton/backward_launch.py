@@ -50,6 +50,8 @@ class _Plan(NamedTuple):
     new_grad_value: New
     codes: list[int]
     """Where codes and scales of Q, K and V begin."""
+    codes_end: int
+    """And where they end."""
     new_operands: New
     operands: list[int]
     """Where each begins in the memory that they share: Q, K, V, dO with the factor of its rows, and where groups are kept dO,
@@ -88,11 +90,13 @@ def _plan(
     if is_empty(grad_out.shape, key_shape, packed):
         return None
     query_shape, _, value_shape = gradient_shapes(grad_out.shape, key_shape)
-    problem = Problem.of(query_shape, value_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
+    problem = Problem.of(
+        query_shape, value_shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap, key_bias=given.q_shift
+    )  # fmt: skip
     options = tiles.options_of(
         spec, bounds=not mask.is_plain, irregular=mask.is_irregular, softcap=softcap is not None, packed=packed is not None,
         key_mask=given.key_mask,
-        sinks=has_sinks, unequal_head_dims=problem.head_dim != problem.head_dim_v,
+        q_shift=given.q_shift, sinks=has_sinks, unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip
     chosen = tiles.choose(arch_of(device), max(problem.head_dim, problem.head_dim_v), mask.hides_keys, options, gluon_version())
     queries, keys, operand = problem.query, problem.key, operand_dtype(grad_out.dtype)
@@ -138,7 +142,7 @@ def _plan(
     )
     return _Plan(
         queries, keys, chosen, new(query_shape, grad_out.dtype, device), new_grad_key, new_grad_value,
-        starts(problem.code_sizes())[0], new((operands_size,), operand, device), operands,
+        *starts(problem.code_sizes()), new((operands_size,), operand, device), operands,
         # What is summed for the sinks has gaps between packed sequences, which no kernel writes.
         new((2, rows_q), torch.float32, device, zeros=has_sinks),
         together(
@@ -162,7 +166,7 @@ def _grad_query_launch(problem: Problem, tile: tiles.Tile, grad_out: Layout, giv
         (queries.batch * queries.num_heads * num_blocks,),
         [
             q, k, v, v if problem.key.lead else None, *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
-            float32 if sage else None, float32 if sage else None, *given.bound_pointers(),
+            float32 if problem.key_bias else None, float32 if sage else None, float32 if sage else None, *given.bound_pointers(),
             grad_out.pointer, float32, float32, Pointer(grad_out.dtype),
         ],
         [
@@ -209,12 +213,13 @@ def _grad_key_value_launch(
         [
             q, k, v, grad_out_tiles, v if kept else None, grad_out_tiles if kept else None,
             *given.key_mask_pointers(), cu_seqlens, cu_seqlens,
+            float32 if problem.key_bias else None, given.pointer(torch.float32, given.q_shift),
             float32 if problem.spec.formats.smooth is not None else None, *given.bound_pointers(),
             float32, float32, Pointer(dtype) if key else None, Pointer(dtype) if value else None,
         ],
         [
             given.bounds_stride, *contiguous_strides(torch.Size((*key_shape[:-1], 1)))[:3],
-            *_numbers(problem, given, num_blocks), problem.softmax_scale,
+            *_numbers(problem, given, num_blocks), problem.softmax_scale, problem.scale if problem.key_bias else None,
         ],
         _constants(problem, given, tile),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -260,6 +265,7 @@ def backward(
     spec: QuantSpec,
     mask: Mask,
     scale: float,
+    q_shift: torch.Tensor | None = None,
     bounds: Bounds | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -276,7 +282,7 @@ def backward(
     """
     device, dtype = grad_out.device, grad_out.dtype
     with on_device(device):
-        given, _, lower, upper, _ = given_tensors(key_mask, None, packing, bounds, None)
+        given, _, q_shift, lower, upper, _ = given_tensors(key_mask, None, q_shift, packing, bounds, None)
         plan = _plan(
             device, Layout.of(grad_out), Layout.of(out_hp), None if value is None else Layout.of(value), key_shape,
             PackedSizes.of(packing), given, spec, mask, scale, softcap, sinks is not None,
@@ -292,11 +298,14 @@ def backward(
         q_codes, q_scales, k_codes, k_scales, *v_codes = parts(codes, plan.codes)
         at_grad_out, at_delta, at_stats = pointer(grad_out), pointer(delta), pointer(stats)
         grad_sums = None
-        at_mask = at_leftpad = cu_q = cu_k = at_scores = at_sums = at_lower = at_upper = None
+        at_mask = at_leftpad = cu_q = cu_k = at_bias = at_q_shift = at_scores = at_sums = at_lower = at_upper = None
         if given is not NOTHING:
             key_mask, leftpad = allowed_keys(key_mask, plan.keys)
             cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
             at_mask, at_leftpad, at_lower, at_upper = map(pointer, (key_mask, leftpad, lower, upper))
+        if q_shift is not None:
+            key_bias = codes[plan.codes_end :].view(torch.float32)
+            at_bias, at_q_shift = map(pointer, (key_bias, q_shift))
         if spec.formats.smooth is not None:
             assert query is not None and key is not None, "Q and K are read again"
             smoothed = smoothing.smooth(query, key)
@@ -317,7 +326,7 @@ def backward(
             (at_grad_out, pointer(out_hp), at_stats, cu_q, scaled_grad_out, grad_out_copy, at_delta),
         ))  # fmt: skip
         plan.grad_query(
-            q, k, v, v_kept, at_mask, at_leftpad, cu_q, cu_k, at_scores, at_sums, at_lower, at_upper,
+            q, k, v, v_kept, at_mask, at_leftpad, cu_q, cu_k, at_bias, at_scores, at_sums, at_lower, at_upper,
             at_grad_out, at_delta, at_stats, pointer(grad_query),
         )  # fmt: skip
         parts_of_key, parts_of_value = grad_key, grad_value
@@ -329,8 +338,8 @@ def backward(
             )
         grad_out_kept = at_grad_out if plan.keys.lead and grad_out_copy is None else grad_out_copy
         plan.grad_key_value(
-            q, k, v, scaled_grad_out, v_kept, grad_out_kept, at_mask, at_leftpad, cu_q, cu_k, at_scores, at_lower, at_upper,
-            at_delta, at_stats, pointer(parts_of_key), pointer(parts_of_value),
+            q, k, v, scaled_grad_out, v_kept, grad_out_kept, at_mask, at_leftpad, cu_q, cu_k, at_bias, at_q_shift, at_scores,
+            at_lower, at_upper, at_delta, at_stats, pointer(parts_of_key), pointer(parts_of_value),
         )  # fmt: skip
         if plan.splits > 1:
             grad_key.copy_(parts_of_key.sum(0))

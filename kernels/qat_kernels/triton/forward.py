@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .layout import PAD, first_row, mean_scores_row, sequence, slot_of, slot_ranges, to_groups, to_tile
 from .nvfp4 import GROUP, P_GLOBAL_SCALE, cast_rn, dot, fake_quantize_p, mul_sub
-from .scores import LOG2_E, holds_an_open_group, masked_slot_ranges, soft_cap
+from .scores import LOG2_E, add_key_bias, holds_an_open_group, masked_slot_ranges, soft_cap
 
 LN_2 = tl.constexpr(0.6931471805599453)
 _PAD = tl.constexpr(PAD)
@@ -47,16 +47,18 @@ def exponentials(scores, row_max, softmax_scale_log2, CHECK_BOUNDS: tl.constexpr
 @triton.jit
 def _attend(
     out, out_hp, row_sum, row_max,
-    q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, upper, lower, prefix_stop, start, stop, softmax_scale_log2,
+    q, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, mean_scores_ptr, upper, lower, prefix_stop, start, stop,
+    softmax_scale_log2,
     BLOCK_N: tl.constexpr, ORDER: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
-    QUANTIZE_PV: tl.constexpr, SAGE: tl.constexpr, OUT_HP: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    QUANTIZE_PV: tl.constexpr, KEY_BIAS: tl.constexpr, SAGE: tl.constexpr, OUT_HP: tl.constexpr, MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop`, in tiles of BLOCK_N.
 
     With CHECK_BOUNDS a row may see those below `upper`, and with MASKED of these those from `lower` on and those below
     `prefix_stop`; otherwise all of them. With QUANTIZE_PV `out` is 2688 times too large
-    and takes PF~ VF, while `out_hp` takes P~ VF; otherwise `out` takes the unquantized P~. With SAGE mean_scores float32 [slots]
-    are added to the scores of all rows.
+    and takes PF~ VF, while `out_hp` takes P~ VF; otherwise `out` takes the unquantized P~. With KEY_BIAS key_bias float32 [slots]
+    is added to the scores of all rows, and with SAGE mean_scores.
     """
     score_scale_log2 = softmax_scale_log2
     if SOFTCAP > 0:
@@ -64,6 +66,9 @@ def _attend(
     for first_slot in range(start, stop, BLOCK_N):
         k = k_desc.load([k_row + first_slot, 0])
         scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+        if KEY_BIAS:
+            key_bias = tl.load(key_bias_ptr + (first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)))
+            scores = add_key_bias(scores, key_bias[None, :])
         if SOFTCAP > 0:
             scores = soft_cap(scores, softmax_scale_log2, SOFTCAP)
         slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
@@ -98,9 +103,10 @@ def _attend(
 @triton.jit
 def _attend_kept(
     out, out_hp, row_sum, row_max,
-    q, k_desc, v_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots, start, first_block, num_blocks, softmax_scale_log2,
-    BLOCK_N: tl.constexpr, ORDER: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, OUT_HP: tl.constexpr,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    q, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, last, lower, prefix_stop, slots, start, first_block, num_blocks,
+    softmax_scale_log2,
+    BLOCK_N: tl.constexpr, ORDER: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr,
+    OUT_HP: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The kept groups, with unquantized P~ and V: the sink group, then the open groups in `num_blocks` tiles from `start` on.
 
@@ -120,6 +126,8 @@ def _attend_kept(
             slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
             k = k_desc.load([k_row + first_slot, 0])
             scores = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32))
+            if KEY_BIAS:
+                scores = add_key_bias(scores, tl.load(key_bias_ptr + slot)[None, :])
             if SOFTCAP > 0:
                 scores = soft_cap(scores, softmax_scale_log2, SOFTCAP)
             present = slot < slots
@@ -145,24 +153,25 @@ def _attend_kept(
 @triton.jit
 def attention_forward_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, key_mask_ptr, leftpad_ptr, q_dot_k_shift_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    mean_scores_ptr, lower_ptr, upper_ptr, sinks_ptr, out_ptr, out_hp_ptr, lse_ptr, stats_ptr,
+    key_bias_ptr, mean_scores_ptr, lower_ptr, upper_ptr, sinks_ptr, out_ptr, out_hp_ptr, lse_ptr, stats_ptr,
     bounds_stride, out_stride_b, out_stride_h, out_stride_l, out_stride_d,
     lse_stride_b, lse_stride_h, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, k_shift_scale,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
     LEAD: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr,
-    SAGE: tl.constexpr, OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    KEY_BIAS: tl.constexpr, SAGE: tl.constexpr, OUT_HP: tl.constexpr, STORE_STATS: tl.constexpr, HAS_K_SHIFT: tl.constexpr,
+    HAS_SINKS: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr,
+    BOUNDED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
 
     q, k, v, v_kept: operands (layout.py); v is quantized with QUANTIZE_PV, v_kept, for the kept groups, never. out, out_hp (O'):
     any strides, for packed sequences with batch stride 0. key_mask uint8, a row of k_rows for each sequence, by slot; leftpad
-    int32 [B]; cu_seqlens int32 [B + 1]; q_dot_k_shift, lse float32; mean_scores float32 [B, H, ceil(Lq / 128), Lk] (SAGE). stats
-    float32 [2, all_q_rows]: row maximum and base-2 log-sum-exp of the scores of the quantized Q and K, +inf for rows without a
-    (quantized) key, which makes their probabilities zero. lower, upper int32: of each query in the tokens of its sequence
-    (BOUNDED); sinks float32 [num_heads] (HAS_SINKS); SOFTCAP 0: none. The rest as in scores.py.
+    int32 [B]; cu_seqlens int32 [B + 1]; q_dot_k_shift, lse float32; key_bias float32, a number for each row of K, by slot
+    (KEY_BIAS); mean_scores float32 [B, H, ceil(Lq / 128), Lk] (SAGE). stats float32 [2, all_q_rows]: row maximum and base-2
+    log-sum-exp of the scores of the quantized Q and K, +inf for rows without a (quantized) key, which makes their probabilities
+    zero. lower, upper int32: of each query in the tokens of its sequence (BOUNDED); sinks float32 [num_heads] (HAS_SINKS);
+    SOFTCAP 0: none. The rest as in scores.py.
     """
     KEPT: tl.constexpr = LEAD > 0
     batch_head, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
@@ -188,6 +197,8 @@ def attention_forward_kernel(
     seqlen_k -= leftpad
     slots = seqlen_k + LEAD
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    if KEY_BIAS:
+        key_bias_ptr += k_row
     rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     inside = rows < seqlen_q
     q = q_desc.load([q_row, 0])
@@ -212,17 +223,17 @@ def attention_forward_kernel(
         )  # fmt: skip
         if PREFIX > 0:
             out, out_hp, row_sum, row_max = _attend(
-                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
-                upper, lower, prefix_stop, LEAD + GROUP if KEPT else 0, head_stop, softmax_scale_log2,
-                BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
+                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr,
+                mean_scores_ptr, upper, lower, prefix_stop, LEAD + GROUP if KEPT else 0, head_stop, softmax_scale_log2,
+                BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, KEY_BIAS, SAGE, OUT_HP, MASKED, SOFTCAP,
             )  # fmt: skip
         if HAS_KEY_MASK:
             begin = first
         elif WINDOW > 0 or BOUNDED:
             out, out_hp, row_sum, row_max = _attend(
-                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
-                upper, lower, prefix_stop, first, tl.minimum(begin, stop), softmax_scale_log2,
-                BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
+                out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr,
+                mean_scores_ptr, upper, lower, prefix_stop, first, tl.minimum(begin, stop), softmax_scale_log2,
+                BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, KEY_BIAS, SAGE, OUT_HP, MASKED, SOFTCAP,
             )  # fmt: skip
     else:
         last, upper, begin, full, stop, open_start, open_blocks = slot_ranges(
@@ -234,14 +245,14 @@ def attention_forward_kernel(
         full = begin
     else:
         out, out_hp, row_sum, row_max = _attend(
-            out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
-            upper, lower, prefix_stop, begin, full, softmax_scale_log2,
-            BLOCK_N, ORDER, False, False, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
+            out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr,
+            mean_scores_ptr, upper, lower, prefix_stop, begin, full, softmax_scale_log2,
+            BLOCK_N, ORDER, False, False, QUANTIZE_PV, KEY_BIAS, SAGE, OUT_HP, MASKED, SOFTCAP,
         )  # fmt: skip
     out, out_hp, row_sum, row_max = _attend(
-        out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr,
-        upper, lower, prefix_stop, full, stop, softmax_scale_log2,
-        BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, SAGE, OUT_HP, MASKED, SOFTCAP,
+        out, out_hp, row_sum, row_max, q, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr,
+        mean_scores_ptr, upper, lower, prefix_stop, full, stop, softmax_scale_log2,
+        BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, KEY_BIAS, SAGE, OUT_HP, MASKED, SOFTCAP,
     )  # fmt: skip
 
     if STORE_STATS:
@@ -250,9 +261,9 @@ def attention_forward_kernel(
         out = out * (1.0 / P_GLOBAL_SCALE)
     if KEPT:
         out, out_hp, row_sum, row_max = _attend_kept(
-            out, out_hp, row_sum, row_max, q, k_desc, v_kept_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots,
-            open_start, first_block, open_blocks, softmax_scale_log2,
-            BLOCK_N, ORDER, LEAD, HAS_KEY_MASK, OUT_HP, MASKED, SOFTCAP,
+            out, out_hp, row_sum, row_max, q, k_desc, v_kept_desc, k_row, key_mask_ptr, key_bias_ptr, last, lower,
+            prefix_stop, slots, open_start, first_block, open_blocks, softmax_scale_log2,
+            BLOCK_N, ORDER, LEAD, HAS_KEY_MASK, KEY_BIAS, OUT_HP, MASKED, SOFTCAP,
         )  # fmt: skip
     if HAS_SINKS:  # a key without a value, for the sum alone
         blind, sink = row_sum == 0.0, tl.load(sinks_ptr + head)

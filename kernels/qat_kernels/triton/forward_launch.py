@@ -48,18 +48,27 @@ class Forward(NamedTuple):
     stats: torch.Tensor | None
     """float32 [2, rows of Q]: m and the base-2 log-sum-exp of the quantized scores; +inf in rows without a (quantized) key."""
     codes: torch.Tensor | None
-    """uint8: the codes and scales of Q, K and, unless V itself is read again, V."""
+    """uint8: the codes and scales of Q, K and, unless V itself is read again, V; behind them the key bias, if there is one."""
 
 
 def output_shapes(
-    query: torch.Size, value: torch.Size, packing: Packing | None = None, *, spec: QuantSpec, mask: Mask, with_gradient: bool
+    query: torch.Size,
+    value: torch.Size,
+    packing: Packing | None = None,
+    *,
+    spec: QuantSpec,
+    mask: Mask,
+    with_gradient: bool,
+    key_bias: bool = False,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of `Forward.stats` and `Forward.codes`."""
     packed = PackedSizes.of(packing)
     if is_empty(query, value, packed):
         return (0,), (0,)
-    problem = Problem.of(query, value, packed, spec=spec, mask=mask, scale=1.0)
-    return ((2, problem.query.all_rows), (sum(problem.code_sizes()),)) if with_gradient else ((0,), (0,))
+    problem = Problem.of(query, value, packed, spec=spec, mask=mask, scale=1.0, key_bias=key_bias)
+    if not with_gradient:
+        return (0,), (0,)
+    return (2, problem.query.all_rows), (sum(problem.code_sizes()) + problem.key_bias_size(),)
 
 
 class _Plan(NamedTuple):
@@ -73,6 +82,10 @@ class _Plan(NamedTuple):
     new_codes: New | None
     codes: list[int]
     """Where codes and scales of Q, K and V begin."""
+    codes_end: int
+    """And where they end."""
+    new_key_bias: New | None
+    """Where there is a key bias and nothing is saved."""
     new_operands: New
     operands: list[int]
     """Where each begins in the memory that they share: Q, K, V and, where groups are kept, V as it is."""
@@ -104,11 +117,13 @@ def _plan(
     check_device(device)
     if is_empty(query.shape, value.shape, packed):
         return None
-    problem = Problem.of(query.shape, value.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap)
+    problem = Problem.of(
+        query.shape, value.shape, packed, spec=spec, mask=mask, scale=scale, softcap=softcap, key_bias=given.q_shift
+    )  # fmt: skip
     options = tiles.options_of(
         spec, bounds=not mask.is_plain, irregular=mask.is_irregular, softcap=softcap is not None, packed=packed is not None,
         key_mask=given.key_mask,
-        k_shift=given.k_shift, sinks=given.sinks, with_gradient=with_gradient,
+        k_shift=given.k_shift, q_shift=given.q_shift, sinks=given.sinks, with_gradient=with_gradient,
         unequal_head_dims=problem.head_dim != problem.head_dim_v,
     )  # fmt: skip
     tile = tiles.choose(
@@ -140,7 +155,7 @@ def _plan(
     operands, operands_size = starts(sizes)
     of_query = rows_job(
         query, problem.query, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate,
-        heads_per_k_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift else 1,
+        heads_per_shift=problem.query.num_heads // problem.key.num_heads if given.k_shift or given.q_shift else 1,
         operand=operand, codes=with_gradient,
     )  # fmt: skip
     new_out, saved = new(out.shape, out.dtype, device, stride=out.stride()), partial(new, device=device, zeros=packed is not None)
@@ -151,15 +166,17 @@ def _plan(
         new_lse=new(lse_shape(query.shape, packed), torch.float32, device),
         # Packed sequences leave gaps between them, which no kernel writes or reads.
         new_stats=saved((2, rows_q), torch.float32) if with_gradient else None,
-        new_codes=saved((codes_size,), torch.uint8) if with_gradient else None,
+        new_codes=saved((codes_size + problem.key_bias_size(),), torch.uint8) if with_gradient else None,
         codes=codes,
+        codes_end=codes_size,
+        new_key_bias=new((rows_k,), torch.float32, device) if given.q_shift and not with_gradient else None,
         new_operands=new((operands_size,), operand, device),
         operands=operands,
         quantizes_value=quantizes_value,
         prepare=together(
             *(() if to_all else (of_query,)),
             rows_job(
-                key, problem.key, given, formats.key, is_k=True, order=order, rotate=spec.rotate,
+                key, problem.key, given, formats.key, is_k=True, order=order, rotate=spec.rotate, negate=scale < 0,
                 operand=operand, codes=with_gradient,
             ),
             tokens_job(
@@ -203,7 +220,7 @@ def _attend_launch(
             Tiles(operand, (keys.all_rows, problem.block_d), tile.block_n),
             value_tiles, value_tiles if keys.lead else None, *given.key_mask_pointers(),
             float32 if given.k_shift else None, cu_seqlens, cu_seqlens,
-            float32 if spec.formats.smooth is not None else None, *given.bound_pointers(),
+            float32 if problem.key_bias else None, float32 if spec.formats.smooth is not None else None, *given.bound_pointers(),
             given.pointer(torch.float32, given.sinks),
             out, out if has_out_hp else None, float32, float32 if with_gradient else None,
         ],
@@ -233,6 +250,7 @@ def forward(
     mask: Mask,
     scale: float,
     with_gradient: bool,
+    q_shift: torch.Tensor | None = None,
     bounds: Bounds | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -247,7 +265,7 @@ def forward(
         mean_scores = None
         if spec.formats.smooth is not None and query.numel() and key.numel():
             query, key, _, mean_scores = smoothing.smooth(query, key)
-        given, k_shift, lower, upper, sinks = given_tensors(key_mask, k_shift, packing, bounds, sinks)
+        given, k_shift, q_shift, lower, upper, sinks = given_tensors(key_mask, k_shift, q_shift, packing, bounds, sinks)
         plan = _plan(
             device, Layout.of(query), Layout.of(key), Layout.of(value), stride, PackedSizes.of(packing), given,
             spec, mask, scale, softcap, with_gradient,
@@ -256,33 +274,39 @@ def forward(
             return _nothing(query, value, packing, sinks, with_gradient=with_gradient, has_out_hp=spec.quantizes_pv)
         out, lse = plan.new_out(), plan.new_lse()
         out_hp = plan.new_out_hp and plan.new_out_hp()
-        stats = codes = None
+        stats = codes = key_bias = None
         q_codes = q_scales = k_codes = k_scales = v_codes = v_scales = None
         if plan.new_stats and plan.new_codes:
             stats, codes = plan.new_stats(), plan.new_codes()
             q_codes, q_scales, k_codes, k_scales, *v_parts = parts(codes, plan.codes)
             v_codes, v_scales = v_parts or (None, None)
+            if q_shift is not None:
+                key_bias = codes[plan.codes_end :].view(torch.float32)
+        elif plan.new_key_bias:
+            key_bias = plan.new_key_bias()
         operands = plan.new_operands()
         q, k, v, kept, *_ = *parts(operands, plan.operands), None
-        at_mask = at_leftpad = at_shift = at_products = cu_q = cu_k = at_scores = at_lower = at_upper = at_sinks = None
+        at_mask = at_leftpad = at_shift = at_products = at_q_shift = at_bias = cu_q = cu_k = None
+        at_scores = at_lower = at_upper = at_sinks = None
         if given is not NOTHING or mean_scores is not None:
             q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
             key_mask, leftpad = allowed_keys(key_mask, plan.keys)
             cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
             at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
+            at_q_shift, at_bias = map(pointer, (q_shift, key_bias))
             at_scores, at_lower, at_upper, at_sinks = map(pointer, (mean_scores, lower, upper, sinks))
         quantized, unquantized = (v, kept) if plan.quantizes_value else (None, v)
-        of_query = (pointer(query), at_shift, None, None, cu_q, q, q_codes, q_scales, at_products)
+        of_query = (pointer(query), at_shift, at_q_shift, None, None, cu_q, q, q_codes, q_scales, at_products, None)
         plan.prepare((
             *(() if plan.reads_query else (of_query,)),
-            (pointer(key), at_shift, at_mask, at_leftpad, cu_k, k, k_codes, k_scales, None),
+            (pointer(key), at_shift, at_q_shift, at_mask, at_leftpad, cu_k, k, k_codes, k_scales, None, at_bias),
             (pointer(value), at_mask, at_leftpad, cu_k, quantized, unquantized, v_codes, v_scales),
         ))  # fmt: skip
         if plan.reads_query:
             plan.attend(pointer(query), k, v, q_codes, q_scales, *map(pointer, (out, out_hp, lse, stats)))
             return Forward(out, out_hp, lse, stats, codes)
         plan.attend(
-            q, k, v, kept, at_mask, at_leftpad, at_products, cu_q, cu_k, at_scores, at_lower, at_upper, at_sinks,
+            q, k, v, kept, at_mask, at_leftpad, at_products, cu_q, cu_k, at_bias, at_scores, at_lower, at_upper, at_sinks,
             pointer(out), pointer(out_hp), pointer(lse), pointer(stats),
         )  # fmt: skip
     return Forward(out, out_hp, lse, stats, codes)

@@ -7,18 +7,18 @@ import triton.language as tl
 
 from .layout import first_row, mean_scores_row, sequence, slot_ranges
 from .nvfp4 import GROUP, cast_rn, dot, hadamard
-from .scores import LOG2_E, holds_an_open_group, masked_slot_ranges, soft_cap
+from .scores import LOG2_E, add_key_bias, holds_an_open_group, masked_slot_ranges, soft_cap
 
 
 @triton.jit
 def _sum_grad_query(
     grad_query, q, grad_out, delta, lse_log2,
-    k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr, upper, lower, prefix_stop, start, stop,
+    k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, mean_scores_ptr, grad_sums_ptr, upper, lower, prefix_stop, start, stop,
     softmax_scale_log2,
-    BLOCK_N: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, SAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHECK_BOUNDS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr, SAGE: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """dS KF over the slots from `start` to `stop`; bounds and mean_scores as in `forward._attend`.
+    """dS KF over the slots from `start` to `stop`; bounds, key_bias and mean_scores as in `forward._attend`.
 
     With SAGE grad_sums float32 [slots] takes the sums of dS over the rows of the tile.
     """
@@ -30,6 +30,8 @@ def _sum_grad_query(
         k = k_desc.load([k_row + first_slot, 0])
         v = v_desc.load([k_row + first_slot, 0])
         scores = dot(q, tl.trans(k), zeros)
+        if KEY_BIAS:
+            scores = add_key_bias(scores, tl.load(key_bias_ptr + (first_slot + tl.arange(0, BLOCK_N)))[None, :])
         if SOFTCAP > 0:
             scores = soft_cap(scores, softmax_scale_log2, SOFTCAP)
         slot = first_slot + tl.arange(0, BLOCK_N)
@@ -55,8 +57,9 @@ def _sum_grad_query(
 @triton.jit
 def _sum_grad_query_kept(
     grad_query, q, grad_out, delta, lse_log2,
-    k_desc, v_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots, start, first_block, num_blocks, softmax_scale_log2,
-    BLOCK_N: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, last, lower, prefix_stop, slots, start, first_block, num_blocks,
+    softmax_scale_log2, BLOCK_N: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The kept groups, where dP = dO V^T: the same steps as in `forward._attend_kept`."""
     zeros = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
@@ -79,6 +82,8 @@ def _sum_grad_query_kept(
             if MASKED:
                 allowed = allowed & ((slot[None, :] >= lower[:, None]) | (slot < prefix_stop)[None, :])
             scores = dot(q, tl.trans(k), zeros)
+            if KEY_BIAS:
+                scores = add_key_bias(scores, tl.load(key_bias_ptr + slot)[None, :])
             if SOFTCAP > 0:
                 scores = soft_cap(scores, softmax_scale_log2, SOFTCAP)
             p = tl.exp2(scores * score_scale_log2 - lse_log2[:, None])
@@ -93,13 +98,13 @@ def _sum_grad_query_kept(
 @triton.jit
 def grad_query_kernel(
     q_desc, k_desc, v_desc, v_kept_desc, key_mask_ptr, leftpad_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
-    mean_scores_ptr, grad_sums_ptr, lower_ptr, upper_ptr, grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr,
+    key_bias_ptr, mean_scores_ptr, grad_sums_ptr, lower_ptr, upper_ptr, grad_out_ptr, delta_ptr, stats_ptr, grad_query_ptr,
     bounds_stride, grad_out_stride_b, grad_out_stride_h, grad_out_stride_l, grad_out_stride_d,
     out_stride_b, out_stride_h, out_stride_l, key_mask_stride,
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, all_q_rows, softmax_scale_log2, softmax_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAD: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr, SAGE: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, ROTATE: tl.constexpr, KEY_BIAS: tl.constexpr, SAGE: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, PREFIX: tl.constexpr, BOUNDED: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -125,6 +130,8 @@ def grad_query_kernel(
     slots = seqlen_k + LEAD
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    if KEY_BIAS:
+        key_bias_ptr += k_row
     rows, columns = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside, columns_v = (rows < seqlen_q)[:, None], tl.arange(0, BLOCK_DV)
     q = q_desc.load([q_row, 0])
@@ -151,17 +158,17 @@ def grad_query_kernel(
         )  # fmt: skip
         if PREFIX > 0:
             grad_query = _sum_grad_query(
-                grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr,
-                upper, lower, prefix_stop, LEAD + GROUP if KEPT else 0, head_stop, softmax_scale_log2,
-                BLOCK_N, True, HAS_KEY_MASK, SAGE, MASKED, SOFTCAP,
+                grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, mean_scores_ptr,
+                grad_sums_ptr, upper, lower, prefix_stop, LEAD + GROUP if KEPT else 0, head_stop, softmax_scale_log2,
+                BLOCK_N, True, HAS_KEY_MASK, KEY_BIAS, SAGE, MASKED, SOFTCAP,
             )  # fmt: skip
         if HAS_KEY_MASK:
             begin = first
         elif WINDOW > 0 or BOUNDED:
             grad_query = _sum_grad_query(
-                grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr,
-                upper, lower, prefix_stop, first, tl.minimum(begin, stop), softmax_scale_log2,
-                BLOCK_N, True, HAS_KEY_MASK, SAGE, MASKED, SOFTCAP,
+                grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, mean_scores_ptr,
+                grad_sums_ptr, upper, lower, prefix_stop, first, tl.minimum(begin, stop), softmax_scale_log2,
+                BLOCK_N, True, HAS_KEY_MASK, KEY_BIAS, SAGE, MASKED, SOFTCAP,
             )  # fmt: skip
     else:
         last, upper, begin, full, stop, open_start, open_blocks = slot_ranges(
@@ -174,17 +181,20 @@ def grad_query_kernel(
         full = begin
     else:
         grad_query = _sum_grad_query(
-            grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr,
-            upper, lower, prefix_stop, begin, full, softmax_scale_log2, BLOCK_N, False, False, SAGE, MASKED, SOFTCAP,
+            grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, mean_scores_ptr,
+            grad_sums_ptr, upper, lower, prefix_stop, begin, full, softmax_scale_log2,
+            BLOCK_N, False, False, KEY_BIAS, SAGE, MASKED, SOFTCAP,
         )  # fmt: skip
     grad_query = _sum_grad_query(
-        grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, mean_scores_ptr, grad_sums_ptr,
-        upper, lower, prefix_stop, full, stop, softmax_scale_log2, BLOCK_N, True, HAS_KEY_MASK, SAGE, MASKED, SOFTCAP,
+        grad_query, q, grad_out, delta, lse_log2, k_desc, v_desc, k_row, key_mask_ptr, key_bias_ptr, mean_scores_ptr,
+        grad_sums_ptr, upper, lower, prefix_stop, full, stop, softmax_scale_log2,
+        BLOCK_N, True, HAS_KEY_MASK, KEY_BIAS, SAGE, MASKED, SOFTCAP,
     )  # fmt: skip
     if KEPT:
         grad_query = _sum_grad_query_kept(
-            grad_query, q, grad_out, delta, lse_log2, k_desc, v_kept_desc, k_row, key_mask_ptr, last, lower, prefix_stop, slots,
-            open_start, first_block, open_blocks, softmax_scale_log2, BLOCK_N, LEAD, HAS_KEY_MASK, MASKED, SOFTCAP,
+            grad_query, q, grad_out, delta, lse_log2, k_desc, v_kept_desc, k_row, key_mask_ptr, key_bias_ptr, last, lower,
+            prefix_stop, slots, open_start, first_block, open_blocks, softmax_scale_log2,
+            BLOCK_N, LEAD, HAS_KEY_MASK, KEY_BIAS, MASKED, SOFTCAP,
         )  # fmt: skip
 
     if ROTATE:

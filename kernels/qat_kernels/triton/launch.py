@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from qat_kernels.spec import UNEQUAL_HEAD_DIMS, Formats, QuantSpec
+from qat_kernels.spec import Q_SHIFT, UNEQUAL_HEAD_DIMS, Formats, QuantSpec
 
 from . import operands, tiles
 from .backward_launch import backward as backward
@@ -47,10 +47,10 @@ def remark(
     kernels = tiles.Tiles._fields if needs_gradient else ("forward",)
     if reason := why_no_gluon():
         return f" (in Triton instead of Gluon: {reason}{f'; {slow}' if spills else ''})"
-    of_values = {"softcap", "sinks", UNEQUAL_HEAD_DIMS}
+    of_values = {"softcap", "sinks", UNEQUAL_HEAD_DIMS, Q_SHIFT}
     options = tiles.options_of(
         spec, bounds=not of_values.issuperset(asked), irregular=not {"prefix", "bounds"}.isdisjoint(asked),
-        softcap="softcap" in asked, sinks="sinks" in asked, with_gradient=needs_gradient,
+        q_shift=Q_SHIFT in asked, softcap="softcap" in asked, sinks="sinks" in asked, with_gradient=needs_gradient,
         unequal_head_dims=UNEQUAL_HEAD_DIMS in asked,
     )  # fmt: skip
     reasons = {kernel: tiles.why_not_hopper(kernel, TRITON, head_dim, causal, options) for kernel in kernels}

@@ -176,6 +176,7 @@ class Given(NamedTuple):
 
     key_mask: bool = False
     k_shift: bool = False
+    q_shift: bool = False
     bounds_stride: int | None = None
     """Of the bounds, if there are some, from one sequence to the next."""
     sinks: bool = False
@@ -201,23 +202,26 @@ NOTHING = Given()
 def given_tensors(
     key_mask: torch.Tensor | None,
     k_shift: torch.Tensor | None,
+    q_shift: torch.Tensor | None,
     packing: Packing | None,
     bounds: Bounds | None,
     sinks: torch.Tensor | None,
-) -> tuple[Given, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """What is there; and as kernels read them: k_shift, lower and upper bounds with as many rows as the longer has, sinks."""
-    if key_mask is None and k_shift is None and packing is None and bounds is None and sinks is None:
-        return NOTHING, None, None, None, None
+) -> tuple[Given, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What is there; and as kernels read them: both shifts, lower and upper bounds with as many rows as the longer has, sinks."""
+    if key_mask is k_shift is q_shift is packing is bounds is sinks is None:
+        return NOTHING, None, None, None, None, None
     lower = upper = bounds_stride = None
     if bounds is not None:
         lower, upper = (x.contiguous() for x in torch.broadcast_tensors(*bounds))
         bounds_stride = lower.shape[1] if len(lower) > 1 else 0
-    k_shift = None if k_shift is None else k_shift.contiguous()
+    k_shift, q_shift = (None if x is None else x.contiguous() for x in (k_shift, q_shift))
     sinks = None if sinks is None else sinks.float().contiguous()
-    outside = (k_shift, lower, upper, sinks, *(() if packing is None else packing[:2]))
+    outside = (k_shift, q_shift, lower, upper, sinks, *(() if packing is None else packing[:2]))
     aligned = all(x.data_ptr() % 16 == 0 for x in outside if x is not None)
-    given = Given(key_mask is not None, k_shift is not None, bounds_stride, sinks is not None, aligned)
-    return given, k_shift, lower, upper, sinks
+    given = Given(
+        key_mask is not None, k_shift is not None, q_shift is not None, bounds_stride, sinks is not None, aligned
+    )  # fmt: skip
+    return given, k_shift, q_shift, lower, upper, sinks
 
 
 def _rounding(how: NVFP4Format | str | None) -> tuple[bool, bool]:
@@ -262,7 +266,7 @@ def rows_job(
     how: NVFP4Format | str | None,
     *,
     is_k: bool,
-    heads_per_k_shift: int = 1,
+    heads_per_shift: int = 1,
     order: int = 0,
     negate: bool = False,
     rotate: bool = False,
@@ -271,33 +275,36 @@ def rows_job(
 ) -> Job:
     """Q or K, of any strides, quantized along the head dim: the operand unless its dtype is None, and `codes` if asked for.
 
-    Its tensors: x, k_shift, the key mask by slot and leftpad, cu_seqlens, the operand, codes and scales, and q_dot_k_shift.
+    Its tensors: x, k_shift, q_shift, the key mask by slot and leftpad, cu_seqlens, the operand, codes and scales, q_dot_k_shift,
+    and key_bias.
 
     Args:
-        is_k: K, minus `k_shift` float32 [Hk, D]. Otherwise Q, with the opposite sign if `negate`; then q_dot_k_shift, float32
-            [B, H, L] or [H, total], takes the product of each row with its key head's shift.
+        is_k: K, minus `k_shift` float32 [Hk, D]. Otherwise Q, minus `q_shift` float32 [Hk, D].
+        heads_per_shift: of x, that share a row of the shifts, if there are some.
+        negate: Q with the opposite sign; of K the key bias alone.
         order: ORDER of the operand's rows (layout.py); 0 for slots in their own order. Codes have it only without an operand.
     """
     head_dim, block_d = x.shape[-1], triton.next_power_of_2(x.shape[-1])
     block_l = _block_l(block_d)
     num_blocks = sequences.blocks(block_l)
     key_mask, is_shifted_q = given.key_mask and is_k, given.k_shift and not is_k
-    uint8 = Pointer(torch.uint8) if codes else None
+    uint8, float32 = Pointer(torch.uint8) if codes else None, Pointer(torch.float32)
     return Job(
         0,
         sequences.batch * sequences.num_heads * num_blocks,
         (
-            x.pointer, given.pointer(torch.float32, given.k_shift), *(given.key_mask_pointers() if key_mask else (None, None)),
+            x.pointer, given.pointer(torch.float32, given.k_shift), given.pointer(torch.float32, given.q_shift),
+            *(given.key_mask_pointers() if key_mask else (None, None)),
             given.pointer(torch.int32, sequences.packed), Pointer(operand) if operand else None, uint8, uint8,
-            Pointer(torch.float32) if is_shifted_q else None,
+            float32 if is_shifted_q else None, float32 if given.q_shift and is_k else None,
         ),
         (
             x.strides, _sizes(sequences, num_blocks, key_mask), head_strides(sequences) if is_shifted_q else (0, 0),
-            heads_per_k_shift,
+            heads_per_shift,
         ),
         (
-            head_dim, block_d, block_l, sequences.lead, order, is_k, negate, given.k_shift, key_mask, sequences.packed, rotate,
-            _rounding(how), operand is not None, codes,
+            head_dim, block_d, block_l, sequences.lead, order, is_k, negate, given.k_shift, given.q_shift, key_mask,
+            sequences.packed, rotate, _rounding(how), operand is not None, codes,
         ),
     )  # fmt: skip
 

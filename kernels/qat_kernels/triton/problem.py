@@ -46,6 +46,8 @@ class Problem(NamedTuple):
     scale: float
     """As the caller gave it."""
     softcap: float | None = None
+    key_bias: bool = False
+    """Whether Q is shifted, so that the scores of the operands get a number for each key."""
 
     @classmethod
     def of(
@@ -58,6 +60,7 @@ class Problem(NamedTuple):
         mask: Mask,
         scale: float,
         softcap: float | None = None,
+        key_bias: bool = False,
     ) -> Problem:
         """From the shapes of Q, [B, H, Lq, D] or [total, H, D] of packed sequences, and V, which has the head dim Dv."""
         lead = PAD - GROUP_SIZE if spec.keeps_groups(mask.hides_keys) else 0
@@ -74,7 +77,7 @@ class Problem(NamedTuple):
                 Sequences(documents, num_heads, max_seqlen_q, total_q, True),
                 Sequences(documents, num_heads_k, max_seqlen_k, total_k, True, lead),
             )
-        return cls(*sides, query[-1], value[-1], spec, mask, scale, softcap)
+        return cls(*sides, query[-1], value[-1], spec, mask, scale, softcap, key_bias)
 
     @property
     def causal(self) -> bool:
@@ -115,6 +118,7 @@ class Problem(NamedTuple):
             "VARLEN": self.query.packed,
             "QUANTIZE_PV": self.spec.quantizes_pv,
             "ROTATE": self.spec.rotate,
+            "KEY_BIAS": self.key_bias,
             "SAGE": self.spec.formats.smooth is not None,
             "MASKED": not mask.is_plain,
             "WINDOW": mask.window or 0,
@@ -142,3 +146,7 @@ class Problem(NamedTuple):
     def code_sizes(self) -> list[int]:
         """How many bytes each of them takes."""
         return [rows * columns for rows, columns in self.code_shapes()]
+
+    def key_bias_size(self) -> int:
+        """How many bytes the key bias takes, which lies behind the codes: float32 for each slot."""
+        return 4 * self.key.all_rows if self.key_bias else 0

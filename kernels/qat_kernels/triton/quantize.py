@@ -10,11 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qat_kernels.spec import HADAMARD_ENTRY
+
 from .layout import PAD, first_row, row_of, sequence
 from .nvfp4 import GROUP, cast_rn, e2m1_codes, e2m1_to_float, e4m3_bits, e4m3_to_float, hadamard, round_groups, signed_values
 from .preprocess import preprocess
 
 _PAD = tl.constexpr(PAD)
+_ROTATION_GAIN = tl.constexpr(HADAMARD_ENTRY**2)
+"""Times the head dim: by how much the rotation enlarges products of Q and K."""
 
 
 @triton.jit
@@ -95,16 +99,20 @@ def _store_columns(ptr, rows, columns, values, WIDTH: tl.constexpr, HEIGHT: tl.c
 
 @triton.jit
 def _quantize_rows(
-    program, tensors, strides, sequences, q_dot_k_shift_strides, heads_per_k_shift,
+    program, tensors, strides, sequences, q_dot_k_shift_strides, heads_per_shift,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, LEAD: tl.constexpr, ORDER: tl.constexpr,
-    IS_K: tl.constexpr, NEGATE: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr,
-    ROTATE: tl.constexpr, ROUNDING, STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
+    IS_K: tl.constexpr, NEGATE: tl.constexpr, HAS_K_SHIFT: tl.constexpr, HAS_Q_SHIFT: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    VARLEN: tl.constexpr, ROTATE: tl.constexpr, ROUNDING, STORE_OPERAND: tl.constexpr, STORE_CODES: tl.constexpr,
 ):  # fmt: skip
-    """K (IS_K) minus its shift, or Q, with the opposite sign if NEGATE, quantized along the head dim.
+    """K (IS_K) or Q minus its shift, Q with the opposite sign if NEGATE, quantized along the head dim.
 
-    For Q, q_dot_k_shift takes the product of each row with the shift.
+    For Q, q_dot_k_shift takes the product of each row with the shift of K. For K, key_bias takes the product of each row with the
+    shift of Q, by slot, in units of the scores of the operands, and with the sign that Q has in its own.
     """
-    x_ptr, k_shift_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, operand_ptr, codes_ptr, scales_ptr, q_dot_k_shift_ptr = tensors
+    (
+        x_ptr, k_shift_ptr, q_shift_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, operand_ptr, codes_ptr, scales_ptr,
+        q_dot_k_shift_ptr, key_bias_ptr,
+    ) = tensors  # fmt: skip
     columns = tl.arange(0, BLOCK_D)
     x, present, batch, head, token, row, slots, past_end = _load_slots(
         program, columns, x_ptr, key_mask_ptr, leftpad_ptr, cu_seqlens_ptr, strides, sequences,
@@ -113,14 +121,23 @@ def _quantize_rows(
     if past_end:
         return
     if HAS_K_SHIFT:
-        k_shift = tl.load(k_shift_ptr + (head // heads_per_k_shift) * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
+        k_shift = tl.load(k_shift_ptr + (head // heads_per_shift) * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
         if IS_K:
             x = tl.where(present[:, None], x - k_shift[None, :], 0.0)
         else:  # what the log-sum-exp lacks when the keys are shifted
             stride_b, stride_h = q_dot_k_shift_strides
             q_dot_k_shift_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
             tl.store(q_dot_k_shift_ptr + token, tl.sum(x * k_shift[None, :], 1), mask=present)
-    if NEGATE:
+    if HAS_Q_SHIFT:
+        q_shift = tl.load(q_shift_ptr + (head // heads_per_shift) * HEAD_DIM + columns, mask=columns < HEAD_DIM, other=0.0)
+        if IS_K:
+            key_bias = tl.sum(x * q_shift[None, :], 1)
+            if ROTATE:
+                key_bias *= _ROTATION_GAIN * HEAD_DIM
+            tl.store(key_bias_ptr + row + slots, -key_bias if NEGATE else key_bias)
+        else:
+            x = tl.where(present[:, None], x - q_shift[None, :], 0.0)
+    if NEGATE and not IS_K:
         x = -x
     if ROTATE:
         x = hadamard(x, BLOCK_L, BLOCK_D)

@@ -1,4 +1,4 @@
-"""Device functions of the options that most calls leave out: bounds of what queries see, and soft caps (docs/NUMERICS.md, 3, 4).
+"""Device functions of what most calls leave out: bounds of what queries see, soft caps, key biases (docs/NUMERICS.md, 3, 4, 6).
 
 MASKED kernels have bounds that are not simply causal. By number: WINDOW (0: none), BLOCK_SIZE, PREFIX; or BOUNDED, from tensors.
 Slots are those of layout.py. Both bounds never decrease along the queries, so a tile of queries sees the slots from the lower

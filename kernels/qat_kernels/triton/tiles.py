@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from qat_kernels.spec import UNEQUAL_HEAD_DIMS, QuantSpec
+from qat_kernels.spec import Q_SHIFT, UNEQUAL_HEAD_DIMS, QuantSpec
 
 
 class Tile(NamedTuple):
@@ -84,12 +84,13 @@ _TILES = {
     (120, 256, True): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 
-# Kernels with bounds or a soft cap (scores.py) take the same tiles, except these, which would spill.
+# Kernels with bounds, a soft cap or a key bias (scores.py) take the same tiles, except these, which would spill.
 _OF_VARIANTS = {
     ("bounds", 80, 64): {"grad_key_value": (32, 64, 8, 2)},
     ("bounds", 80, 128): {"forward": (64, 32, 8, 2)},
     ("bounds", 120, 128): {"grad_key_value": (16, 32, 8, 2)},
     ("softcap", 90, 128): {"grad_key_value": (64, 64, 8, 2)},
+    (Q_SHIFT, 90, 128): {"grad_key_value": (64, 64, 8, 2)},
     ("bounds", 90, 256): {"forward": (64, 32, 8, 2), "grad_query": (64, 32, 8, 2)},
     ("softcap", 90, 256): {"forward": (64, 32, 8, 2), "grad_query": (128, 32, 8, 1)},
 }
@@ -210,6 +211,7 @@ def options_of(
     packed: bool = False,
     key_mask: bool = False,
     k_shift: bool = False,
+    q_shift: bool = False,
     sinks: bool = False,
     with_gradient: bool = True,
     unequal_head_dims: bool = False,
@@ -225,6 +227,7 @@ def options_of(
         ("packed", packed),
         ("key_mask", key_mask),
         ("k_shift", k_shift),
+        (Q_SHIFT, q_shift),
         ("sinks", sinks),
         ("smoothing", spec.formats.smooth is not None),
         ("rotate", spec.rotate),

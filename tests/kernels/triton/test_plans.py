@@ -122,6 +122,7 @@ def launches_in_both_ways(calls: list[dict]) -> list[tuple[str, bool, bool]]:
             bounds = case.bound_tensors()
             settings = {"spec": case.spec(), "mask": case.seen(), "scale": scale, "softcap": case.softcap}
             settings |= {"bounds": None if bounds is None else Bounds(*bounds), "sinks": case.sink_logits()}
+            settings["q_shift"] = case.q_shift()
             masks = case.key_mask(), case.k_shift()
             forward_launch.forward(q, k, v, *masks, with_gradient=False, **settings)
             result = forward_launch.forward(q, k, v, *masks, with_gradient=True, **settings)
@@ -140,6 +141,7 @@ def test_launches_are_those_of_triton(compiler):
         {"lq": 37, "lk": 1, "head_dim": 192, "head_dim_v": 128, "causal": True},
         {"lq": 33, "lk": 40, "causal": True, "mask": "left", "shift": True},
         {"lq": 40, "lk": 40, "preset": "nvfp4_qk"},
+        {"lq": 40, "lk": 33, "causal": True, "q_shifted": True},
         {"lq": 48, "lk": 48, "causal": True, "window": 9, "softcap": 2.0, "sinks": True},
     ]
     found = compiler.submit(launches_in_both_ways, calls).result()

@@ -57,10 +57,22 @@ def test_kernels_with_a_window_and_sinks_fit(compiler):
     assert_all_fit(compiler, [(90, 64, True)], window=128, sinks=True)
 
 
+def test_kernels_with_shifted_queries_fit(compiler):
+    """The rest of the table is `slow`."""
+    assert_all_fit(compiler, [(90, 128, True)], q_shift=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_kernels_with_a_window_fit_every_architecture(head_dim, compiler):
     assert_all_fit(compiler, [(arch, head_dim, True) for arch in SHARED_MEMORY], window=1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_kernels_with_shifted_queries_fit_every_architecture(head_dim, causal, compiler):
+    assert_all_fit(compiler, [(arch, head_dim, causal) for arch in SHARED_MEMORY], q_shift=True)
 
 
 @pytest.mark.slow
@@ -93,6 +105,7 @@ def test_head_dims_between_the_entries_compile(head_dim, causal, compiler):
         {"dtype": "float32"},
         {"masked": True},
         {"rotate": True},
+        {"q_shift": True},
         {"preset": "nvfp4_qk"},
         {"preset": "fa4_fp4"},
         {"softcap": 50.0},

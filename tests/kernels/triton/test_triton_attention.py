@@ -11,14 +11,16 @@ import torch
 
 from support.kernels.cases import SPECS, Case, assert_same_bits, error, lse_error
 from support.kernels.interpreter import on
-from support.kernels.triton_runs import CASES, DEVICES, DTYPES, SMALL, assert_within_bounds, run_kernels, run_reference
+from support.kernels.triton_runs import CASES, DEVICES, DTYPES, Q_SHIFTED, SMALL, assert_within_bounds, run_kernels, run_reference
+
+ALL = [*CASES, *Q_SHIFTED]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[str(case) for case in CASES])
+@pytest.mark.parametrize("index", range(len(ALL)), ids=[str(case) for case in ALL])
 def test_results_stay_within_the_bounds(index, device):
     """Dtypes take turns under the interpreter."""
-    case = CASES[index]
+    case = ALL[index]
     for dtype in DTYPES if device == "cuda" else [DTYPES[index % 3], torch.float32][: 1 + (index % 3 != 2)]:
         tensors = case.tensors(dtype)
         actual = on(device, run_kernels, case, tensors)
@@ -51,11 +53,26 @@ def run_poisoned(case: Case, tensors: list[torch.Tensor], *, device: str) -> tup
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", SPECS, ids=str)
+@pytest.mark.parametrize("options", [*SPECS, {"q_shifted": True, "causal": True, "mask": "left"}], ids=str)
 def test_twice_the_same_bits_whatever_new_memory_holds(options, device):
     case = Case(**{**SMALL, **options, "lk": 45})
     plain, again = on(device, run_poisoned, case, case.tensors(torch.bfloat16))
     assert_same_bits(again, plain)
+
+
+def run_with_a_shift_of_zero(case: Case, tensors: list[torch.Tensor], *, device: str) -> tuple[tuple, tuple]:
+    """With one, and without."""
+    plain = run_kernels(case, tensors, device=device)
+    with mock.patch.object(Case, "q_shift", lambda case: torch.zeros(case.heads[1], case.head_dim)):
+        return run_kernels(case, tensors, device=device), plain
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "mask": "left", "shift": True}], ids=str)
+def test_a_shift_of_queries_of_zero_changes_no_bit(options, device):
+    case = Case(**{**SMALL, **options})
+    shifted, plain = on(device, run_with_a_shift_of_zero, case, case.tensors(torch.bfloat16))
+    assert_same_bits(shifted, plain)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -75,7 +92,7 @@ def test_future_tokens_leave_earlier_outputs_bit_identical(mask, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "preset": "nvfp4_qk"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "q_shifted": True}, {"causal": True, "preset": "nvfp4_qk"}], ids=str)
 @pytest.mark.parametrize("mask", ["holes", "left"])
 def test_what_masked_slots_hold_has_no_effect(mask, options, device):
     case = Case(**{**SMALL, **options, "mask": mask})
@@ -190,7 +207,9 @@ def run_with_tiles(case: Case, tensors: list[torch.Tensor], sizes: list[tuple[in
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "mask": "holes", "shift": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "q_shifted": True}, {"causal": True, "mask": "holes", "shift": True}], ids=str
+)
 def test_tiles_change_nothing_beyond_rounding(options, device):
     """Neither what is quantized nor what is kept depends on them: codes that differed would show as 1e-2."""
     case = Case(**{**SMALL, **options, "lq": 83, "lk": 90})

@@ -36,7 +36,9 @@ def run_public(case: Case, tensors: list[torch.Tensor], *, device: str, compiled
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("options", [{"causal": True, "shift": True}, {"preset": "nvfp4_qk", "mask": "holes"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"causal": True, "shift": True, "q_shifted": True}, {"preset": "nvfp4_qk", "mask": "holes"}], ids=str
+)
 def test_the_public_function_runs_the_kernels(options, compiled, device):
     case = Case(**{**SMALL, **options})
     tensors = case.tensors(torch.bfloat16)
@@ -80,22 +82,37 @@ def run_opcheck(case: Case, *, device: str) -> None:
     q, k, v, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2).to(device) for x in case.tensors(torch.bfloat16))
     masks = [None if x is None else x.to(device) for x in (case.key_mask(), case.k_shift())]
     rest = (*masks, case.spec().to_json(), case.seen().to_json(), 0.2)
-    op = torch.ops.qat_kernels
+    op, last = torch.ops.qat_kernels, {"q_shift": None if case.q_shift() is None else case.q_shift().to(device)}
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "triton"))
-    torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "triton"))
-    out, out_hp, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "triton")
+    torch.library.opcheck(op.attention_forward.default, (*leaves, *rest, True, "triton"), last)
+    torch.library.opcheck(op.attention_forward.default, (q, k, v, *rest, False, "triton"), last)
+    out, out_hp, _, stats, codes = op.attention_forward(q, k, v, *rest, True, "triton", **last)
     out_hp = out if case.preset == "nvfp4_qk" else out_hp
     rest = (*masks, k.shape[2], k.shape[1], case.spec().to_json(), case.seen().to_json(), 0.2)
-    torch.library.opcheck(op.attention_backward.default, (grad_out, None, None, v, out_hp, stats, codes, *rest, "triton"))
+    saved = (grad_out, None, None, v, out_hp, stats, codes)
+    torch.library.opcheck(op.attention_backward.default, (*saved, *rest, "triton"), last)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "options", [{"causal": True, "lq": 9}, {"preset": "nvfp4_qk", "mask": "holes", "shift": True, "lk": 9}], ids=str
+    "options",
+    [{"causal": True, "lq": 9, "q_shifted": True}, {"preset": "nvfp4_qk", "mask": "holes", "shift": True, "lk": 9}],
+    ids=str,
 )
 def test_opcheck(options, device):
     on(device, run_opcheck, Case(**{**SMALL, **options}))
+
+
+def test_the_key_bias_takes_four_bytes_for_each_key_and_is_not_there_without():
+    from qat_kernels.mask import Mask
+    from qat_kernels.triton.launch import output_shapes
+
+    options = {"spec": QuantSpec(), "mask": Mask(), "with_gradient": True}
+    sizes = [
+        output_shapes(torch.Size((2, 4, 256, 64)), torch.Size((2, 2, 256, 64)), **options, key_bias=key_bias)[1][0]
+        for key_bias in (False, True)
+    ]
+    assert sizes[1] - sizes[0] == 2 * 2 * 256 * 4
 
 
 @pytest.mark.gpu

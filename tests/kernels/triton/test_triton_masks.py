@@ -40,6 +40,9 @@ CASES = [
         {"sinks": True, "lq": 20, "lk": 70, "heads": (4, 2)},
         {"sinks": True, "causal": True, "window": 24, "lq": 50, "lk": 50, "heads": (3, 1), "mask": "left", "batch": 2},
         {"sinks": True, "causal": True, "lq": 60, "lk": 33, "preset": "nvfp4_qk", "mask": "empty row", "batch": 2},
+        {"q_shifted": True, "softcap": 2.0, "lq": 50, "lk": 90},
+        {"q_shifted": True, "sinks": True, "softcap": 3.0, "causal": True, "window": 24, "prefix": 9, "lq": 60, "lk": 90},
+        {"q_shifted": True, "bounds": "random", "lq": 100, "lk": 130, "batch": 2, "mask": "left", **ONE_HEAD},
         {"causal": True, "window": 24, "lq": 70, "lk": 90, "rotate": True, "four_over_six": True, "shift": True, **ONE_HEAD},
     )
 ]
@@ -137,6 +140,7 @@ def run_packed(*, device: str, **options) -> tuple[list[tuple], list[tuple], tor
     [
         {"causal": True, "block_size": 12, "softcap": 2.0, "preset": "nvfp4_qk", **ONE_HEAD},
         {"sinks": True, "causal": True, "window": 20, "prefix": 3, "heads": (2, 1)},
+        {"q_shifted": True, "shift": True, "causal": True, "rotate": True, "heads": (2, 1)},
     ],
     ids=str,
 )

@@ -174,6 +174,43 @@ def dot_with_shift(x: torch.Tensor, k_shift: torch.Tensor, *, device: str) -> to
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("head_dim", "rotate"), [(48, False), (16, True), (128, True)])
+def test_shifted_queries_lose_their_shift_and_keys_get_a_bias(head_dim, rotate, device):
+    """Of each head in the order of the slots; zero where no key is allowed, also if it holds NaN; coarse inputs, as above."""
+    generator = torch.Generator().manual_seed(4)
+    q, k = ((torch.randn(2, heads, 20, head_dim, generator=generator) * 8).round() / 8 for heads in (4, 2))
+    k_shift, q_shift = (torch.randn(2, 2, head_dim, generator=generator) * 8).round() / 8
+    spec = QuantSpec(rotate=rotate)
+    shifted = reference.rotated(-(q - q_shift.repeat_interleave(2, 0)[:, None]), spec)
+    actual = on(device, quantize_on_device, -1, q, is_k=False, order=0, q_shift=q_shift, rotate=rotate, negate=True)
+    assert_same_bits(actual, quantize_eagerly(-1, shifted))
+
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :3], mask[:, 9] = False, False
+    expected = reference.key_bias(k - k_shift[:, None], q_shift, spec, torch.float32).masked_fill(~mask[:, None], 0.0)
+    expected = torch.stack([expected[0], expected[1].roll(-3, 1)])
+    k = k.masked_fill(~mask[:, None, :, None], torch.nan)
+    bias = on(device, bias_of_keys, k, mask, k_shift, q_shift, rotate)
+    assert torch.equal(bias[0], expected) and torch.equal(bias[1], -expected)
+
+
+def bias_of_keys(k, mask, k_shift, q_shift, rotate, *, device: str) -> list[torch.Tensor]:
+    """As it is, and for a negative scale."""
+    from qat_kernels.triton import operands
+    from support.kernels import quantizers
+
+    sequences, found = operands.Sequences(k.shape[0], k.shape[1], k.shape[2], k.shape[2], lead=112), []
+    for negate in (False, True):
+        bias = torch.full((sequences.all_rows,), torch.nan, device=device)
+        shifts = {"k_shift": k_shift.to(device), "q_shift": q_shift.to(device), "negate": negate, "rotate": rotate}
+        quantizers.quantize_rows(k.to(device), sequences, is_k=True, mask=mask.to(device), key_bias=bias, **shifts)
+        bias = bias.view(*k.shape[:2], -1).cpu()
+        assert not bias[..., :112].any() and not bias[..., 132:].any()
+        found.append(bias[..., 112:132])
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_queries_take_a_sign_and_keep_their_order(device):
     x = spread(2, 2, 50, 32)
     negated = on(device, quantize_on_device, -1, x, is_k=False, order=0, negate=True)

@@ -73,6 +73,7 @@ def compile_kernels(
     sinks: bool = False,
     packed: bool = False,
     k_shift: bool = False,
+    q_shift: bool = False,
     gluon: bool = False,
     keys: int = 4096,
     **spec,
@@ -125,7 +126,8 @@ def compile_kernels(
     seen = Mask(causal=causal and not bounded, window=window, block_size=block_size, prefix=prefix, bounded=bounded)
     bounds = Bounds(*torch.empty(2, 1, 4096, dtype=torch.int32, device="meta")) if bounded else None
     sinks = torch.empty(8, device="meta") if sinks else None
-    options = {"spec": spec, "mask": seen, "scale": 0.1, "bounds": bounds, "softcap": softcap, "sinks": sinks}
+    options: dict = {"q_shift": torch.empty(k.shape[1], head_dim, device="meta") if q_shift else None}
+    options |= {"spec": spec, "mask": seen, "scale": 0.1, "bounds": bounds, "softcap": softcap, "sinks": sinks}
     with (
         mock.patch.object(JITFunction, "run", only_compile),
         mock.patch.object(precompiled.PrecompiledKernel, "__call__", lambda *_: None),

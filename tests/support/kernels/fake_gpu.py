@@ -23,13 +23,15 @@ IDENTITY = {
 }
 
 
-def definition(q, k, v, key_mask, k_shift, packing=None, *, spec, mask, scale, bounds=None, softcap=None, sinks=None, **_):
+def definition(
+    q, k, v, key_mask, k_shift, packing=None, *, spec, mask, scale, q_shift=None, bounds=None, softcap=None, sinks=None, **_
+):
     """O and LSE, as every launcher returns them first."""
     options = {"spec": spec, "mask": mask, "scale": scale, "with_out_hp": False, "softcap": softcap, "sinks": sinks}
     if packing is None:
-        out, _, lse = reference.forward(q, k, v, key_mask, k_shift, None, bounds=bounds, **options)
+        out, _, lse = reference.forward(q, k, v, key_mask, k_shift, q_shift, bounds=bounds, **options)
     else:
-        out, _, lse = varlen.forward(q, k, v, k_shift, None, packing, **options)
+        out, _, lse = varlen.forward(q, k, v, k_shift, q_shift, packing, **options)
     return out, lse
 
 

@@ -35,24 +35,28 @@ def quantize_rows(
     order: int = 0,
     mask: torch.Tensor | None = None,
     k_shift: torch.Tensor | None = None,
+    q_shift: torch.Tensor | None = None,
     q_dot_k_shift: torch.Tensor | None = None,
     negate: bool = False,
     rotate: bool = False,
     four_over_six: bool = False,
     reciprocal: bool = False,
     codes: Codes | None = None,
+    key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operand of Q or K; codes are written where they are given."""
-    given, *_ = given_tensors(mask, k_shift, None, None, None)
-    operand = _operand(x, sequences)
+    """The operand of Q or K; codes, and with `q_shift` the key bias, are written where they are given."""
+    given, *_ = given_tensors(mask, k_shift, q_shift, None, None, None)
+    operand, shift = _operand(x, sequences), q_shift if k_shift is None else k_shift
     job = rows_job(
         Layout.of(x), sequences, given, _format(four_over_six, reciprocal), is_k=is_k, order=order, negate=negate, rotate=rotate,
-        heads_per_k_shift=1 if k_shift is None else sequences.num_heads // len(k_shift), operand=operand.dtype,
-        codes=codes is not None,
+        heads_per_shift=1 if shift is None else sequences.num_heads // len(shift), operand=operand.dtype, codes=codes is not None,
     )  # fmt: skip
     if k_shift is not None and not is_k and q_dot_k_shift is None:
         q_dot_k_shift = torch.empty(x.shape[:3], device=x.device)
-    together(job)(((x, k_shift, *allowed_keys(mask, sequences), None, operand, *(codes or (None, None)), q_dot_k_shift),))
+    if q_shift is not None and is_k and key_bias is None:
+        key_bias = torch.empty(sequences.all_rows, device=x.device)
+    results = operand, *(codes or (None, None)), q_dot_k_shift, key_bias
+    together(job)(((x, k_shift, q_shift, *allowed_keys(mask, sequences), None, *results),))
     return operand
 
 
@@ -67,7 +71,7 @@ def quantize_tokens(
     codes: Codes | None = None,
 ) -> torch.Tensor:
     """The operand of V; codes are written where they are given."""
-    given, *_ = given_tensors(mask, None, None, None, None)
+    given, *_ = given_tensors(mask, None, None, None, None, None)
     operand = _operand(x, sequences)
     job = tokens_job(
         Layout.of(x), sequences, given, _format(four_over_six, reciprocal), order=order, quantized=operand.dtype,

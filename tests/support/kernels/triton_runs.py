@@ -30,6 +30,16 @@ CASES = [
         {"preset": "sage3", "head_dim": 128, "heads": (1, 1), "lq": 33, "lk": 140},
     )
 ]
+Q_SHIFTED = [
+    Case(**{**SMALL, **options, "q_shifted": True})
+    for options in (
+        {"lq": 40, "lk": 90},
+        {"causal": True, "rotate": True, "shift": True, "lq": 75, "lk": 75, "heads": (4, 2)},
+        {"causal": True, "mask": "left", "batch": 2, "scale": -0.3, "head_dim": 80},
+        {"rotate": True, "mask": "holes", "scale": -0.3, "head_dim": 64, "lk": 70},
+        {"preset": "nvfp4_qk", "causal": True, "heads": (3, 1), "lk": 65},
+    )
+]
 DOCUMENTS = ((33, 33), (1, 1), (5, 40), (0, 0), (130, 130), (20, 3), (7, 0), (0, 9))
 
 
@@ -41,6 +51,7 @@ def run_kernels(case: Case, tensors: list[torch.Tensor], *, device: str, key_mas
     masks = [None if x is None else x.to(device) for x in (case.key_mask() if key_mask is None else key_mask, case.k_shift())]
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     options = {"spec": case.spec(), "mask": case.seen(), "scale": scale, "softcap": case.softcap, **on_device(case, device)}
+    options["q_shift"] = None if case.q_shift() is None else case.q_shift().to(device)
     key_mask, k_shift = masks
     result = training_launch.forward(q, k, v, key_mask, k_shift, with_gradient=True, **options)
     spec = case.spec()

@@ -37,7 +37,7 @@ class GradQuery:
 
     def __call__(
         self, q: Any, k: Any, v: Any, v_kept: Any, key_mask: Any, leftpad: Any, cu_seqlens_q: Any, cu_seqlens_k: Any,
-        mean_scores: Any, grad_sums: Any, lower: Any, upper: Any, *results: Any,
+        key_bias: Any, mean_scores: Any, grad_sums: Any, lower: Any, upper: Any, *results: Any,
     ) -> Any:  # fmt: skip
         """Launch it on the current device and stream."""
         sequences = key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, lower, upper
@@ -53,7 +53,8 @@ class GradKeyValue:
 
     def __call__(
         self, q: Any, k: Any, v: Any, grad_out: Any, v_kept: Any, grad_out_kept: Any, key_mask: Any, leftpad: Any,
-        cu_seqlens_q: Any, cu_seqlens_k: Any, mean_scores: Any, lower: Any, upper: Any, delta: Any, stats: Any, *results: Any,
+        cu_seqlens_q: Any, cu_seqlens_k: Any, key_bias: Any, q_shift: Any, mean_scores: Any, lower: Any, upper: Any, delta: Any,
+        stats: Any, *results: Any,
     ) -> Any:  # fmt: skip
         """Launch it on the current device and stream. With splits, results are float32 [splits, ...], to be summed."""
         sequences = key_mask, leftpad, cu_seqlens_q, cu_seqlens_k, lower, upper

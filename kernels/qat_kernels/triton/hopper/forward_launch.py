@@ -26,7 +26,8 @@ class Attend:
 
     def __call__(
         self, q: Any, k: Any, v: Any, v_kept: Any, key_mask: Any, leftpad: Any, q_dot_k_shift: Any, cu_seqlens_q: Any,
-        cu_seqlens_k: Any, mean_scores: Any, lower: Any, upper: Any, sinks: Any, out: Any, out_hp: Any, lse: Any, stats: Any,
+        cu_seqlens_k: Any, key_bias: Any, mean_scores: Any, lower: Any, upper: Any, sinks: Any, out: Any, out_hp: Any, lse: Any,
+        stats: Any,
     ) -> Any:  # fmt: skip
         """Launch it on the current device and stream."""
         cu_seqlens = None if cu_seqlens_q is None else (cu_seqlens_q, cu_seqlens_k)
