@@ -92,7 +92,10 @@ def _check(query: torch.Tensor, mask: torch.Tensor | None, positions: Any, seq_i
     if by_position and positions is not None and positions.shape[1:] == samples.shape[1:]:
         restarts = (positions.diff(dim=-1, prepend=positions[:, :1] - 1) != 1).cumsum(-1)
         if not torch.equal(restarts.int().expand_as(samples), samples):
-            raise ValueError(f"4-bit attention: position_ids restart inside a row (packed samples), which needs {_HINT}")
+            raise ValueError(
+                f"4-bit attention: position_ids restart inside a row (packed samples), which needs {_HINT}, and a model that "
+                "separates samples by them; gpt-oss does not, without the patch either: give it each sample in a row of its own"
+            )
     for name, given in zip("qk", cu_seq_lens, strict=True):
         if given is not None and not torch.equal(given.to(samples), _boundaries(samples)):
             _refuse(f"cu_seq_lens_{name}", samples, given.tolist())

@@ -204,6 +204,15 @@ def test_packed_samples_are_as_if_alone(number):
     assert relative(found, alone) < 1e-9
 
 
+def test_the_stock_gpt_oss_does_not_separate_samples():
+    """So it is refused, and the message says why."""
+    model, samples = stock(0), (token_ids(batch=1, length=40)[0] % 97 + 3).split([13, 27])
+    alone = torch.cat([logits(model, sample[None], use_cache=False) for sample in samples], 1)
+    assert relative(packed_logits(model, **pack(*samples)), alone) > 1e-2
+    with pytest.raises(ValueError, match="a model that separates samples by them; gpt-oss does not, without the patch either"):
+        packed_logits(patched(0)[0], **pack(*samples))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_a_window_of_thousands_of_keys(family):
