@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 
 from . import kv_only
-from .arguments import Features, Impl, PackingArguments, check
+from .arguments import Features, Impl, PackingArguments, check, not_computed
 from .derivatives import attention_under_transforms, attention_with_gradient
 from .dispatch import resolve, why_not_sdpa
 from .mask import Bounds
@@ -149,9 +149,8 @@ def attention(
             FP4 units. `sdpa` is PyTorch's own attention, only for specs that quantize K and V alone (`QuantSpec.kv_only`).
             `auto` takes `triton` or `sdpa` where it can run, and `eager` elsewhere. `Verdicts` are like `auto`, but take
             `fp4` or `sageattn3` if a self-check on this GPU found it right and faster, and the call needs no derivative.
-            Only `eager` and `triton` compute `q_shift`, `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and
-            take values of another head dim. `auto` and `Verdicts` choose accordingly. `explain` says what
-            runs, and why.
+            Only `eager` and `triton` compute `window`, `block_size`, `prefix`, `bounds`, `softcap` and `sinks`, and take values
+            of another head dim. `auto` and `Verdicts` choose accordingly. `explain` says what runs, and why.
 
     Returns:
         The output in the shape (with Dv), dtype and stride order of `q` (of `sdpa`: in PyTorch's own order); with `return_lse`
@@ -181,8 +180,8 @@ def attention(
     if not (key_mask is k_shift is q_shift is packed is bounds is sinks is None):
         packing = None if packed is None else Packing(*packed)  # type: ignore[arg-type]  # checked
         extras = Extras(key_mask, k_shift, q_shift, packing, None if bounds is None else Bounds(*bounds), sinks)
-    if isinstance(impl, Verdicts) and impl.win and not call.asked:  # features were not checked
-        chosen = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing)
+    if isinstance(impl, Verdicts) and impl.win:
+        chosen = _with_verdicts(impl, q, k, spec, causal, needs_gradient or under_transforms, packing, call.asked)
     if chosen == "auto":
         chosen = resolve(q.device, q.dtype, spec.preset, packing is not None, call.asked)
     elif chosen in INFERENCE_KERNELS and needs_gradient:
@@ -215,10 +214,14 @@ def _with_verdicts(
     causal: bool,
     needs_derivative: bool,
     packing: Packing | None,
+    asked: tuple[str, ...],
 ) -> Impl:
-    """The kernel for inference, if it was checked and wins. For packed sequences the mean length counts: most are short."""
+    """The kernel for inference, if it was checked, wins and computes all that is `asked`.
+
+    For packed sequences the mean length counts: most are short.
+    """
     kernel = spec.inference_kernel
-    if needs_derivative or kernel is None:
+    if needs_derivative or kernel is None or (asked and not_computed(kernel, asked)):
         return "auto"
     documents = None if packing is None else max(packing.cu_seqlens_q.shape[0] - 1, 1)
     queries, keys = (q.shape[2], k.shape[2]) if documents is None else (q.shape[0] // documents, k.shape[0] // documents)

@@ -19,7 +19,7 @@ COMPUTED: dict[str, tuple[str, ...]] = {
     "eager": _ALL,
     "sdpa": (),
     "triton": _ALL,
-    "fp4": (),
+    "fp4": (Q_SHIFT,),
     "sageattn3": (),
 }
 """Which FEATURES each implementation computes, whether V may have another head dim than Q and K, and whether Q may be shifted."""
@@ -145,8 +145,6 @@ def validate(
     if impl != "auto" and head_dim_v != head_dim and UNEQUAL_HEAD_DIMS not in COMPUTED[impl]:
         _refuse(f"head_dim of v with impl={impl!r}", f"{head_dim}, as of q and k, or impl='auto'", head_dim_v)
     _refuse_what_nobody_serves(spec, impl, head_dim, k_shift, q_shift, scale, return_lse)
-    if impl != "auto" and q_shift is not None and Q_SHIFT not in COMPUTED[impl]:
-        _refuse(f"q_shift with impl={impl!r}", "None, or impl='auto': this implementation does not compute it", "a tensor")
 
 
 class Features(NamedTuple):
@@ -300,6 +298,11 @@ def asked_of(features: Features, q: torch.Tensor, v: torch.Tensor, q_shift: torc
     """What a call asks for of what COMPUTED lists."""
     unequal = () if q.shape[-1] == v.shape[-1] else (UNEQUAL_HEAD_DIMS,)
     return *features.asked, *unequal, *(() if q_shift is None else (Q_SHIFT,))
+
+
+def not_computed(impl: str, asked: tuple[str, ...]) -> list[str]:
+    """What of it an implementation does not compute."""
+    return [name for name in asked if name not in COMPUTED[impl]]
 
 
 _CHECKED: dict[tuple[Any, ...], Checked] = {}

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from . import sageattn3
-from .arguments import COMPUTED, Features, Impl, asked_of, validate
+from .arguments import Features, Impl, asked_of, not_computed, validate
 from .spec import INFERENCE_KERNELS, NVFP4, Preset, QuantSpec
 from .verdicts import Case, Verdict, Verdicts
 
@@ -61,7 +61,7 @@ def fp4_kernels() -> ModuleType:
 def resolve(device: torch.device, dtype: torch.dtype, preset: Preset, packed: bool, asked: tuple[str, ...] = ()) -> Impl:
     """The implementation that `auto` takes; `asked`: which of COMPUTED the call needs."""
     kernel = "sdpa" if _kv_only(preset) else "triton"
-    if missing := [name for name in asked if name not in COMPUTED[kernel]]:
+    if missing := not_computed(kernel, asked):
         if device.type != "cpu":
             _say_that_it_is_slow(f"{kernel!r} does not compute {', '.join(missing)}")
         return "eager"
@@ -136,11 +136,11 @@ def explain(
         differentiable = (q, k, v) if sinks is None else (q, k, v, sinks)
         needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     chosen, verdict = without_verdicts(impl, q.device, q.dtype, spec.preset, asked), None
-    if isinstance(impl, Verdicts) and not asked:
+    kernel = spec.inference_kernel
+    if isinstance(impl, Verdicts) and kernel and not not_computed(kernel, asked):
         case = Case(q.shape[-1], causal, spec.to_json(), q.dtype)
         verdict = impl.of(q.device, case)
-        kernel = spec.inference_kernel
-        if kernel and not needs_gradient and impl.take_kernel(q.device, q.dtype, *case[:3], q.shape[2], k.shape[2]):
+        if not needs_gradient and impl.take_kernel(q.device, q.dtype, *case[:3], q.shape[2], k.shape[2]):
             chosen = kernel
     is_auto = isinstance(impl, Verdicts) or impl == "auto"
 
@@ -184,7 +184,7 @@ def why_not(
         return None
     if impl not in spec.rules.impls:
         return f"it does not compute preset={spec.preset!r}"
-    if missing := [name for name in asked if name not in COMPUTED[impl]]:
+    if missing := not_computed(impl, asked):
         return f"it does not compute {', '.join(missing)}"
     if impl == "sdpa":
         return None

@@ -86,7 +86,7 @@ def forward(
         )  # fmt: skip
     nothing = q.new_empty(0, dtype=torch.uint8)
     if impl == "fp4":
-        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec, mask=mask, scale=scale)
+        out, lse = fp4_kernels().forward(q, k, v, key_mask, k_shift, packing, spec=spec, mask=mask, scale=scale, q_shift=q_shift)
         return out, q.new_empty(0), lse, lse.new_empty(0), nothing
     with torch.autocast(q.device.type, enabled=False):  # the matrix products of the reference are float32 by definition
         if impl == "sageattn3":

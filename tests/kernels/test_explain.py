@@ -9,6 +9,7 @@ import torch
 
 from qat_kernels import NVFP4, QuantSpec, attention, dispatch, explain
 from qat_kernels.fp4 import launch as fp4_launch
+from qat_kernels.verdicts import Case, Verdict, Verdicts
 from qat_patch.cli import main
 
 HALF = torch.zeros(1, 2, 16, 32, dtype=torch.bfloat16)
@@ -50,6 +51,20 @@ def test_words_for_gpus_with_and_without_fp4_units():
             assert "float64 is for eager only" in explain(*[HALF.double()] * 3).splitlines()[1]
             wide = torch.zeros(1, 2, 16, 256, dtype=torch.bfloat16)
             assert "emulated in BF16" in explain(wide, wide, wide).splitlines()[0]
+
+
+def test_a_verdict_holds_for_shifted_queries_too_and_not_for_what_the_kernel_does_not_compute():
+    verdicts = Verdicts((Verdict(HALF.device, Case(32, False, QuantSpec().to_json(), HALF.dtype), (1, 1), "right"),))
+    options = {"q_shift": torch.zeros(2, 32), "impl": verdicts}
+    with ExitStack() as stack:
+        for patch in on_gpu((12, 0)):
+            stack.enter_context(patch)
+        assert explain(HALF, HALF, HALF, **options).splitlines()[0] == "fp4: runs, on FP4 units (checked here: right)"
+        fp4, triton, _ = explain(HALF, HALF, HALF, softcap=2.0, **options).splitlines()
+        assert fp4 == "fp4: cannot run: it does not compute softcap" and triton.startswith("triton: runs")
+    with pytest.raises(ValueError, match="expected tensors on an NVIDIA GPU"):
+        attention(HALF, HALF, HALF, **options)
+    assert attention(HALF, HALF, HALF, softcap=2.0, **options).shape == HALF.shape
 
 
 def test_fp4_has_no_gradient():

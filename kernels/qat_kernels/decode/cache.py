@@ -248,9 +248,8 @@ class KVCache:
         kv_only = isinstance(spec, QuantSpec) and spec.kv_only
         if isinstance(impl, Verdicts):
             impl = "auto"
-        # The kernels of the cache are not those that `attention` has for `kv_nvfp4`, which are none for `q_shift`.
-        own_kernels = kv_only or (q_shift is not None and impl == "triton")
-        validate(q, k, v, spec, None, k_shift, q_shift, None, "auto" if own_kernels else impl, scale=scale)
+        # The kernels of the cache are not those that `attention` has for `kv_nvfp4`.
+        validate(q, k, v, spec, None, k_shift, q_shift, None, "auto" if kv_only else impl, scale=scale)
         features.checked(q, spec, "auto", causal=True, packed=False, k_shift=k_shift)
         problem = None
         slots = self.length + k.shape[2]

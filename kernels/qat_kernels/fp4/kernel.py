@@ -39,6 +39,7 @@ from qat_kernels.triton.nvfp4 import (
     round_p_to_e2m1,
     scale_of_p,
 )
+from qat_kernels.triton.scores import add_key_bias
 
 _PAD = tl.constexpr(PAD)
 # Pairs of float32 to bytes, four bytes a call: the even element of a pair is the lower half of its byte.
@@ -180,14 +181,15 @@ def _partial_sums(p, ORDER: tl.constexpr):
 @triton.jit
 def _attend(
     out, row_sum, row_max, q, q_scale,
-    k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr,
+    k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr, key_bias_ptr,
     upper, slots, start, stop, softmax_scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr, CHECK_BOUNDS: tl.constexpr,
-    HAS_KEY_MASK: tl.constexpr, QUANTIZE_PV: tl.constexpr, NATIVE: tl.constexpr, HW_CONVERT: tl.constexpr,
+    HAS_KEY_MASK: tl.constexpr, KEY_BIAS: tl.constexpr, QUANTIZE_PV: tl.constexpr, NATIVE: tl.constexpr, HW_CONVERT: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the slots from `start` to `stop` in tiles of BLOCK_N: as in triton/forward.py, on codes and scales.
 
-    With QUANTIZE_PV `out` takes PF~ VF, 2688 times too large, otherwise the unquantized P~ and V.
+    With QUANTIZE_PV `out` takes PF~ VF, 2688 times too large, otherwise the unquantized P~ and V. With KEY_BIAS key_bias
+    float32 [slots] is added to the scores of all rows.
     """
     for first_slot in range(start, stop, BLOCK_N):
         rows = tl.arange(0, BLOCK_N)
@@ -195,6 +197,8 @@ def _attend(
         k_scale = _load_row_scales(k_scale_ptr, k_row + first_slot, rows, HEAD_DIM, BLOCK_D)
         scores = _scores(q, q_scale, k, k_scale, NATIVE)
         slot = first_slot + slot_of(tl.arange(0, BLOCK_N), ORDER)
+        if KEY_BIAS:
+            scores = add_key_bias(scores, tl.load(key_bias_ptr + slot)[None, :])
         F32X2: tl.constexpr = HW_CONVERT and ORDER == 0  # sm_100
         if CHECK_BOUNDS:
             allowed = slot[None, :] < upper[:, None]
@@ -246,8 +250,10 @@ def _load_v(v_ptr, key, present, stride_l, stride_d, HEAD_DIM: tl.constexpr, BLO
 @triton.jit
 def _attend_kept(
     out, row_sum, row_max, q, q_scale,
-    k_ptr, k_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr, q_pos, slots, start, stop, softmax_scale_log2,
+    k_ptr, k_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr, key_bias_ptr, q_pos, slots, start, stop,
+    softmax_scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ORDER: tl.constexpr, LEAD: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
+    KEY_BIAS: tl.constexpr,
 ):  # fmt: skip
     """The kept groups, with unquantized P~ and V: the sink group, then the open groups between `start` and `stop`.
 
@@ -262,6 +268,8 @@ def _attend_kept(
         k = _load_rows(k_ptr, k_row + first_slot, rows, HEAD_DIM // 2, BLOCK_D // 2)
         k_scale = _load_row_scales(k_scale_ptr, k_row + first_slot, rows, HEAD_DIM, BLOCK_D)
         scores = dot(q, tl.trans(_dequantize(k, k_scale)), tl.zeros((q.shape[0], GROUP), tl.float32))
+        if KEY_BIAS:
+            scores = add_key_bias(scores, tl.load(key_bias_ptr + slot)[None, :])
         present = slot < slots
         if HAS_KEY_MASK:
             present = present & (tl.load(key_mask_ptr + slot) != 0)
@@ -280,7 +288,7 @@ def _attend_kept(
 @triton.jit
 def inference_kernel(
     q_ptr, q_scale_ptr, k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr,
-    key_mask_ptr, leftpad_ptr, q_dot_k_shift_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    key_mask_ptr, leftpad_ptr, q_dot_k_shift_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, key_bias_ptr,
     out_ptr, lse_ptr,
     v_stride_b, v_stride_h, v_stride_l, v_stride_d,
     out_stride_b, out_stride_h, out_stride_l, out_stride_d,
@@ -288,7 +296,7 @@ def inference_kernel(
     num_heads, num_heads_k, seqlen_q, seqlen_k, num_blocks, q_rows, k_rows, softmax_scale_log2, k_shift_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ORDER: tl.constexpr,
     LEAD: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, VARLEN: tl.constexpr, QUANTIZE_PV: tl.constexpr,
-    HAS_K_SHIFT: tl.constexpr, NATIVE: tl.constexpr, HW_CONVERT: tl.constexpr,
+    KEY_BIAS: tl.constexpr, HAS_K_SHIFT: tl.constexpr, NATIVE: tl.constexpr, HW_CONVERT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.
 
@@ -313,6 +321,8 @@ def inference_kernel(
     slots = seqlen_k + LEAD
     q_row = first_row(batch, head, num_heads, q_rows, q_start, 0, VARLEN) + block * BLOCK_M
     k_row = first_row(batch, head_k, num_heads_k, k_rows, k_start, LEAD, VARLEN)
+    if KEY_BIAS:
+        key_bias_ptr += k_row
     v_ptr += batch.to(tl.int64) * v_stride_b + head_k.to(tl.int64) * v_stride_h
     v_ptr += (k_start + leftpad).to(tl.int64) * v_stride_l
 
@@ -335,15 +345,15 @@ def inference_kernel(
     else:
         out, row_sum, row_max = _attend(
             out, row_sum, row_max, q, q_scale,
-            k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr,
+            k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr, key_bias_ptr,
             upper, slots, begin, full, softmax_scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_N, ORDER, False, False, QUANTIZE_PV, NATIVE, HW_CONVERT,
+            HEAD_DIM, BLOCK_D, BLOCK_N, ORDER, False, False, KEY_BIAS, QUANTIZE_PV, NATIVE, HW_CONVERT,
         )  # fmt: skip
     out, row_sum, row_max = _attend(
         out, row_sum, row_max, q, q_scale,
-        k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr,
+        k_ptr, k_scale_ptr, v_fp4_ptr, v_fp4_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr, key_bias_ptr,
         upper, slots, full, stop, softmax_scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_N, ORDER, True, HAS_KEY_MASK, QUANTIZE_PV, NATIVE, HW_CONVERT,
+        HEAD_DIM, BLOCK_D, BLOCK_N, ORDER, True, HAS_KEY_MASK, KEY_BIAS, QUANTIZE_PV, NATIVE, HW_CONVERT,
     )  # fmt: skip
     if NATIVE:
         row_sum = tl.sum(row_sum, 1)
@@ -355,9 +365,9 @@ def inference_kernel(
         open_stop = tl.minimum(first_q_pos + BLOCK_M, slots)
         out, row_sum, row_max = _attend_kept(
             out, row_sum, row_max, q, q_scale,
-            k_ptr, k_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr,
+            k_ptr, k_scale_ptr, v_ptr, v_stride_l, v_stride_d, k_row, key_mask_ptr, key_bias_ptr,
             q_pos, slots, open_start, open_stop, softmax_scale_log2,
-            HEAD_DIM, BLOCK_D, ORDER, LEAD, HAS_KEY_MASK,
+            HEAD_DIM, BLOCK_D, ORDER, LEAD, HAS_KEY_MASK, KEY_BIAS,
         )  # fmt: skip
 
     empty = row_sum == 0.0

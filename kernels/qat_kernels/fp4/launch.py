@@ -133,7 +133,7 @@ def _plan(
     mask: Mask,
     scale: float,
 ) -> _Plan:
-    problem = Problem.of(query.shape, key.shape, packed, spec=spec, mask=mask, scale=scale)
+    problem = Problem.of(query.shape, key.shape, packed, spec=spec, mask=mask, scale=scale, key_bias=given.q_shift)
     queries, keys, formats = problem.query, problem.key, spec.formats
     num_blocks = queries.blocks(tile.block_m)
     uint8, float32 = Pointer(torch.uint8), Pointer(torch.float32)
@@ -143,7 +143,8 @@ def _plan(
         (queries.batch * queries.num_heads * num_blocks,),
         [
             *[uint8] * 4, *[uint8 if spec.quantizes_pv else None] * 2, value.pointer, *given.key_mask_pointers(),
-            float32 if given.k_shift else None, cu_seqlens, cu_seqlens, Pointer(value.dtype), float32,
+            float32 if given.k_shift else None, cu_seqlens, cu_seqlens, float32 if given.q_shift else None,
+            Pointer(value.dtype), float32,
         ],
         [
             *value.strides, *out_strides, *head_strides(queries), keys.rows if given.key_mask else 0,
@@ -161,9 +162,11 @@ def _plan(
         together(
             rows_job(
                 query, queries, given, formats.query, is_k=False, negate=scale < 0, rotate=spec.rotate, codes=True,
-                heads_per_shift=queries.num_heads // keys.num_heads if given.k_shift else 1,
+                heads_per_shift=queries.num_heads // keys.num_heads if given.k_shift or given.q_shift else 1,
             ),
-            rows_job(key, keys, given, formats.key, is_k=True, order=tile.order, rotate=spec.rotate, codes=True),
+            rows_job(
+                key, keys, given, formats.key, is_k=True, order=tile.order, negate=scale < 0, rotate=spec.rotate, codes=True
+            ),
             *([tokens_job(value, keys, given, formats.value, codes=True, col_major=True)] if spec.quantizes_pv else []),
         ),
         attend,
@@ -189,6 +192,7 @@ def forward(
     spec: QuantSpec,
     mask: Mask,
     scale: float,
+    q_shift: torch.Tensor | None = None,
     allocate: Callable[[torch.Tensor, Packing | None], Outputs] = new_outputs,
     launched: Callable[[Any], object] | None = None,
 ) -> Outputs:
@@ -207,7 +211,7 @@ def forward(
     if is_empty(query.shape, key.shape, packed):
         return out.zero_(), lse.fill_(-torch.inf)
     with on_device(device):
-        given, k_shift, *_ = given_tensors(key_mask, k_shift, None, packing, None, None)
+        given, k_shift, q_shift, *_ = given_tensors(key_mask, k_shift, q_shift, packing, None, None)
         arch = arch_of(device)
         plan = _plan(
             device, arch, choose(arch, head_dim, spec.quantizes_pv), why_not_native(arch, head_dim, spec.quantizes_pv) is None,
@@ -215,20 +219,22 @@ def forward(
         )  # fmt: skip
         q, k = (Codes.empty(side, head_dim, along_tokens=False, device=device) for side in (plan.queries, plan.keys))
         q_dot_k_shift = None if k_shift is None else torch.empty_like(lse)
+        key_bias = None if q_shift is None else lse.new_empty(plan.keys.all_rows)
         key_mask, leftpad = allowed_keys(key_mask, plan.keys)
         v: tuple[torch.Tensor | None, ...] = (None, None)
         if spec.quantizes_pv:
             v = Codes.empty(plan.keys, head_dim, along_tokens=True, col_major=True, device=device)
         cu_q, cu_k = (None, None) if packing is None else map(pointer, packing[:2])
         at_mask, at_leftpad, at_shift, at_products = map(pointer, (key_mask, leftpad, k_shift, q_dot_k_shift))
+        at_q_shift, at_bias = map(pointer, (q_shift, key_bias))
         at_q, at_k, at_v = (tuple(map(pointer, codes)) for codes in (q, k, v))
         plan.prepare((
-            (pointer(query), at_shift, None, None, None, cu_q, None, *at_q, at_products, None),
-            (pointer(key), at_shift, None, at_mask, at_leftpad, cu_k, None, *at_k, None, None),
+            (pointer(query), at_shift, at_q_shift, None, None, cu_q, None, *at_q, at_products, None),
+            (pointer(key), at_shift, at_q_shift, at_mask, at_leftpad, cu_k, None, *at_k, None, at_bias),
             *([(pointer(value), at_mask, at_leftpad, cu_k, None, None, *at_v)] if spec.quantizes_pv else []),
         ))  # fmt: skip
         kernel = plan.attend(
-            *at_q, *at_k, *at_v, pointer(value), at_mask, at_leftpad, at_products, cu_q, cu_k, pointer(out), pointer(lse)
+            *at_q, *at_k, *at_v, pointer(value), at_mask, at_leftpad, at_products, cu_q, cu_k, at_bias, pointer(out), pointer(lse)
         )
     if launched is not None:
         launched(kernel)

@@ -33,15 +33,17 @@ class Attended(NamedTuple):
     causal: bool
     key_mask: torch.Tensor | None = None
     k_shift: torch.Tensor | None = None
+    q_shift: torch.Tensor | None = None
     packing: Packing | None = None
     sampled: bool = False
     """Too large to compute twice: some rows are compared with the definition."""
 
     def run(self, forward: Any, **options: Any) -> Any:
         """What a launcher's forward makes of it."""
-        scale = self.q.shape[-1] ** -0.5
-        arguments = (self.q, self.k, self.v, self.key_mask, self.k_shift, self.packing)
-        return forward(*arguments, spec=self.spec, mask=Mask(causal=self.causal), scale=scale, **options)
+        options |= {"spec": self.spec, "mask": Mask(causal=self.causal), "scale": self.q.shape[-1] ** -0.5}
+        if self.q_shift is not None:  # not all launchers take one
+            options["q_shift"] = self.q_shift
+        return forward(self.q, self.k, self.v, self.key_mask, self.k_shift, self.packing, **options)
 
 
 def large(head_dim: int) -> tuple[int, int, int, int]:
@@ -95,6 +97,7 @@ def problems(
     offset = 4 * new(2, case.head_dim)
     if spec.rules.options:
         yield Attended("shifted keys", q, k + offset[:, None], v, k_shift=offset.float(), **common)
+        yield Attended("shifted queries", q + offset[:, None], k, v, q_shift=offset.float(), **common)
     if spec.formats.smooth is not None:  # without its smoothing, or the scores of the means, this comes out quite different
         yield Attended("shifted queries and keys", q + 2 * new(2, 1, case.head_dim), k + offset[:, None], v, **common)
     yield Attended("long", *inputs(long, long, heads=(2, 1)), sampled=True, **common)

@@ -12,7 +12,7 @@ from support.kernels.cases import Case, assert_same_bits, error, lse_error
 from support.kernels.interpreter import on
 from support.kernels.packed_cases import SPECS as PACKED_SPECS
 from support.kernels.packed_cases import problem as packed_problem
-from support.kernels.triton_runs import CASES, DEVICES, DOCUMENTS, run_reference
+from support.kernels.triton_runs import CASES, DEVICES, DOCUMENTS, Q_SHIFTED, run_reference
 
 
 def call(tensors, options: dict, *, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def run_inference(case: Case, tensors, *, device: str):
     return [call(tensors, case.options(), device=device) for _ in range(2)]
 
 
-FP4_CASES = [case for case in CASES if "fp4" in case.spec().rules.impls and case.head_dim_v is None]
+FP4_CASES = [case for case in [*CASES, *Q_SHIFTED] if "fp4" in case.spec().rules.impls and case.head_dim_v is None]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -51,7 +51,7 @@ def run_packed(*, device: str, **options) -> tuple[tuple, list[tuple], tuple]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", PACKED_SPECS[1:4], ids=str)
+@pytest.mark.parametrize("options", [*PACKED_SPECS[1:3], PACKED_SPECS[3] | {"q_shifted": True}], ids=str)
 def test_packed_documents_are_as_if_alone_to_the_bit(options, device):
     (out, lse), alone, (expected, expected_lse) = on(device, run_packed, **options)
     assert error(out, expected) < 3e-3
@@ -75,7 +75,9 @@ def run_both(case: Case, tensors, *, device: str) -> list[tuple]:
     return [mine, attention(*tensors[:3], **case.options(), return_lse=True, impl="triton")]
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": "holes", "shift": True}, {"head_dim": 128, "size": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": "holes", "shift": True, "q_shifted": True}, {"head_dim": 128, "size": 3.0}], ids=str
+)
 def test_equals_the_training_forward_to_the_bit(options):
     """Tile by tile it computes the same: the same codes of P~, ties and all. (Kept groups are summed in other tiles.)"""
     case = Case(lq=40, lk=150, batch=1, heads=(2, 1), **options)
@@ -131,7 +133,11 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": True, "mask": "left"}, {"preset": "nvfp4_qk"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"causal": True, "mask": "left", "q_shifted": True}, {"preset": "nvfp4_qk"}],
+    ids=str,
+)
 def test_products_with_scales_agree_with_their_emulation(options):
     """`tl.dot_scaled` itself, which Triton takes apart where there are no FP4 units; from 3.8 on it can do so on sm_90."""
     from qat_kernels.fp4 import launch as fp4_launch

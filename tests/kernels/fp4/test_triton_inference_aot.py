@@ -56,6 +56,10 @@ def test_packed_sequences(compiler):
     assert_all_on_fp4_units(compiler, [(arch, 128, True, "nvfp4") for arch in (100, 120)], packed=True)
 
 
+def test_shifted_queries(compiler):
+    assert_all_on_fp4_units(compiler, [(arch, 128, True, "nvfp4") for arch in (100, 120)], q_shifted=True)
+
+
 def test_more_fp4_products_with_quantized_weights_than_without(compiler):
     """One product for the scores, one for the output: with BF16 values only the first is left."""
     (_, quantized), (_, plain) = native(compiler, [(120, 128, False, preset) for preset in ("nvfp4", "nvfp4_qk")])
@@ -79,7 +83,7 @@ def test_a_tile_takes_few_more_instructions_than_its_algorithm_needs(arch, compi
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "head_dim", "preset"), TABLE)
-@pytest.mark.parametrize("options", [{}, {"packed": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"q_shifted": True}], ids=str)
 def test_the_whole_table(options, arch, head_dim, preset, compiler):
     assert_all_on_fp4_units(compiler, [(arch, head_dim, causal, preset) for causal in (False, True)], **options)
 

@@ -76,8 +76,8 @@ def test_a_right_kernel_passes_on_every_problem(monkeypatch, case):
     assert (result["state"], result["wins_from"], is_well) == ("passed", (16, 16), True)
     assert result["error"] < 1e-2 and "sm_80" in result["emulated"] and len(result["times"]) == 4
     assert names == [
-        "gaussian", "peaky", "odd lengths", "one query", "more queries than keys", "masked", "packed", "shifted keys", "long",
-        "over 2^31 elements",
+        "gaussian", "peaky", "odd lengths", "one query", "more queries than keys", "masked", "packed", "shifted keys",
+        "shifted queries", "long", "over 2^31 elements",
     ]  # fmt: skip
     assert list(result["errors"]) == names
 
@@ -139,6 +139,12 @@ def test_a_wrong_kernel_fails_with_the_reason(monkeypatch, change, words):
 def test_every_problem_can_fail(monkeypatch, name):
     result, _ = decide(monkeypatch, stub(scaled), names={name}, case=CASES[1])
     assert result["state"] == "failed" and f"({name})" in result["reason"]
+
+
+def test_a_kernel_that_does_not_shift_queries_fails(monkeypatch):
+    forward = stub()
+    result, _ = decide(monkeypatch, lambda *args, q_shift=None, **options: forward(*args, **options), names={"shifted queries"})
+    assert result["state"] == "failed" and "(shifted queries)" in result["reason"]
 
 
 def test_outputs_that_are_never_written_are_noticed():
@@ -237,7 +243,7 @@ def test_the_kernels_pass_as_they_are():
 
 @pytest.mark.slow
 def test_the_kernels_pass_on_small_problems_of_every_kind():
-    names = {"more queries than keys", "masked", "shifted keys", "packed"}
+    names = {"more queries than keys", "masked", "shifted keys", "shifted queries", "packed"}
     assert [result["state"] for result, _ in interpreted(run_kernels, names)] == ["passed"] * 2
 
 

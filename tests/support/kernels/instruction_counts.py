@@ -83,7 +83,14 @@ def found(loop: list) -> Counter:
 
 
 def compile_inference(
-    arch: int, head_dim: int, causal: bool, preset: str = "nvfp4", *, masked: bool = False, packed: bool = False
+    arch: int,
+    head_dim: int,
+    causal: bool,
+    preset: str = "nvfp4",
+    *,
+    masked: bool = False,
+    packed: bool = False,
+    q_shifted: bool = False,
 ) -> dict:
     """Resources, instructions and the main loop of what `impl="fp4"` launches. For a process of its own (`aot.believe_in`)."""
     from triton.runtime.jit import JITFunction
@@ -107,6 +114,7 @@ def compile_inference(
     shape = (8192, 8, head_dim) if packed else (2, 8, 4096, head_dim)
     q, k = (torch.empty(shape[0], heads, *shape[2:], dtype=torch.bfloat16, device="meta") for heads in (8, 4))
     mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if masked else None
+    q_shift = torch.empty(4, head_dim, device="meta") if q_shifted else None
     bounds = torch.empty(9, dtype=torch.int32, device="meta")
     packing = Packing(bounds, bounds, 4096, 4096) if packed else None
     with (
@@ -115,7 +123,8 @@ def compile_inference(
         mock.patch.object(fp4_launch, "arch_of", lambda _: arch),
         mock.patch.object(fp4_launch, "check_device", lambda _: None),
     ):
-        fp4_launch.forward(q, k, k, mask, None, packing, spec=QuantSpec(preset=preset), mask=Mask(causal=causal), scale=0.1)
+        options = {"spec": QuantSpec(preset=preset), "mask": Mask(causal=causal), "scale": 0.1, "q_shift": q_shift}
+        fp4_launch.forward(q, k, k, mask, None, packing, **options)
     (kernel,) = compiled
     cubin = kernel.asm["cubin"]
     code = instructions(cubin)
