@@ -84,13 +84,17 @@ _TILES = {
     (120, 256, True): ((16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
 }
 
-# Kernels with bounds, a soft cap or a key bias (scores.py) take the same tiles, except these, which would spill.
+# Kernels with bounds, a soft cap or a key bias (scores.py) take the same tiles, except these, which would spill. With a key bias
+# on sm_90, products of a loop with three stages would wait for each other (ptxas C7515).
 _OF_VARIANTS = {
     ("bounds", 80, 64): {"grad_key_value": (32, 64, 8, 2)},
     ("bounds", 80, 128): {"forward": (64, 32, 8, 2)},
     ("bounds", 120, 128): {"grad_key_value": (16, 32, 8, 2)},
     ("softcap", 90, 128): {"grad_key_value": (64, 64, 8, 2)},
-    (Q_SHIFT, 90, 128): {"grad_key_value": (64, 64, 8, 2)},
+    (Q_SHIFT, 90, 64): {"forward": (128, 64, 8, 2), "grad_query": (128, 64, 8, 2)},
+    (Q_SHIFT, 90, 128): {"forward": (64, 64, 4, 2), "grad_query": (128, 64, 8, 2), "grad_key_value": (64, 64, 8, 2)},
+    (Q_SHIFT, 90, 256): {"forward": (64, 32, 8, 2), "grad_query": (128, 32, 8, 2)},
+    (Q_SHIFT, 120, 128): {"grad_key_value": (16, 32, 8, 2)},
     ("bounds", 90, 256): {"forward": (64, 32, 8, 2), "grad_query": (64, 32, 8, 2)},
     ("softcap", 90, 256): {"forward": (64, 32, 8, 2), "grad_query": (128, 32, 8, 1)},
 }

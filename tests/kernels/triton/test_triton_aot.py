@@ -58,12 +58,15 @@ def test_kernels_with_a_window_and_sinks_fit(compiler):
 
 
 def test_kernels_with_shifted_queries_fit(compiler):
-    """Others may spill, and products may wait for each other, as the variants below."""
-    from qat_kernels.triton.device import TRITON
+    """The rest of the table is `slow`."""
+    assert_all_fit(compiler, [(90, 128, True), (90, 64, True)], q_shift=True)
 
-    if TRITON == (3, 6):
-        pytest.skip("with Triton 3.6 products wait for each other")
-    assert_all_fit(compiler, [(90, 128, True)], q_shift=True)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_kernels_with_shifted_queries_fit_every_architecture(head_dim, causal, compiler):
+    assert_all_fit(compiler, [(arch, head_dim, causal) for arch in SHARED_MEMORY], q_shift=True)
 
 
 @pytest.mark.slow
