@@ -1,6 +1,6 @@
 """The whole pipeline with a real language model, on a CPU in minutes: measure, fine-tune, export, reload, generate.
 
-SmolLM2-135M is measured on a held-out play in its own attention, in plain NVFP4 and with the three options. Then it is
+SmolLM2-135M is measured on a held-out play in its own attention, in plain NVFP4 and with all four options. Then it is
 fine-tuned on other plays through 4-bit attention with the options, and a control is fine-tuned as long through its own attention.
 A fresh process loads the export, and must find the same loss to the last bit. The demo prints a table, and writes
 results.json and curves.png to outputs/demo.
@@ -63,7 +63,7 @@ def main() -> None:
 
 def losses(results: dict[str, Any]) -> str:
     """The table that the demo ends with, from its results.json."""
-    untrained = {"not trained, plain NVFP4": results["plain"], "not trained, with the three options": results["qat"][0]}
+    untrained = {"not trained, plain NVFP4": results["plain"], "not trained, with all four options": results["qat"][0]}
     return table(untrained, results["qat"], results["control"])
 
 

@@ -49,7 +49,7 @@ class TrainingSettings:
     """Before the first step, measure the means of K and Q that are subtracted before quantization (`calibration_shifts`) on this
     many of the first batches of each process; 0: nothing is subtracted."""
     calibration_shifts: tuple[Literal["k_shift", "q_shift"], ...] = ("k_shift", "q_shift")
-    """Which means to measure and subtract: of K, of Q, or of both."""
+    """Which means `calibration_batches` measures: of K, of Q, or of both."""
     calibration_exclude: tuple[str, ...] = ()
     """Patterns of patched modules that get no shifts."""
     distillation: float = 0.0
@@ -131,13 +131,7 @@ class TrainingSettings:
             "calibration_batches",
             f"0 with preset {self.qat.spec.preset}, which has no shifts",
         )
-        both = ("k_shift", "q_shift")
         need(len(self.calibration_shifts) > 0, "calibration_shifts", "k_shift, q_shift or both; for none: calibration_batches=0")
-        need(
-            self.calibration_batches > 0 or self.calibration_shifts == both,
-            "calibration_shifts",
-            "its default without calibration_batches",
-        )
         need(
             self.calibration_batches > 0 or not self.calibration_exclude, "calibration_exclude", "[] without calibration_batches"
         )

@@ -71,14 +71,16 @@ def _advice_rows(results: Results) -> list[Sequence[str]]:
     against = {option: estimate(against_control(entries, option)) for option in (PLAIN, ALL)}
     original = estimate(difference(original_loss(entries, "task", option=PLAIN), original_loss(entries, "control")))
     cache = {name: cost_of_the_cache(results, name).mean for name in ("control", "task", "distill")}
+    in_float32 = [estimate([results("untrained_language")[name]["kl"]]) for name in ("nvfp4", length.Q_SHIFT)]
     ours, steps = "this package's kernels", f"{trained.SIZES['main'].steps}"
     return [
         (
             "no data to train on",
             ours,
-            "use the three options",
+            "use the three options and `q_shift`, which `calibrate` measures",
             "calibration on a few batches",
-            f"KL {_arrow(untrained[PLAIN], untrained[ALL])}, loss above its own {_arrow(gaps[PLAIN], gaps[ALL])}",
+            f"KL {_arrow(untrained[PLAIN], untrained[ALL])}, loss above its own {_arrow(gaps[PLAIN], gaps[ALL])}; "
+            f"with `q_shift` too, in another implementation, KL {_arrow(*in_float32)}",
             "untrained",
         ),
         (

@@ -91,8 +91,6 @@ def test_calibration(inputs, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"calibration_shifts.*{message}"):
             finetune(inputs, tmp_path / "wrong", **options | {"calibration_shifts": wrong})
-    with pytest.raises(ValueError, match="calibration_shifts: expected its default without calibration_batches"):
-        finetune(inputs, tmp_path / "nothing", calibration_shifts="['q_shift']")
 
 
 def test_modules_are_left_out_of_calibration(inputs, tmp_path):
