@@ -36,6 +36,7 @@ ATTENTIONS = {
     "nvfp4+four_over_six+k_shift": "with `four_over_six`, `k_shift`",
     "nvfp4+rotate+four_over_six": "with `rotate`, `four_over_six`",
     "nvfp4+rotate+four_over_six+k_shift": "with all three",
+    "nvfp4+rotate+four_over_six+k_shift+q_shift": "with all four: a mean of Q for each key head too",
     "nvfp4+rotate+four_over_six+k_shift/without_2": "with all three, the two of 30 layers that lose most left out",
     "definition+q_shift": "with a calibrated mean of Q",
     "definition+k_shift+q_shift": "with calibrated means of K and Q",

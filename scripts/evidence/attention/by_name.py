@@ -4,11 +4,11 @@
 |---|---|
 | `original` | the model's own |
 | `nvfp4`, `pv_bf16` | docs/NUMERICS.md, with V and P in NVFP4 or not, as `patch_model` puts it in force |
-| `nvfp4+rotate+k_shift` | the same with options: `rotate`, `four_over_six`, `k_shift` |
+| `nvfp4+rotate+k_shift` | the same with options: `rotate`, `four_over_six`, `k_shift`, `q_shift` |
 | `nvfp4+rotate/without_2` | the same, but the two modules that lose most (`qat_patch.sensitivity`) keep their own |
 | `preset=kv_nvfp4`, ... | a preset of `QuantSpec`, likewise |
 | `sage3`, `d_from_o`, ... | a baseline of `scripts.evidence.attention.baselines`, through the host's own seams |
-| `definition+rotate+q_shift` | the baseline `definition` with the same options, and calibrated means of Q; in Transformers |
+| `definition+rotate+q_shift` | the baseline `definition`, likewise; means of Q are of query heads; in Transformers |
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from qat_patch import AttnQATConfig
 from qat_patch.hosts.diffusers import adapter as diffusers_adapter
 from qat_patch.hosts.transformers import adapter as transformers_adapter
 from qat_patch.hosts.transformers import masks
-from qat_patch.layer import AttentionCall, AttentionLayer, under_autocast
+from qat_patch.layer import SHIFTS, AttentionCall, AttentionLayer, under_autocast
 from scripts.evidence.attention import dense
 from scripts.evidence.attention.baseline_attention import baseline_attention
 from scripts.evidence.attention.baselines import BASELINES, Baseline
 
 _SPECS = {"nvfp4": QuantSpec(), "pv_bf16": QuantSpec(preset="nvfp4_qk")}
 _SPECS |= {f"preset={name}": QuantSpec(preset=name) for name in get_args(Preset) if name not in ("nvfp4", "nvfp4_qk")}
-_OPTIONS = ("rotate", "four_over_six", "k_shift")
+_OPTIONS = ("rotate", "four_over_six", *SHIFTS)
 _WITHOUT = "/without_"
-_OF_BASELINE = (*_OPTIONS, "q_shift", "q_shift_by_block")
+_OF_BASELINE = (*_OPTIONS, "q_shift_by_block")
 """`q_shift` is the mean of all queries of a head in the calibration, `q_shift_by_block` that of each block of 128 positions. Both
 are the same for every text, so that attention stays causal."""
 _DISPATCH = "dispatch_attention_fn"
@@ -62,11 +62,11 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
     Args:
         model: a model of Transformers or Diffusers, or a wrapper around one (PEFT, DDP), that is not patched.
         name: see above.
-        calibration: for `k_shift`, means of Q, and to find the modules that lose most: batches that the model is called with, as
+        calibration: for shifts, and to find the modules that lose most: batches that the model is called with, as
             `qat_patch.calibrate` takes them.
 
     Raises:
-        ValueError: no such name, an option without effect, or `k_shift` without batches.
+        ValueError: no such name, an option without effect, or shifts without batches.
     """
     check_name(name)
     if name == "original":
@@ -86,10 +86,10 @@ def attention_in(model: torch.nn.Module, name: str, calibration: Iterable[Any] =
             with attention_in(model, name, calibration):
                 layers = qat_patch.sensitivity(model, calibration).layers
                 left_out = tuple(layer.name for layer in sorted(layers, key=lambda layer: -layer.error)[: int(number)])
-        spec, shifted = _options_of(name)
+        spec, shifts = _options_of(name)
         with qat_patch.patch_model(model, AttnQATConfig(spec=spec, exclude=left_out)) as handle:
-            if shifted:
-                qat_patch.calibrate(model, calibration, shifts=("k_shift",))
+            if shifts:
+                qat_patch.calibrate(model, calibration, shifts=shifts)
             yield handle
 
 
@@ -112,16 +112,16 @@ def _options_of_baseline(name: str) -> list[str]:
     return options
 
 
-def _options_of(name: str) -> tuple[QuantSpec, bool]:
-    """The spec of a name, and whether keys are shifted."""
+def _options_of(name: str) -> tuple[QuantSpec, list[str]]:
+    """The spec of a name, and which shifts are calibrated."""
     base, *options = name.split("+")
     if base not in _SPECS or not set(options) <= set(_OPTIONS) or len(set(options)) < len(options):
         known = ", ".join(["original", *_SPECS, *BASELINES])
         raise ValueError(
             f"attention: expected one of {known}, nvfp4 and pv_bf16 with any of +{' +'.join(_OPTIONS)}; got {name!r}"
         )
-    chosen = {option: True for option in options if option != "k_shift"}
-    return dataclasses.replace(_SPECS[base], **chosen), "k_shift" in options
+    chosen = {option: True for option in options if option not in SHIFTS}
+    return dataclasses.replace(_SPECS[base], **chosen), [option for option in options if option in SHIFTS]
 
 
 class _Baselines:

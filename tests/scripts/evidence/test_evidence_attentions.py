@@ -59,6 +59,8 @@ def test_a_baseline_with_options_equals_the_patch_and_calibrated_means_are_causa
             return logits(model, ids)
 
     assert close(run("definition+rotate+four_over_six+k_shift"), run("nvfp4+rotate+four_over_six+k_shift"), 1e-3)
+    with attention_in(model, "nvfp4+q_shift", [{"input_ids": ids}]) as handle:
+        assert handle.q_shift and not handle.k_shift
     monkeypatch.setattr(by_name, "baseline_attention", spy)
     other = torch.cat([ids[:, :100], ids[:, 100:].flip(1)], 1)
     for option, blocks in (("q_shift", [slice(0, 150)]), ("q_shift_by_block", [slice(0, 128), slice(128, 150)])):
