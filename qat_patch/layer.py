@@ -123,8 +123,9 @@ class AttentionCall:
 
     @property
     def query_mask(self) -> torch.Tensor | None:
-        """bool [batch, queries], False where a query is padding; None if no query is. A mask of keys is one of queries too where
-        a sequence attends to itself: the last keys are those of the queries."""
+        """bool [batch, queries], False where a query is padding; None where that is not known. Where a sequence attends to
+        itself, the mask of its last keys is that of its queries. It is taken to do so if it is causal, or has as many keys as
+        queries."""
         queries = self.query.shape[2]
         is_self_attention = self.causal or self.bounds is not None or queries == self.key.shape[2]
         return self.key_mask[:, -queries:] if self.key_mask is not None and is_self_attention else None

@@ -2,7 +2,7 @@
 
 qat-patch verify outputs/run/export
 
-Every file must have its recorded hash; config, headers, index and K shifts must belong together; every weight must be finite,
+Every file must have its recorded hash; config, headers, index and shifts must belong together; every weight must be finite,
 and loaded with the shape and type that it has in the file; and the model must give the recorded output for the reference input.
 It prints a line for each check, and "verified" at the end. The exit status is 1 if something is wrong.
 """

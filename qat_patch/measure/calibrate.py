@@ -76,7 +76,11 @@ def calibrate(
             return
         if "k_shift" in shifts and (reason := _why_no_k_shift(name, call, keys_of_call)) is not None:
             if "q_shift" not in shifts:
-                raise ValueError(f"calibrate: {name} {reason}: exclude it, with exclude=[{name!r}], or measure its q_shift only")
+                such = f"*.{name.rpartition('.')[2]}"
+                raise ValueError(
+                    f"calibrate: {name} {reason}; expected modules without: exclude such modules, with exclude=[{such!r}], or "
+                    "measure Q shifts too, which they can have"
+                )
             without_k_shift.add(name)
         of_module = means.setdefault(name, {which: _Mean() for which in shifts})
         for which, mean in of_module.items():
@@ -99,10 +103,12 @@ def calibrate(
                 f"calibrate: exclude: the pattern {pattern!r} matches no patched module; there are {', '.join(handle.patched)}"
             )
     run_observed("calibrate", model, batches, observe, begin=lambda name: keys_of_call.pop(name, None))
-    for name, of_module in means.items():
-        for which, mean in of_module.items():
-            shift = mean.result()  # also of what is left out, since every process takes part
-            if which != "k_shift" or name not in without_k_shift:
+    # Processes take part in every sum, in the same order, whatever each of them reached first and found.
+    measured = [name for name in handle.patched if name in means]
+    for name, without in zip(measured, _in_any_process([name in without_k_shift for name in measured], means), strict=True):
+        for which, mean in means[name].items():
+            shift = mean.result()
+            if which != "k_shift" or not without:
                 setattr(handle.patched[name], which, shift)
     return {name: {which: count.result() for which, count in of_layer.items()} for name, of_layer in counts.items()}
 
@@ -122,6 +128,16 @@ def _why_no_k_shift(name: str, call: AttentionCall, keys_of_call: dict[str, torc
         "attends to several sets of keys in one call (such as those of a text and of an image), but a module has one K shift, "
         "and the mean over all of them fits none"
     )
+
+
+def _in_any_process(flags: list[bool], means: dict[str, dict[str, _Mean]]) -> list[bool]:
+    """Which flags are set in some process of torch.distributed."""
+    if not (flags and dist.is_available() and dist.is_initialized()):
+        return flags
+    device = next(mean.total.device for of_module in means.values() for mean in of_module.values())
+    found = torch.tensor(flags, dtype=torch.uint8, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.bool().tolist()
 
 
 def _handle_in_force(what: str, model: Any) -> PatchHandle:

@@ -9,14 +9,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from qat_kernels.spec import HADAMARD_ENTRY
-from qat_kernels.triton.nvfp4 import GROUP, e2m1_codes, e4m3_bits, hadamard, round_groups
+from qat_kernels.triton.nvfp4 import GROUP, ROTATION_GAIN, e2m1_codes, e4m3_bits, hadamard, round_groups
 
 from .byte_layout import BLOCK_SCALES
 
 _GROUPS_OF_BLOCK = tl.constexpr(BLOCK_SCALES)
-_ROTATION_GAIN = tl.constexpr(HADAMARD_ENTRY**2)
-"""By how much, for each element of the head dim, the rotation enlarges products of Q and K."""
 _SCANNED = tl.constexpr(1024)
 """Slots of the mask that are looked at in one step."""
 
@@ -155,7 +152,7 @@ def append_kernel(
         q_shift = tl.load(q_shift_ptr + head_k * HEAD_DIM + columns, mask=valid, other=0.0)
         key_bias = tl.sum(k * q_shift[None, :], 1)
         if ROTATE:
-            key_bias = key_bias * (HEAD_DIM * _ROTATION_GAIN)
+            key_bias = key_bias * (HEAD_DIM * ROTATION_GAIN)
     if ROTATE:
         # A head dim of 16 is half of the tile; the other half of the product must be zero.
         k = tl.where(valid[None, :], hadamard(k, GROUP, 32 * BLOCK_WORDS), 0.0)

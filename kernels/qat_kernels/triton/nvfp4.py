@@ -19,6 +19,8 @@ _E2M1_MAX = tl.constexpr(spec.E2M1_MAX)
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(spec.SCALE_MIN), tl.constexpr(spec.E4M3_MAX)
 SCALE_MIN_NORMAL = tl.constexpr(2.0**-6)
 _HADAMARD = tl.constexpr(spec.HADAMARD_ENTRY)
+ROTATION_GAIN = tl.constexpr(spec.HADAMARD_ENTRY**2)
+"""Times the head dim: by how much the rotation enlarges products of Q and K."""
 E2M1_ANCHOR, E4M3_ANCHOR = tl.constexpr(2.0**22), tl.constexpr(2.0**20)
 """2^23 spacings of the values of the format between 1 and 2."""
 _MUL_F32X2 = tl.constexpr(

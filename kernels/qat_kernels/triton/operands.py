@@ -281,7 +281,7 @@ def rows_job(
     Args:
         is_k: K, minus `k_shift` float32 [Hk, D]. Otherwise Q, minus `q_shift` float32 [Hk, D].
         heads_per_shift: of x, that share a row of the shifts, if there are some.
-        negate: Q with the opposite sign; of K the key bias alone.
+        negate: change the sign of Q, and of the key bias; K itself keeps its sign.
         order: ORDER of the operand's rows (layout.py); 0 for slots in their own order. Codes have it only without an operand.
     """
     head_dim, block_d = x.shape[-1], triton.next_power_of_2(x.shape[-1])

@@ -10,15 +10,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qat_kernels.spec import HADAMARD_ENTRY
-
 from .layout import PAD, first_row, row_of, sequence
-from .nvfp4 import GROUP, cast_rn, e2m1_codes, e2m1_to_float, e4m3_bits, e4m3_to_float, hadamard, round_groups, signed_values
+from .nvfp4 import (
+    GROUP,
+    ROTATION_GAIN,
+    cast_rn,
+    e2m1_codes,
+    e2m1_to_float,
+    e4m3_bits,
+    e4m3_to_float,
+    hadamard,
+    round_groups,
+    signed_values,
+)
 from .preprocess import preprocess
 
 _PAD = tl.constexpr(PAD)
-_ROTATION_GAIN = tl.constexpr(HADAMARD_ENTRY**2)
-"""Times the head dim: by how much the rotation enlarges products of Q and K."""
 
 
 @triton.jit
@@ -133,7 +140,7 @@ def _quantize_rows(
         if IS_K:
             key_bias = tl.sum(x * q_shift[None, :], 1)
             if ROTATE:
-                key_bias *= _ROTATION_GAIN * HEAD_DIM
+                key_bias *= ROTATION_GAIN * HEAD_DIM
             tl.store(key_bias_ptr + row + slots, -key_bias if NEGATE else key_bias)
         else:
             x = tl.where(present[:, None], x - q_shift[None, :], 0.0)

@@ -85,7 +85,7 @@ _TILES = {
 }
 
 # Kernels with bounds, a soft cap or a key bias (scores.py) take the same tiles, except these, which would spill. With a key bias
-# on sm_90, products of a loop with three stages would wait for each other (ptxas C7515).
+# on sm_90, products of a loop with three stages would wait for each other (ptxas C7515). Of several options the last one counts.
 _OF_VARIANTS = {
     ("bounds", 80, 64): {"grad_key_value": (32, 64, 8, 2)},
     ("bounds", 80, 128): {"forward": (64, 32, 8, 2)},

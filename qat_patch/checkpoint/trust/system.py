@@ -1,4 +1,4 @@
-"""Exports and runs need functions that Windows does not have; it is said before one of them is missed."""
+"""Exports and runs need functions that Windows does not have, so they refuse Windows with a message first."""
 
 import platform
 

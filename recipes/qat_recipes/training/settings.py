@@ -51,7 +51,8 @@ class TrainingSettings:
     calibration_shifts: tuple[Literal["k_shift", "q_shift"], ...] = ("k_shift", "q_shift")
     """Which means `calibration_batches` measures: of K, of Q, or of both."""
     calibration_exclude: tuple[str, ...] = ()
-    """Patterns of patched modules that get no shifts."""
+    """Patterns of patched modules that get no shifts, such as ["*.attn2"] of Wan's image to video if only K is shifted: they
+    attend to text and image, whose means differ."""
     distillation: float = 0.0
     """The weight in the loss of the distance to the teacher, which is the starting model with original attention and linear
     layers. 0: only the loss of the task; 1: only the distance; between: a mix. Without adapters the teacher is a second model in

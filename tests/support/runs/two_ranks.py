@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import qat_patch
+from qat_recipes.tasks.experts import Experts
 from support.models.lively_wan import tiny_wan, wan_inputs
 from support.models.tiny_qwen3 import tiny_qwen3, token_ids
 
@@ -80,6 +81,7 @@ def calibration():
         queries = torch.stack([call.query.unflatten(1, (2, -1)).mean((0, 2, 3)) for call in calls]).mean(0)
         assert torch.allclose(found["k_shift"][name], keys, atol=1e-5)
         assert torch.allclose(found["q_shift"][name], queries, atol=1e-5)
+    calibration_in_another_order()
     # And the largest input of all.
     scales = []
     for mine in (batches[dist.get_rank() :: 2], batches):
@@ -90,6 +92,28 @@ def calibration():
                 model(batch)
         scales.append(linears.scales)
     assert scales[0] == scales[1]
+
+
+def calibration_in_another_order():
+    """Ranks reach two models in other orders, and on one of them the cross-attention sees one set of keys, not two."""
+    experts = Experts({"one": tiny_wan(i2v=True), "two": tiny_wan(i2v=True, seed=1)})
+    for expert in experts.children():
+        qat_patch.patch_model(expert)
+    handle = qat_patch.get_handle(experts)
+    batches = [wan_inputs(i2v=True) | {"expert": name} for name in ("one", "two")]
+    if dist.get_rank():
+        batches = [batch | {"encoder_hidden_states_image": None} for batch in reversed(batches)]
+    qat_patch.calibrate(experts, batches)
+    found, everywhere = handle.shifts, [None, None]
+    dist.all_gather_object(everywhere, found)
+    torch.testing.assert_close(everywhere[0], everywhere[1], rtol=0, atol=0)
+    assert found["q_shift"].keys() - found["k_shift"].keys() == {name for name in handle.patched if name.endswith("attn2")}
+    names, means = {layer: name for name, layer in handle.patched.items()}, {}
+    with torch.no_grad(), handle.observed(lambda layer, call: means.setdefault(names[layer], call.query.mean((0, 2)))):
+        for batch in batches:
+            experts(**batch)
+    for name in ("one.blocks.0.attn1", "two.blocks.0.attn1"):  # which see no image
+        assert torch.allclose(found["q_shift"][name], means[name], atol=1e-5), name
 
 
 def data_parallel(shard):
