@@ -258,7 +258,7 @@ def test_every_setting_is_explained(capsys):
     with pytest.raises(SystemExit):
         read_settings(Settings, ["--help"])
     shown = capsys.readouterr().out
-    assert "data.generate.sequences (int; required)" in shown and "data.generate.prompts.path" in shown
+    assert "data.generate.sequences (int; required with data.generate)" in shown and "data.generate.prompts.path" in shown
 
 
 def test_with_linear_layers_in_4_bits_too(inputs, tmp_path):
