@@ -57,7 +57,8 @@ def test_packed_sequences(compiler):
 
 
 def test_shifted_queries(compiler):
-    assert_all_on_fp4_units(compiler, [(arch, 128, True, "nvfp4") for arch in (100, 120)], q_shifted=True)
+    """The rest of the table is `slow`."""
+    assert_all_on_fp4_units(compiler, [(100, 128, True, "nvfp4")], q_shifted=True)
 
 
 def test_more_fp4_products_with_quantized_weights_than_without(compiler):
