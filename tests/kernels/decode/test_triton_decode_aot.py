@@ -127,18 +127,15 @@ def test_a_server_s_token_is_decoded_with_as_few_instructions(compiler):
 
 def test_other_calls_fit_one_architecture_each(compiler):
     """The rest is `slow`."""
-    calls = [(90, 64, 1, True), (120, 128, 5, True), (80, 128, 1, True), (90, 80, 1, False)]
+    calls = [(90, 64, 1, True), (120, 128, 5, True), (90, 80, 1, False)]
     futures = [(call[0], compiler.submit(compile_decode, *call)) for call in calls]
     futures.append((90, compiler.submit(compile_decode, 90, 128, 1, True, shifted=True, rotate=True, four_over_six=True)))
-    # Gemma 3 and 2, gpt-oss
-    features = [
-        ((90, 256, 1, False), {"window": 1024}), ((80, 256, 1, True), {"window": 4096, "softcap": 50.0}),
-        ((120, 64, 5, True), {"window": 128, "sinks": True}),
-    ]  # fmt: skip
+    # Gemma 3, gpt-oss
+    features = [((90, 256, 1, False), {"window": 1024}), ((120, 64, 5, True), {"window": 128, "sinks": True})]
     futures += [(call[0], compiler.submit(compile_decode, *call, **options)) for call, options in features]
-    shifted = [((90, 128, 1, False), {"shifted": True}), ((120, 256, 1, False), {"window": 1024, "softcap": 50.0})]
+    shifted = [((90, 128, 1, False), {"shifted": True}), ((120, 64, 1, False), {"window": 1024, "softcap": 50.0})]
     futures += [(call[0], compiler.submit(compile_decode, *call, q_shifted=True, **options)) for call, options in shifted]
-    calls = [(80, 128, 5, True), (90, 64, 1, True), (100, 80, 1, True), (120, 256, 5, False)]
+    calls = [(80, 128, 5, True), (90, 64, 1, True), (100, 80, 1, True)]
     of_servers = [(call[0], compiler.submit(compile_decode, *call, preset="kv_nvfp4")) for call in calls]
     of_servers.append((100, compiler.submit(compile_decode, 100, 128, 1, False, window=4096, softcap=50.0, preset="kv_nvfp4")))
     for arch, future in futures + of_servers:
