@@ -127,13 +127,13 @@ def make_plan(host: str, model: torch.nn.Module, config: AttnQATConfig | None, *
     adapter = ADAPTERS[host]
     check_version("patch_model", sys.modules[host])
     if config is None and (metadata := adapter.stored_metadata(model)) is not None:
-        for which in metadata.shifts:
-            if which not in given:
-                raise ValueError(
-                    f"patch_model: {type(model).__name__} comes from an export with {SHIFTS[which]}s, which are in a file next "
-                    f"to its weights: expected {which}, got none; load_checkpoint brings them along (get_handle(model).{which}), "
-                    f"or pass {which}={{}} to do without"
-                )
+        if missing := [which for which in metadata.shifts if which not in given]:
+            kinds = " and ".join(f"{SHIFTS[which]}s" for which in missing)
+            raise ValueError(
+                f"patch_model: {type(model).__name__} comes from an export with {kinds}, which are in a file next to its "
+                f"weights: expected {' and '.join(missing)}, got none; load_checkpoint brings them along "
+                f"(get_handle(model).shifts), or pass {', '.join(f'{which}={{}}' for which in missing)} to do without"
+            )
         config = metadata.config
     config = config or AttnQATConfig()
     names = adapter.attention_modules(model)

@@ -181,9 +181,9 @@ def test_where_the_config_belongs_to_another_quantizer(tmp_path, others, caplog)
     assert get_handle(again) is None
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("qat_patch")]
     assert "runs original attention; qat_patch.patch_model(model) switches it on" in message and "\n" not in message
-    with pytest.raises(ValueError, match="K shifts, which are in a file next to its weights"):
+    with pytest.raises(ValueError, match="K shifts and Q shifts, .*pass k_shift={}, q_shift={} to do without"):
         patch_model(again)
-    with pytest.raises(ValueError, match="Q shifts, which are in a file next to its weights.*pass q_shift={} to do without"):
+    with pytest.raises(ValueError, match="with Q shifts, which are in a file next to its weights.*pass q_shift={} to do without"):
         patch_model(again, k_shift={})
     assert patch_model(again, **files(tmp_path / "out")).config == CONFIG
     assert_same(again, model)
